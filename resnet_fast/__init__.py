@@ -1,0 +1,27 @@
+"""resnet_fast: ResNets at the speed the machine allows. A drop-in for torchvision's, fused kernels inside, eager PyTorch's answers."""
+
+from . import ops
+from .blocks import BasicBlock, Bottleneck
+from .dispatch import kernel, use
+from .models import (
+    ResNet,
+    create_model,
+    list_models,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BasicBlock", "Bottleneck", "ResNet", "create_model", "kernel", "list_models", "ops", "resnet18", "resnet34", "resnet50",
+    "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "use", "wide_resnet50_2", "wide_resnet101_2",
+]

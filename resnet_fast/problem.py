@@ -1,0 +1,128 @@
+"""One call of one op as plain data: the Problem that choosers, tables, tests and reports speak of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of one op, described without its data: what a kernel needs to know to decline and what a table is keyed by.
+
+    ``x`` is the NCHW shape of the main input, ``weight`` the KCRS shape of the filter; ``layout`` is how ``x`` lies in memory: "nhwc",
+    "nchw" or "strided" (neither); ``residual`` is the residual's layout, or None; ``bn`` says that the affine comes as the four BN
+    vectors; ``capability`` is the GPU's, (9, 0) for Hopper, None on a CPU.
+    """
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    x: tuple[int, ...]
+    layout: str
+    weight: tuple[int, ...] | None = None
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    residual: str | None = None
+    bn: bool = False
+    gate: bool = False
+    act: str = "none"
+    capability: tuple[int, int] | None = None
+
+    @cached_property
+    def out_hw(self) -> tuple[int, int]:
+        """Output height and width (the input's own, for the pointwise ops)."""
+        if self.weight is None:
+            return self.x[2], self.x[3]
+        return tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, p, d, k, s in
+                     zip(self.x[2:], self.padding, self.dilation, self.weight[2:], self.stride, strict=True))
+
+    @property
+    def pointwise(self) -> bool:
+        """A 1×1 convolution without padding: a matrix product over pixels."""
+        return self.weight is not None and self.weight[2:] == (1, 1) and self.padding == (0, 0)
+
+    @cached_property
+    def key(self) -> str:
+        """One line that names this problem in tables and reports, the same on every machine."""
+        parts = [self.op, str(self.dtype).removeprefix("torch."), "x".join(map(str, self.x)), self.layout]
+        if self.weight is not None:
+            parts += ["w" + "x".join(map(str, self.weight)), f"s{self.stride[0]}x{self.stride[1]}",
+                      f"p{self.padding[0]}x{self.padding[1]}", f"d{self.dilation[0]}x{self.dilation[1]}", f"g{self.groups}"]
+        parts += [f"res-{self.residual}"] if self.residual else []
+        parts += [name for name in ("bn", "gate") if getattr(self, name)]
+        return " ".join([*parts, self.act])
+
+
+def layout(x: Tensor) -> str:
+    """How a 4-D tensor lies in memory; what is both (one pixel, one channel) counts as "nhwc", which is what kernels want."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return "nhwc"
+    return "nchw" if x.is_contiguous() else "strided"
+
+
+def _place(x: Tensor) -> dict:
+    on_gpu = x.device.type == "cuda"
+    return {"device": x.device.type, "dtype": x.dtype, "x": tuple(x.shape), "layout": layout(x),
+            "capability": torch.cuda.get_device_capability(x.device) if on_gpu else None}
+
+
+def describe(op: str, args: tuple) -> Problem:
+    """The Problem of a call, from its flat arguments."""
+    return DESCRIBE[op](*args)
+
+
+def _describe_conv(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Problem:
+    return Problem(op="conv_bn_act", weight=tuple(weight.shape), stride=tuple(stride), padding=tuple(padding),
+                   dilation=tuple(dilation), groups=groups, residual=None if residual is None else layout(residual),
+                   bn=mean is not None, act=act, **_place(x))
+
+
+def _describe_bn(x, weight, bias, residual, eps, act) -> Problem:
+    return Problem(op="bn_act", residual=None if residual is None else layout(residual), act=act, **_place(x))
+
+
+def _describe_bn_backward(dy, x, y, weight, mean, var, eps, act, residual) -> Problem:
+    return Problem(op="bn_act_backward", residual=layout(dy) if residual else None, act=act, **_place(x))
+
+
+def _describe_add(x, y, gate, act) -> Problem:
+    return Problem(op="add_act", residual=layout(y), gate=gate is not None, act=act, **_place(x))
+
+
+def _describe_add_backward(dout, out, x, gate, act) -> Problem:
+    return Problem(op="add_act_backward", residual=layout(out), gate=gate is not None, act=act, **_place(dout))
+
+
+DESCRIBE = {"conv_bn_act": _describe_conv, "bn_act": _describe_bn, "bn_act_backward": _describe_bn_backward,
+            "add_act": _describe_add, "add_act_backward": _describe_add_backward}
+
+# Which flat argument tells the layer in explain(): the filter, the BN weight, or the input.
+IDENTITY = {"conv_bn_act": 1, "bn_act": 1, "bn_act_backward": 3, "add_act": 0, "add_act_backward": 0}
+
+
+def _strides(t: Tensor | None):
+    return None if t is None else t.stride()
+
+
+KEYS = {
+    "conv_bn_act": lambda x, w, scale, shift, res, mean, var, eps, stride, padding, dilation, groups, act: (
+        "conv_bn_act", x.shape, x.stride(), x.dtype, x.device, w.shape, w.stride(), w.dtype, w.device, scale.shape, shift.shape,
+        None if res is None else (res.shape, res.stride(), res.dtype, res.device), mean is None,
+        *stride, *padding, *dilation, groups, act),
+    "bn_act": lambda x, w, b, res, eps, act: (
+        "bn_act", x.shape, x.stride(), x.dtype, x.device, w.shape, w.dtype, w.device, b.shape,
+        None if res is None else (res.shape, res.stride(), res.dtype, res.device), act),
+    "bn_act_backward": lambda dy, x, y, w, mean, var, eps, act, res: (
+        "bn_act_backward", x.shape, x.stride(), dy.stride(), y.stride(), x.dtype, x.device, w.dtype, act, res),
+    "add_act": lambda x, y, gate, act: (
+        "add_act", x.shape, x.stride(), x.dtype, x.device, y.shape, y.stride(), y.dtype, y.device,
+        None if gate is None else (gate.shape, gate.stride(), gate.dtype, gate.device), act),
+    "add_act_backward": lambda dout, out, x, gate, act: (
+        "add_act_backward", dout.shape, dout.stride(), out.stride(), _strides(x), dout.dtype, dout.device, _strides(gate), act),
+}
