@@ -1,0 +1,57 @@
+"""Every convolution of an architecture as a Problem: what roofline, test grids, benchmarks and ``explain --model-gpu`` speak of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .models import create_model
+from .problem import Problem
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One fused convolution of a network: its module path and its problem."""
+
+    name: str
+    problem: Problem
+
+
+def layers(model: str, batch: int, size: int = 224, dtype: torch.dtype = torch.bfloat16, device: str = "cuda",
+           capability: tuple[int, int] | None = None) -> list[Layer]:
+    """The fused convolutions of ``model`` at [batch, 3, size, size] in NHWC, in the order in which they run (projections before their block's last)."""
+    with torch.device("meta"):
+        net = create_model(model)
+    shared = {"op": "conv_bn_act", "device": device, "dtype": dtype, "layout": "nhwc", "bn": True, "capability": capability}
+    found: list[Layer] = []
+
+    def add(name: str, conv: nn.Conv2d, x: tuple[int, ...], act: str, residual: str | None = None) -> tuple[int, ...]:
+        problem = Problem(x=x, weight=tuple(conv.weight.shape), stride=conv.stride, padding=conv.padding, dilation=conv.dilation,
+                          groups=conv.groups, act=act, residual=residual, **shared)
+        found.append(Layer(name, problem))
+        return x[0], conv.out_channels, *problem.out_hw
+
+    x = add("conv1", net.conv1, (batch, 3, size, size), "relu")
+    x = (*x[:2], *((s + 1) // 2 for s in x[2:]))  # the 3×3 max pool of stride 2
+    for stage in ("layer1", "layer2", "layer3", "layer4"):
+        for i, block in enumerate(getattr(net, stage)):
+            name, start = f"{stage}.{i}", x
+            convs = [key for key in ("conv1", "conv2", "conv3") if hasattr(block, key)]
+            for key in convs[:-1]:
+                x = add(f"{name}.{key}", getattr(block, key), x, "relu")
+            if block.downsample is not None:
+                add(f"{name}.downsample.0", block.downsample[0], start, "none")
+            x = add(f"{name}.{convs[-1]}", getattr(block, convs[-1]), x, "relu", residual="nhwc")
+    return found
+
+
+def distinct(found: list[Layer]) -> list[Layer]:
+    """One layer for each different problem (ResNet-50 at one size has 23), the first of its kind."""
+    seen: dict[Problem, Layer] = {}
+    for layer in found:
+        seen.setdefault(layer.problem, layer)
+    return list(seen.values())
+
+

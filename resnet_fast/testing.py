@@ -1,0 +1,256 @@
+"""How a kernel is judged: the error rule against a float64 oracle, problem grids, inputs for a problem, poisoned memory.
+
+The rule: err(kernel, float64) ≤ 2 × err(eager in the same dtype, float64) + floor, 3 × for gradients, by RMS and by maximum, both relative to
+the oracle's own. Nothing here loosens it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .dispatch import Kernel
+from .layers import distinct, layers
+from .problem import Problem
+
+FACTOR, GRADIENT_FACTOR = 2.0, 3.0
+# An eager result can be exact by luck; no kernel is asked for better than a few roundings of its own dtype.
+FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+_BACKWARD = ("bn_act_backward", "add_act_backward")
+
+
+@dataclass(frozen=True)
+class Error:
+    """Relative distance from the oracle: root mean square and maximum, both over the oracle's RMS and maximum."""
+
+    rms: float
+    max: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What ``check_kernel`` found for one kernel on one problem; ``reason`` is None if it passed."""
+
+    kernel: str
+    problem: Problem
+    error: Error
+    eager: Error
+    reason: str | None
+
+    @property
+    def ok(self) -> bool:
+        return self.reason is None
+
+
+def error(got: Tensor, oracle: Tensor) -> Error:
+    """Distance of ``got`` from a float64 oracle, over the elements where the oracle is finite; empty tensors have none."""
+    got, oracle = got.detach().to("cpu", torch.float64), oracle.detach().cpu()
+    finite = oracle.isfinite()
+    diff, true = (got - oracle)[finite], oracle[finite]
+    if true.numel() == 0:
+        return Error(0.0, 0.0)
+    tiny = torch.finfo(torch.float64).tiny
+    return Error((diff.square().mean().sqrt() / true.square().mean().sqrt().clamp_min(tiny)).item(),
+                 (diff.abs().max() / true.abs().max().clamp_min(tiny)).item())
+
+
+def broken_rule(got: Tensor, eager: Tensor, oracle: Tensor, *, gradient: bool = False) -> str | None:
+    """The sentence that says how ``got`` breaks the error rule, or None if it obeys it; NaN and infinities must lie where eager's lie."""
+    if got.shape != oracle.shape:
+        return f"shape {list(got.shape)}, expected {list(oracle.shape)}"
+    if not same_nonfinite(got, eager):
+        return "NaN or infinity where eager has none, or the other way round"
+    factor = GRADIENT_FACTOR if gradient else FACTOR
+    mine, bar, floor = error(got, oracle), error(eager, oracle), FLOOR[eager.dtype]
+    for name in ("rms", "max"):
+        if not getattr(mine, name) <= factor * getattr(bar, name) + floor:
+            return f"{name} error {getattr(mine, name):.3g}, allowed {factor:g} × {getattr(bar, name):.3g} + {floor:g}"
+    return None
+
+
+def assert_rule(got: Tensor, eager: Tensor, oracle: Tensor, *, gradient: bool = False, what: str = "") -> None:
+    """Raise AssertionError if the error rule is broken."""
+    reason = broken_rule(got, eager, oracle, gradient=gradient)
+    assert reason is None, f"{what}: {reason}"
+
+
+def same_nonfinite(got: Tensor, eager: Tensor) -> bool:
+    """NaN, +inf and −inf at the same places."""
+    got, eager = got.detach().cpu(), eager.detach().cpu()
+    return all(torch.equal(test(got), test(eager)) for test in (torch.isnan, torch.isposinf, torch.isneginf))
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory from ``torch.empty`` is NaN inside: an element that a kernel forgot to write is then seen."""
+    from torch.utils import deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        deterministic.fill_uninitialized_memory = fill
+
+
+# ---------------------------------------------------------------- inputs
+
+def make_args(problem: Problem, seed: int = 0, device: str | torch.device | None = None) -> tuple:
+    """Random flat arguments for a problem, in its dtypes, layouts and device; the affine has negative, zero and tiny scales among others."""
+    generator = torch.Generator().manual_seed(seed)
+    device = device or problem.device
+
+    def normal(*shape: int, layout: str = "nhwc", dtype: torch.dtype = problem.dtype, std: float = 1.0) -> Tensor:
+        return _lay(torch.randn(shape, generator=generator).mul_(std).to(device, dtype), layout)
+
+    def vectors(k: int) -> list[Tensor]:
+        wide = torch.promote_types(problem.dtype, torch.float32)
+        scale, shift, mean = (normal(k, dtype=wide) for _ in range(3))
+        scale[::5], scale[1::7] = 0.0, 1e-3
+        return [scale, shift, mean * 0.5, torch.rand(k, generator=generator).add_(0.1).to(device, wide)]
+
+    if problem.op == "conv_bn_act":
+        return _conv_args(problem, normal, vectors)
+    if problem.op == "bn_act":
+        scale, shift, *_ = vectors(problem.x[1])
+        x = normal(*problem.x, layout=problem.layout) + 0.5
+        return x, scale, shift, _maybe(problem.residual, normal, problem.x), 1e-5, problem.act
+    if problem.op == "bn_act_backward":
+        forward = make_args(replace(problem, op="bn_act"), seed, device)
+        y, mean, var = reference.bn_act(*forward)
+        dy = normal(*problem.x, layout=problem.layout)
+        return dy, forward[0], _lay(y, problem.layout), forward[1], mean, var, 1e-5, problem.act, problem.residual is not None
+    x, y = normal(*problem.x, layout=problem.layout), normal(*problem.x, layout=problem.residual or problem.layout)
+    gate = torch.sigmoid(normal(*problem.x[:2], 1, 1)) if problem.gate else None
+    if problem.op == "add_act":
+        return x, y, gate, problem.act
+    out = _lay(reference.add_act(x, y, gate, problem.act), problem.layout)
+    dout = normal(*problem.x, layout=problem.layout)
+    return dout, out, x if problem.gate else None, gate, problem.act
+
+
+def _conv_args(problem: Problem, normal: Callable, vectors: Callable) -> tuple:
+    k, c, r, s = problem.weight
+    x = normal(*problem.x, layout=problem.layout)
+    weight = normal(*problem.weight, layout=problem.layout, std=(2.0 / (c * r * s)) ** 0.5)
+    scale, shift, mean, var = vectors(k)
+    residual = _maybe(problem.residual, normal, (problem.x[0], k, *problem.out_hw))
+    four = (mean, var, 1e-5) if problem.bn else (None, None, 0.0)
+    return (x, weight, scale, shift, residual, *four, problem.stride, problem.padding, problem.dilation, problem.groups, problem.act)
+
+
+def _maybe(layout: str | None, normal: Callable, shape: tuple[int, ...]) -> Tensor | None:
+    return None if layout is None else normal(*shape, layout=layout)
+
+
+def _lay(t: Tensor, layout: str) -> Tensor:
+    """The same values in the named layout; "strided" is a slice of something wider."""
+    if t.dim() != 4:
+        return t
+    if layout == "nhwc":
+        return t.contiguous(memory_format=torch.channels_last)
+    if layout == "nchw":
+        return t.contiguous()
+    wide = t.new_zeros(*t.shape[:-1], t.shape[-1] + 3)
+    wide[..., 1:-2] = t
+    return wide[..., 1:-2]
+
+
+# ---------------------------------------------------------------- judging
+
+def oracle(op: str, args: tuple) -> tuple[Tensor, ...]:
+    """The reference in float64 on the CPU, on exactly the values that the kernel gets."""
+    wide = tuple(a.detach().to("cpu", torch.float64) if isinstance(a, Tensor) else a for a in args)
+    return _tuple(getattr(reference, op)(*wide))
+
+
+def eager(op: str, args: tuple) -> tuple[Tensor, ...]:
+    """What a user has without this package, in the arguments' dtype: torch's convolution and batch norm one after the other.
+
+    The other ops are their reference, which rounds once where torch's modules round twice: a stricter bar.
+    """
+    if op != "conv_bn_act":
+        return _tuple(getattr(reference, op)(*args))
+    x, weight, scale, shift, residual, mean, var, eps, *geometry, act = args
+    out = torch.nn.functional.conv2d(x, weight, None, *geometry)
+    if mean is None:
+        mean, var, eps = torch.zeros_like(scale), torch.ones_like(scale), 0.0
+    out = torch.nn.functional.batch_norm(out, mean, var, scale, shift, False, 0.0, eps)
+    out = out if residual is None else out + residual
+    return (torch.relu(out) if act == "relu" else out,)
+
+
+def check_kernel(kernel: Kernel, problem: Problem, seed: int = 0) -> Verdict:
+    """Run one kernel on one problem in poisoned memory and judge every output by the error rule; inputs must come back unchanged."""
+    args = make_args(problem, seed)
+    kept = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
+    with poisoned(), torch.no_grad():
+        outputs = _tuple(kernel.fn(*args))
+    if problem.device == "cuda":
+        torch.cuda.synchronize()
+    exact, bar = oracle(problem.op, args), eager(problem.op, args)
+    reasons = [broken_rule(got, low, true, gradient=problem.op in _BACKWARD)
+               for got, low, true in zip(outputs, bar, exact, strict=True) if true.numel()]
+    if any(isinstance(a, Tensor) and not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(args, kept, strict=True)):
+        reasons.append("it changed an input")
+    reason = "; ".join(filter(None, reasons)) or None
+    return Verdict(kernel.id, problem, error(outputs[0], exact[0]), error(bar[0], exact[0]), reason)
+
+
+def _tuple(value) -> tuple[Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+# ---------------------------------------------------------------- grids
+
+def model_problems(model: str = "resnet50", batch: int = 2, size: int = 224, dtype: torch.dtype = torch.float32,
+                   device: str = "cpu", capability: tuple[int, int] | None = None) -> list[Problem]:
+    """Every distinct convolution of a model."""
+    return [layer.problem for layer in distinct(layers(model, batch, size, dtype, device, capability))]
+
+
+def nasty_problems(op: str, dtype: torch.dtype = torch.float32, device: str = "cpu",
+                   capability: tuple[int, int] | None = None) -> list[Problem]:
+    """Small problems at the edges: channels in {1, 3, 8, 63, 64, 65, 129}, H≠W, odd sizes with stride 2, groups, dilation, N=0 and 1."""
+    place = {"op": op, "device": device, "dtype": dtype, "capability": capability}
+    if op == "conv_bn_act":
+        return [Problem(layout="nhwc", **place, **case) for case in _nasty_convs()]
+    shapes = [(2, c, 5, 7) for c in (1, 3, 8, 63, 64, 65, 129)] + [(1, 64, 1, 9), (4, 128, 14, 14), (0, 8, 4, 4)]
+    if op.startswith("bn_act"):
+        shapes = shapes[:-1]  # an empty batch has no statistics
+    found = []
+    for x, act, residual, layout in itertools.product(shapes, ("relu", "none"), (False, True), ("nhwc", "nchw")):
+        if op.startswith("bn_act"):
+            found.append(Problem(x=x, layout=layout, act=act, residual=layout if residual else None, **place))
+        else:
+            found.append(Problem(x=x, layout=layout, act=act, residual=layout, gate=residual, **place))
+    return found
+
+
+def _nasty_convs() -> Iterator[dict]:
+    def case(n, c, h, w, k, r=1, stride=1, dilation=1, groups=1, act="relu", residual=None, bn=True, padding=None):
+        pad = dilation * (r // 2) if padding is None else padding
+        return {"x": (n, c, h, w), "weight": (k, c // groups, r, r), "stride": (stride, stride), "padding": (pad, pad),
+                "dilation": (dilation, dilation), "groups": groups, "act": act, "residual": residual, "bn": bn}
+
+    channels = (1, 3, 8, 63, 64, 65, 129)
+    for c, k in zip(channels, channels[::-1], strict=True):
+        for r, stride in ((1, 1), (1, 2), (3, 1), (3, 2)):
+            yield case(2, c, 7, 5, k, r, stride, residual="nhwc" if r == stride else None, bn=stride == 1)
+    yield case(1, 3, 33, 47, 64, 7, 2)
+    yield case(2, 64, 9, 9, 64, 3, dilation=2, act="none")
+    yield case(2, 64, 8, 6, 64, 3, 2, groups=32, residual="nhwc")
+    yield case(2, 16, 6, 6, 32, 3, groups=4)
+    yield case(1, 256, 1, 1, 64, 1, residual="nhwc")
+    yield case(1, 130, 4, 4, 72, 3, act="none", bn=False)
+    yield case(1, 8, 6, 6, 8, 3, padding=0)
+    yield case(0, 16, 8, 8, 24, 3, residual="nhwc")
+    yield case(3, 32, 5, 5, 200, 1, act="none", residual="nhwc")
