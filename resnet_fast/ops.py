@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from . import reference
-from ._library import NAMESPACE, below_autograd, define
+from ._library import below_autograd, define
 from .dispatch import select
 
 Pair = int | tuple[int, int]
@@ -57,8 +56,12 @@ def add_act(x: Tensor, y: Tensor, gate: Tensor | None = None, *, act: str = "rel
 
 
 def _composite() -> bool:
-    """Under functorch transforms and forward-mode AD an op is its own formula: ATen has every rule for it."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    """Under functorch, forward-mode AD and dispatch modes an op is its own formula: ATen has every rule for it.
+
+    So FlopCounterMode counts it without a formula of ours, whose registration would import Triton (155 ms) with the package.
+    """
+    return (forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+            or torch._C._len_torch_dispatch_stack() > 0)
 
 
 def _pair(value: Pair) -> tuple[int, int]:
@@ -300,9 +303,3 @@ ADD_ACT = define(
 ADD_ACT_BACKWARD = define(
     "add_act_backward(Tensor dout, Tensor out, Tensor? x, Tensor? gate, str act) -> (Tensor, Tensor, Tensor)",
     impl=_dispatch("add_act_backward", _unchecked), fake=_fake_add_act_backward, function=None)
-
-
-@register_flop_formula(getattr(torch.ops, NAMESPACE).conv_bn_act)
-def _conv_bn_act_flops(x_shape, w_shape, *args, out_shape=None, **kwargs) -> int:
-    """Two FLOPs for each multiply-add of the convolution, as torch counts convolutions."""
-    return conv_flop_count(x_shape, w_shape, out_shape, transposed=False)

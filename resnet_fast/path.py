@@ -36,6 +36,8 @@ def _why_plain_here(x: Tensor) -> str | None:
         return "a functorch transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode AD is active"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a TorchDispatchMode is active (counting FLOPs, faking tensors, choosing what to checkpoint)"
     if nn_module._has_any_global_hook():
         return "a global module hook is registered"
     if x.device.type not in _DEVICES:

@@ -1,0 +1,38 @@
+"""The command line: ``python -m resnet_fast COMMAND``. Each command is a module of its own that adds its parser here."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import sys
+
+# Command modules, in the order in which a user meets them; each has add_parser(subparsers) and imports what is heavy only when it runs.
+COMMANDS = ("listing", "info", "explain", "check", "bench", "autotune", "predict.command", "report.command")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(prog="python -m resnet_fast", description="ResNets at the speed the machine allows.",
+                                  epilog="`python -m resnet_fast COMMAND --help` tells more of each.")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        importlib.import_module(f"resnet_fast.{name}").add_parser(commands)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code. Mistakes of the user end in one sentence and code 2, Ctrl-C in 130."""
+    args = parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except (ValueError, LookupError, FileNotFoundError, ImportError) as error:
+        print(f"{args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""``explain``: which kernel runs each layer, why, and why a layer runs as plain modules."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import BasicBlock, Bottleneck, why_plain_block
+from .console import DTYPES, add_problem_options, device_or_error, table
+from .dispatch import record, rejected
+from .path import why_plain
+from .problem import Problem
+
+
+@dataclass(frozen=True)
+class Line:
+    """One layer: its module, the op that ran it (or "plain"), the kernel and the reason."""
+
+    module: str
+    op: str
+    kernel: str
+    why: str
+    problem: Problem | None = field(default=None, repr=False)
+
+
+class Explanation(list):
+    """The lines of one forward; prints as a table."""
+
+    def __str__(self) -> str:
+        def shape(p: Problem | None) -> str:
+            return "" if p is None else "×".join(map(str, p.x)) + ("" if p.weight is None else " → " + "×".join(map(str, p.weight)))
+        return table(("layer", "op", "problem", "kernel", "why"), [(x.module, x.op, shape(x.problem), x.kernel, x.why) for x in self])
+
+
+def explain(model: nn.Module, example: Tensor) -> Explanation:
+    """Run one forward of a copy of ``model`` on ``example`` and say for each convolution and batch norm what ran it and why.
+
+    The copy keeps the model's statistics as they are; its hooks run once. Accepts a plan too, which knows its own steps.
+    """
+    steps = getattr(model, "explain", None)
+    if steps is not None:
+        return steps(example)
+    twin = copy.deepcopy(model)
+    owners = {id(p): name.rpartition(".")[0] for name, p in twin.named_parameters(remove_duplicate=False)}
+    with record() as choices, torch.no_grad():
+        twin(example)
+    lines = [Line(owners.get(c.tensor, "(add)"), c.problem.op, c.kernel, c.why, c.problem) for c in choices]
+    return Explanation(lines + _plain_lines(twin, example, {line.module for line in lines}))
+
+
+def _plain_lines(model: nn.Module, example: Tensor, fused: set[str]) -> list[Line]:
+    """The blocks and lone convolutions that no op ran, with the path rule's sentence."""
+    lines, inside = [], []
+    for name, m in model.named_modules():
+        if any(name.startswith(prefix) for prefix in inside):
+            continue
+        if isinstance(m, (BasicBlock, Bottleneck)):
+            inside.append(f"{name}.")
+            reason = why_plain_block(m, example)
+            if reason is not None or type(m).forward not in (BasicBlock.forward, Bottleneck.forward):
+                lines.append(Line(name, "plain", "torch modules", reason or "a subclass overrides forward"))
+        elif isinstance(m, nn.Conv2d) and name not in fused and not _training_pair(model, name, fused):
+            lines.append(Line(name, "plain", "torch module", why_plain(example, [m]) or "not part of a fused block"))
+    return lines
+
+
+def _training_pair(model: nn.Module, name: str, fused: set[str]) -> bool:
+    """Whether the convolution's batch norm ran fused: in training the convolution itself is torch's."""
+    return name.replace("conv", "bn") in fused
+
+
+def add_parser(commands) -> None:
+    p = commands.add_parser("explain", help="which kernel runs each layer, and why",
+                            description="Run one forward and show, layer by layer, the kernel, the reason, and why others were not chosen.")
+    p.add_argument("model", help="an architecture (see `list`)")
+    add_problem_options(p)
+    p.add_argument("--train", action="store_true", help="explain a training forward")
+    p.add_argument("--rejected", action="store_true", help="say for each distinct problem why every other kernel was not chosen")
+    p.add_argument("--model-gpu", metavar="GPU", help="no run: predict each layer's floor on that GPU (h200, …) from the roofline model")
+    p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from .models import create_model
+    if args.model_gpu:
+        from .roofline import table as roofline_table
+        print(roofline_table(args.model, args.batch, args.size, DTYPES[args.dtype], args.model_gpu))
+        return 0
+    device = device_or_error(args.device)
+    model = create_model(args.model).to(device, DTYPES[args.dtype]).train(args.train)
+    example = torch.randn(args.batch, 3, args.size, args.size, device=device, dtype=DTYPES[args.dtype])
+    found = explain(model, example)
+    print(found)
+    if args.rejected:
+        for problem in dict.fromkeys(line.problem for line in found if line.problem is not None):
+            print(f"\n{problem.key}")
+            for kernel, reason in rejected(problem).items():
+                print(f"  {kernel:26} {reason}")
+    return 0
