@@ -1,0 +1,77 @@
+// What the host hands to a kernel: plain structs, no torch, no CUDA. library.cpp fills them, cuda/*.cu read them.
+//
+// To add one kernel file (say cuda/pool.cu):
+//   1. here      a struct with its pointers, sizes and strides;
+//   2. launch.h  one line: its launcher;
+//   3. cuda/pool.cu   the kernel, its launcher and its `Registration`s (setup.py finds the file by itself);
+//   4. library.cpp    schema, checks, output allocation, launch.
+#pragma once
+
+#include <cstdint>
+
+namespace resnet_fast {
+
+enum class DType : int { f32, f16, bf16 };
+enum class Act : int { none, relu };
+
+// Per-channel affine of an epilogue, y = act(acc * s + t + residual): either s and t themselves, or the four batch
+// norm vectors they are formed from (then gamma, beta, mean and var are set, scale and shift are null).
+struct AffineArgs {
+  const void* scale = nullptr;
+  const void* shift = nullptr;
+  const void* gamma = nullptr;
+  const void* beta = nullptr;
+  const void* mean = nullptr;
+  const void* var = nullptr;
+  float eps = 0.f;
+  DType dtype = DType::f32;  // of whichever vectors are set
+};
+
+// Ungated add_act and its backward: both read two tensors of one dense layout and write a third in the same layout.
+// Forward: a = x, b = y. Backward: a = dout, b = out.
+struct BinaryArgs {
+  const void* a;
+  const void* b;
+  void* out;
+  int64_t count;
+  DType dtype;
+  Act act;
+};
+
+// Gated add_act over NHWC-dense tensors [images, pixels, channels]; gate is [images, channels], dense.
+struct GateArgs {
+  const void* x;
+  const void* y;
+  const void* gate;
+  void* out;
+  int64_t images, pixels, channels;
+  DType dtype;
+  Act act;
+};
+
+struct GateBackwardArgs {
+  const void* dout;
+  const void* out;
+  const void* x;
+  const void* gate;
+  void* dx;
+  void* dy;
+  void* dgate;     // [images, channels]
+  float* partial;  // workspace of add_act_gate_backward_workspace floats, fully overwritten
+  int64_t images, pixels, channels;
+  DType dtype;
+  Act act;
+};
+
+// weight [K, C, R, S] with any strides (in elements); folded is dense channels_last (K, R, S, C in memory).
+struct FoldArgs {
+  const void* weight;
+  void* folded;
+  void* bias;
+  AffineArgs bn;
+  int64_t k, c, r, s;
+  int64_t stride_k, stride_c, stride_r, stride_s;
+  DType weight_dtype, out_dtype;
+};
+
+}  // namespace resnet_fast

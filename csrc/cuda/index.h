@@ -1,0 +1,71 @@
+// Which thread touches which element. Plain arithmetic, compiled for device and host alike, so that a host test can
+// walk a whole grid and prove that every element is visited exactly once.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define RF_HD __host__ __device__ __forceinline__
+#else
+#define RF_HD inline
+#endif
+
+namespace resnet_fast {
+
+constexpr int kThreads = 256;
+
+RF_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+RF_HD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+RF_HD int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Flat work: `count` elements in vectors of `width`, one vector a thread and grid-stride beyond the largest grid.
+// The count % width elements left over go one each to the first threads of the grid.
+RF_HD int64_t flat_blocks(int64_t count, int width) {
+  constexpr int64_t kLargestGrid = 0x7fffffff;
+  return smaller(larger(ceil_div(count / width, kThreads), 1), kLargestGrid);
+}
+
+// NHWC work with per-(image, channel) data: a block owns one image, `lanes` neighbouring vectors of channels, and one
+// of `splits` ranges of pixels. Threads are (lanes, kThreads / lanes): neighbours in channel are neighbours in memory,
+// and a thread keeps its channels for all its pixels, so the gate is loaded once and the loop divides no index.
+struct GateGrid {
+  int lanes, rows;
+  int64_t splits, chunks;
+};
+
+RF_HD GateGrid gate_grid(int64_t images, int64_t pixels, int64_t channels, int width) {
+  constexpr int64_t kBlocksWanted = 1024;    // about eight 256-thread blocks for each of 132 SMs
+  constexpr int64_t kPixelsPerThread = 8;    // fewer would not pay for the block's reduction
+  const int64_t vectors = ceil_div(channels, width);
+  int lanes = 1;
+  while (lanes < 32 && lanes < vectors) lanes *= 2;
+  const int rows = kThreads / lanes;
+  const int64_t chunks = larger(ceil_div(vectors, lanes), 1);
+  const int64_t wanted = ceil_div(kBlocksWanted, larger(images * chunks, 1));
+  const int64_t worthwhile = larger(pixels / (rows * kPixelsPerThread), 1);
+  return {lanes, rows, smaller(wanted, worthwhile), chunks};
+}
+
+struct GateTile {
+  int64_t image, channel;  // channel of the first element of this thread's vector; >= channels: nothing to do
+  int64_t begin, end;      // pixels of the block; a thread takes begin + row, begin + row + rows, ...
+};
+
+RF_HD GateTile gate_tile(const GateGrid& grid, int64_t block_x, int64_t block_y, int lane, int64_t pixels, int width) {
+  const int64_t image = block_x / grid.splits, split = block_x % grid.splits;
+  const int64_t step = ceil_div(pixels, grid.splits);
+  return {image, (block_y * grid.lanes + lane) * width, smaller(split * step, pixels),
+          smaller((split + 1) * step, pixels)};
+}
+
+// Offset of weight[k, c, r, s] for the i-th element of one filter counted in channels_last order (r, s, c).
+struct FilterIndex {
+  int64_t c, r, s;
+};
+
+RF_HD FilterIndex filter_index(uint32_t i, uint32_t channels, uint32_t width) {
+  const uint32_t tap = i / channels;
+  return {int64_t(i % channels), int64_t(tap / width), int64_t(tap % width)};
+}
+
+}  // namespace resnet_fast

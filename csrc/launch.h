@@ -1,0 +1,18 @@
+// The launchers of cuda/*.cu, one line each. A launcher picks grid and instantiation, launches on `stream`, and returns
+// the launch's error; it neither allocates nor synchronises. Shapes were checked by the caller, and empty work is fine.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "args.h"
+
+namespace resnet_fast {
+
+cudaError_t add_act(const BinaryArgs&, cudaStream_t);
+cudaError_t add_act_backward(const BinaryArgs&, cudaStream_t);
+cudaError_t add_act_gate(const GateArgs&, cudaStream_t);
+int64_t add_act_gate_backward_workspace(const GateBackwardArgs&);  // floats that `partial` must hold
+cudaError_t add_act_gate_backward(const GateBackwardArgs&, cudaStream_t);
+cudaError_t fold_bn(const FoldArgs&, cudaStream_t);
+
+}  // namespace resnet_fast

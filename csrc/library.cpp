@@ -1,0 +1,263 @@
+// The ops of namespace resnet_fast_native: schemas, checks, outputs, device guard, current stream, launch.
+// The only file that includes torch headers, and of those only the stable ABI: with TORCH_TARGET_VERSION at 2.11 one
+// binary loads on torch 2.11 and later. Users call the ops of namespace `resnet_fast`, which own fake and backward.
+//
+// Registered for every backend, and the device is checked last, so that a machine without a GPU can test the checks.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <tuple>
+#include <vector>
+
+#include "launch.h"
+
+namespace {
+
+using resnet_fast::Act;
+using resnet_fast::DType;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Throws one sentence, "op: got X, expected Y". A macro, so that the sentence is built only when it is needed.
+#define RF_CHECK(condition, ...) \
+  if (!(condition)) throw std::runtime_error(sentence(__VA_ARGS__))
+
+template <class... Part>
+std::string sentence(const Part&... part) {
+  std::ostringstream out;
+  (out << ... << part);
+  return out.str();
+}
+
+std::string shape(const Tensor& t) {
+  std::ostringstream out;
+  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "[") << t.size(i);
+  out << (t.dim() ? "]" : "[]");
+  return out.str();
+}
+
+const char* name(ScalarType dtype) { return torch::headeronly::toString(dtype); }
+
+DType float_type(const char* op, const char* what, ScalarType dtype) {
+  if (dtype == ScalarType::Float) return DType::f32;
+  if (dtype == ScalarType::Half) return DType::f16;
+  if (dtype == ScalarType::BFloat16) return DType::bf16;
+  throw std::runtime_error(
+      sentence(op, ": got ", what, " of dtype ", name(dtype), ", expected Float, Half or BFloat16"));
+}
+
+void check_same(const char* op, const char* what, const Tensor& t, const char* model_name, const Tensor& model) {
+  RF_CHECK(t.scalar_type() == model.scalar_type(), op, ": got ", what, " of dtype ", name(t.scalar_type()), " and ",
+           model_name, " of dtype ", name(model.scalar_type()), ", expected the same");
+  bool same = t.dim() == model.dim();
+  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == model.size(i);
+  RF_CHECK(same, op, ": got ", what, " of shape ", shape(t), ", expected ", model_name, "'s shape ", shape(model));
+}
+
+// Equal strides wherever they matter (a dimension of one element has none).
+void check_same_layout(const char* op, const char* what, const Tensor& t, const char* model_name, const Tensor& model) {
+  check_same(op, what, t, model_name, model);
+  bool same = true;
+  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == 1 || t.stride(i) == model.stride(i);
+  RF_CHECK(same || t.numel() == 0, op, ": got ", what, " with other strides than ", model_name,
+           ", expected one memory layout");
+}
+
+// Dense: the elements fill their memory without gap or overlap, in any order of dimensions.
+void check_dense(const char* op, const char* what, const Tensor& t) {
+  int64_t filled = 1;
+  for (bool grown = true; grown;) {
+    grown = false;
+    for (int64_t i = 0; i < t.dim(); ++i) {
+      if (t.size(i) == 1 || t.stride(i) != filled) continue;
+      filled *= t.size(i);
+      grown = true;
+    }
+  }
+  RF_CHECK(filled == t.numel() || t.numel() == 0, op, ": got ", what,
+           " with gaps or overlaps in memory, expected a dense tensor");
+}
+
+void check_channels_last(const char* op, const char* what, const Tensor& t) {
+  RF_CHECK(t.dim() == 4, op, ": got ", what, " of shape ", shape(t), ", expected [N, C, H, W]");
+  int64_t expected = 1;
+  bool good = true;
+  for (int64_t i : {1, 3, 2, 0}) {
+    good = good && (t.size(i) == 1 || t.stride(i) == expected);
+    expected *= t.size(i);
+  }
+  RF_CHECK(good || t.numel() == 0, op, ": got ", what, " that is not dense in channels_last, expected channels_last");
+}
+
+void check_gate(const char* op, const Tensor& gate, const Tensor& x) {
+  RF_CHECK(gate.scalar_type() == x.scalar_type(), op, ": got gate of dtype ", name(gate.scalar_type()),
+           " and x of dtype ", name(x.scalar_type()), ", expected the same");
+  RF_CHECK(gate.dim() == 4 && gate.size(0) == x.size(0) && gate.size(1) == x.size(1) && gate.size(2) == 1 &&
+               gate.size(3) == 1,
+           op, ": got gate of shape ", shape(gate), ", expected [", x.size(0), ", ", x.size(1), ", 1, 1]");
+  check_channels_last(op, "gate", gate);
+}
+
+// Last of all checks: everything on the GPU that `tensors[0]` is on.
+void check_device(const char* op, std::initializer_list<const Tensor*> tensors) {
+  const auto device = (*tensors.begin())->device();
+  RF_CHECK(device.is_cuda(), op, ": got tensors on the CPU, expected CUDA tensors");
+  for (const Tensor* t : tensors) RF_CHECK(t->device() == device, op, ": got tensors on two devices, expected one");
+}
+
+Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype,
+                     const Tensor& beside) {
+  AtenTensorHandle handle = nullptr;
+  const auto device = beside.device();
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), int32_t(device.type()), device.index(),
+      &handle));
+  return Tensor(handle);
+}
+
+Tensor empty_like(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  return empty_strided({sizes.begin(), sizes.end()}, {strides.begin(), strides.end()}, t.scalar_type(), t);
+}
+
+// Runs launch(stream) on the tensor's device and current stream; a CUDA error becomes an exception.
+template <class F>
+void on_device_of(const char* op, const Tensor& t, F&& launch) {
+  const torch::stable::accelerator::DeviceGuard guard(t.get_device_index());
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  const cudaError_t error = launch(static_cast<cudaStream_t>(stream));
+  RF_CHECK(error == cudaSuccess, op, ": the launch failed: ", cudaGetErrorString(error));
+}
+
+Act act_of(bool relu) { return relu ? Act::relu : Act::none; }
+
+Tensor add_act(const Tensor& x, const Tensor& y, const std::optional<Tensor>& gate, bool relu) {
+  constexpr const char* op = "add_act";
+  const DType dtype = float_type(op, "x", x.scalar_type());
+  check_same_layout(op, "y", y, "x", x);
+  if (!gate) {
+    check_dense(op, "x", x);
+    check_device(op, {&x, &y});
+    Tensor out = empty_like(x);
+    on_device_of(op, x, [&](cudaStream_t stream) {
+      return resnet_fast::add_act({x.const_data_ptr(), y.const_data_ptr(), out.mutable_data_ptr(), x.numel(), dtype,
+                                   act_of(relu)}, stream);
+    });
+    return out;
+  }
+  check_channels_last(op, "x", x);
+  check_gate(op, *gate, x);
+  check_device(op, {&x, &y, &*gate});
+  Tensor out = empty_like(x);
+  on_device_of(op, x, [&](cudaStream_t stream) {
+    return resnet_fast::add_act_gate({x.const_data_ptr(), y.const_data_ptr(), gate->const_data_ptr(),
+                                      out.mutable_data_ptr(), x.size(0), x.size(2) * x.size(3), x.size(1), dtype,
+                                      act_of(relu)}, stream);
+  });
+  return out;
+}
+
+// The gradient of both addends, which are one tensor without a gate.
+Tensor add_act_backward(const Tensor& dout, const Tensor& out, bool relu) {
+  constexpr const char* op = "add_act_backward";
+  const DType dtype = float_type(op, "dout", dout.scalar_type());
+  check_same_layout(op, "out", out, "dout", dout);
+  check_dense(op, "dout", dout);
+  check_device(op, {&dout, &out});
+  Tensor d = empty_like(dout);
+  on_device_of(op, dout, [&](cudaStream_t stream) {
+    return resnet_fast::add_act_backward(
+        {dout.const_data_ptr(), out.const_data_ptr(), d.mutable_data_ptr(), dout.numel(), dtype, act_of(relu)}, stream);
+  });
+  return d;
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_act_gate_backward(const Tensor& dout, const Tensor& out, const Tensor& x,
+                                                         const Tensor& gate, bool relu) {
+  constexpr const char* op = "add_act_gate_backward";
+  const DType dtype = float_type(op, "dout", dout.scalar_type());
+  check_same_layout(op, "out", out, "dout", dout);
+  check_same_layout(op, "x", x, "dout", dout);
+  check_channels_last(op, "dout", dout);
+  check_gate(op, gate, x);
+  check_device(op, {&dout, &out, &x, &gate});
+  Tensor dx = empty_like(dout), dy = empty_like(dout), dgate = empty_like(gate);
+  resnet_fast::GateBackwardArgs args{dout.const_data_ptr(), out.const_data_ptr(), x.const_data_ptr(),
+                                     gate.const_data_ptr(), dx.mutable_data_ptr(), dy.mutable_data_ptr(),
+                                     dgate.mutable_data_ptr(), nullptr, x.size(0), x.size(2) * x.size(3), x.size(1),
+                                     dtype, act_of(relu)};
+  const Tensor partial =
+      empty_strided({resnet_fast::add_act_gate_backward_workspace(args)}, {1}, ScalarType::Float, dout);
+  args.partial = static_cast<float*>(partial.mutable_data_ptr());
+  on_device_of(op, dout, [&](cudaStream_t stream) { return resnet_fast::add_act_gate_backward(args, stream); });
+  return {dx, dy, dgate};
+}
+
+// The four batch norm vectors of K channels as epilogues take them.
+resnet_fast::AffineArgs bn_args(const char* op, int64_t k, const Tensor& gamma, const Tensor& beta, const Tensor& mean,
+                                const Tensor& var, double eps) {
+  RF_CHECK(gamma.dim() == 1 && gamma.size(0) == k, op, ": got gamma of shape ", shape(gamma), ", expected [", k, "]");
+  check_same(op, "beta", beta, "gamma", gamma);
+  check_same(op, "mean", mean, "gamma", gamma);
+  check_same(op, "var", var, "gamma", gamma);
+  for (const Tensor* t : {&gamma, &beta, &mean, &var}) {
+    RF_CHECK(t->is_contiguous(), op, ": got a strided batch norm vector, expected contiguous ones");
+  }
+  resnet_fast::AffineArgs args;
+  args.gamma = gamma.const_data_ptr();
+  args.beta = beta.const_data_ptr();
+  args.mean = mean.const_data_ptr();
+  args.var = var.const_data_ptr();
+  args.eps = float(eps);
+  args.dtype = float_type(op, "gamma", gamma.scalar_type());
+  return args;
+}
+
+std::tuple<Tensor, Tensor> fold_bn(const Tensor& weight, const Tensor& gamma, const Tensor& beta, const Tensor& mean,
+                                   const Tensor& var, double eps, std::optional<ScalarType> out_dtype) {
+  constexpr const char* op = "fold_bn";
+  RF_CHECK(weight.dim() == 4, op, ": got weight of shape ", shape(weight), ", expected [K, C, R, S]");
+  const ScalarType to = out_dtype.value_or(weight.scalar_type());
+  const int64_t k = weight.size(0), c = weight.size(1), r = weight.size(2), s = weight.size(3);
+  const DType weight_type = float_type(op, "weight", weight.scalar_type()), out_type = float_type(op, "out", to);
+  RF_CHECK(weight_type == DType::f32 || weight_type == out_type, op, ": got weight of dtype ",
+           name(weight.scalar_type()), " and out ", name(to), ", expected the same unless weight is Float");
+  RF_CHECK(c * r * s <= INT32_MAX, op, ": got a filter of ", c * r * s, " elements, expected fewer than 2^31");
+  const auto bn = bn_args(op, k, gamma, beta, mean, var, eps);
+  check_device(op, {&weight, &gamma, &beta, &mean, &var});
+  Tensor folded = empty_strided({k, c, r, s}, {c * r * s, 1, s * c, c}, to, weight);
+  Tensor bias = empty_strided({k}, {1}, to, weight);
+  // A dimension of one element may carry any stride; zero keeps it from spoiling 128-bit access.
+  const auto stride = [&](int64_t dim) { return weight.size(dim) == 1 ? 0 : weight.stride(dim); };
+  const resnet_fast::FoldArgs args{weight.const_data_ptr(), folded.mutable_data_ptr(), bias.mutable_data_ptr(), bn,
+                                   k, c, r, s, stride(0), c == 1 ? 1 : stride(1), stride(2), stride(3), weight_type, out_type};
+  on_device_of(op, weight, [&](cudaStream_t stream) { return resnet_fast::fold_bn(args, stream); });
+  return {folded, bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(resnet_fast_native, m) {
+  m.def("add_act(Tensor x, Tensor y, Tensor? gate, bool relu) -> Tensor");
+  m.def("add_act_backward(Tensor dout, Tensor out, bool relu) -> Tensor");
+  m.def("add_act_gate_backward(Tensor dout, Tensor out, Tensor x, Tensor gate, bool relu)"
+        " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "fold_bn(Tensor weight, Tensor gamma, Tensor beta, Tensor mean, Tensor var, float eps, ScalarType? out=None) "
+      "-> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fast_native, CompositeExplicitAutograd, m) {
+  m.impl("add_act", TORCH_BOX(&add_act));
+  m.impl("add_act_backward", TORCH_BOX(&add_act_backward));
+  m.impl("add_act_gate_backward", TORCH_BOX(&add_act_gate_backward));
+  m.impl("fold_bn", TORCH_BOX(&fold_bn));
+}
