@@ -1,0 +1,135 @@
+"""Engines outside PyTorch as peers: OpenVINO, ONNX Runtime, TensorRT, cudnn-frontend. Each is imported only when it is built.
+
+Each function has the signature of ``Provider.build``. None of them has been run on a GPU by this project: TensorRT and
+cudnn-frontend follow their documentation.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import io
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from . import folded
+
+# module → what to install
+PACKAGES = {"openvino": "openvino", "onnxruntime": "onnxruntime", "onnx": "onnx",
+            "torch_tensorrt": "torch-tensorrt", "cudnn": "nvidia-cudnn-frontend"}
+
+
+def missing(*modules: str) -> Callable[[], str | None]:
+    """A check that says which of the modules is not installed, and what to install."""
+    def unavailable() -> str | None:
+        absent = [PACKAGES[name] for name in modules if importlib.util.find_spec(name) is None]
+        return f"not installed: pip install {' '.join(absent)}" if absent else None
+
+    return unavailable
+
+
+def openvino(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """OpenVINO on the CPU, for latency, in the inference precision asked for."""
+    import openvino as ov
+
+    converted = ov.convert_model(copy.deepcopy(model), example_input=example.float(), input=[list(example.shape)])
+    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+    settings = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    request = ov.Core().compile_model(converted, "CPU", settings).create_infer_request()
+
+    def run(x: Tensor) -> Tensor:
+        request.infer([x.float().numpy()], share_inputs=True)
+        return torch.from_numpy(request.get_output_tensor(0).data)
+
+    return run
+
+
+def onnxruntime(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """ONNX Runtime on the example's device, all graph optimisations on."""
+    import onnxruntime as ort
+
+    buffer = io.BytesIO()
+    torch.onnx.export(copy.deepcopy(model).to(dtype), (example,), buffer, input_names=["x"], output_names=["y"],
+                      dynamo=False)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = torch.get_num_threads()
+    kind = example.device.type
+    wanted = "CUDAExecutionProvider" if kind == "cuda" else "CPUExecutionProvider"
+    session = ort.InferenceSession(buffer.getvalue(), options, providers=[wanted])
+    if wanted not in session.get_providers():
+        raise RuntimeError(f"ONNX Runtime offers {session.get_providers()}, not {wanted}: install onnxruntime-gpu")
+    if kind == "cpu":
+        return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+    binding = session.io_binding()
+    out = torch.empty(example.shape[0], model.fc.out_features, device=example.device, dtype=dtype)
+    element = {torch.float32: 1, torch.float16: 10}[dtype]  # TensorProto.FLOAT, TensorProto.FLOAT16
+
+    def run(x: Tensor) -> Tensor:
+        binding.bind_input("x", "cuda", x.get_device(), element, tuple(x.shape), x.data_ptr())
+        binding.bind_output("y", "cuda", out.get_device(), element, tuple(out.shape), out.data_ptr())
+        session.run_with_iobinding(binding)
+        return out
+
+    return run
+
+
+def tensorrt(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """TensorRT through torch-tensorrt, weights and activations in ``dtype``, replayed as a CUDA graph."""
+    import torch_tensorrt
+
+    net = copy.deepcopy(model).to(dtype)
+    compiled = torch_tensorrt.compile(net, ir="dynamo", inputs=[example], enabled_precisions={dtype},
+                                      require_full_compilation=True)
+    with torch.no_grad():
+        return folded.graphed(compiled, example)
+
+
+def cudnn_frontend(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Folded convolutions, each one cudnn-frontend graph (convolution, bias, residual, ReLU), all of them in a CUDA graph."""
+    import cudnn
+
+    handle = cudnn.create_handle()
+    kind = {torch.float16: cudnn.data_type.HALF, torch.bfloat16: cudnn.data_type.BFLOAT16}[dtype]
+
+    def make(conv: folded.Folded) -> folded.Conv:
+        stride, padding, dilation, _ = conv.geometry  # groups follow from the shapes
+        bias = conv.bias.view(1, -1, 1, 1).contiguous(memory_format=torch.channels_last)
+        built: dict[str, tuple] = {}
+
+        def build(x: Tensor, residual: Tensor | None) -> tuple:
+            graph = cudnn.pygraph(io_data_type=kind, intermediate_data_type=cudnn.data_type.FLOAT,
+                                  compute_data_type=cudnn.data_type.FLOAT, handle=handle)
+            inputs = [graph.tensor_like(t) for t in (x, conv.weight, bias)]
+            y = graph.conv_fprop(image=inputs[0], weight=inputs[1], padding=list(padding), stride=list(stride),
+                                 dilation=list(dilation))
+            y = graph.bias(input=y, bias=inputs[2])
+            if residual is not None:
+                inputs.append(graph.tensor_like(residual))
+                y = graph.add(a=y, b=inputs[3])
+            y = graph.relu(input=y) if conv.act == "relu" else y
+            y.set_output(True)
+            graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+            out = torch.nn.functional.conv2d(x, conv.weight, None, *conv.geometry)  # for its shape and strides
+            return graph, inputs, y, out, torch.empty(graph.get_workspace_size(), device=x.device, dtype=torch.uint8)
+
+        def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
+            if "graph" not in built:
+                built["graph"] = build(x, residual)
+            graph, inputs, y, out, workspace = built["graph"]
+            tensors = [x, conv.weight, bias] + ([] if residual is None else [residual])
+            graph.execute({**dict(zip(inputs, tensors, strict=True)), y: out}, workspace, handle=handle)
+            return out
+
+        return run
+
+    net = folded.FoldedNet(model, dtype, make)
+
+    def on_stream(x: Tensor) -> Tensor:
+        cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)
+        return net(x)
+
+    return folded.graphed(on_stream, example)
