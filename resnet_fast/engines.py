@@ -1,4 +1,4 @@
-"""Engines outside PyTorch as peers: OpenVINO, ONNX Runtime, TensorRT, cudnn-frontend. Each is imported only when it is built.
+"""Engines outside PyTorch as peers: OpenVINO, ONNX Runtime, TensorRT, cudnn-frontend. Each is imported only when built.
 
 Each function has the signature of ``Provider.build``. None of them has been run on a GPU by this project: TensorRT and
 cudnn-frontend follow their documentation.
@@ -89,7 +89,7 @@ def tensorrt(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[
 
 
 def cudnn_frontend(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Folded convolutions, each one cudnn-frontend graph (convolution, bias, residual, ReLU), all of them in a CUDA graph."""
+    """Folded convolutions, each one cudnn-frontend graph (convolution, bias, residual, ReLU), all in a CUDA graph."""
     import cudnn
 
     handle = cudnn.create_handle()

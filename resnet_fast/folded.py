@@ -1,4 +1,4 @@
-"""The bar: a ResNet with batch norm folded away, run by what torch ships (oneDNN, or cuDNN in a CUDA graph), none of it ours.
+"""The bar: a ResNet with batch norm folded away, run by oneDNN, or by cuDNN in a CUDA graph: none of it ours.
 
 A peer to be measured against, made as fast as these libraries go, so it takes liberties that ``aten`` does not: weights
 are a snapshot, oneDNN's fused ReLU turns NaN into 0, the projection's bias moves into the block's last convolution.
@@ -32,7 +32,7 @@ class Folded:
 
 
 def onednn(conv: Folded) -> Conv:
-    """oneDNN's packed convolution with bias, in-place residual add and ReLU fused; packed for the first input it sees."""
+    """oneDNN's packed convolution with bias, in-place residual add and ReLU fused; packed for its first input."""
     stride, padding, dilation, groups = conv.geometry
     geometry = padding, stride, dilation, groups  # in oneDNN's order
     packed: list[Tensor] = []
@@ -43,14 +43,14 @@ def onednn(conv: Folded) -> Conv:
             packed.append(mkldnn._reorder_convolution_weight(conv.weight.contiguous(), *geometry, x.shape))
         if residual is None:
             return mkldnn._convolution_pointwise(x, packed[0], conv.bias, *geometry, conv.act, [], "")
-        return mkldnn._convolution_pointwise_.binary(residual, x, packed[0], conv.bias, *geometry, "add", None, conv.act,
-                                                     [], "")
+        return mkldnn._convolution_pointwise_.binary(residual, x, packed[0], conv.bias, *geometry,
+                                                     "add", None, conv.act, [], "")
 
     return run
 
 
 def cudnn(conv: Folded) -> Conv:
-    """cuDNN's convolution with bias, residual add and ReLU in one call; without ReLU (a projection) the plain convolution."""
+    """cuDNN's convolution with bias, residual add and ReLU in one call; a projection is the plain convolution."""
     def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
         if conv.act == "none":
             return F.conv2d(x, conv.weight, None, *conv.geometry)

@@ -1,4 +1,4 @@
-"""Every way to run a network that a user could pick, as a Provider: eager, folded, compiled, ours, and installed engines.
+"""Every way to run a network that a user could pick, as a Provider: eager, folded, compiled, ours, other engines.
 
 All are built from one reference model, so all compute with the same weights and each time can stand beside an error.
 Each takes the same input, contiguous NCHW in the case's dtype; what it does to that input first is part of its time.
@@ -63,7 +63,7 @@ class Provider:
 # ---------------------------------------------------------------- what every provider shares
 
 def reference_model(name: str, device: str | torch.device = "cpu", seed: int = 0) -> nn.Module:
-    """The eager model that all providers share: torchvision's if installed, else our plain modules; eval, float32, NCHW.
+    """The eager model that all providers share: torchvision's if installed, else our plain modules; eval, fp32, NCHW.
 
     γ and β are random and the running statistics are those of random images, so that activations stay in range and no
     affine is trivial.
@@ -103,8 +103,8 @@ def example_input(batch: int, size: int, dtype: torch.dtype, device: str | torch
 
 @contextmanager
 def fair() -> Iterator[None]:
-    """What every provider of a case is measured under: cuDNN may choose its algorithms by timing, and the compiler starts
-    without specialisations of earlier cases (its limit counts every model of a process)."""
+    """What every provider of a case is measured under: cuDNN may choose its algorithms by timing, and the compiler
+    starts without specialisations of earlier cases (its limit counts every model of a process)."""
     benchmark = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     torch.compiler.reset()
@@ -189,8 +189,8 @@ def _plan(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[[Te
 class TrainStep:
     """One step of SGD with momentum on cross-entropy: forward, backward, update; x: [N, 3, H, W] → the loss.
 
-    Half precision is autocast over float32 weights, as people train. The learning rate is tiny: the work is the same and
-    nothing diverges.
+    Half precision is autocast over float32 weights, as people train. The learning rate is tiny: the work is the same
+    and nothing diverges.
     """
 
     def __init__(self, net: nn.Module, forward: Callable[[Tensor], Tensor], dtype: torch.dtype,
@@ -258,7 +258,7 @@ BASELINES = {"vs_eager": ("eager",), "vs_compile": ("compile", "compile-best"), 
 
 
 def provider(id: str) -> Provider:
-    """The provider of that id, or "kernel:ID": our plan with that kernel forced wherever it applies. Raises LookupError."""
+    """The provider of that id, or "kernel:ID": our plan with it forced where it applies. Raises LookupError."""
     if id.startswith("kernel:"):
         return _forced(id.removeprefix("kernel:"))
     if id not in PROVIDERS:
