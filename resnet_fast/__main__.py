@@ -8,7 +8,7 @@ import importlib.util
 import sys
 
 # Command modules, in the order in which a user meets them; each has add_parser(subparsers) and imports what is heavy only when it runs.
-COMMANDS = ("listing", "info", "explain", "check", "bench", "autotune", "predict.command", "report.command")
+COMMANDS = ("listing", "info", "explain", "check", "bench")
 
 
 def parser() -> argparse.ArgumentParser:
