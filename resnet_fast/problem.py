@@ -112,11 +112,14 @@ def _strides(t: Tensor | None):
 
 KEYS = {
     "conv_bn_act": lambda x, w, scale, shift, res, mean, var, eps, stride, padding, dilation, groups, act: (
-        "conv_bn_act", x.shape, x.stride(), x.dtype, x.device, w.shape, w.stride(), w.dtype, w.device, scale.shape, shift.shape,
-        None if res is None else (res.shape, res.stride(), res.dtype, res.device), mean is None,
+        "conv_bn_act", x.shape, x.stride(), x.dtype, x.device, w.shape, w.stride(), w.dtype, w.device,
+        scale.shape, scale.dtype, scale.device, shift.shape, shift.dtype, shift.device, mean is None, var is None,
+        None if res is None else (res.shape, res.stride(), res.dtype, res.device),
+        None if mean is None or var is None
+        else (mean.shape, mean.dtype, mean.device, var.shape, var.dtype, var.device),
         *stride, *padding, *dilation, groups, act),
     "bn_act": lambda x, w, b, res, eps, act: (
-        "bn_act", x.shape, x.stride(), x.dtype, x.device, w.shape, w.dtype, w.device, b.shape,
+        "bn_act", x.shape, x.stride(), x.dtype, x.device, w.shape, w.dtype, w.device, b.shape, b.dtype, b.device,
         None if res is None else (res.shape, res.stride(), res.dtype, res.device), act),
     "bn_act_backward": lambda dy, x, y, w, mean, var, eps, act, res: (
         "bn_act_backward", x.shape, x.stride(), dy.stride(), y.stride(), x.dtype, x.device, w.dtype, act, res),
