@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .path import conv_bn_act, why_plain
+from .path import conv_bn_act, why_misplaced, why_plain
 
 
 def conv3x3(in_planes: int, out_planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
@@ -43,9 +43,9 @@ def why_plain_block(block: nn.Module, x: Tensor) -> str | None:
     """Why this block's plain modules must run on ``x``, or None."""
     downsample = block.downsample
     if downsample is not None and (type(downsample) is not nn.Sequential or len(downsample) != 2
-                                   or type(downsample[0]) is not nn.Conv2d):
+                                   or why_misplaced(zip(("conv", "bn"), downsample._modules.values(), strict=True))):
         return "the projection is not Conv2d + BatchNorm2d"
-    return why_plain(x, _skipped(block))
+    return why_plain(x, _skipped(block)) or why_misplaced(block._modules.items())
 
 
 class BasicBlock(nn.Module):

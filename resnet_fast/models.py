@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import BasicBlock, Bottleneck, conv1x1
-from .path import conv_bn_act, why_plain
+from .path import conv_bn_act, is_frozen_bn, why_misplaced, why_plain
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ class ResNet(nn.Module):
     def _forward_impl(self, x: Tensor) -> Tensor:
         fused = False
         if not torch.jit.is_scripting():
-            fused = why_plain(x, (self.conv1, self.bn1, self.relu)) is None
+            stem = {"conv": self.conv1, "bn": self.bn1, "relu": self.relu}
+            fused = why_plain(x, stem.values()) is None and why_misplaced(stem.items()) is None
             if fused:
                 x = self._stem(x)
         if not fused:
@@ -135,9 +136,24 @@ class ResNet(nn.Module):
     @torch.jit.unused
     def _stem(self, x: Tensor) -> Tensor:
         """conv1 + bn1 + ReLU in one step, in NHWC from here on if nobody inside the network can see the strides."""
-        if not any(m._forward_hooks or m._forward_pre_hooks for m in self.modules() if m is not self):
-            x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+        nchw = x.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last)
+        if nchw and not any(map(_sees_strides, self._modules.values())):
+            if x.requires_grad:  # through a flat view, so that its gradient is contiguous, as in NCHW: callers ``view`` it
+                x = x.reshape(-1).view(x.shape)
+            x = x.contiguous(memory_format=torch.channels_last)
         return conv_bn_act(self.conv1, self.bn1, x, act="relu")
+
+
+_STRIDE_BLIND = {BasicBlock, Bottleneck, nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.MaxPool2d,
+                 nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Identity, nn.Dropout, nn.Linear}
+
+
+def _sees_strides(m: nn.Module | None) -> bool:
+    """Whether user code runs in or under ``m``: a hook, a module of another class, a forward of its own (``modules()`` is slower)."""
+    if m is None:
+        return False
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in m.__dict__
+                or type(m) not in _STRIDE_BLIND and not is_frozen_bn(m) or any(map(_sees_strides, m._modules.values())))
 
 
 def create_model(name: str, *, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
@@ -154,9 +170,10 @@ def create_model(name: str, *, weights: Any = None, progress: bool = True, **kwa
         classes = len(weights.meta["categories"])
         if kwargs.setdefault("num_classes", classes) != classes:
             raise ValueError(f"{name}: num_classes: got {kwargs['num_classes']}, expected {classes} (that of {weights})")
-    if spec.groups != 1 or spec.width_per_group != 64:
-        kwargs.setdefault("groups", spec.groups)
-        kwargs.setdefault("width_per_group", spec.width_per_group)
+    for key in ("groups", "width_per_group"):
+        value = getattr(spec, key)
+        if value != getattr(ModelSpec, key) and kwargs.setdefault(key, value) != value:
+            raise ValueError(f"{name}: {key}: got {kwargs[key]}, expected {value}, which makes it a {name}")
     model = ResNet(spec.block, list(spec.layers), **kwargs)
     if weights is not None:
         model.load_state_dict(weights.get_state_dict(progress=progress, check_hash=True))

@@ -17,6 +17,8 @@ from . import ops
 
 _DEVICES = ("cpu", "cuda")
 _TENSORS = (nn.Parameter, Tensor)
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+_FITS = {"conv": (nn.Conv2d,), "bn": _NORMS, "relu": (nn.ReLU,)}
 
 
 def why_plain(x: Tensor, modules: Iterable[nn.Module]) -> str | None:
@@ -40,6 +42,8 @@ def _why_plain_here(x: Tensor) -> str | None:
         return "a TorchDispatchMode is active (counting FLOPs, faking tensors, choosing what to checkpoint)"
     if nn_module._has_any_global_hook():
         return "a global module hook is registered"
+    if x.numel() == 0:
+        return "the input is empty: nothing to compute, and torch's batch norm leaves its statistics alone"
     if x.device.type not in _DEVICES:
         return f"no fused kernels for device {x.device.type}"
     if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
@@ -59,9 +63,18 @@ def _why_plain_module(m: nn.Module) -> str | None:
     return check(m)
 
 
+def why_misplaced(named: Iterable[tuple[str, nn.Module]]) -> str | None:
+    """Why a child is not what its name (conv…, bn…, relu) promises to the fused step (a bn3 that is an Identity), or None."""
+    for name, m in named:
+        fits = _FITS.get(name.rstrip("0123456789"))
+        if fits is not None and type(m) not in fits and not (fits is _NORMS and is_frozen_bn(m)):
+            return f"{name} is a {type(m).__name__}"
+    return None
+
+
 def _why_plain_conv(conv: nn.Conv2d) -> str | None:
     parameters = conv._parameters
-    if parameters["bias"] is not None:
+    if parameters.get("bias") is not None:
         return "a Conv2d has a bias"
     if type(parameters.get("weight")) not in _TENSORS:
         return "a Conv2d's weight is pruned, parametrised or a tensor subclass"
@@ -71,7 +84,7 @@ def _why_plain_conv(conv: nn.Conv2d) -> str | None:
 
 
 def _why_plain_bn(bn: nn.BatchNorm2d) -> str | None:
-    if type(bn._parameters["weight"]) not in _TENSORS or type(bn._parameters["bias"]) not in _TENSORS:
+    if type(bn._parameters.get("weight")) not in _TENSORS or type(bn._parameters.get("bias")) not in _TENSORS:
         return "a BatchNorm2d has no affine parameters, or a tensor subclass"
     return None
 
@@ -91,7 +104,7 @@ def _never(m: nn.Module) -> None:
 
 
 _CHECKS = {nn.Conv2d: _why_plain_conv, nn.BatchNorm2d: _why_plain_bn, nn.SyncBatchNorm: _why_plain_sync,
-           nn.ReLU: _never, nn.Sequential: _never, nn.Identity: _never}
+           nn.ReLU: _never, nn.Sequential: _never}
 
 
 def is_frozen_bn(m: nn.Module) -> bool:
@@ -107,10 +120,17 @@ def uses_batch_statistics(bn: nn.Module) -> bool:
 def conv_bn_act(conv: nn.Conv2d, bn: nn.Module, x: Tensor, residual: Tensor | None = None, act: str = "none") -> Tensor:
     """One fused step over the modules that own the state: ``ops.conv_bn_act`` with fixed statistics, conv + ``ops.bn_act`` in training."""
     if uses_batch_statistics(bn):
-        z = conv._conv_forward(x, conv.weight, None)
+        z = conv._conv_forward(x, _with_own_strides(conv.weight), None)
         return batch_norm_act(bn, z, residual, act)
     return ops.conv_bn_act(x, conv.weight, bn.weight, bn.bias, residual, mean=bn.running_mean, var=bn.running_var, eps=bn.eps,
                            stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups, act=act)
+
+
+def _with_own_strides(weight: Tensor) -> Tensor:
+    """The weight, whose gradient now comes back contiguous: that of an NHWC convolution does not, and callers ``view`` it."""
+    if weight.requires_grad and weight.is_contiguous() and weight.stride(-1) == 1:
+        return weight.view(-1).view(weight.shape)
+    return weight
 
 
 def batch_norm_act(bn: nn.BatchNorm2d, z: Tensor, residual: Tensor | None, act: str) -> Tensor:
@@ -120,10 +140,16 @@ def batch_norm_act(bn: nn.BatchNorm2d, z: Tensor, residual: Tensor | None, act: 
     """
     y, mean, var = ops.bn_act(z, bn.weight, bn.bias, residual, eps=bn.eps, act=act)
     if bn.training and bn.track_running_stats and torch._C._current_graph_task_id() == -1:
-        bn.num_batches_tracked.add_(1)
-        momentum = 1.0 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
-        n = z.numel() // z.shape[1]
-        with torch.no_grad():
-            bn.running_mean.mul_(1 - momentum).add_(mean.to(bn.running_mean.dtype), alpha=momentum)
-            bn.running_var.mul_(1 - momentum).add_(var.to(bn.running_var.dtype), alpha=momentum * n / max(n - 1, 1))
+        _track(bn, mean, var, z.numel() // z.shape[1])
     return y
+
+
+def _track(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, n: int) -> None:
+    """Through ``.data``: like torch's own kernel this bumps no version, so an earlier forward's graph in eval stays usable."""
+    momentum = bn.momentum
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        momentum = 1.0 / float(bn.num_batches_tracked) if momentum is None else momentum
+    if bn.running_mean is not None and momentum is not None:
+        bn.running_mean.data.mul_(1 - momentum).add_(mean.to(bn.running_mean.dtype), alpha=momentum)
+        bn.running_var.data.mul_(1 - momentum).add_(var.to(bn.running_var.dtype), alpha=momentum * n / max(n - 1, 1))
