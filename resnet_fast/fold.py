@@ -34,7 +34,9 @@ class _Packed:
     """What one (weight, BN) pair was when it was packed, and its packs: one for batch 1, one for larger batches."""
 
     def __init__(self, tensors: tuple[Tensor, ...], eps: float) -> None:
-        self.owner = weakref.ref(tensors[0])
+        key, forget = (id(tensors[0]), id(tensors[1])), _packed.pop
+        # Gone with whichever dies first: a filter that outlives many affines must not collect packs.
+        self.owner, self.affine = (weakref.ref(t, lambda _: forget(key, None)) for t in tensors[:2])
         self.snapshot = tuple(t.detach().clone(memory_format=torch.preserve_format) for t in tensors)
         self.eps = eps
         self.packs: dict[tuple, tuple[Tensor, Tensor]] = {}
@@ -57,8 +59,6 @@ def packed(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor
     if entry is None or not entry.holds(tensors, eps):
         with torch.inference_mode(False), torch.no_grad():
             entry = _Packed(tensors, eps)
-        if key not in _packed:
-            weakref.finalize(weight, _packed.pop, key, None).atexit = False
         _packed[key] = entry
     # oneDNN's blocked layout depends on the batch: a pack for batch ≥ 2 is slower than eager at batch 1, and the other way round.
     case = (x.shape[0] > 1, tuple(stride), tuple(padding), tuple(dilation), groups)

@@ -217,7 +217,7 @@ class _ConvBnAct(torch.autograd.Function):
         vectors = [None] * 4
         if need[1] or need[2] or need[6]:
             raw = torch.ops.aten.convolution_backward(dz, x, weight, *geometry, (False, True, False))[1]
-            dweight = (raw * s4).to(weight.dtype) if need[1] else None
+            dweight = _flat_like((raw * s4).to(weight.dtype), weight) if need[1] else None
         if any((need[2], need[3], need[5], need[6])):
             dt = dz.sum((0, 2, 3), dtype=s.dtype)
             ds = (weight.to(s.dtype) * raw).sum((1, 2, 3)) if need[2] or need[6] else None
@@ -225,6 +225,11 @@ class _ConvBnAct(torch.autograd.Function):
             vectors = [v.to(p.dtype) if wanted else None for v, p, wanted in
                        zip(vectors, (scale, shift, mean, var), (need[2], need[3], need[5], need[6]), strict=True)]
         return dx, dweight, *vectors[:2], dz if need[4] else None, *vectors[2:], *[None] * 6
+
+
+def _flat_like(grad: Tensor, t: Tensor) -> Tensor:
+    """The gradient with a contiguous parameter's strides: callers of autograd.grad ``view`` it, DDP compares them."""
+    return grad.reshape(-1).view(t.shape) if t.is_contiguous() and t.stride(-1) == 1 else grad
 
 
 def _affine_backward(ds: Tensor | None, dt: Tensor, scale: Tensor, mean: Tensor | None, var: Tensor | None, eps: float) -> list:

@@ -45,7 +45,22 @@ def _onednn(x, weight, scale, shift, residual, mean, var, eps, stride, padding, 
         out = conv(x, packed, bias, padding, stride, dilation, groups, "none", [], "")
     else:
         out = conv.binary(x, residual, packed, bias, padding, stride, dilation, groups, "add", None, None, [], None)
+    if not nhwc(x) and not nhwc(weight):
+        out = out.contiguous()
     return out.relu_() if act == "relu" else out
+
+
+def nhwc(t: Tensor) -> bool:
+    """Whether torch counts these strides as channels_last (c10's rule); if it does for x or weight, F.conv2d's output has them."""
+    sizes, strides = t.shape, t.stride()
+    if strides[1] == 0 or 0 in sizes:
+        return False
+    floor = 0
+    for d in (1, 3, 2, 0):
+        if strides[d] < floor or d == 0 and floor == strides[1]:
+            return False
+        floor = strides[d] * sizes[d]
+    return True
 
 
 def _cudnn_supports(problem: Problem) -> str | None:
@@ -72,6 +87,10 @@ def cudnn_fused(x, weight, scale, shift, residual, mean, var, eps, stride, paddi
 
 @kernel("aten.bn_act", op="bn_act", supports=_everything)
 def bn_act(x, weight, bias, residual, eps, act) -> tuple[Tensor, Tensor, Tensor]:
+    if x.numel() == 0:
+        mean = torch.full((x.shape[1],), torch.nan, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        return torch.empty_like(x), mean, mean.clone()
+    weight, bias = _wide(weight), _wide(bias)
     out, mean, invstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
     if residual is not None:
         out += residual
@@ -83,13 +102,21 @@ def bn_act(x, weight, bias, residual, eps, act) -> tuple[Tensor, Tensor, Tensor]
 @kernel("aten.bn_act_backward", op="bn_act_backward", supports=_everything)
 def bn_act_backward(dy, x, y, weight, mean, var, eps, act, residual) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dz = torch.ops.aten.threshold_backward(dy, y, 0) if act == "relu" else dy
-    dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-        dz, x, weight, None, None, mean, torch.rsqrt(var + eps), True, eps, [True, True, True])
+    if x.numel() == 0:
+        dx, dweight, dbias = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(weight)
+    else:
+        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+            dz, x, _wide(weight), None, None, mean, torch.rsqrt(var + eps), True, eps, [True, True, True])
     if not residual:
         dz = x.new_empty(0)
     elif act == "none":
         dz = dy.clone()  # an op's output must not alias its input
-    return dx, dweight, dbias, dz
+    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype), dz
+
+
+def _wide(vector: Tensor) -> Tensor:
+    """Float32 at least: with low-precision parameters torch would return low-precision statistics."""
+    return vector.to(torch.promote_types(vector.dtype, torch.float32))
 
 
 @kernel("aten.add_act", op="add_act", supports=_everything)
