@@ -115,7 +115,7 @@ Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_
                      const Tensor& beside) {
   AtenTensorHandle handle = nullptr;
   const auto device = beside.device();
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       int64_t(sizes.size()), sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), int32_t(device.type()), device.index(),
       &handle));
@@ -132,7 +132,7 @@ template <class F>
 void on_device_of(const char* op, const Tensor& t, F&& launch) {
   const torch::stable::accelerator::DeviceGuard guard(t.get_device_index());
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   const cudaError_t error = launch(static_cast<cudaStream_t>(stream));
   RF_CHECK(error == cudaSuccess, op, ": the launch failed: ", cudaGetErrorString(error));
 }
