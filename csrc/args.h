@@ -74,4 +74,53 @@ struct FoldArgs {
   DType weight_dtype, out_dtype;
 };
 
+
+// conv and pointwise: everything dense, activations NHWC, weight KRSC (channels_last). Pixels of x and of out each fewer
+// than 2^31 - 128, elements any number.
+struct ConvArgs {
+  const void* x;
+  const void* weight;
+  const void* residual;  // null: none
+  void* out;
+  AffineArgs affine;
+  int64_t n, h, w, c, k, r, s, out_h, out_w;
+  int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  DType dtype;
+  Act act;
+};
+
+// Training batch norm over [pixels, channels], dense (NHWC). partial: bn_act_workspace(pixels, channels) floats.
+struct BnArgs {
+  const void* x;
+  const void* residual;  // null: none
+  const void* gamma;
+  const void* beta;
+  void* y;
+  float* mean;
+  float* var;  // biased
+  float* partial;
+  int64_t pixels, channels;
+  float eps;
+  DType dtype, param_dtype;
+  Act act;
+};
+
+struct BnBackwardArgs {
+  const void* dy;
+  const void* x;
+  const void* y;
+  const void* gamma;
+  const float* mean;
+  const float* var;
+  void* dx;
+  void* dresidual;  // null: not wanted
+  void* dgamma;     // param_dtype
+  void* dbeta;
+  float* partial;
+  int64_t pixels, channels;
+  float eps;
+  DType dtype, param_dtype;
+  Act act;
+};
+
 }  // namespace resnet_fast

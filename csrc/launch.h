@@ -14,5 +14,10 @@ cudaError_t add_act_gate(const GateArgs&, cudaStream_t);
 int64_t add_act_gate_backward_workspace(const GateBackwardArgs&);  // floats that `partial` must hold
 cudaError_t add_act_gate_backward(const GateBackwardArgs&, cudaStream_t);
 cudaError_t fold_bn(const FoldArgs&, cudaStream_t);
+cudaError_t pointwise(const ConvArgs&, cudaStream_t);  // R = S = 1, no padding
+cudaError_t conv(const ConvArgs&, cudaStream_t);
+int64_t bn_act_workspace(int64_t pixels, int64_t channels);  // floats that `partial` must hold, either direction
+cudaError_t bn_act(const BnArgs&, cudaStream_t);
+cudaError_t bn_act_backward(const BnBackwardArgs&, cudaStream_t);
 
 }  // namespace resnet_fast

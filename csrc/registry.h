@@ -11,6 +11,7 @@ struct Kernel {
   std::string name;      // "file.kernel<dtype,vector width>"
   const void* function;  // the host stub cudaFuncGetAttributes takes
   int block;             // threads per block it is launched with
+  int shared_bytes;      // dynamic shared memory it is launched with
 };
 
 inline std::vector<Kernel>& kernels() {
@@ -20,8 +21,8 @@ inline std::vector<Kernel>& kernels() {
 
 struct Registration {
   template <class Function>
-  Registration(std::string name, Function* function, int block) {
-    kernels().push_back({std::move(name), reinterpret_cast<const void*>(function), block});
+  Registration(std::string name, Function* function, int block, int shared_bytes = 0) {
+    kernels().push_back({std::move(name), reinterpret_cast<const void*>(function), block, shared_bytes});
   }
 };
 

@@ -9,14 +9,23 @@
 
 namespace resnet_fast {
 
-// One launch. The host tests supply their own, which walks the grid on the CPU.
-#ifndef RF_HOST_LAUNCH
+// One launch with `shared_bytes` of dynamic shared memory. cudaLaunchKernelEx and not <<<>>>: it is plain C++, so the host
+// tests supply their own and run the kernels on the CPU.
+template <class... P, class... A>
+cudaError_t launch_shared(void (*kernel)(P...), dim3 grid, dim3 block, int shared_bytes, cudaStream_t stream,
+                          const A&... args) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = size_t(shared_bytes);
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, cudaStream_t stream, const A&... args) {
-  kernel<<<grid, block, 0, stream>>>(args...);
-  return cudaGetLastError();
+  return launch_shared(kernel, grid, block, 0, stream, args...);
 }
-#endif
 
 template <class T>
 struct Type {
