@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import hashlib
 import importlib.util
 import json
 import os
@@ -265,6 +266,14 @@ def run(command: list[str]) -> None:
         print(done.stdout.strip(), flush=True)
 
 
+def source_hash() -> str:
+    """Hash of csrc: together with compiler and targets, what a measured kernel was made of."""
+    digest = hashlib.sha256()
+    for source in sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file()):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def summary(lines: dict[str, str]) -> str:
     """The build in five lines."""
     return "\n".join(f"resnet_fast {key:9} {value}" for key, value in lines.items())
@@ -321,7 +330,7 @@ class BuildExtension(build_ext):
         libraries = [f"-L{torch.root / 'lib'}", "-ltorch_cpu", "-ltorch_cuda"]
         run([nvcc.path, "-shared", "-cudart", "static", *map(str, objects), *libraries, "-o", str(target)])
         self.facts = {"extension": "built", "why": decision.why, "torch": torch.version, "nvcc": nvcc.version,
-                      "archs": " ".join(archs), "kernels": " ".join(kernels)}
+                      "archs": " ".join(archs), "kernels": " ".join(kernels), "csrc": source_hash()}
 
 
 if __name__ == "__main__":

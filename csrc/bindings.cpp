@@ -29,11 +29,14 @@ py::dict attributes(const std::string& name, py::object block) {
   const int threads = block.is_none() ? kernel.block : block.cast<int>();
   cudaFuncAttributes a;
   check(cudaFuncGetAttributes(&a, kernel.function), name);
+  // A kernel may use more than 48 kB only once it has been told so, and its launcher may not have run yet.
+  check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes), name);
   int blocks_per_sm = 0;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, kernel.function, threads, 0), name);
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, kernel.function, threads,
+                                                      size_t(kernel.shared_bytes)), name);
   py::dict out;
   out["registers"] = a.numRegs;
-  out["shared_bytes"] = a.sharedSizeBytes;
+  out["shared_bytes"] = a.sharedSizeBytes + size_t(kernel.shared_bytes);  // static and dynamic
   out["local_bytes"] = a.localSizeBytes;  // more than zero: registers were spilled, or an array is indexed dynamically
   out["max_threads"] = a.maxThreadsPerBlock;
   out["binary_version"] = a.binaryVersion;  // 90: compiled for sm_90
