@@ -1,0 +1,149 @@
+"""One case, every provider: built, judged against float64, timed in interleaved rounds, written down as ledger rows."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .coldstart import cold_start
+from .providers import DTYPES, PROVIDERS, Provider, TrainStep, example_input, fair, reference_model
+from .report.ledger import Row, case_name
+from .testing import FACTOR, FLOOR, GRADIENT_FACTOR, error
+from .timing import Timing, interleaved
+
+ORACLE_IMAGES = 2  # inference only: images do not mix, and float64 is the slowest thing here
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network in one mode, dtype, batch and image size on one device ("cpu" or "cuda")."""
+
+    mode: str
+    model: str
+    dtype: str
+    batch: int
+    size: int = 224
+    device: str = "cpu"
+
+    @property
+    def name(self) -> str:
+        return case_name(self.mode, self.model, self.dtype, self.batch, self.size)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one provider: a row and its rounds; or why it was ``skipped``; or how it is ``wrong``."""
+
+    provider: str
+    row: Row | None = None
+    timing: Timing | None = None
+    skipped: str | None = None
+    wrong: str | None = None
+
+
+@dataclass
+class _Ready:
+    """A provider that is built and judged."""
+
+    provider: Provider
+    run: Callable[[Tensor], Tensor]
+    error: float
+    first_s: float
+    peak_bytes: int | None
+
+
+def measure(case: Case, providers: Iterable[Provider], *, x: Tensor | None = None, max_seconds: float = 40.0,
+            max_rounds: int = 60, confidence: float = 0.01, cold: bool = False,
+            say: Callable[[str], None] = lambda line: None,
+            progress: Callable[[int], None] | None = None) -> dict[str, Outcome]:
+    """Measure the providers of one case together; ``x`` replaces the random images, ``cold`` adds cold starts.
+
+    One of ours whose error breaks the rule gets no time: the whole-network form of it, RMS over the logits (in
+    training, over all gradients) at most 2 × (3 ×) eager's plus the dtype's floor.
+    """
+    dtype = DTYPES[case.dtype]
+    x = example_input(case.batch, case.size, dtype, case.device) if x is None else x
+    model = reference_model(case.model, case.device)
+    outcomes: dict[str, Outcome] = {}
+    ready: dict[str, _Ready] = {}
+    with fair():
+        exact = oracle(case.mode, model, x)
+        eager = _distance(case.mode, PROVIDERS["eager-nchw"].prepare(case.mode, model, x, dtype), x, exact)
+        for p in providers:
+            reason = p.why_not(case.mode, case.device, case.dtype)
+            if reason is not None:
+                say(f"{p.id}: skipped: {reason}")
+                outcomes[p.id] = Outcome(p.id, skipped=reason)
+                continue
+            say(f"{p.id}: building …")
+            made = _prepare(p, case, model, x, exact)
+            allowed = (FACTOR if case.mode == "infer" else GRADIENT_FACTOR) * eager + FLOOR[dtype]
+            if p.ours and not made.error <= allowed:
+                wrong = f"error {made.error:.3g} against float64, allowed {allowed:.3g} (eager's is {eager:.3g})"
+                say(f"{p.id}: WRONG: {wrong}; not timed")
+                outcomes[p.id] = Outcome(p.id, wrong=wrong)
+                continue
+            ready[p.id] = made
+        runs = {id: (lambda made=made: made.run(x)) for id, made in ready.items()}
+        timings = interleaved(runs, device=case.device, max_seconds=max_seconds, max_rounds=max_rounds,
+                              confidence=confidence, progress=progress) if runs else {}
+    for id, timing in timings.items():
+        started = None
+        if cold:
+            say(f"{id}: cold start …")
+            started = cold_start(id, case.mode, case.model, case.dtype, case.batch, case.size, case.device)
+        outcomes[id] = Outcome(id, _row(case, ready[id], timing, timings, eager, started), timing)
+    return outcomes
+
+
+def oracle(mode: str, model: nn.Module, x: Tensor) -> Tensor:
+    """Float64: the logits of the first images (on the CPU), or the gradients of a training step on all of them."""
+    wide = copy.deepcopy(model).double()
+    if mode == "infer":
+        with torch.no_grad():
+            return wide.cpu()(x[:ORACLE_IMAGES].cpu().double())
+    step = TrainStep(wide.train(), wide, torch.float64, torch.contiguous_format)
+    step(x.double())
+    return step.gradients().cpu()
+
+
+def _distance(mode: str, run: Callable[[Tensor], Tensor], x: Tensor, exact: Tensor) -> float:
+    """Relative RMS distance from the oracle of a provider that has not run before."""
+    out = run(x)
+    got = out[:ORACLE_IMAGES] if mode == "infer" else run.gradients()
+    return error(got, exact).rms
+
+
+def _prepare(p: Provider, case: Case, model: nn.Module, x: Tensor, exact: Tensor) -> _Ready:
+    on_gpu = case.device == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        held, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    start = time.perf_counter()
+    run = p.prepare(case.mode, model, x, DTYPES[case.dtype])
+    found = _distance(case.mode, run, x, exact)  # reads the result back, so it waits for the device
+    first = time.perf_counter() - start
+    if not on_gpu:
+        return _Ready(p, run, found, first, None)
+    torch.cuda.reset_peak_memory_stats()
+    run(x)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - held
+    torch.cuda.empty_cache()
+    # A graph's private pool is reserved, not allocated, so each of the two counts alone would miss something.
+    return _Ready(p, run, found, first, max(peak, torch.cuda.memory_reserved() - reserved))
+
+
+def _row(case: Case, made: _Ready, timing: Timing, timings: dict[str, Timing], eager: float, started) -> Row:
+    low, high = timing.quartiles
+    p = made.provider
+    speed = {other: timing.speedup_over(base) for other, base in timings.items() if other != p.id}
+    return Row("model", case.name, p.id, p.ours, case.dtype, case.batch, case.size, "nchw in", timing.median, low, high,
+               len(timing.seconds), img_s=case.batch / timing.median, first_s=made.first_s,
+               cold_s=started and started.seconds, peak_bytes=made.peak_bytes or started and started.peak_bytes,
+               error=made.error, eager_error=eager, speed_over=speed)
