@@ -97,19 +97,22 @@ def cudnn_frontend(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Cal
 
     def make(conv: folded.Folded) -> folded.Conv:
         stride, padding, dilation, _ = conv.geometry  # groups follow from the shapes
-        bias = conv.bias.view(1, -1, 1, 1).contiguous(memory_format=torch.channels_last)
+        bias = None if conv.bias is None else conv.bias.view(1, -1, 1, 1).contiguous(memory_format=torch.channels_last)
         built: dict[str, tuple] = {}
+
+        def tensors(x: Tensor, residual: Tensor | None) -> list[Tensor]:
+            return [t for t in (x, conv.weight, bias, residual) if t is not None]
 
         def build(x: Tensor, residual: Tensor | None) -> tuple:
             graph = cudnn.pygraph(io_data_type=kind, intermediate_data_type=cudnn.data_type.FLOAT,
                                   compute_data_type=cudnn.data_type.FLOAT, handle=handle)
-            inputs = [graph.tensor_like(t) for t in (x, conv.weight, bias)]
+            inputs = [graph.tensor_like(t) for t in tensors(x, residual)]
             y = graph.conv_fprop(image=inputs[0], weight=inputs[1], padding=list(padding), stride=list(stride),
                                  dilation=list(dilation))
-            y = graph.bias(input=y, bias=inputs[2])
+            if bias is not None:
+                y = graph.bias(input=y, bias=inputs[2])
             if residual is not None:
-                inputs.append(graph.tensor_like(residual))
-                y = graph.add(a=y, b=inputs[3])
+                y = graph.add(a=y, b=inputs[-1])
             y = graph.relu(input=y) if conv.act == "relu" else y
             y.set_output(True)
             graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
@@ -120,8 +123,8 @@ def cudnn_frontend(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Cal
             if "graph" not in built:
                 built["graph"] = build(x, residual)
             graph, inputs, y, out, workspace = built["graph"]
-            tensors = [x, conv.weight, bias] + ([] if residual is None else [residual])
-            graph.execute({**dict(zip(inputs, tensors, strict=True)), y: out}, workspace, handle=handle)
+            given = zip(inputs, tensors(x, residual), strict=True)
+            graph.execute({**dict(given), y: out}, workspace, handle=handle)
             return out
 
         return run

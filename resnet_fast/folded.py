@@ -7,6 +7,7 @@ are a snapshot, oneDNN's fused ReLU turns NaN into 0, the projection's bias move
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,18 +18,14 @@ from .fold import fold
 Conv = Callable[[Tensor, Tensor | None], Tensor]
 
 
+@dataclass(frozen=True)
 class Folded:
-    """One convolution with the folded weight and bias in ``dtype``; ``act`` is "relu" or "none"."""
+    """A convolution with folded weight and bias; geometry: stride, padding, dilation, groups; act: "relu" or "none"."""
 
-    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: str, dtype: torch.dtype,
-                 extra_bias: Tensor | None = None) -> None:
-        parameters = (t.detach() for t in (conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var))
-        weight, bias = fold(*parameters, bn.eps)
-        bias = bias if extra_bias is None else bias + extra_bias
-        self.weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
-        self.bias = bias.to(dtype)
-        self.act = act
-        self.geometry = conv.stride, conv.padding, conv.dilation, conv.groups
+    weight: Tensor
+    bias: Tensor | None
+    geometry: tuple
+    act: str
 
 
 def onednn(conv: Folded) -> Conv:
@@ -50,10 +47,11 @@ def onednn(conv: Folded) -> Conv:
 
 
 def cudnn(conv: Folded) -> Conv:
-    """cuDNN's convolution with bias, residual add and ReLU in one call; a projection is the plain convolution."""
+    """cuDNN's convolution with bias, residual add and ReLU in one call; the plain one without ReLU."""
     def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
         if conv.act == "none":
-            return F.conv2d(x, conv.weight, None, *conv.geometry)
+            out = F.conv2d(x, conv.weight, conv.bias, *conv.geometry)
+            return out if residual is None else out.add_(residual)
         if residual is None:
             return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, *conv.geometry)
         return torch.cudnn_convolution_add_relu(x, conv.weight, residual, 1.0, conv.bias, *conv.geometry)
@@ -68,7 +66,7 @@ class FoldedNet:
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, make: Callable[[Folded], Conv]) -> None:
-        self.stem = make(Folded(model.conv1, model.bn1, "relu", dtype))
+        self.stem = make(Folded(*_weights(model.conv1, model.bn1, dtype), "relu"))
         stages = (model.layer1, model.layer2, model.layer3, model.layer4)
         self.blocks = [_block(block, dtype, make) for stage in stages for block in stage]
         self.fc = model.fc.weight.detach().to(dtype), model.fc.bias.detach().to(dtype)
@@ -87,13 +85,20 @@ class FoldedNet:
 def _block(block: nn.Module, dtype: torch.dtype,
            make: Callable[[Folded], Conv]) -> tuple[Conv | None, list[Conv], Conv]:
     pairs = [(getattr(block, f"conv{i}"), getattr(block, f"bn{i}")) for i in (1, 2, 3) if hasattr(block, f"conv{i}")]
-    projection = moved = None
-    if block.downsample is not None:
-        folded = Folded(*block.downsample, "none", dtype)
-        moved, folded.bias = folded.bias.float(), torch.zeros_like(folded.bias)
-        projection = make(folded)
-    inner = [make(Folded(conv, bn, "relu", dtype)) for conv, bn in pairs[:-1]]
-    return projection, inner, make(Folded(*pairs[-1], "relu", dtype, moved))
+    inner = [make(Folded(*_weights(*pair, dtype), "relu")) for pair in pairs[:-1]]
+    weight, bias, geometry = _weights(*pairs[-1], dtype)
+    if block.downsample is None:
+        return None, inner, make(Folded(weight, bias, geometry, "relu"))
+    other, moved, other_geometry = _weights(*block.downsample, dtype)
+    projection = make(Folded(other, None, other_geometry, "none"))
+    return projection, inner, make(Folded(weight, bias + moved, geometry, "relu"))
+
+
+def _weights(conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple]:
+    parameters = (t.detach() for t in (conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var))
+    weight, bias = fold(*parameters, bn.eps)
+    geometry = conv.stride, conv.padding, conv.dilation, conv.groups
+    return weight.to(dtype).contiguous(memory_format=torch.channels_last), bias.to(dtype), geometry
 
 
 def graphed(run: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:
