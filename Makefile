@@ -1,0 +1,64 @@
+# Everything here needs only Python 3.10+ and make; nothing outside the clone is touched. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
+
+# This environment serves the machine it is on: its GPU's architecture, or without a GPU 8.0 with PTX, which every GPU can
+# load. All six of setup.py's would take two cores four minutes and prove nothing more here: the tests compile each
+# kernel for each architecture themselves.
+GPU_ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9]+\.[0-9]$$' \
+              | sort -u | sed 's/^9\.0$$/9.0a/')
+export TORCH_CUDA_ARCH_LIST ?= $(or $(GPU_ARCH),8.0+PTX)
+
+CSRC := $(shell find csrc -type f)
+
+.PHONY: help test bench gpu lint clean
+
+help:
+	@echo "make test    install into .venv and run every test that needs no GPU"
+	@echo "make bench   install into .venv and compare ours with eager and torch.compile on photographs"
+	@echo "make gpu     on a machine with a GPU: prove and measure every kernel (the current Python, no network)"
+	@echo "make lint    ruff"
+	@echo "make clean   remove .venv and everything built"
+	@echo "PYTHON=python3.12 chooses the interpreter, RESNET_FAST_BUILD=none leaves the CUDA extension out."
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -q
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m resnet_fast bench --photos
+
+# On that machine torch and its friends are there already, and there is no network: no environment of our own.
+gpu:
+	$(PYTHON) benchmarks/gpu.py
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache resnet_fast/_build.json resnet_fast/_C.*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.python:
+	@echo "creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch first: the package is built against it.
+$(VENV)/.torch: $(VENV)/.python
+	@echo "installing torch (the largest download, once)"
+	@$(PIP) install "torch>=2.11"
+	@touch $@
+
+# One editable install for each set of extras; only what changed in csrc is compiled again.
+$(VENV)/.test $(VENV)/.bench: $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
+	@echo "installing resnet_fast[$*]; with nvcc this compiles the CUDA kernels for $(TORCH_CUDA_ARCH_LIST)"
+	@$(PIP) install -e ".[$*]"
+	@$(BIN)/python -c "import json; print('extension', *map(json.load(open('resnet_fast/_build.json')).get, ('extension', 'why')), sep=': ')"
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.python
+	@$(PIP) install "ruff>=0.9"
+	@touch $@

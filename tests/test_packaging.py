@@ -1,0 +1,290 @@
+"""Building and installing: what setup.py decides, what the package declares, and what importing it costs."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import resnet_fast
+from resnet_fast.kernels import native
+
+ROOT = Path(__file__).parents[1]
+
+
+def load_setup():
+    spec = importlib.util.spec_from_file_location("resnet_fast_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+setup = load_setup()
+KNOWN = frozenset("7.5 8.0 8.6 8.7 8.9 9.0 10.0 10.3 12.0 12.1".split())  # as nvcc 13.0 lists them
+NVCC = setup.Nvcc("/opt/nvcc", "13.0", KNOWN, None)
+TORCH = setup.Torch(Path("/opt/torch"), "2.15.0+cu132", "13.2")
+
+
+def run_python(code: str, **env: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**setup.os.environ, **env},
+                          cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# ---------------------------------------------------------------- the decision
+
+LACKING = {
+    "no torch": (None, NVCC, "torch is not installed"),
+    "CPU build of torch": (setup.Torch(Path("/t"), "2.15.0+cpu", None), NVCC, "not a CUDA build"),
+    "old torch": (setup.Torch(Path("/t"), "2.10.1+cu128", "12.8"), NVCC, "older than 2.11"),
+    "no nvcc": (TORCH, None, "nvcc was not found"),
+    "nvcc without a host compiler": (TORCH, setup.Nvcc("/opt/nvcc", "13.0", KNOWN, "no g++"), "no g++"),
+}
+
+
+def test_with_the_toolchain_the_extension_is_built():
+    for mode in ("auto", "cuda"):
+        assert setup.decide(mode, "Linux", TORCH, NVCC).build
+    assert not setup.decide("none", "Linux", TORCH, NVCC).build
+
+
+@pytest.mark.parametrize("lack", LACKING)
+def test_what_is_lacking_makes_auto_pure_and_cuda_fail_with_what_to_do(lack):
+    torch_found, nvcc, sentence = LACKING[lack]
+    decision = setup.decide("auto", "Linux", torch_found, nvcc)
+    assert not decision.build and sentence in decision.why
+    with pytest.raises(setup.BuildError, match=sentence):
+        setup.decide("cuda", "Linux", torch_found, nvcc)
+
+
+def test_other_systems_are_pure_and_unknown_modes_refused():
+    assert not setup.decide("auto", "Darwin", TORCH, NVCC).build
+    with pytest.raises(setup.BuildError, match="Windows"):
+        setup.decide("cuda", "Windows", TORCH, NVCC)
+    with pytest.raises(setup.BuildError, match="expected auto, cuda or none"):
+        setup.decide("gpu", "Linux", TORCH, NVCC)
+
+
+def test_torch_is_found_by_path_and_not_imported():
+    found = run_python("import sys, setup; t = setup.find_torch(); print(t.version, t.cuda, t.root); "
+                       "assert 'torch' not in sys.modules").split()
+    assert found == [torch.__version__, str(torch.version.cuda), str(Path(torch.__file__).parent)]
+
+
+def fake_nvcc(folder: Path, body: str) -> Path:
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f"#!/bin/sh\n{body}\n")
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script plays nvcc")
+def test_an_nvcc_that_cannot_build_is_seen(tmp_path, monkeypatch):
+    nvcc = fake_nvcc(tmp_path, """case $1 in
+        --version) echo "Cuda compilation tools, release 12.8, V12.8.61";;
+        --list-gpu-arch) echo compute_80; echo compute_90;;
+        *) echo "nvcc fatal   : unsupported host compiler, an error" >&2; exit 1;;
+    esac""")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    found = setup.find_nvcc()
+    assert (found.path, found.version, found.archs) == (str(nvcc), "12.8", {"8.0", "9.0"})
+    assert "unsupported host compiler" in setup.decide("auto", "Linux", TORCH, found).why
+
+
+# ---------------------------------------------------------------- architectures and jobs
+
+def test_default_architectures_are_those_the_compiler_knows():
+    assert setup.choose_archs(None, KNOWN) == ["8.0+PTX", "8.6", "8.9", "9.0a", "10.0", "12.0"]
+    assert setup.choose_archs("", frozenset({"8.0", "8.6", "9.0"})) == ["8.0+PTX", "8.6", "9.0a"]
+
+
+@pytest.mark.parametrize("wanted, archs", [
+    ("9.0a", ["9.0a"]),
+    ("8.0;9.0+PTX", ["8.0", "9.0+PTX"]),
+    ("7.5 8.0, 12.0", ["8.0", "12.0"]),
+])
+def test_the_users_architectures_are_respected(wanted, archs):
+    assert setup.choose_archs(wanted, KNOWN) == archs
+
+
+@pytest.mark.parametrize("wanted, sentence", [
+    ("Hopper", "expected numbers"), ("9.1", "this nvcc knows"), ("7.0 7.5", "at least one architecture from 8.0 on"),
+])
+def test_architectures_that_cannot_be_built_are_refused(wanted, sentence):
+    with pytest.raises(setup.BuildError, match=sentence):
+        setup.choose_archs(wanted, KNOWN)
+
+
+def test_gencode():
+    assert setup.gencode(["8.0+PTX", "9.0a"]) == [
+        "-gencode", "arch=compute_80,code=[sm_80,compute_80]", "-gencode", "arch=compute_90a,code=sm_90a"]
+
+
+@pytest.mark.parametrize("cores, free, limit, jobs", [
+    (16, 64.0, None, 16), (64, 4.5, None, 4), (8, 0.2, None, 1), (16, 64.0, "3", 3), (2, 64.0, "8", 2),
+])
+def test_jobs_are_capped_by_cores_memory_and_the_user(cores, free, limit, jobs):
+    assert setup.choose_jobs(cores, free, limit) == jobs
+
+
+# ---------------------------------------------------------------- compiling
+
+def test_only_the_host_files_see_torch():
+    commands = setup.compile_commands(TORCH, NVCC, ["8.0"], jobs=4)
+    sees_torch = {source.name for source, command in commands.items() if str(TORCH.root / "include") in command}
+    assert sees_torch == {"library.cpp", "bindings.cpp"}
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    assert [s.name for s in sources if re.search(r"#include <(torch|ATen|c10)/", s.read_text())] == ["library.cpp"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script plays nvcc")
+def test_only_what_changed_is_compiled_again(tmp_path, monkeypatch):
+    # A compiler that writes object and dependencies, and counts how often it ran.
+    nvcc = fake_nvcc(tmp_path, 'shift; echo run >> "$(dirname "$0")/runs"; touch "$3"; '
+                               'echo "$3: $1 $(dirname "$1")/header.h" > "$6"')
+    source, header = tmp_path / "kernel.cu", tmp_path / "header.h"
+    source.touch(), header.touch()
+    monkeypatch.setattr(setup, "OBJECTS", tmp_path)
+
+    def compiles(flag: str = "-c") -> bool:
+        before = (nvcc.parent / "runs").read_text().count("run") if (nvcc.parent / "runs").exists() else 0
+        setup.compile_one(source, [str(nvcc), flag])
+        return (nvcc.parent / "runs").read_text().count("run") > before
+
+    assert compiles() and not compiles()
+    later = (tmp_path / "kernel.cu.o").stat().st_mtime + 10
+    setup.os.utime(header, (later, later))
+    assert compiles()
+    setup.os.utime(tmp_path / "kernel.cu.o", (later + 10, later + 10))
+    assert not compiles() and compiles("-g"), "another command means another object"
+
+
+# ---------------------------------------------------------------- the package
+
+def test_metadata():
+    found = importlib.metadata.metadata("resnet_fast")
+    assert found["Version"] == resnet_fast.__version__
+    assert found["Requires-Python"] == ">=3.10"
+    required = importlib.metadata.requires("resnet_fast")
+    assert [r for r in required if "extra ==" not in r] == ["torch>=2.11"]
+    assert set(found.get_all("Provides-Extra")) == {"vision", "timm", "io", "bench", "report", "test", "dev"}
+
+
+def test_the_version_can_be_read_without_importing_torch():
+    tree = ast.parse((ROOT / "resnet_fast" / "__init__.py").read_text())
+    literal = {node.targets[0].id: node.value for node in tree.body if isinstance(node, ast.Assign)}["__version__"]
+    assert ast.literal_eval(literal) == resnet_fast.__version__
+
+
+def test_importing_is_clean():
+    """Prints nothing, starts no CUDA, and leaves Triton, torchvision, timm and the extension alone."""
+    loaded = json.loads(run_python("""
+import sys, torch
+before = set(sys.modules)
+import resnet_fast, json
+assert not torch.cuda.is_initialized()
+print(json.dumps(sorted(name for name in set(sys.modules) - before)))
+""", PYTHONWARNINGS="error::ImportWarning"))
+    unwanted = {"triton", "torchvision", "timm", "PIL", "matplotlib", "safetensors", "pytest", "resnet_fast._C"}
+    assert not unwanted & set(loaded)
+
+
+def test_importing_costs_little():
+    """At most 60 ms over `import torch`: processor time, best of a few, because load on the machine only adds."""
+    code = "import time, torch; start = time.process_time(); import resnet_fast; print(time.process_time() - start)"
+    assert any(float(run_python(code)) < 0.06 for _ in range(5))
+
+
+# ---------------------------------------------------------------- the extension
+
+def test_without_the_extension_the_reason_and_the_remedy_are_said(monkeypatch):
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: None)
+    assert native.BUILD in native.available() and "not built" in native.available()
+
+
+built = pytest.mark.skipif(importlib.util.find_spec("resnet_fast._C") is None, reason="the CUDA extension is not built")
+
+
+@built
+def test_the_extension_loads_and_names_its_kernels():
+    names = native.extension().kernels()
+    files = {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
+    assert {re.split(r"[.<]", name)[0] for name in names} == files
+    assert len(names) == len(set(names))
+
+
+@built
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")
+def test_without_a_gpu_attributes_are_an_error_and_not_garbage():
+    extension = native.extension()
+    with pytest.raises(RuntimeError, match="expected a CUDA device"):
+        extension.attributes(extension.kernels()[0])
+    with pytest.raises(KeyError, match="expected one of kernels()"):
+        extension.attributes("no such kernel")
+
+
+@built
+@pytest.mark.gpu
+def test_attributes_on_a_gpu():
+    for name in native.extension().kernels():
+        found = native.extension().attributes(name)
+        assert found["registers"] > 0 and found["blocks_per_sm"] > 0 and found["local_bytes"] == 0
+
+
+def call(op: str, *args):
+    native.extension()
+    return getattr(torch.ops.resnet_fast_native, op)(*args)
+
+
+X = torch.randn(2, 8, 4, 4)
+NHWC = X.contiguous(memory_format=torch.channels_last)
+GATE = torch.rand(2, 8, 1, 1)
+BN = [torch.rand(8) for _ in range(4)]
+
+
+@built
+@pytest.mark.parametrize("op, args, sentence", [
+    ("add_act", (X.double(), X.double(), None, True), "got x of dtype Double, expected Float, Half or BFloat16"),
+    ("add_act", (X, X.half(), None, True), "got y of dtype Half and x of dtype Float, expected the same"),
+    ("add_act", (X, X[:, :4], None, True), r"got y of shape \[2, 4, 4, 4\], expected x's shape \[2, 8, 4, 4\]"),
+    ("add_act", (X, NHWC, None, True), "got y with other strides than x, expected one memory layout"),
+    ("add_act", (X[..., :2], X[..., :2], None, True), "got x with gaps or overlaps in memory, expected a dense tensor"),
+    ("add_act", (X[:1].expand(2, 8, 4, 4),) * 2 + (None, True), "gaps or overlaps"),
+    ("add_act", (X, X, GATE, True), "got x that is not dense in channels_last"),
+    ("add_act", (NHWC, NHWC, GATE[:, :4], True), r"got gate of shape \[2, 4, 1, 1\], expected \[2, 8, 1, 1\]"),
+    ("add_act", (NHWC, NHWC, GATE.bfloat16(), True), "got gate of dtype BFloat16 and x of dtype Float"),
+    ("add_act_backward", (X, X.flatten(), True), "got out of shape"),
+    ("add_act_gate_backward", (NHWC, NHWC, X, GATE, True), "got x with other strides than dout"),
+    ("fold_bn", (X[0], *BN, 1e-5), r"got weight of shape \[8, 4, 4\], expected \[K, C, R, S\]"),
+    ("fold_bn", (torch.randn(8, 3, 1, 1), *BN[:3], BN[3][:7], 1e-5), r"got var of shape \[7\]"),
+    ("fold_bn", (torch.randn(4, 3, 1, 1), *BN, 1e-5), r"got gamma of shape \[8\], expected \[4\]"),
+    ("fold_bn", (torch.randn(8, 3, 1, 1).half(), *BN, 1e-5, torch.float32), "expected the same unless weight is Float"),
+])
+def test_bad_input_gets_one_sentence(op, args, sentence):
+    with pytest.raises(RuntimeError, match=f"^{op}: .*{sentence}"):
+        call(op, *args)
+
+
+@built
+@pytest.mark.parametrize("op, args", [
+    ("add_act", (X, X, None, True)), ("add_act", (NHWC, NHWC, GATE, False)), ("add_act", (X[:0], X[:0], None, True)),
+    ("add_act", (X.permute(3, 0, 2, 1), X.permute(3, 0, 2, 1), None, True)),
+    ("add_act", (X[:, :, :1, :1].contiguous(), X[:, :, :1, :1].contiguous(), GATE, True)),
+    ("add_act_backward", (X, X, True)), ("add_act_gate_backward", (NHWC, NHWC, NHWC, GATE, True)),
+    ("fold_bn", (torch.randn(8, 3, 7, 7), *BN, 1e-5, torch.bfloat16)),
+    ("fold_bn", (torch.randn(8, 6, 1, 1)[:, ::2], *BN, 0.0)),
+])
+def test_good_input_is_refused_only_for_being_on_the_cpu(op, args):
+    with pytest.raises(RuntimeError, match=f"^{op}: got tensors on the CPU, expected CUDA tensors"):
+        call(op, *args)
