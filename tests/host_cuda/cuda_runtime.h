@@ -1,0 +1,248 @@
+// Runs CUDA kernels on the CPU, so that the kernels themselves are tested where there is no GPU. Each thread of a block
+// is a fibre; blocks run one after the other. __syncthreads and the warp-wide instructions (host_ptx.h) are where fibres
+// wait for each other. Between two of them threads run in random order, shared memory starts as NaN, and copies land as
+// late (or as early) as PTX allows: a missing barrier, wait or element shows in the result. Memory beyond an allocation
+// from host_guarded() faults, and the launch returns cudaErrorIllegalAddress as a GPU would.
+#pragma once
+
+#include <csetjmp>
+#include <csignal>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include <ucontext.h>
+
+#include "cuda_runtime_api.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __forceinline__ inline
+#define __align__(n) __attribute__((aligned(n)))
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace host_cuda {
+
+struct Copy {
+  void* to;
+  const void* from;  // null: zeros
+};
+
+struct Fibre {
+  static constexpr size_t kStack = 1 << 16;
+  ucontext_t start;
+  jmp_buf here;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  bool started = false, finished = false;
+  const unsigned* gate = nullptr;  // waits until *gate differs from `seen`
+  unsigned seen = 0;
+  dim3 index;
+  std::vector<std::vector<Copy>> groups;  // of cp.async: all but the last are committed
+};
+
+struct Warp {
+  unsigned round = 0, arrived = 0;
+  const char* instruction = nullptr;
+  alignas(16) unsigned char in[32][64], out[32][32];
+};
+
+struct Block {
+  std::vector<Fibre> fibres;
+  std::vector<Warp> warps;
+  unsigned barrier_round = 0, barrier_arrived = 0;
+  int current = 0;
+  jmp_buf scheduler;
+  std::function<void()> body;
+  std::mt19937 random;
+};
+
+inline Block block;
+inline sigjmp_buf abort_launch;
+inline char message[256];
+alignas(128) inline unsigned char shared_memory[kSharedLimit + 4096];  // dynamic; the rest notices writes too far
+inline size_t shared_bytes = 0;
+
+[[noreturn]] inline void fail(const char* text, cudaError_t error = cudaErrorLaunchFailure) {
+  std::snprintf(message, sizeof message, "%s (block %u, %u; thread %d)", text, blockIdx.x, blockIdx.y, block.current);
+  siglongjmp(abort_launch, error);
+}
+
+inline void on_fault(int) { fail("access outside an allocation, or undefined behaviour", cudaErrorIllegalAddress); }
+
+inline Fibre& self() { return block.fibres[block.current]; }
+
+inline void wait_for(const unsigned& round) {
+  Fibre& fibre = self();
+  fibre.gate = &round;
+  fibre.seen = round;
+  if (_setjmp(fibre.here) == 0) _longjmp(block.scheduler, 1);
+}
+
+// All 32 lanes hand in `in`; the last to come computes every lane's `out` from them.
+template <class Out, class In, class F>
+Out collective(const char* instruction, const In& in, F&& compute) {
+  static_assert(sizeof(In) <= 64 && sizeof(Out) <= 32);
+  Warp& warp = block.warps[block.current / 32];
+  const int lane = block.current % 32;
+  if (warp.arrived != 0 && std::strcmp(warp.instruction, instruction) != 0) fail("lanes of a warp diverged");
+  warp.instruction = instruction;
+  std::memcpy(warp.in[lane], &in, sizeof in);
+  if (++warp.arrived == 32) {
+    In ins[32];
+    Out outs[32];
+    for (int l = 0; l < 32; ++l) std::memcpy(&ins[l], warp.in[l], sizeof(In));
+    compute(ins, outs);
+    for (int l = 0; l < 32; ++l) std::memcpy(warp.out[l], &outs[l], sizeof(Out));
+    warp.arrived = 0;
+    ++warp.round;
+  } else {
+    wait_for(warp.round);
+  }
+  Out out;
+  std::memcpy(&out, warp.out[lane], sizeof out);
+  return out;
+}
+
+inline void enter_fibre() {
+  block.body();
+  self().finished = true;
+  _longjmp(block.scheduler, 1);
+}
+
+inline void resume(int thread) {
+  Fibre& fibre = block.fibres[thread];
+  block.current = thread;
+  threadIdx = fibre.index;
+  if (_setjmp(block.scheduler) != 0) return;
+  if (fibre.started) _longjmp(fibre.here, 1);
+  fibre.started = true;
+  setcontext(&fibre.start);
+}
+
+inline void run_block(unsigned threads) {
+  block.barrier_arrived = 0;
+  block.warps.assign((threads + 31) / 32, Warp{});
+  std::memset(shared_memory, 0xff, sizeof shared_memory);
+  for (unsigned t = 0; t < threads; ++t) {
+    Fibre& fibre = block.fibres[t];
+    getcontext(&fibre.start);
+    fibre.start.uc_stack.ss_sp = fibre.stack.get();
+    fibre.start.uc_stack.ss_size = Fibre::kStack;
+    makecontext(&fibre.start, enter_fibre, 0);
+    fibre.started = fibre.finished = false;
+    fibre.gate = nullptr;
+    fibre.groups.assign(1, {});
+    fibre.index = dim3(t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y);
+  }
+  for (unsigned alive = threads; alive > 0;) {
+    bool progress = false;
+    const unsigned first = block.random(), step = block.random() | 1;  // an odd step visits each of 2^n threads once
+    unsigned size = 1;
+    while (size < threads) size *= 2;
+    for (unsigned i = 0; i < size; ++i) {
+      const unsigned t = (first + i * step) % size;
+      if (t >= threads || block.fibres[t].finished) continue;
+      Fibre& fibre = block.fibres[t];
+      if (fibre.gate != nullptr && *fibre.gate == fibre.seen) continue;
+      progress = true;
+      resume(int(t));
+      alive -= fibre.finished;
+    }
+    if (!progress) fail("deadlock: a barrier that not all threads reach");
+  }
+  for (size_t i = shared_bytes; i < sizeof shared_memory; ++i)
+    if (shared_memory[i] != 0xff) fail("a write beyond the block's shared memory");
+}
+
+struct FaultHandler {
+  static constexpr size_t kStack = 1 << 16;
+  struct sigaction segv, bus, ill;
+  stack_t before;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+
+  FaultHandler() {
+    stack_t mine{};
+    mine.ss_sp = stack.get();
+    mine.ss_size = kStack;
+    sigaltstack(&mine, &before);
+    struct sigaction action{};
+    action.sa_handler = on_fault;
+    action.sa_flags = SA_ONSTACK | SA_NODEFER;
+    sigaction(SIGSEGV, &action, &segv);
+    sigaction(SIGBUS, &action, &bus);
+    sigaction(SIGILL, &action, &ill);
+  }
+
+  ~FaultHandler() {
+    sigaction(SIGSEGV, &segv, nullptr);
+    sigaction(SIGBUS, &bus, nullptr);
+    sigaction(SIGILL, &ill, nullptr);
+    sigaltstack(&before, nullptr);
+  }
+};
+
+inline cudaError_t run_grid(dim3 grid, dim3 threads, size_t dynamic_shared, std::function<void()> body) {
+  const unsigned count = threads.x * threads.y * threads.z;
+  if (grid.x == 0 || grid.y == 0 || count == 0 || count > 1024 || dynamic_shared > kSharedLimit || grid.y > 65535)
+    return cudaErrorInvalidConfiguration;
+  gridDim = grid;
+  blockDim = threads;
+  shared_bytes = dynamic_shared;
+  block.body = std::move(body);
+  block.random.seed(settings.seed);
+  if (block.fibres.size() < count) block.fibres = std::vector<Fibre>(count);
+  const FaultHandler handler;
+  message[0] = 0;
+  if (const int error = sigsetjmp(abort_launch, 1)) return cudaError_t(error);
+  for (unsigned y = 0; y < grid.y; ++y) {
+    for (unsigned x = settings.first_block; x < grid.x; ++x) {
+      blockIdx = dim3(x, y);
+      run_block(count);
+    }
+  }
+  return cudaSuccess;
+}
+
+}  // namespace host_cuda
+
+inline void __syncthreads() {
+  host_cuda::Block& block = host_cuda::block;
+  if (++block.barrier_arrived == blockDim.x * blockDim.y * blockDim.z) {
+    block.barrier_arrived = 0;
+    ++block.barrier_round;
+  } else {
+    host_cuda::wait_for(block.barrier_round);
+  }
+}
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+template <class... P, class... A>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... args) {
+  return host_cuda::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { kernel(args...); });
+}

@@ -1,0 +1,44 @@
+// The part of the CUDA runtime that csrc's host code calls, for a machine that is pretended to have a GPU.
+#pragma once
+
+#include <cstddef>
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorIllegalAddress = 700,
+  cudaErrorLaunchFailure = 719,
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+using cudaStream_t = struct host_stream*;
+
+namespace host_cuda {
+
+constexpr int kSharedLimit = 99 * 1024;  // a block's, on sm_86, sm_89 and sm_120: the least of all targets
+
+struct Settings {
+  unsigned seed = 1;      // of the order in which threads run
+  int processors = 132;
+  bool late_copies = true;  // cp.async lands when it is waited for, or at once: both are allowed
+  unsigned first_block = 0;  // blocks before it are left out: the end of a problem too large to run
+};
+
+inline Settings settings;
+
+}  // namespace host_cuda
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = host_cuda::settings.processors;
+  return cudaSuccess;
+}
+
+template <class F>
+cudaError_t cudaFuncSetAttribute(F, cudaFuncAttribute, int bytes) {
+  return bytes <= host_cuda::kSharedLimit ? cudaSuccess : cudaErrorInvalidConfiguration;
+}
