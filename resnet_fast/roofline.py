@@ -1,0 +1,174 @@
+"""Floors: how fast a GPU could run a step, a layer or a whole network, given its ceilings and what must be moved.
+
+A step's floor is max(bytes / copy bandwidth, FLOPs / matrix rate); a network's is the sum over its kernels, launches
+free and L2 ignored (its bandwidth is unmeasured). What a step moves stands in ``traffic`` and ``traffic_training``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from . import console
+from .problem import Problem
+from .traffic import INFERENCE, Step, conv_flops, network, touched
+from .traffic_training import TRAINING
+
+# What explain and reports measure a network against: each convolution one kernel, stem and head fused too.
+LEVEL = "+ stem/pool and avgpool/fc fused"
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """A GPU's limits: bytes a second of a large copy (read + written), dense FLOPs a second by dtype, their source."""
+
+    title: str
+    copy: float
+    rates: dict[torch.dtype, float]
+    source: str
+
+
+def _rates(float32: float, half: float, byte: float, fp8: bool) -> dict[torch.dtype, float]:
+    rates = {torch.float32: float32, torch.bfloat16: half, torch.float16: half, torch.int8: byte}
+    return {**rates, torch.float8_e4m3fn: byte} if fp8 else rates
+
+
+MEASURED = "copy and bf16 measured on one such card; fp16 as bf16, bytes at twice that, fp32 from the datasheet"
+DATASHEET = "datasheet, not measured"
+GPUS = {
+    "h200": Ceilings("NVIDIA H200", 4.3e12, _rates(67e12, 790e12, 1580e12, True), MEASURED),
+    "h100": Ceilings("NVIDIA H100 80GB HBM3", 3.35e12, _rates(67e12, 989e12, 1979e12, True), DATASHEET),
+    "b200": Ceilings("NVIDIA B200", 7.7e12, _rates(75e12, 2250e12, 4500e12, True), DATASHEET),
+    "a100": Ceilings("NVIDIA A100-SXM4-80GB", 2.039e12, _rates(19.5e12, 312e12, 624e12, False), DATASHEET),
+    "l40s": Ceilings("NVIDIA L40S", 0.864e12, _rates(91.6e12, 362e12, 733e12, True), DATASHEET),
+    "rtx4090": Ceilings("NVIDIA GeForce RTX 4090", 1.008e12, _rates(82.6e12, 165e12, 660e12, True), DATASHEET),
+}
+
+
+def ceilings(gpu: str) -> Ceilings:
+    """The ceilings of a GPU by short name ("h200") or as the driver names it; raises LookupError with those known."""
+    for key, found in GPUS.items():
+        if gpu.lower() in (key, found.title.lower()):
+            return found
+    raise LookupError(f"no ceilings for GPU {gpu!r}; known: {', '.join(GPUS)}")
+
+
+# ---------------------------------------------------------------- one step
+
+@dataclass(frozen=True)
+class Floor:
+    """The least time of a step in seconds and which ceiling sets it, "memory" or "compute"."""
+
+    name: str
+    bytes: int
+    flops: int
+    seconds: float
+    bound: str
+
+
+def floor(step: Step, limits: Ceilings, dtype: torch.dtype) -> Floor:
+    """The floor of one step; raises LookupError for a dtype that GPU has no rate for."""
+    if dtype not in limits.rates:
+        raise LookupError(f"no rate for {dtype} on {limits.title}; known: {', '.join(map(str, limits.rates))}")
+    memory, compute = step.bytes / limits.copy, step.flops / limits.rates[dtype]
+    return Floor(step.name, step.bytes, step.flops, max(memory, compute), "memory" if memory >= compute else "compute")
+
+
+def predict(steps: Iterable[Step], limits: Ceilings, dtype: torch.dtype) -> list[Floor]:
+    """The floor of each step."""
+    return [floor(step, limits, dtype) for step in steps]
+
+
+def flops(problem: Problem) -> int:
+    """Two FLOPs for each multiply-add of the convolution; the pointwise ops count none."""
+    return conv_flops(problem)
+
+
+def problem_step(problem: Problem) -> Step:
+    """What one call of an op must move: each operand once, batch norm's twice, since statistics precede their use."""
+    width = problem.dtype.itemsize
+    x = prod(problem.x) * width
+    residual = {} if problem.residual is None else {"residual": x}
+    relu = problem.act == "relu"
+    if problem.op == "conv_bn_act":
+        y = problem.x[0] * problem.weight[0] * prod(problem.out_hw) * width
+        reads = {"x": touched(problem) * width, "w": prod(problem.weight) * width}
+        return Step(problem.key, {**reads, **({"residual": y} if residual else {})}, {"y": y}, conv_flops(problem))
+    if problem.op == "bn_act":
+        return Step(problem.key, {"x for statistics": x, "x": x, **residual}, {"y": x})
+    if problem.op == "bn_act_backward":  # without a residual the mask comes from x
+        once = {"dy": x, "x": x, **({"y": x} if residual and relu else {})}
+        twice = {f"{name} for sums": size for name, size in once.items()}
+        return Step(problem.key, {**once, **twice}, {"dx": x, **({"dresidual": x} if residual else {})})
+    if problem.op == "add_act":
+        return Step(problem.key, {"x": x, "y": x}, {"out": x})
+    reads = {"dout": x, **({"out": x} if relu else {}), **({"x": x} if problem.gate else {})}
+    return Step(problem.key, reads, {"dy": x, **({"dx": x} if problem.gate else {})})
+
+
+def problem_floor(problem: Problem, limits: Ceilings) -> Floor:
+    """The floor of one call of an op."""
+    return floor(problem_step(problem), limits, problem.dtype)
+
+
+# ---------------------------------------------------------------- a network
+
+@dataclass(frozen=True)
+class Total:
+    """A whole network at one level of fusion, for one batch."""
+
+    mode: str
+    level: str
+    kernels: int
+    bytes: int
+    flops: int
+    seconds: float
+    batch: int
+
+    @property
+    def img_s(self) -> float:
+        return self.batch / self.seconds
+
+
+def total(model: str, batch: int, size: int, dtype: torch.dtype, limits: Ceilings, level: str = LEVEL,
+          mode: str = "infer") -> Total:
+    """The floor of one pass ("infer") or iteration ("train") over a batch; raises KeyError for an unknown level."""
+    steps = {"infer": INFERENCE, "train": TRAINING}[mode][level](network(model, batch, size, dtype))
+    floors = predict(steps, limits, dtype)
+    return Total(mode, level, len(floors), sum(f.bytes for f in floors), sum(f.flops for f in floors),
+                 sum(f.seconds for f in floors), batch)
+
+
+@dataclass(frozen=True)
+class Table:
+    """``rows``: each kernel, with convolutions, stem and head fused; ``totals``: every level of fusion."""
+
+    heading: str
+    rows: list[Floor]
+    totals: list[Total]
+
+    def __str__(self) -> str:
+        kernels = [(f.name, f"{f.bytes / 1e6:.2f}", f"{f.flops / 1e9:.2f}", f"{f.seconds * 1e6:.2f}", f.bound)
+                   for f in self.rows]
+        levels = [(t.mode, t.level, t.kernels, f"{t.bytes / t.batch / 1e6:.1f}", f"{t.seconds * 1e3:.3f}",
+                   f"{t.img_s:,.0f}") for t in self.totals]
+        header = "", "level of fusion", "kernels", "MB/img", "floor ms", "img/s"
+        return "\n".join([
+            self.heading, "", console.table(("kernel", "MB", "GFLOP", "floor µs", "bound"), kernels, right=(1, 2, 3)),
+            "", console.table(header, levels, right=(2, 3, 4, 5))])
+
+
+def table(model: str, batch: int, size: int, dtype: torch.dtype, gpu: str) -> Table:
+    """Floors of a network on a GPU model that need not be here; raises LookupError for an unknown GPU or dtype."""
+    limits = ceilings(gpu)
+    net = network(model, batch, size, dtype)
+    levels = [("infer", level) for level in INFERENCE] + [("train", level) for level in TRAINING if dtype in FLOATING]
+    rows = predict(INFERENCE[LEVEL](net), limits, dtype)
+    rate = limits.rates[dtype] / 1e12
+    heading = (f"{model}, batch {batch}, {size}², {str(dtype).removeprefix('torch.')}: the least time physics allows\n"
+               f"{limits.title} at {limits.copy / 1e12:g} TB/s and {rate:g} TFLOP/s: {limits.source}")
+    return Table(heading, rows, [total(model, batch, size, dtype, limits, level, mode) for mode, level in levels])
