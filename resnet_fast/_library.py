@@ -28,8 +28,7 @@ def define(schema: str, *, impl: Callable, fake: Callable, function: type[torch.
     _library.impl(name, impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    if function is not None:
-        _library.impl(name, _autograd(op, function), "Autograd")
+    _library.impl(name, _autograd(op, function) if function is not None else _no_formula(op), "Autograd")
     if lowered:
         for device in ("CPU", "CUDA"):
             _library.impl(name, _autocast(op, device, lowered), f"Autocast{device}")
@@ -46,6 +45,15 @@ def _autograd(op: Callable, function: type[torch.autograd.Function]) -> Callable
     def autograd(*args):
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return function.apply(*args)
+        return below_autograd(op, *args)
+
+    return autograd
+
+
+def _no_formula(op: Callable) -> Callable:
+    def autograd(*args):
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            raise RuntimeError(f"{op}: got an input that requires grad, expected none: it is a backward and has no formula")
         return below_autograd(op, *args)
 
     return autograd

@@ -141,10 +141,13 @@ def _unchecked(*args) -> None:
 # ---------------------------------------------------------------- fakes: shapes and strides without data
 
 def _fake_conv_bn_act(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
+    # Also the Meta kernel, which the dispatcher calls for a mix of real and meta tensors: without a check it would answer.
+    _check_images("conv_bn_act", x, weight=weight, scale=scale, shift=shift, residual=residual, mean=mean, var=var)
     return F.conv2d(x, weight, None, stride, padding, dilation, groups)
 
 
 def _fake_bn_act(x, weight, bias, residual, eps, act) -> tuple[Tensor, Tensor, Tensor]:
+    _check_images("bn_act", x, weight=weight, bias=bias, residual=residual)
     wide = torch.promote_types(x.dtype, torch.float32)
     stats = (torch.empty(x.shape[1], dtype=wide, device=x.device) for _ in range(2))
     return torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)[0], *stats
@@ -156,6 +159,7 @@ def _fake_bn_act_backward(dy, x, y, weight, mean, var, eps, act, residual) -> tu
 
 
 def _fake_add_act(x, y, gate, act) -> Tensor:
+    _check_images("add_act", x, y=y, gate=gate)
     return x + y if gate is None else torch.addcmul(y, x, gate)
 
 
@@ -175,6 +179,8 @@ def _differentiable(formula, saved: tuple, grad: Tensor) -> tuple:
     with torch.enable_grad():
         inputs = [a.view_as(a) if isinstance(a, Tensor) else a for a in saved]
         wanted = [a for a in inputs if isinstance(a, Tensor) and a.requires_grad]
+        if not wanted:  # only the residual needs a gradient
+            return (None,) * len(inputs)
         found = iter(torch.autograd.grad(formula(*inputs), wanted, grad, create_graph=True, allow_unused=True))
     return tuple(next(found) if isinstance(a, Tensor) and a.requires_grad else None for a in inputs)
 
@@ -260,7 +266,8 @@ class _BnAct(torch.autograd.Function):
         if torch.is_grad_enabled():
             dz = reference.relu_mask(dy, y, act)
             return *_differentiable(_linear_bn, (x, weight, bias, eps), dz)[:3], dz if ctx.needs_input_grad[3] else None, None, None
-        dx, dweight, dbias, dresidual = BN_ACT_BACKWARD(dy, x, y, weight, mean, var, eps, act, ctx.needs_input_grad[3])
+        dx, dweight, dbias, dresidual = below_autograd(BN_ACT_BACKWARD, dy, x, y, weight, mean, var, eps, act,
+                                                       ctx.needs_input_grad[3])
         return dx, dweight, dbias, dresidual if ctx.needs_input_grad[3] else None, None, None
 
 
@@ -276,8 +283,9 @@ class _AddAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         x, gate, out = ctx.saved_tensors
-        backward = reference.add_act_backward if torch.is_grad_enabled() else ADD_ACT_BACKWARD
-        dy, dx, dgate = backward(dout, out, x, gate, ctx.act)
+        args = dout, out, x, gate, ctx.act
+        again = torch.is_grad_enabled()
+        dy, dx, dgate = reference.add_act_backward(*args) if again else below_autograd(ADD_ACT_BACKWARD, *args)
         return (dy, dy, None, None) if gate is None else (dx, dy, dgate, None)
 
 
