@@ -41,8 +41,11 @@ def _onednn(x, weight, scale, shift, residual, mean, var, eps, stride, padding, 
     """oneDNN fuses bias and add; its fused ReLU turns NaN into 0 (all its forms), so the ReLU is our own, in place: 2–6 %."""
     packed, bias = fold.packed(x, weight, scale, shift, mean, var, eps, stride, padding, dilation, groups)
     conv = torch.ops.mkldnn._convolution_pointwise
-    if residual is None:
+    # One pixel or one channel is NCHW and NHWC at once: torch 2.11 then fails with "could not create a memory".
+    apart = residual is not None and residual.is_contiguous() and residual.is_contiguous(memory_format=torch.channels_last)
+    if residual is None or apart:
         out = conv(x, packed, bias, padding, stride, dilation, groups, "none", [], "")
+        out = out.add_(residual) if apart else out
     else:
         out = conv.binary(x, residual, packed, bias, padding, stride, dilation, groups, "add", None, None, [], None)
     if not nhwc(x) and not nhwc(weight):
