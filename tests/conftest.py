@@ -1,0 +1,35 @@
+"""What every test stands on: one thread, a fixed seed, a registry that is put back, hypothesis without a clock."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from resnet_fast import dispatch
+
+torch.set_num_threads(1)  # the machines that run this have few cores, and results must not depend on how many
+settings.register_profile("house", deadline=None, derandomize=True, database=None, max_examples=30,
+                          suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+settings.load_profile("house")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """A registry of its own: what a test registers is gone afterwards, and so is what was memoised with it."""
+    dispatch.load("aten")
+    monkeypatch.setattr(dispatch, "_registry", dict(dispatch._registry))
+    monkeypatch.setattr(dispatch, "_memo", {})
+    return dispatch._registry
