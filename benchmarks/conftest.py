@@ -44,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--scaling", choices=SCALING, help="a curve over batch, image size or depth instead of the table")
     group.addoption("--cold", action="store_true", help="also cold starts, each in a fresh process")
     group.addoption("--seconds", type=float, default=20.0, help="timing at most this long a case (default %(default)s)")
-    group.addoption("--ledger", nargs="?", const="", metavar="FILE", help=f"write the rows as a run: {RESULTS}/… or FILE")
+    group.addoption("--ledger", nargs="?", const="", metavar="FILE", help=f"write the rows into {RESULTS}/ or FILE")
 
 
 def default_batches(device: str, full: bool) -> list[int]:

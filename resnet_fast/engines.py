@@ -18,7 +18,7 @@ from . import folded
 
 # module → what to install
 PACKAGES = {"openvino": "openvino", "onnxruntime": "onnxruntime", "onnx": "onnx",
-            "torch_tensorrt": "torch-tensorrt", "cudnn": "nvidia-cudnn-frontend"}
+            "onnxscript": "onnxscript", "torch_tensorrt": "torch-tensorrt", "cudnn": "nvidia-cudnn-frontend"}
 
 
 def missing(*modules: str) -> Callable[[], str | None]:
@@ -34,7 +34,7 @@ def openvino(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[
     """OpenVINO on the CPU, for latency, in the inference precision asked for."""
     import openvino as ov
 
-    converted = ov.convert_model(copy.deepcopy(model), example_input=example.float(), input=[list(example.shape)])
+    converted = ov.convert_model(torch.export.export(copy.deepcopy(model), (example.float(),)))
     precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
     settings = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY",
                 "INFERENCE_NUM_THREADS": torch.get_num_threads()}
@@ -52,8 +52,8 @@ def onnxruntime(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callab
     import onnxruntime as ort
 
     buffer = io.BytesIO()
-    torch.onnx.export(copy.deepcopy(model).to(dtype), (example,), buffer, input_names=["x"], output_names=["y"],
-                      dynamo=False)
+    torch.onnx.export(copy.deepcopy(model).to(dtype), (example,), input_names=["x"], output_names=["y"],
+                      dynamo=True, verbose=False).save(buffer)
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = torch.get_num_threads()
@@ -82,7 +82,7 @@ def tensorrt(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[
     import torch_tensorrt
 
     net = copy.deepcopy(model).to(dtype)
-    compiled = torch_tensorrt.compile(net, ir="dynamo", inputs=[example], enabled_precisions={dtype},
+    compiled = torch_tensorrt.compile(net, ir="dynamo", inputs=[example], use_explicit_typing=True,
                                       require_full_compilation=True)
     with torch.no_grad():
         return folded.graphed(compiled, example)
@@ -114,9 +114,9 @@ def cudnn_frontend(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Cal
             if residual is not None:
                 y = graph.add(a=y, b=inputs[-1])
             y = graph.relu(input=y) if conv.act == "relu" else y
-            y.set_output(True)
-            graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
             out = torch.nn.functional.conv2d(x, conv.weight, None, *conv.geometry)  # for its shape and strides
+            y.set_output(True).set_data_type(kind).set_dim(list(out.shape)).set_stride(list(out.stride()))
+            graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
             return graph, inputs, y, out, torch.empty(graph.get_workspace_size(), device=x.device, dtype=torch.uint8)
 
         def run(x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -10,12 +10,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .coldstart import cold_start
+from . import roofline
+from .coldstart import ColdStart, cold_start
 from .providers import DTYPES, PROVIDERS, Provider, TrainStep, example_input, fair, reference_model
 from .report.ledger import Row, case_name
 from .testing import FACTOR, FLOOR, GRADIENT_FACTOR, error
 from .timing import Timing, interleaved
+from .traffic import INFERENCE, network
+from .traffic_training import TRAINING
 
+# The level of fusion whose floor a network's share of the roofline is taken of.
+CEILING = {"infer": roofline.LEVEL, "train": "+ fused backward"}
 ORACLE_IMAGES = 2  # inference only: images do not mix, and float64 is the slowest thing here
 
 
@@ -66,29 +71,9 @@ def measure(case: Case, providers: Iterable[Provider], *, x: Tensor | None = Non
     One of ours whose error breaks the rule gets no time: the whole-network form of it, RMS over the logits (in
     training, over all gradients) at most 2 × (3 ×) eager's plus the dtype's floor.
     """
-    dtype = DTYPES[case.dtype]
-    x = example_input(case.batch, case.size, dtype, case.device) if x is None else x
-    model = reference_model(case.model, case.device)
-    outcomes: dict[str, Outcome] = {}
-    ready: dict[str, _Ready] = {}
+    x = example_input(case.batch, case.size, DTYPES[case.dtype], case.device) if x is None else x
     with fair():
-        exact = oracle(case.mode, model, x)
-        eager = _distance(case.mode, PROVIDERS["eager-nchw"].prepare(case.mode, model, x, dtype), x, exact)
-        for p in providers:
-            reason = p.why_not(case.mode, case.device, case.dtype)
-            if reason is not None:
-                say(f"{p.id}: skipped: {reason}")
-                outcomes[p.id] = Outcome(p.id, skipped=reason)
-                continue
-            say(f"{p.id}: building …")
-            made = _prepare(p, case, model, x, exact)
-            allowed = (FACTOR if case.mode == "infer" else GRADIENT_FACTOR) * eager + FLOOR[dtype]
-            if p.ours and not made.error <= allowed:
-                wrong = f"error {made.error:.3g} against float64, allowed {allowed:.3g} (eager's is {eager:.3g})"
-                say(f"{p.id}: WRONG: {wrong}; not timed")
-                outcomes[p.id] = Outcome(p.id, wrong=wrong)
-                continue
-            ready[p.id] = made
+        ready, outcomes, eager = _build(case, providers, x, say)
         runs = {id: (lambda made=made: made.run(x)) for id, made in ready.items()}
         timings = interleaved(runs, device=case.device, max_seconds=max_seconds, max_rounds=max_rounds,
                               confidence=confidence, progress=progress) if runs else {}
@@ -99,6 +84,37 @@ def measure(case: Case, providers: Iterable[Provider], *, x: Tensor | None = Non
             started = cold_start(id, case.mode, case.model, case.dtype, case.batch, case.size, case.device)
         outcomes[id] = Outcome(id, _row(case, ready[id], timing, timings, eager, started), timing)
     return outcomes
+
+
+def _build(case: Case, providers: Iterable[Provider], x: Tensor,
+           say: Callable[[str], None]) -> tuple[dict[str, _Ready], dict[str, Outcome], float]:
+    """(what may be timed, what became of the others, eager's error)."""
+    model = reference_model(case.model, case.device)
+    exact = oracle(case.mode, model, x)
+    eager = _distance(case.mode, PROVIDERS["eager-nchw"].prepare(case.mode, model, x, x.dtype), x, exact)
+    allowed = (FACTOR if case.mode == "infer" else GRADIENT_FACTOR) * eager + FLOOR[x.dtype]
+    ready: dict[str, _Ready] = {}
+    outcomes: dict[str, Outcome] = {}
+    for p in providers:
+        skipped = p.why_not(case.mode, case.device, case.dtype)
+        if skipped is None:
+            say(f"{p.id}: building …")
+            try:
+                made = _prepare(p, case, model, x, exact)
+            except Exception as error:  # another's engine may fail in any way of its own, and that is a finding
+                if p.ours and not isinstance(error, torch.OutOfMemoryError):
+                    raise
+                skipped = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        if skipped is not None:
+            outcomes[p.id] = Outcome(p.id, skipped=skipped)
+            say(f"{p.id}: skipped: {skipped}")
+        elif p.ours and not made.error <= allowed:
+            wrong = f"error {made.error:.3g} against float64, allowed {allowed:.3g} (eager's is {eager:.3g})"
+            outcomes[p.id] = Outcome(p.id, wrong=wrong)
+            say(f"{p.id}: WRONG: {wrong}; not timed")
+        else:
+            ready[p.id] = made
+    return ready, outcomes, eager
 
 
 def oracle(mode: str, model: nn.Module, x: Tensor) -> Tensor:
@@ -139,11 +155,34 @@ def _prepare(p: Provider, case: Case, model: nn.Module, x: Tensor, exact: Tensor
     return _Ready(p, run, found, first, max(peak, torch.cuda.memory_reserved() - reserved))
 
 
-def _row(case: Case, made: _Ready, timing: Timing, timings: dict[str, Timing], eager: float, started) -> Row:
+def work(case: Case) -> tuple[int, float | None]:
+    """FLOPs of one call, and its floor in seconds if this device's ceilings are known."""
+    levels = {"infer": INFERENCE, "train": TRAINING}[case.mode]
+    dtype = DTYPES[case.dtype]
+    steps = list(levels[CEILING[case.mode]](network(case.model, case.batch, case.size, dtype)))
+    limits = known_ceilings(case.device)
+    seconds = None if limits is None else sum(f.seconds for f in roofline.predict(steps, limits, dtype))
+    return sum(step.flops for step in steps), seconds
+
+
+def known_ceilings(device: str) -> roofline.Ceilings | None:
+    """This GPU's ceilings, or None: a CPU, or a GPU that nobody wrote down."""
+    if device != "cuda":
+        return None
+    try:
+        return roofline.ceilings(torch.cuda.get_device_name())
+    except LookupError:
+        return None
+
+
+def _row(case: Case, made: _Ready, timing: Timing, timings: dict[str, Timing], eager: float,
+         started: ColdStart | None) -> Row:
     low, high = timing.quartiles
     p = made.provider
+    flops, floor = work(case)
     speed = {other: timing.speedup_over(base) for other, base in timings.items() if other != p.id}
-    return Row("model", case.name, p.id, p.ours, case.dtype, case.batch, case.size, "nchw in", timing.median, low, high,
-               len(timing.seconds), img_s=case.batch / timing.median, first_s=made.first_s,
-               cold_s=started and started.seconds, peak_bytes=made.peak_bytes or started and started.peak_bytes,
-               error=made.error, eager_error=eager, speed_over=speed)
+    return Row("model", case.name, p.id, p.ours, case.dtype, case.batch, case.size, "nchw", timing.median, low, high,
+               len(timing.seconds), img_s=case.batch / timing.median, tflops=flops / timing.median / 1e12,
+               roofline=floor and floor / timing.median, first_s=made.first_s, cold_s=started and started.seconds,
+               peak_bytes=made.peak_bytes or started and started.peak_bytes, error=made.error, eager_error=eager,
+               speed_over=speed)

@@ -12,11 +12,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import folded
+from . import folded, roofline
 from .dispatch import Kernel
 from .fold import fold
 from .layers import layers
-from .measure import Outcome
+from .measure import Outcome, known_ceilings
 from .problem import Problem
 from .providers import DTYPES, fair
 from .report.ledger import Row
@@ -124,5 +124,9 @@ def _row(problem: Problem, id: str, timing: Timing, timings: dict[str, Timing], 
     dtype = next(name for name, dtype in DTYPES.items() if dtype == problem.dtype)
     speed = {other: timing.speedup_over(base) for other, base in timings.items() if other != id}
     ours = id not in BASELINES[problem.op] and not id.startswith("aten")
+    step, limits = roofline.problem_step(problem), known_ceilings(problem.device)
+    floor = limits and roofline.problem_floor(problem, limits).seconds
     return Row("op", f"op/{problem.key}", id, ours, dtype, problem.x[0], None, problem.layout, timing.median, low, high,
-               len(timing.seconds), problem=problem.key, error=error, eager_error=eager_error, speed_over=speed)
+               len(timing.seconds), problem=problem.key, tflops=step.flops / timing.median / 1e12 or None,
+               gb_s=step.bytes / timing.median / 1e9, roofline=floor and floor / timing.median, error=error,
+               eager_error=eager_error, speed_over=speed)
