@@ -70,12 +70,19 @@ def kernel(id: str, *, op: str, supports: Callable[[Problem], str | None],
         raise ValueError(f"kernel {id!r}: unknown op {op!r}, expected one of {', '.join(KEYS)}")
 
     def register(fn: Callable) -> Callable:
+        file = getattr(sys.modules.get(fn.__module__), "__file__", None)  # at a prompt there is none
         with _lock:
-            _registry[id] = Kernel(id, op, fn, supports, available, (sys.modules[fn.__module__].__file__, *sources))
-            _memo.clear()
+            _registry[id] = Kernel(id, op, fn, supports, available, (file, *sources) if file else sources)
+            _forget()
         return fn
 
     return register
+
+
+def _forget() -> None:
+    """A new memo, not an emptied one: a choice that another thread is making now goes into the old one."""
+    global _memo
+    _memo = {}
 
 
 def load(family: str) -> None:
@@ -122,13 +129,13 @@ class use:
     def __enter__(self) -> None:
         with _lock:
             _forced.extend(self._uses)
-            _memo.clear()
+            _forget()
 
     def __exit__(self, kind, value, trace) -> None:
         with _lock:
             for entry in self._uses:
                 _forced.remove(entry)
-            _memo.clear()
+            _forget()
         idle = [entry for entry in self._uses if not entry.claimed]
         if kind is None and idle:
             raise RuntimeError("; ".join(f"kernel {e.kernel.id!r} claimed no problem: {e.declined or 'its op was never called'}"
@@ -159,16 +166,17 @@ def select(op: str, args: tuple, check: Callable) -> Callable:
     Memoised on a plain tuple: 0.75 µs against 3.9 for a dataclass look-up.
     """
     key = KEYS[op](*args)
-    hit = _memo.get(key)
+    memo = _memo
+    hit = memo.get(key)
     if hit is None:
         check(*args)
         problem = describe(op, args)
         chosen, why = choose(problem)
         hit = chosen.fn, chosen, why
         with _lock:
-            if len(_memo) >= MEMO_LIMIT:  # a service that sees every shape must not grow without end
-                _memo.clear()
-            _memo[key] = hit
+            if len(memo) >= MEMO_LIMIT:  # a service that sees every shape must not grow without end
+                memo.clear()
+            memo[key] = hit
     if _recorders:
         choice = Choice(describe(op, args), hit[1].id, hit[2], id(args[IDENTITY[op]]))
         for recorder in _recorders:
@@ -223,6 +231,8 @@ def load_file(path: str | Path) -> list[Kernel]:
         raise FileNotFoundError(f"kernel file {path} does not exist")
     before = dict(_registry)
     spec = importlib.util.spec_from_file_location(f"resnet_fast_user_{path.stem}", path)
+    if spec is None:
+        raise ValueError(f"kernel file {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
