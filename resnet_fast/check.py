@@ -9,9 +9,12 @@ from collections.abc import Iterator
 import torch
 
 from .console import DTYPES, default_device, device_or_error, table
+from .diagnose import diagnose
 from .dispatch import Kernel, find, kernels, load_file
 from .problem import Problem
 from .testing import Verdict, check_kernel, model_problems, nasty_problems
+
+SHOWN = 10  # wrong problems that are told in full
 
 
 def add_parser(commands) -> None:
@@ -78,7 +81,9 @@ def run(args: argparse.Namespace) -> int:
         verdict = f"{len(bad)} WRONG" if bad else "right" if verdicts else f"declines all: {declined[0]}"
         rows.append((kernel.id, kernel.op, len(verdicts), len(declined), f"{worst:.2f}", verdict))
     print(table(("kernel", "op", "checked", "declined", "error/eager", "verdict"), rows, right=(2, 3, 4)))
-    for v in wrong[:20]:
-        print(f"WRONG {v.kernel}: {v.problem.key}: {v.reason}")
+    for v in wrong[:SHOWN]:
+        print(f"WRONG {v.kernel}: {v.problem.key}: {v.reason}\n      {diagnose(find(v.kernel), v.problem)}")
+    if len(wrong) > SHOWN:
+        print(f"… and {len(wrong) - SHOWN} more")
     print(f"{ran} checks on {device.type}, {len(wrong)} wrong")
     return 1 if wrong else 0
