@@ -160,12 +160,17 @@ def read_runs(folder: Path | str = RESULTS) -> list[Run]:
 
 
 def newest(runs: Iterable[Run]) -> dict[tuple[str, str], tuple[Run, list[Row]]]:
-    """(machine name, case) → the latest run that measured it and its rows of the case: two runs are never mixed."""
+    """(machine name, case) → the latest run that measured it and its rows of the case: two runs are never mixed.
+
+    A run of peers alone does not hide an earlier one with ours beside them.
+    """
     found: dict[tuple[str, str], tuple[Run, list[Row]]] = {}
     for run in runs:
         cases: dict[str, list[Row]] = {}
         for row in run.rows:
             cases.setdefault(row.case, []).append(row)
         for case, rows in cases.items():
-            found[run.machine.name, case] = run, rows
+            _, before = found.get((run.machine.name, case), (None, []))
+            if any(row.ours for row in rows) or not any(row.ours for row in before):
+                found[run.machine.name, case] = run, rows
     return found
