@@ -1,8 +1,11 @@
 """Measured choices: one JSON file for each GPU model, written by ``autotune``, read by ``dispatch``.
 
-A file is ``{"gpu": name, "entries": {problem key: entry}}``; an entry keeps kernel, time_us, spread, error, eager_error, versions and
-the normalised source hash of its kernel. An entry counts only while kernel source and versions are those it was verified with;
-``stale`` tells why not. Files are looked for beside this one and, first, in ``RESNET_FAST_TABLES`` (default ``~/.cache/resnet_fast``).
+A file is ``{"gpu": name, "entries": {problem key: entry}, "graph": {…}, "measured": {problem key: {kernel: record}}}``.
+An entry keeps kernel, time_us, aten_us, spread, error, eager_error, versions and the normalised source hash of its
+kernel; ``entries`` holds for ordinary calls (host and device time), ``graph`` for what runs inside a CUDA graph (device
+time), ``measured`` is what tuning found for every candidate. An entry counts only while kernel source and versions are
+those it was verified with; ``stale`` tells why not. Files are looked for first in ``RESNET_FAST_TABLES`` (default
+``~/.cache/resnet_fast``), then beside this one.
 """
 
 from __future__ import annotations
@@ -12,6 +15,10 @@ import functools
 import hashlib
 import json
 import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,6 +26,7 @@ import torch
 from ..problem import Problem
 
 SHIPPED = Path(__file__).parent
+SECTIONS = ("entries", "graph", "measured")
 
 
 def user_folder() -> Path:
@@ -36,23 +44,46 @@ def file_name(gpu: str) -> str:
     return gpu.lower().replace(" ", "-").replace("/", "-") + ".json"
 
 
+# ---------------------------------------------------------------- reading
+
+def read(path: Path, gpu: str) -> dict[str, dict]:
+    """The sections of one file, empty where there is none; a file that cannot be used is ignored with a warning."""
+    empty = {section: {} for section in SECTIONS}
+    if not path.is_file():
+        return empty
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["gpu"] != gpu:
+            raise ValueError(f"it holds measurements of {data['gpu']}, not of {gpu}")
+        return {section: dict(data.get(section, {})) for section in SECTIONS}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(f"table {path} is ignored: {error!r}; delete it, or measure again with "
+                      "`python -m resnet_fast tune`", stacklevel=2)
+        return empty
+
+
 @functools.cache
-def load(gpu: str) -> dict[str, dict]:
-    """All entries for a GPU model; the user's own override the shipped ones. Cached: ``load.cache_clear()`` after writing."""
-    entries: dict[str, dict] = {}
-    for folder in (SHIPPED, user_folder()):
-        path = folder / file_name(gpu)
-        if path.is_file():
-            data = json.loads(path.read_text())
-            if data["gpu"] == gpu:
-                entries.update(data["entries"])
-    return entries
+def load(gpu: str) -> tuple[dict[str, dict], ...]:
+    """The sections of the user's own file and of the shipped one, in this order; cached until ``update`` writes."""
+    return tuple(read(folder / file_name(gpu), gpu) for folder in (user_folder(), SHIPPED))
 
 
-def lookup(problem: Problem) -> dict | None:
+def lookup(problem: Problem, *, graph: bool = False) -> dict | None:
     """The entry that may be used for this problem on the current GPU, or None."""
-    entry = load(gpu_name()).get(problem.key)
-    return None if entry is None or stale(entry) else entry
+    return next((entry for entry in _entries(problem, graph) if stale(entry) is None), None)
+
+
+def why_not(problem: Problem, *, graph: bool = False) -> str | None:
+    """Why the entry that exists for this problem is not used, or None if there is none or it is."""
+    found = list(_entries(problem, graph))
+    return None if lookup(problem, graph=graph) or not found else stale(found[0])
+
+
+def _entries(problem: Problem, graph: bool) -> Iterator[dict]:
+    for sections in load(gpu_name()):
+        entry = sections["graph" if graph else "entries"].get(problem.key)
+        if entry is not None:
+            yield entry
 
 
 def stale(entry: dict) -> str | None:
@@ -65,8 +96,13 @@ def stale(entry: dict) -> str | None:
     if entry["source"] != source_hash(kernel.sources):
         return f"the source of {entry['kernel']} changed since it was measured"
     if entry["versions"] != versions():
-        return f"measured with {entry['versions']}, running {versions()}: verify again with `python -m resnet_fast tune`"
+        return (f"{entry['kernel']} was verified with {_spell(entry['versions'])}, this is {_spell(versions())}: "
+                "verify it again with `python -m resnet_fast tune`")
     return None
+
+
+def _spell(found: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
 @functools.cache
@@ -86,13 +122,44 @@ def source_hash(sources: tuple[str, ...]) -> str:
     """Hash of source files without comments, docstrings and layout, so that prose does not void a measurement."""
     digest = hashlib.sha256()
     for source in sorted(sources):
-        text = Path(source).read_text()
+        text = Path(source).read_text(encoding="utf-8")
         if source.endswith(".py"):
             tree = ast.parse(text)
             for node in ast.walk(tree):
                 body = getattr(node, "body", None)
-                if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+                if (isinstance(body, list) and body and isinstance(body[0], ast.Expr)
+                        and isinstance(body[0].value, ast.Constant)):
                     body.pop(0)
             text = ast.dump(tree)
         digest.update(text.encode())
     return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- writing
+
+def update(gpu: str, edit: Callable[[dict[str, dict]], None], folder: Path | None = None) -> Path:
+    """Let ``edit`` change the sections of a GPU's file in ``folder`` (default: the user's), and write it whole.
+
+    Under a lock between reading and writing, so two processes lose none of each other's entries; replaced in one step,
+    so a reader sees the old file or the new one, and a kill leaves the old one.
+    """
+    path = (folder or user_folder()) / file_name(gpu)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.with_suffix(".lock")):
+        sections = read(path, gpu)
+        edit(sections)
+        text = json.dumps({"gpu": gpu, **sections}, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as part:
+            part.write(text + "\n")
+        os.replace(part.name, path)
+    load.cache_clear()
+    return path
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """An advisory lock that the system drops when its holder dies."""
+    import fcntl  # POSIX only, as are the GPUs that get tuned
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

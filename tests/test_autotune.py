@@ -1,0 +1,426 @@
+"""Measured choice: everything but the clock, on a pretended GPU with right, wrong, broken and greedy kernels."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from resnet_fast import autotune, dispatch, tables, testing
+from resnet_fast import tune as command
+from resnet_fast.__main__ import main
+from resnet_fast.autotune import Device, DeviceLost, tune
+from resnet_fast.problem import Problem
+from resnet_fast.timing import Timing
+from resnet_fast.verify import full_args, repeats, verify
+
+GPU = "Pretended GPU"
+PROBLEM = Problem("add_act", "cpu", torch.float32, (2, 8, 5, 7), "nhwc", residual="nhwc", act="relu")
+OTHER = replace(PROBLEM, x=(3, 16, 5, 7))
+
+
+@dataclass
+class Replay:
+    run: Callable
+
+    def __call__(self):
+        return self.run()
+
+
+@dataclass
+class Pretended(Device):
+    """A CPU that passes for a GPU: its clock reads what a test wrote down, by kernel, for calls and for graphs."""
+
+    name: str = GPU
+    kind: str = "cpu"
+    calls: dict[str, float] = field(default_factory=dict)
+    graph: dict[str, float] = field(default_factory=dict)
+    uncapturable: tuple[str, ...] = ()
+    verified: list[tuple[str, str]] = field(default_factory=list)
+    timed: list[str] = field(default_factory=list)
+    lost: bool = False
+
+    def verify(self, kernel, problem):
+        self.verified.append((kernel.id, problem.key))
+        return super().verify(kernel, problem)
+
+    def clock(self, variants):
+        for run in variants.values():
+            run()
+        self.timed += variants
+        book = self.graph if any(isinstance(run, Replay) for run in variants.values()) else self.calls
+        return {id: Timing((8 * book.get(id, 10e-6),) * 3) for id in variants}  # 8 calls a reading
+
+    def capture(self, runs):
+        graphs = {id: Replay(run) for id, run in runs.items() if id not in self.uncapturable}
+        return graphs, {id: "operation not permitted when stream is capturing" for id in runs if id not in graphs}
+
+    def settle(self):
+        if self.lost:
+            raise DeviceLost("the GPU stopped answering in this process: an illegal memory access was encountered")
+
+
+def right(x, y, gate, act):
+    return torch.relu(x + y)
+
+
+def wrong(x, y, gate, act):
+    out = torch.relu(x + y)
+    out[-1, -1, -1, -1] += 1
+    return out
+
+
+def greedy(x, y, gate, act):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.\nmore words")
+
+
+def broken(x, y, gate, act):
+    raise RuntimeError("PassManager::run failed")
+
+
+@pytest.fixture
+def candidates(registry, tmp_path, monkeypatch):
+    """Registers kernels for add_act by name; only they and ``aten`` exist; tables live in a folder of the test's."""
+    monkeypatch.setattr(dispatch, "FAMILIES", ("aten",))
+    for id in [id for id in registry if not id.startswith("aten.")]:
+        del registry[id]
+    monkeypatch.setenv("RESNET_FAST_TABLES", str(tmp_path))
+    tables.load.cache_clear()
+    yield lambda **kernels: [dispatch.kernel(f"experimental.{name}", op="add_act", supports=lambda p: None)(fn)
+                             for name, fn in kernels.items()]
+    tables.load.cache_clear()
+
+
+def table(folder: Path) -> dict:
+    return json.loads((folder / "pretended-gpu.json").read_text())
+
+
+# ---------------------------------------------------------------- choosing
+
+def test_the_fastest_right_kernel_wins_and_the_wrong_one_is_named(candidates, tmp_path) -> None:
+    candidates(fast=right, wrong=wrong)
+    device = Pretended(calls={"experimental.fast": 5e-6, "experimental.wrong": 1e-6}, graph={"experimental.fast": 4e-6})
+    outcome, = tune([PROBLEM], device=device)
+    assert (outcome.calls, outcome.graph) == ("experimental.fast", "experimental.fast")
+    assert "experimental.wrong" not in device.timed
+    assert list(outcome.bad) == ["experimental.wrong"] and "rms error" in outcome.bad["experimental.wrong"]
+    entry = table(tmp_path)["entries"][PROBLEM.key]
+    assert entry["kernel"] == "experimental.fast"
+    assert entry["time_us"] == pytest.approx(5) and entry["aten_us"] == pytest.approx(10)
+    assert entry["versions"] == tables.versions() and 0 <= entry["error"] < 1e-6
+    assert table(tmp_path)["graph"][PROBLEM.key]["time_us"] == pytest.approx(4)
+
+
+def test_no_entry_unless_aten_is_beaten_by_more_than_noise(candidates, tmp_path) -> None:
+    candidates(near=right)
+    device = Pretended(calls={"experimental.near": 9.95e-6}, graph={"experimental.near": 5e-6})
+    outcome, = tune([PROBLEM], device=device)
+    assert (outcome.calls, outcome.graph) == ("aten", "experimental.near")
+    assert PROBLEM.key not in table(tmp_path)["entries"]
+
+
+def test_a_kernel_that_cannot_be_captured_still_serves_calls(candidates, tmp_path) -> None:
+    candidates(host=right)
+    device = Pretended(calls={"experimental.host": 5e-6}, uncapturable=("experimental.host",))
+    outcome, = tune([PROBLEM], device=device)
+    assert (outcome.calls, outcome.graph) == ("experimental.host", "aten")
+    assert "capturing" in outcome.records["experimental.host"]["not_captured"]
+
+
+@pytest.mark.parametrize("fn, how", [(greedy, "out of memory: CUDA out of memory. Tried to allocate 3.00 GiB."),
+                                     (broken, "failed: RuntimeError: PassManager::run failed")])
+def test_a_candidate_that_fails_is_skipped_and_named(candidates, tmp_path, fn, how) -> None:
+    candidates(bad=fn, good=right)
+    outcome, = tune([PROBLEM], device=Pretended(calls={"experimental.good": 5e-6}))
+    assert outcome.calls == "experimental.good" and outcome.bad == {"experimental.bad": how}
+    assert how.split(":")[0].upper() in str(outcome)
+
+
+def test_out_of_memory_while_timing_leaves_the_others_timed(candidates) -> None:
+    seen = []
+
+    def grows(x, y, gate, act):
+        seen.append(1)
+        return greedy(x, y, gate, act) if len(seen) > 1 else right(x, y, gate, act)
+
+    candidates(grows=grows, good=right)
+    outcome, = tune([PROBLEM], device=Pretended(calls={"experimental.good": 5e-6}))
+    assert outcome.calls == "experimental.good" and "out of memory" in outcome.bad["experimental.grows"]
+
+
+def test_out_of_memory_for_the_arguments_says_so_and_chooses_nothing(candidates, monkeypatch, tmp_path) -> None:
+    candidates(good=right)
+    monkeypatch.setattr(autotune, "argument_sets", lambda problem, cache: greedy(*[None] * 4))
+    outcome, = tune([PROBLEM], device=Pretended())
+    assert outcome.calls == "aten" and "arguments to time it on" in outcome.bad["experimental.good"]
+    assert table(tmp_path)["entries"] == {}
+
+
+def test_only_the_named_kernels_take_part_but_the_incumbent_stays(candidates, tmp_path) -> None:
+    candidates(fast=right, slow=right)
+    device = Pretended(calls={"experimental.fast": 5e-6, "experimental.slow": 6e-6})
+    tune([PROBLEM], kernels=["experimental.fast"], device=device)
+    assert "experimental.slow" not in table(tmp_path)["measured"][PROBLEM.key]
+    outcome, = tune([PROBLEM], kernels=["experimental.slow"], device=device)
+    assert outcome.calls == "experimental.fast"
+    with pytest.raises(LookupError, match="'experimental.absent' is unknown"):
+        tune([PROBLEM], kernels=["experimental.absent"], device=device)
+
+
+def test_cudnn_may_choose_by_timing_while_tuning_and_not_afterwards(candidates, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    candidates(looks=lambda *args: seen.append(torch.backends.cudnn.benchmark) or right(*args))
+    tune([PROBLEM], device=Pretended())
+    assert all(seen) and not torch.backends.cudnn.benchmark
+
+
+# ---------------------------------------------------------------- resuming
+
+def test_what_was_measured_is_skipped(candidates) -> None:
+    candidates(fast=right, wrong=wrong)
+    tune([PROBLEM], device=Pretended(calls={"experimental.fast": 5e-6}))
+    again = Pretended()
+    first, second = tune([PROBLEM, OTHER], device=again)
+    assert first.note == "measured before" and first.calls == "experimental.fast" and "experimental.wrong" in first.bad
+    assert {key for _, key in again.verified} == {OTHER.key}
+
+
+def test_other_source_is_measured_again(candidates, monkeypatch) -> None:
+    candidates(fast=right)
+    tune([PROBLEM], device=Pretended(calls={"experimental.fast": 5e-6}))
+    monkeypatch.setattr(tables, "source_hash", lambda sources: "edited")
+    outcome, = tune([PROBLEM], device=Pretended(calls={"experimental.fast": 20e-6}))
+    assert outcome.note == "" and outcome.calls == "aten"
+
+
+def test_other_versions_are_verified_again_and_keep_their_times(candidates, monkeypatch, tmp_path) -> None:
+    candidates(fast=right, slow=right)
+    tune([PROBLEM], device=Pretended(calls={"experimental.fast": 5e-6}))
+    monkeypatch.setattr(tables, "versions", lambda: {"torch": "9.9", "triton": "9", "driver": "14000"})
+    device = Pretended()
+    outcome, = tune([PROBLEM], device=device)
+    assert outcome.note.startswith("verified again") and outcome.calls == "experimental.fast"
+    assert device.verified == [("experimental.fast", PROBLEM.key)] and device.timed == []
+    entry = table(tmp_path)["entries"][PROBLEM.key]
+    assert entry["versions"]["torch"] == "9.9" and entry["time_us"] == pytest.approx(5)
+
+
+def test_a_kernel_that_new_versions_broke_is_dropped(candidates, monkeypatch, tmp_path) -> None:
+    works = [True]
+    candidates(fast=lambda *args: (right if works[0] else wrong)(*args))
+    tune([PROBLEM], device=Pretended(calls={"experimental.fast": 5e-6}))
+    works[0] = False
+    monkeypatch.setattr(tables, "versions", lambda: {"torch": "9.9", "triton": "9", "driver": "14000"})
+    outcome, = tune([PROBLEM], device=Pretended())
+    assert outcome.calls == "aten" and "wrong" in outcome.bad["experimental.fast"]
+    assert PROBLEM.key not in table(tmp_path)["entries"]
+
+
+def test_an_interruption_loses_the_problem_in_hand_only(candidates, tmp_path) -> None:
+    def stop(x, y, gate, act):
+        if x.shape == OTHER.x:
+            raise KeyboardInterrupt
+        return right(x, y, gate, act)
+
+    candidates(fast=stop)
+    with pytest.raises(KeyboardInterrupt):
+        tune([PROBLEM, OTHER], device=Pretended(calls={"experimental.fast": 5e-6}))
+    assert list(table(tmp_path)["measured"]) == [PROBLEM.key]
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_lost_device_ends_the_run_names_the_kernel_and_is_passed_over_next_time(candidates, tmp_path) -> None:
+    device = Pretended(calls={"experimental.good": 5e-6})
+
+    def poison(x, y, gate, act):
+        device.lost = True
+        raise RuntimeError("an illegal memory access was encountered")
+
+    candidates(poison=poison, good=right)
+    with pytest.raises(DeviceLost, match="experimental.poison on add_act .* table is intact"):
+        tune([PROBLEM], device=device)
+    assert list(table(tmp_path)["measured"][PROBLEM.key]) == ["experimental.poison"]
+    fresh = Pretended(calls={"experimental.good": 5e-6})
+    outcome, = tune([PROBLEM], device=fresh)
+    assert outcome.calls == "experimental.good" and "lost the device" in outcome.bad["experimental.poison"]
+    assert ("experimental.poison", PROBLEM.key) not in fresh.verified
+
+
+# ---------------------------------------------------------------- files
+
+def _write_entries(folder: str, mine: str) -> None:
+    for i in range(20):
+        tables.update(GPU, lambda s, i=i: s["measured"].__setitem__(f"{mine} {i}", {}), Path(folder))
+
+
+def test_two_processes_lose_none_of_each_others_entries(tmp_path) -> None:
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_write_entries, args=(str(tmp_path), name)) for name in ("a", "b")]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert len(table(tmp_path)["measured"]) == 40
+
+
+def test_a_failed_write_leaves_the_old_table(tmp_path) -> None:
+    tables.update(GPU, lambda s: s["entries"].update(a={"kernel": "x"}), tmp_path)
+    with pytest.raises(ValueError, match="Out of range"):
+        tables.update(GPU, lambda s: s["entries"].update(b=float("nan")), tmp_path)
+    assert list(table(tmp_path)["entries"]) == ["a"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"gpu": "Another GPU", "entries": {}}',
+                                  '{"gpu": "Pretended GPU", "entries": 3}'])
+def test_a_table_that_cannot_be_used_is_ignored_and_says_so(tmp_path, text) -> None:
+    (tmp_path / "pretended-gpu.json").write_text(text)
+    with pytest.warns(UserWarning, match="pretended-gpu.json is ignored"):
+        assert tables.read(tmp_path / "pretended-gpu.json", GPU) == {"entries": {}, "graph": {}, "measured": {}}
+
+
+def test_lookup_wants_this_gpu_this_source_and_these_versions(candidates, monkeypatch, tmp_path) -> None:
+    candidates(fast=right)
+    monkeypatch.setattr(tables, "gpu_name", lambda device=None: GPU)
+    assert tables.lookup(PROBLEM) is None and tables.why_not(PROBLEM) is None
+    tune([PROBLEM], device=Pretended(calls={"experimental.fast": 5e-6}))
+    assert tables.lookup(PROBLEM)["kernel"] == "experimental.fast"
+    assert tables.lookup(PROBLEM, graph=True) is None  # ten microseconds each in a graph
+    chosen, why = dispatch.choose(replace(PROBLEM, device="cuda"))
+    assert chosen.id == "experimental.fast" and why.startswith("measured: 5.0 µs on Pretended GPU")
+    with monkeypatch.context() as patch:
+        patch.setattr(tables, "versions", lambda: {"torch": "9.9", "triton": "9", "driver": "1"})
+        assert tables.lookup(PROBLEM) is None and "was verified with" in tables.why_not(PROBLEM)
+    with monkeypatch.context() as patch:
+        patch.setattr(tables, "source_hash", lambda sources: "edited")
+        assert tables.lookup(PROBLEM) is None and "source of experimental.fast changed" in tables.why_not(PROBLEM)
+    monkeypatch.setattr(tables, "gpu_name", lambda device=None: "Another GPU")
+    assert tables.lookup(PROBLEM) is None
+
+
+def test_a_stale_entry_of_the_user_does_not_hide_a_shipped_one(candidates, monkeypatch, tmp_path) -> None:
+    candidates(fast=right)
+    monkeypatch.setattr(tables, "gpu_name", lambda device=None: GPU)
+    tune([PROBLEM], device=Pretended(calls={"experimental.fast": 5e-6}), folder=tmp_path / "shipped")
+    monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
+    tables.update(GPU, lambda s: s["entries"].update({PROBLEM.key: {"kernel": "experimental.gone"}}))
+    assert tables.lookup(PROBLEM)["kernel"] == "experimental.fast"
+
+
+def test_prose_does_not_void_a_measurement(tmp_path) -> None:
+    source = tmp_path / "kernel.py"
+    hashes = []
+    for text in ('def f(x):\n    return x + 1\n',
+                 '"""A kernel."""\n\n\ndef f(x):\n    "Adds."  # one\n    return x + 1\n',
+                 'def f(x):\n    return x + 2\n'):
+        source.write_text(text)
+        tables.source_hash.cache_clear()
+        hashes.append(tables.source_hash((str(source),)))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+# ---------------------------------------------------------------- verification at full size
+
+@pytest.mark.parametrize("op", dispatch.KEYS)
+def test_full_size_verification_passes_aten(op) -> None:
+    kernel = dispatch.find("aten", op)
+    for problem in testing.nasty_problems(op)[3::17]:
+        problem = replace(problem, x=(12, *problem.x[1:]))
+        assert repeats(problem) == 3
+        verdict = verify(kernel, problem)
+        assert verdict.ok, (problem.key, verdict.reason)
+        shapes = [[getattr(a, "shape", a) for a in make(problem)] for make in (full_args, testing.make_args)]
+        assert shapes[0] == shapes[1]
+
+
+def spoil(how):
+    """aten with one fault."""
+    def fn(*args):
+        out = dispatch.find("aten", OPS[how]).fn(*args)
+        first = out[0] if isinstance(out, tuple) else out
+        if how == "one element":
+            first[7, 1, 2, 3] += 3
+        elif how == "unwritten":
+            first[5] = float("nan")
+        elif how == "input":
+            args[0][9].add_(1)
+        elif how == "sum of a part":
+            out[1].mul_(0.9)
+        elif how == "too few images":
+            return first[:8]
+        return out
+
+    return fn
+
+
+OPS = {"one element": "conv_bn_act", "unwritten": "conv_bn_act", "input": "add_act", "sum of a part": "bn_act_backward",
+       "too few images": "add_act"}
+REASONS = {"one element": "rms error", "unwritten": "rms error nan", "input": "changed an input",
+           "sum of a part": "output 1: rms error", "too few images": "shape"}
+
+
+@pytest.mark.parametrize("how", OPS)
+def test_full_size_verification_sees(registry, monkeypatch, how) -> None:
+    monkeypatch.setattr("resnet_fast.verify.CHUNK", 1)
+    dispatch.kernel("experimental.spoilt", op=OPS[how], supports=lambda p: None)(spoil(how))
+    problem = next(p for p in testing.nasty_problems(OPS[how]) if p.x[1] == 8 and min(p.x[2:]) > 3 and p.x[0])
+    if problem.weight:
+        problem = replace(problem, stride=(1, 1))
+    verdict = verify(dispatch.find("experimental.spoilt"), replace(problem, x=(12, *problem.x[1:])))
+    assert not verdict.ok and REASONS[how] in verdict.reason
+
+
+def test_arguments_rotate_through_three_caches() -> None:
+    sets = autotune.argument_sets(PROBLEM, cache_bytes=20_000)
+    size = sum(t.nbytes for t in sets[0][:2])
+    assert (len(sets) - 1) * size < 60_000 <= len(sets) * size
+    assert len({t.data_ptr() for args in sets for t in args[:2]}) == 2 * len(sets)
+    assert all(t.stride() == sets[0][0].stride() for args in sets for t in args[:2])
+    assert len(autotune.argument_sets(PROBLEM, cache_bytes=0)) == 1
+
+
+# ---------------------------------------------------------------- the command
+
+def test_command_without_a_gpu_says_so(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("resnet_fast.__main__.COMMANDS", ("tune",))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["tune", "resnet50"]) == 2
+    assert "tuning needs a CUDA device" in capsys.readouterr().err
+
+
+@pytest.fixture
+def pretended_command(candidates, monkeypatch):
+    monkeypatch.setattr("resnet_fast.__main__.COMMANDS", ("tune",))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(testing, "model_problems", lambda *args: [PROBLEM, OTHER])
+    return lambda device: monkeypatch.setattr(Device, "current", classmethod(lambda cls: device))
+
+
+def test_command_reports_choices_and_who_failed(pretended_command, candidates, capsys) -> None:
+    candidates(fast=right, wrong=wrong)
+    pretended_command(Pretended(calls={"experimental.fast": 5e-6}))
+    assert main(["tune", "resnet50", "--batch", "2"]) == 1
+    out, err = capsys.readouterr()
+    assert "2 problems, 2 with a kernel faster than aten, 0 in graphs" in out
+    assert "never chosen: experimental.wrong on add_act" in out and "[2/2]" in err
+
+
+def test_command_interrupted_says_how_to_go_on(pretended_command, candidates, capsys) -> None:
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    candidates(stop=stop)
+    pretended_command(Pretended())
+    assert main(["tune", "resnet50"]) == 130
+    assert "the same command goes on from there" in capsys.readouterr().err
+
+
+def test_training_problems_follow_the_blocks() -> None:
+    found = command.training_problems("resnet50", 8, 224, torch.bfloat16, "cuda", (9, 0))
+    assert {p.op for p in found} == {"bn_act", "bn_act_backward"}
+    assert any(p.residual for p in found) and found[0].x == (8, 64, 112, 112)
