@@ -15,7 +15,7 @@ TITLES = {"vs_eager": "eager channels_last", "vs_compile": "the best torch.compi
 
 @dataclass(frozen=True)
 class Table:
-    """A heading, a header, rows of text (``**bold**`` allowed), notes; ``words`` are the columns that are not numbers."""
+    """A heading, a header, rows of text (``**bold**`` allowed), notes; ``words``: the columns that are not numbers."""
 
     heading: str
     header: tuple[str, ...]
