@@ -26,11 +26,11 @@ _UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4
 
 @dataclass(frozen=True)
 class Preset:
-    """How pixels are made: the short side resized to ``resize``, the centre ``crop``×``crop`` cut out (torchvision's presets).
+    """How pixels are made: short side resized to ``resize``, centre ``crop``×``crop`` cut out, as by torchvision.
 
     ``fast``: a JPEG is decoded at 1/2, 1/4 or 1/8 scale where that leaves twice the pixels needed, and only the crop is
-    resized. One core of an AMD EPYC, 2026-11: 3.3 → 2.2 ms for 500×375, 170 → 38 ms for 4000×3000. Pixels then differ from
-    torchvision's by rounding (1 of 255 in 2 % of them), after scaled decoding by 0.2 of 255 on average.
+    resized. One core of an AMD EPYC, 2026-11: 3.3 → 2.2 ms for 500×375, 170 → 38 ms for 4000×3000. Pixels then differ
+    from torchvision's by rounding (1 of 255 in 2 % of them), after scaled decoding by 0.2 of 255 on average.
     """
 
     resize: int = 256
@@ -42,9 +42,9 @@ class Preset:
 def load(path: str, preset: Preset) -> Image.Image:
     """The upright centre crop of a file's first frame: mode RGB, ``crop``×``crop`` pixels.
 
-    16-bit and floating-point greyscale is scaled to 8 bits, transparency is laid on white, CMYK is converted without colour
-    profiles. Raises ValueError for what has no agreed meaning and for more than ``max_pixels``; what Pillow raises for
-    damaged files passes.
+    16-bit and floating-point greyscale is scaled to 8 bits, transparency is laid on white, CMYK is converted without
+    colour profiles. Raises ValueError for what has no agreed meaning and for more than ``max_pixels``; what Pillow
+    raises for damaged files passes.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("not a regular file")  # reading a FIFO would block for ever
@@ -66,7 +66,7 @@ def scaled_size(size: tuple[int, int], short: int) -> tuple[int, int]:
 
 
 def crop(image: Image.Image, preset: Preset) -> Image.Image:
-    """Bilinear antialiased resize, then centre crop: the pixels of torchvision's resize and center_crop of a PIL image."""
+    """Bilinear antialiased resize, then centre crop: the pixels of torchvision's resize and center_crop."""
     width, height = scaled_size(image.size, preset.resize)
     left, top = (int(round((side - preset.crop) / 2)) for side in (width, height))
     if preset.fast:
@@ -84,13 +84,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # I;16 and its byte orders; I is what 16-bit PGM and older PNG come as
         low, high = image.convert("I").getextrema()
         if low < 0 or high > 65535:
-            raise ValueError(f"32-bit integer pixels from {low} to {high}: no agreed scale to 8 bits")
+            raise ValueError(f"32-bit integer pixels from {low} to {high}: no agreed scale")
         image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
         image.info.pop("transparency", None)  # a 16-bit grey level
     elif image.mode == "F":
         low, high = image.getextrema()
         if not 0 <= low <= high <= 1:
-            raise ValueError(f"floating-point pixels from {low:g} to {high:g}: outside [0, 1] no agreed scale to 8 bits")
+            raise ValueError(f"floating-point pixels from {low:g} to {high:g}: no agreed scale outside [0, 1]")
         image = image.point(lambda value: value * 255 + 0.5).convert("L")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")

@@ -1,0 +1,92 @@
+"""Which weights: a file, torchvision's enum or random ones; and the preset and category names that belong to them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..models import create_model, list_models
+from ..photos import MEAN, STD
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model in eval mode; how its input is made: sizes in pixels, mean and std of RGB in [0, 1]; its categories."""
+
+    model: nn.Module
+    resize: int = 256
+    crop: int = 224
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+    categories: list[str] | None = None
+
+    def digest(self) -> str:
+        """SHA-256 of names and bytes of the state: what tells one set of weights from another."""
+        total = hashlib.sha256()
+        for name, value in self.model.state_dict().items():
+            total.update(name.encode())
+            total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return total.hexdigest()
+
+
+def load(name: str, weights: str | None, random: bool) -> Weights:
+    """The architecture ``name`` with weights from a file or torchvision's enum (None: "DEFAULT"), or random ones.
+
+    Raises ValueError, with what else could be done, if there are none to be had.
+    """
+    if random:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return Weights(create_model(name).eval())
+    if name not in list_models():
+        raise ValueError(f"--model {name}: expected one of {', '.join(list_models())}")
+    if weights is not None and Path(weights).is_file():
+        return _from_file(name, weights)
+    return _from_torchvision(name, weights)
+
+
+def _from_torchvision(name: str, weights: str | None) -> Weights:
+    instead = "give --weights FILE, or --random-weights for a trial"
+    try:
+        from torchvision.models import get_model_weights
+    except ImportError as error:
+        raise ValueError(f"no weights for {name}: torchvision, their source, is not installed; {instead}") from error
+    entries = get_model_weights(name).__members__
+    if weights is not None and weights not in entries:
+        raise ValueError(f"--weights {weights}: neither a file nor one of {', '.join(entries)}")
+    entry = entries[weights or "DEFAULT"]
+    try:
+        model = create_model(name, weights=entry).eval()
+    except OSError as error:  # no network, no space
+        raise ValueError(f"no weights for {name}: {entry.url} could not be fetched ({error}); {instead}") from error
+    preset = entry.transforms()
+    return Weights(model, preset.resize_size[0], preset.crop_size[0], tuple(preset.mean), tuple(preset.std),
+                   entry.meta["categories"])
+
+
+def _from_file(name: str, path: str) -> Weights:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    model = create_model(name, num_classes=len(state["fc.weight"]))
+    model.load_state_dict(state)
+    return Weights(model.eval())
+
+
+def read_labels(path: str) -> list[str]:
+    """Names by class number: one a line, a JSON list, or a JSON object {"0": name, …}; or [id, name] pairs.
+
+    Raises ValueError if an object's keys are not the class numbers.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    if text.lstrip()[:1] not in ("[", "{"):
+        return text.splitlines()
+    found = json.loads(text)
+    if isinstance(found, dict):
+        if sorted(found) != sorted(map(str, range(len(found)))):
+            raise ValueError(f"--labels {path}: the keys are not the class numbers 0 to {len(found) - 1}")
+        found = [found[str(i)] for i in range(len(found))]
+    return [name if isinstance(name, str) else name[-1] for name in found]
