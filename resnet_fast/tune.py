@@ -8,7 +8,6 @@ import sys
 import torch
 
 from .console import DTYPES, positive, table
-from .problem import Problem
 
 
 def add_parser(commands) -> None:
@@ -30,12 +29,12 @@ def add_parser(commands) -> None:
 def run(args: argparse.Namespace) -> int:
     from . import tables
     from .autotune import Device, DeviceLost, tune
-    from .testing import model_problems
+    from .measure_op import op_problems
     device = Device.current()
-    listed = training_problems if args.train else model_problems
     capability = torch.cuda.get_device_capability()
     problems = [problem for batch in args.batch
-                for problem in listed(args.model, batch, args.size, DTYPES[args.dtype], "cuda", capability)]
+                for problem in op_problems(args.model, batch, args.size, DTYPES[args.dtype], "cuda", capability)
+                if (problem.op != "conv_bn_act") == args.train]
     path = tables.user_folder() / tables.file_name(device.name)
     try:
         outcomes = tune(problems, kernels=args.kernels, device=device, say=say)
@@ -52,19 +51,6 @@ def run(args: argparse.Namespace) -> int:
     print(f"{len(outcomes)} problems, {sum(o.calls != 'aten' for o in outcomes)} with a kernel faster than aten, "
           f"{sum(o.graph != 'aten' for o in outcomes)} in graphs; table: {path}")
     return 1 if any(o.bad for o in outcomes) else 0
-
-
-def training_problems(model: str, batch: int, size: int, dtype: torch.dtype, device: str,
-                      capability: tuple[int, int] | None) -> list[Problem]:
-    """What training runs beside torch's convolutions: each batch norm with what follows it, forward and backward."""
-    from .layers import layers
-    found = []
-    for layer in layers(model, batch, size, dtype, device, capability):
-        conv = layer.problem
-        x = (batch, conv.weight[0], *conv.out_hw)
-        found += [Problem(op, device, dtype, x, "nhwc", residual=conv.residual, act=conv.act, capability=capability)
-                  for op in ("bn_act", "bn_act_backward")]
-    return list(dict.fromkeys(found))
 
 
 def say(line: str) -> None:

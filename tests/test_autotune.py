@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from resnet_fast import autotune, dispatch, tables, testing
-from resnet_fast import tune as command
 from resnet_fast.__main__ import main
 from resnet_fast.autotune import Device, DeviceLost, tune
 from resnet_fast.problem import Problem
@@ -397,17 +396,25 @@ def test_command_without_a_gpu_says_so(capsys, monkeypatch) -> None:
 def pretended_command(candidates, monkeypatch):
     monkeypatch.setattr("resnet_fast.__main__.COMMANDS", ("tune",))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(testing, "model_problems", lambda *args: [PROBLEM, OTHER])
+    conv = testing.nasty_problems("conv_bn_act")[0]
+    monkeypatch.setattr("resnet_fast.measure_op.op_problems", lambda *args: [conv, PROBLEM, OTHER])
     return lambda device: monkeypatch.setattr(Device, "current", classmethod(lambda cls: device))
 
 
 def test_command_reports_choices_and_who_failed(pretended_command, candidates, capsys) -> None:
     candidates(fast=right, wrong=wrong)
     pretended_command(Pretended(calls={"experimental.fast": 5e-6}))
-    assert main(["tune", "resnet50", "--batch", "2"]) == 1
+    assert main(["tune", "resnet50", "--batch", "2", "--train"]) == 1
     out, err = capsys.readouterr()
     assert "2 problems, 2 with a kernel faster than aten, 0 in graphs" in out
     assert "never chosen: experimental.wrong on add_act" in out and "[2/2]" in err
+
+
+def test_command_tunes_convolutions_unless_told_to_train(pretended_command, capsys) -> None:
+    pretended_command(Pretended())
+    assert main(["tune", "resnet50"]) == 0
+    out = capsys.readouterr().out
+    assert "1 problems" in out and out.count("conv_bn_act") == 1 and "add_act" not in out
 
 
 def test_command_interrupted_says_how_to_go_on(pretended_command, candidates, capsys) -> None:
@@ -416,11 +423,5 @@ def test_command_interrupted_says_how_to_go_on(pretended_command, candidates, ca
 
     candidates(stop=stop)
     pretended_command(Pretended())
-    assert main(["tune", "resnet50"]) == 130
+    assert main(["tune", "resnet50", "--train"]) == 130
     assert "the same command goes on from there" in capsys.readouterr().err
-
-
-def test_training_problems_follow_the_blocks() -> None:
-    found = command.training_problems("resnet50", 8, 224, torch.bfloat16, "cuda", (9, 0))
-    assert {p.op for p in found} == {"bn_act", "bn_act_backward"}
-    assert any(p.residual for p in found) and found[0].x == (8, 64, 112, 112)
