@@ -71,17 +71,17 @@ class Journal:
         keep = position = len(self._file.readline())
         pending: list[Item] = []  # recorded, but not yet a whole batch
         failed = 0
-        for line in self._file:
+        for line in itertools.chain(self._file, [b""]):
             position += len(line)
-            record = _parse(line)
+            record = _parse(line) or {}
             item = next(items, None)
             if item is None:
-                if record is not None and record.get("done") == self.kept + len(pending):
+                if not line or record.get("done") == self.kept + len(pending):
                     keep, self.kept, self.failed = position - len(line), self.kept + len(pending), self.failed + failed
                     pending = []
                 break
             pending.append(item)
-            if record is None or (record.get("i"), record.get("name")) != (item.index, item.name):
+            if (record.get("i"), record.get("name")) != (item.index, item.name):
                 break
             failed += "error" in record
             if len(pending) == batch:
