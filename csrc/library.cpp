@@ -243,6 +243,131 @@ std::tuple<Tensor, Tensor> fold_bn(const Tensor& weight, const Tensor& gamma, co
   return {folded, bias};
 }
 
+// Per-channel scale and shift, or with mean and var the four batch norm vectors, as epilogues take them.
+resnet_fast::AffineArgs affine_args(const char* op, int64_t k, const Tensor& scale, const Tensor& shift,
+                                    const std::optional<Tensor>& mean, const std::optional<Tensor>& var, double eps) {
+  if (mean) return bn_args(op, k, scale, shift, *mean, *var, eps);
+  resnet_fast::AffineArgs args = bn_args(op, k, scale, shift, shift, shift, eps);
+  std::swap(args.gamma, args.scale);
+  std::swap(args.beta, args.shift);
+  args.mean = args.var = nullptr;
+  return args;
+}
+
+int64_t out_size(int64_t size, int64_t pad, int64_t dilation, int64_t kernel, int64_t stride) {
+  return (size + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1;
+}
+
+using Pair = std::vector<int64_t>;  // height, width
+using ConvLauncher = cudaError_t (*)(const resnet_fast::ConvArgs&, cudaStream_t);
+
+Tensor run_conv(const char* op, ConvLauncher launcher, const Tensor& x, const Tensor& weight, const Tensor& scale,
+                const Tensor& shift, const std::optional<Tensor>& residual, const std::optional<Tensor>& mean,
+                const std::optional<Tensor>& var, double eps, const Pair& stride, const Pair& padding,
+                const Pair& dilation, bool relu) {
+  constexpr int64_t kMost = INT32_MAX - 128;  // rows and columns are 32-bit, and the last tile may reach beyond the last
+  const DType dtype = float_type(op, "x", x.scalar_type());
+  check_channels_last(op, "x", x);
+  check_channels_last(op, "weight", weight);
+  RF_CHECK(weight.scalar_type() == x.scalar_type() && weight.size(1) == x.size(1), op, ": got weight ", shape(weight),
+           " ", name(weight.scalar_type()), " for x ", shape(x), " ", name(x.scalar_type()),
+           ", expected its channels and dtype (and one group)");
+  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
+  const int64_t k = weight.size(0), r = weight.size(2), s = weight.size(3);
+  const int64_t out_h = out_size(h, padding[0], dilation[0], r, stride[0]);
+  const int64_t out_w = out_size(w, padding[1], dilation[1], s, stride[1]);
+  RF_CHECK(out_h > 0 && out_w > 0 && c > 0 && r <= 16 && s <= 16, op, ": got x ", shape(x), " for weight ", shape(weight),
+           ", expected at least one output pixel and one channel, and filters of at most 16x16");
+  RF_CHECK(n * h * w < kMost && n * out_h * out_w < kMost && c * r * s < kMost && k < kMost, op, ": got x ", shape(x),
+           " and weight ", shape(weight), ", expected fewer than 2^31 - 128 pixels, and elements in a filter");
+  const auto affine = affine_args(op, k, scale, shift, mean, var, eps);
+  Tensor out = empty_strided({n, k, out_h, out_w}, {out_h * out_w * k, 1, out_w * k, k}, x.scalar_type(), x);
+  if (residual) {
+    check_same(op, "residual", *residual, "out", out);
+    check_channels_last(op, "residual", *residual);
+  }
+  check_device(op, {&x, &weight, &scale, &shift, mean ? &*mean : &x, var ? &*var : &x, residual ? &*residual : &x});
+  const resnet_fast::ConvArgs args{x.const_data_ptr(), weight.const_data_ptr(),
+                                   residual ? residual->const_data_ptr() : nullptr, out.mutable_data_ptr(), affine,
+                                   n, h, w, c, k, r, s, out_h, out_w, int(stride[0]), int(stride[1]), int(padding[0]),
+                                   int(padding[1]), int(dilation[0]), int(dilation[1]), dtype, act_of(relu)};
+  on_device_of(op, x, [&](cudaStream_t stream) { return launcher(args, stream); });
+  return out;
+}
+
+Tensor conv(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
+            const std::optional<Tensor>& residual, const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
+            double eps, Pair stride, Pair padding, Pair dilation, bool relu) {
+  return run_conv("conv", resnet_fast::conv, x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation,
+                  relu);
+}
+
+Tensor pointwise(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
+                 const std::optional<Tensor>& residual, const std::optional<Tensor>& mean,
+                 const std::optional<Tensor>& var, double eps, Pair stride, bool relu) {
+  RF_CHECK(weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1, "pointwise: got weight ", shape(weight),
+           ", expected [K, C, 1, 1]");
+  return run_conv("pointwise", resnet_fast::pointwise, x, weight, scale, shift, residual, mean, var, eps, stride, {0, 0},
+                  {1, 1}, relu);
+}
+
+// What both directions of training batch norm get; the number of pixels.
+int64_t check_bn(const char* op, const Tensor& x, const Tensor& weight) {
+  check_channels_last(op, "x", x);
+  RF_CHECK(x.numel() > 0, op, ": got x ", shape(x), ", expected at least one element");
+  RF_CHECK(weight.dim() == 1 && weight.size(0) == x.size(1) && weight.is_contiguous(), op, ": got weight of shape ",
+           shape(weight), ", expected [", x.size(1), "], contiguous");
+  return x.size(0) * x.size(2) * x.size(3);
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_act(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                                          const std::optional<Tensor>& residual, double eps, bool relu) {
+  constexpr const char* op = "bn_act";
+  const DType dtype = float_type(op, "x", x.scalar_type());
+  const int64_t pixels = check_bn(op, x, weight), channels = x.size(1);
+  check_same_layout(op, "bias", bias, "weight", weight);
+  if (residual) check_same_layout(op, "residual", *residual, "x", x);
+  const DType param = float_type(op, "weight", weight.scalar_type());
+  check_device(op, {&x, &weight, &bias, residual ? &*residual : &x});
+  Tensor y = empty_like(x), mean = empty_strided({channels}, {1}, ScalarType::Float, x), var = empty_like(mean);
+  Tensor partial = empty_strided({resnet_fast::bn_act_workspace(pixels, channels)}, {1}, ScalarType::Float, x);
+  const resnet_fast::BnArgs args{x.const_data_ptr(), residual ? residual->const_data_ptr() : nullptr,
+                                 weight.const_data_ptr(), bias.const_data_ptr(), y.mutable_data_ptr(),
+                                 mean.mutable_data_ptr<float>(), var.mutable_data_ptr<float>(),
+                                 partial.mutable_data_ptr<float>(), pixels, channels, float(eps), dtype, param,
+                                 act_of(relu)};
+  on_device_of(op, x, [&](cudaStream_t stream) { return resnet_fast::bn_act(args, stream); });
+  return {y, mean, var};
+}
+
+// dresidual is an empty tensor unless it is wanted.
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(const Tensor& dy, const Tensor& x, const Tensor& y,
+                                                           const Tensor& weight, const Tensor& mean, const Tensor& var,
+                                                           double eps, bool relu, bool residual) {
+  constexpr const char* op = "bn_act_backward";
+  const DType dtype = float_type(op, "x", x.scalar_type());
+  const int64_t pixels = check_bn(op, x, weight), channels = x.size(1);
+  check_same_layout(op, "dy", dy, "x", x);
+  check_same_layout(op, "y", y, "x", x);
+  for (const Tensor* t : {&mean, &var}) {
+    RF_CHECK(t->scalar_type() == ScalarType::Float && t->dim() == 1 && t->size(0) == channels && t->is_contiguous(), op,
+             ": got statistics of shape ", shape(*t), " ", name(t->scalar_type()), ", expected Float [", channels, "]");
+  }
+  const DType param = float_type(op, "weight", weight.scalar_type());
+  check_device(op, {&x, &dy, &y, &weight, &mean, &var});
+  Tensor dx = empty_like(x), dweight = empty_like(weight), dbias = empty_like(weight);
+  Tensor dresidual = residual ? empty_like(y) : empty_strided({0}, {1}, x.scalar_type(), x);
+  Tensor partial = empty_strided({resnet_fast::bn_act_workspace(pixels, channels)}, {1}, ScalarType::Float, x);
+  const resnet_fast::BnBackwardArgs args{dy.const_data_ptr(), x.const_data_ptr(), y.const_data_ptr(),
+                                         weight.const_data_ptr(), mean.const_data_ptr<float>(),
+                                         var.const_data_ptr<float>(), dx.mutable_data_ptr(),
+                                         residual ? dresidual.mutable_data_ptr() : nullptr, dweight.mutable_data_ptr(),
+                                         dbias.mutable_data_ptr(), partial.mutable_data_ptr<float>(), pixels, channels,
+                                         float(eps), dtype, param, act_of(relu)};
+  on_device_of(op, x, [&](cudaStream_t stream) { return resnet_fast::bn_act_backward(args, stream); });
+  return {dx, dweight, dbias, dresidual};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(resnet_fast_native, m) {
@@ -253,6 +378,18 @@ STABLE_TORCH_LIBRARY(resnet_fast_native, m) {
   m.def(
       "fold_bn(Tensor weight, Tensor gamma, Tensor beta, Tensor mean, Tensor var, float eps, ScalarType? out=None) "
       "-> (Tensor, Tensor)");
+  m.def(
+      "conv(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor? mean, Tensor? var, float eps, "
+      "int[2] stride, int[2] padding, int[2] dilation, bool relu) -> Tensor");
+  m.def(
+      "pointwise(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor? mean, Tensor? var, "
+      "float eps, int[2] stride, bool relu) -> Tensor");
+  m.def(
+      "bn_act(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps, bool relu) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "bn_act_backward(Tensor dy, Tensor x, Tensor y, Tensor weight, Tensor mean, Tensor var, float eps, bool relu, "
+      "bool residual) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast_native, CompositeExplicitAutograd, m) {
@@ -260,4 +397,8 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fast_native, CompositeExplicitAutograd, m) {
   m.impl("add_act_backward", TORCH_BOX(&add_act_backward));
   m.impl("add_act_gate_backward", TORCH_BOX(&add_act_gate_backward));
   m.impl("fold_bn", TORCH_BOX(&fold_bn));
+  m.impl("conv", TORCH_BOX(&conv));
+  m.impl("pointwise", TORCH_BOX(&pointwise));
+  m.impl("bn_act", TORCH_BOX(&bn_act));
+  m.impl("bn_act_backward", TORCH_BOX(&bn_act_backward));
 }

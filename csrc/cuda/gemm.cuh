@@ -39,19 +39,19 @@ struct WarpProduct {
   float sum[kSteps][2 * kPairs][4] = {};
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 / Tile::kWarpsN * kRows,
             column = threadIdx.x / 32 % Tile::kWarpsN * kColumns;
+  const int from_a = swizzled(row + fragment_a(lane).row, fragment_a(lane).chunk),
+            from_b = swizzled(column + fragment_b(lane).row, fragment_b(lane).chunk);
 
   __device__ __forceinline__ void add(const unsigned char* a, const unsigned char* b) {
-    const RowChunk from_a = fragment_a(lane), from_b = fragment_b(lane);
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; chunk += 2) {
       uint32_t fa[kSteps][4], fb[2 * kPairs][2];
 #pragma unroll
-      for (int i = 0; i < kSteps; ++i)
-        ldmatrix_x4(fa[i], a + swizzled(row + 16 * i + from_a.row, chunk + from_a.chunk));
+      for (int i = 0; i < kSteps; ++i) ldmatrix_x4(fa[i], a + further(from_a, chunk) + 16 * i * kRowBytes);
 #pragma unroll
       for (int j = 0; j < kPairs; ++j) {
         uint32_t four[4];
-        ldmatrix_x4(four, b + swizzled(column + 16 * j + from_b.row, chunk + from_b.chunk));
+        ldmatrix_x4(four, b + further(from_b, chunk) + 16 * j * kRowBytes);
         fb[2 * j][0] = four[0], fb[2 * j][1] = four[1];
         fb[2 * j + 1][0] = four[2], fb[2 * j + 1][1] = four[3];
       }
@@ -180,6 +180,7 @@ __device__ __forceinline__ void write_out(const float* staging, const Affine* af
       for (int j = 0; j < V; ++j) sum[j] = epilogue(sum[j], affine[column + j], old[j], p.act);
       store(out + at, sum);
     } else {
+#pragma unroll 1
       for (int j = 0; j < V && n + j < p.n; ++j) {
         const float r = residual != nullptr ? to_float(residual[at + j]) : 0.f;
         const float a = staging[row * Tile::kPitch + column + j];

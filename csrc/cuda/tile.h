@@ -18,6 +18,9 @@ constexpr int kChunks = kRowBytes / kChunkBytes;
 
 RF_HD int swizzled(int row, int chunk) { return row * kRowBytes + ((chunk ^ (row % kChunks)) * kChunkBytes); }
 
+// From chunk 0 or 1 of a row, an even number of chunks further: swizzled(r, c + n) without working it out again.
+RF_HD int further(int at, int chunks) { return at ^ (chunks * kChunkBytes); }
+
 // One block's share of the output, M x N, and how its warps divide it.
 template <int kM_, int kN_, int kWarpsM_, int kWarpsN_, int kBlocks_>
 struct Tile {
@@ -108,26 +111,32 @@ RF_HD void advance(Tap& tap, int columns, const ConvShape& shape) {
   }
 }
 
-// Output row -> input position under tap (0, 0), which may lie in the padding. Rows beyond the last lie outside every image.
+// Output row -> where its window begins in the input, and which taps of it lie inside the image.
 struct Window {
-  int h, w, base;  // base: (image * height + h) * width + w, in pixels
+  int base;       // (image * height + h) * width + w in pixels, for tap (0, 0), which may lie in the padding
+  uint32_t taps;  // bit r: row r of the filter is inside; bit 16 + s: column s is. Nothing is, beyond the last row
 };
 
-constexpr int kOutside = -(1 << 30);
+constexpr int kMostTaps = 16;
 
 RF_HD Window window_at(int row, int rows, const ConvShape& shape) {
-  if (row >= rows) return {kOutside, kOutside, 0};
+  if (row >= rows) return {0, 0};
   const Pixel p = pixel_at(uint32_t(row), uint32_t(shape.out_h), uint32_t(shape.out_w));
   const int h = p.h * shape.stride_h - shape.pad_h, w = p.w * shape.stride_w - shape.pad_w;
-  return {h, w, (p.image * shape.height + h) * shape.width + w};
+  uint32_t taps = 0;
+  for (int r = 0; r < shape.taps_h; ++r)
+    taps |= uint32_t(unsigned(h + r * shape.dilation_h) < unsigned(shape.height)) << r;
+  for (int s = 0; s < shape.taps_w; ++s)
+    taps |= uint32_t(unsigned(w + s * shape.dilation_w) < unsigned(shape.width)) << (kMostTaps + s);
+  return {(p.image * shape.height + h) * shape.width + w, taps};
 }
 
 // Offset in elements of A[row, column], or -1 where it is padding, beyond the last row or beyond the last column.
 RF_HD int64_t element_at(const Window& window, const Tap& tap, const ConvShape& shape) {
-  const int dh = tap.r * shape.dilation_h, dw = tap.s * shape.dilation_w;
-  const bool inside = tap.r < shape.taps_h && unsigned(window.h + dh) < unsigned(shape.height) &&
-                      unsigned(window.w + dw) < unsigned(shape.width);
-  return inside ? (int64_t(window.base) + dh * shape.width + dw) * shape.channels + tap.c : -1;
+  const bool inside =
+      tap.r < shape.taps_h && (window.taps >> tap.r & window.taps >> (kMostTaps + tap.s) & 1) != 0;
+  const int shift = tap.r * shape.dilation_h * shape.width + tap.s * shape.dilation_w;
+  return inside ? (int64_t(window.base) + shift) * shape.channels + tap.c : -1;
 }
 
 }  // namespace resnet_fast

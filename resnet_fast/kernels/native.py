@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Problem, kernel
+from .aten import nhwc
 
 BUILD = "RESNET_FAST_BUILD=cuda pip install --force-reinstall --no-deps -v . (in the source folder)"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -81,6 +82,74 @@ def add_act_backward(dout: Tensor, out: Tensor, x: Tensor | None, gate: Tensor |
     x = x.contiguous(memory_format=torch.channels_last)  # a Problem does not tell x's layout; its gradient follows dout
     dx, dy, dgate = _op("add_act_gate_backward")(dout, out, x, gate.contiguous(), act == "relu")
     return dy, dx, dgate
+
+
+MOST_PIXELS = 2**31 - 129  # rows of the product are 32-bit, and the last tile may reach beyond the last row
+
+
+def _conv_supports(problem: Problem) -> str | None:
+    if problem.groups != 1:
+        return f"it has no grouped form, this convolution has {problem.groups} groups"
+    if problem.layout != "nhwc" or problem.residual not in (None, "nhwc"):
+        return f"it wants NHWC (channels_last), input and residual are {problem.layout} and {problem.residual}"
+    if max(problem.weight[2:]) > 16:
+        return "it keeps a filter's rows and columns in 16 bits each, this one is {}×{}".format(*problem.weight[2:])
+    n, c, h, w = problem.x
+    if n * h * w > MOST_PIXELS or n * problem.out_hw[0] * problem.out_hw[1] > MOST_PIXELS:
+        return f"it counts pixels in 31 bits, input or output has more than {MOST_PIXELS}"
+    return declines(problem)
+
+
+def _pointwise_supports(problem: Problem) -> str | None:
+    if not problem.pointwise:
+        r, s = problem.weight[2:]
+        return f"it takes 1×1 filters without padding, this one is {r}×{s} with padding {problem.padding}"
+    return _conv_supports(problem)
+
+
+@kernel("native.conv", op="conv_bn_act", supports=_conv_supports, available=available, sources=SOURCES)
+def conv(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
+    scale, shift, mean, var = _vectors(scale, shift, mean, var)
+    out = _op("conv")(x, _nhwc(weight), scale, shift, residual, mean, var, eps, stride, padding, dilation,
+                      act == "relu")
+    return out if nhwc(x) or nhwc(weight) else out.contiguous()
+
+
+@kernel("native.pointwise", op="conv_bn_act", supports=_pointwise_supports, available=available, sources=SOURCES)
+def pointwise(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
+    scale, shift, mean, var = _vectors(scale, shift, mean, var)
+    out = _op("pointwise")(x, _nhwc(weight), scale, shift, residual, mean, var, eps, stride, act == "relu")
+    return out if nhwc(x) or nhwc(weight) else out.contiguous()
+
+
+def _nhwc(t: Tensor) -> Tensor:
+    """The tensor in channels_last; a copy only of what is not so already: an NCHW filter, a gradient that came so."""
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def _vectors(*vectors: Tensor | None) -> list[Tensor | None]:
+    """Per-channel vectors without gaps and in one dtype: themselves in the usual case, float32 copies of mixed ones."""
+    mixed = len({v.dtype for v in vectors if v is not None}) > 1
+    return [v if v is None else (v.float() if mixed else v).contiguous() for v in vectors]
+
+
+def _bn_supports(problem: Problem) -> str | None:
+    if problem.layout != "nhwc" or problem.op == "bn_act" and problem.residual not in (None, "nhwc"):
+        return f"it wants NHWC (channels_last), input and residual are {problem.layout} and {problem.residual}"
+    return "the batch is empty" if 0 in problem.x else declines(problem)
+
+
+@kernel("native.bn_act", op="bn_act", supports=_bn_supports, available=available, sources=SOURCES)
+def bn_act(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float,
+           act: str) -> tuple[Tensor, Tensor, Tensor]:
+    weight, bias = _vectors(weight, bias)
+    return _op("bn_act")(x, weight, bias, residual, eps, act == "relu")
+
+
+@kernel("native.bn_act_backward", op="bn_act_backward", supports=_bn_supports, available=available, sources=SOURCES)
+def bn_act_backward(dy: Tensor, x: Tensor, y: Tensor, weight: Tensor, mean: Tensor, var: Tensor, eps: float, act: str,
+                    residual: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _op("bn_act_backward")(_nhwc(dy), x, _nhwc(y), weight.contiguous(), mean, var, eps, act == "relu", residual)
 
 
 def fold_bn(weight: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, var: Tensor, eps: float,

@@ -26,6 +26,7 @@ void check_swizzle() {
       const int at = swizzled(row, chunk);
       EXPECT(at % kChunkBytes == 0 && at / kRowBytes == row, "row %d chunk %d", row, chunk);
       EXPECT(seen.insert(at).second, "row %d chunk %d lies on another", row, chunk);
+      EXPECT(at == further(swizzled(row, chunk % 2), chunk - chunk % 2), "row %d, from chunk %d", row, chunk % 2);
       if (row % 8 == 0)
         for (int r = row; r < row + 8; ++r) banks |= 1u << (swizzled(r, chunk) / kChunkBytes % 8);
       EXPECT(row % 8 != 0 || banks == 0xff, "rows %d to %d of chunk %d share banks", row, row + 7, chunk);
@@ -108,7 +109,7 @@ void check_windows(const ConvShape& s, int images) {
 }
 
 void check_convolutions() {
-  const int kernels[][2] = {{1, 1}, {3, 3}, {7, 7}, {1, 3}, {5, 2}};
+  const int kernels[][2] = {{1, 1}, {3, 3}, {7, 7}, {1, 3}, {5, 2}, {1, 16}};
   for (const auto& [r, t] : kernels)
     for (int channels : {1, 3, 8, 24, 72})
       for (int stride : {1, 2, 3})

@@ -1,0 +1,132 @@
+"""What nvcc makes of the CUDA kernels, seen without a GPU: no spills, shared memory in limits, the right instructions.
+
+The convolutions are compiled for every generation (from the PTX of 8.0, but for sm_90a), the rest for two.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+HOPPER = "arch=compute_90a,code=sm_90a"
+CONVOLUTIONS = {"conv", "pointwise"}
+FILES = sorted(source.stem for source in CSRC.glob("cuda/*.cu"))
+SHARED_STATIC = 48 * 1024  # what a kernel gets without asking; index_check.cpp holds dynamic shared memory to 99 kB
+NVCC = shutil.which("nvcc")
+
+pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH: the CUDA toolkit compiles the kernels")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel on one architecture, as ptxas reports it."""
+
+    name: str
+    arch: str
+    spilled: int
+    registers: int
+    shared: int
+
+
+def targets(file: str) -> list[str]:
+    others = "sm_80,sm_89,sm_100,sm_120" if file in CONVOLUTIONS else "sm_80"
+    return ["-gencode", f"arch=compute_80,code=[{others}]", "-gencode", HOPPER]
+
+
+def cuobjdump() -> str | None:
+    """The toolkit's, or the one inside the triton wheel."""
+    spec = importlib.util.find_spec("triton")
+    inside = [Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"] if spec else []
+    return next((str(path) for path in inside if path.is_file()), shutil.which("cuobjdump"))
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[list[Compiled], Path]]:
+    """Compiles a kernel file once; what ptxas said of each kernel, and the binary."""
+    folder, known = tmp_path_factory.mktemp("csrc"), {}
+
+    def compile_once(file: str) -> tuple[list[Compiled], Path]:
+        if file not in known:
+            binary = folder / f"{file}.fatbin"
+            done = subprocess.run([NVCC, "-fatbin", "-std=c++17", "-O3", "-Xptxas", "-v", "-t", "2", *targets(file),
+                                   CSRC / "cuda" / f"{file}.cu", "-o", binary], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            known[file] = parse(done.stdout + done.stderr), binary
+        return known[file]
+
+    return compile_once
+
+
+def parse(said: str) -> list[Compiled]:
+    found = []
+    for part in said.split("Compiling entry function ")[1:]:
+        name, arch = re.match(r"'(\S+)' for '(sm_\w+)'", part).groups()
+        stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part).groups()
+        shared = re.search(r"(\d+) bytes smem", part)
+        found.append(Compiled(name, arch, int(stores) + int(loads), int(re.search(r"Used (\d+) registers", part)[1]),
+                              int(shared[1]) if shared else 0))
+    return found
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_no_spills_and_shared_memory_within_limits(compiled, file: str) -> None:
+    kernels, _ = compiled(file)
+    archs = {k.arch for k in kernels}
+    assert archs == ({"sm_80", "sm_89", "sm_90a", "sm_100", "sm_120"} if file in CONVOLUTIONS else {"sm_80", "sm_90a"})
+    assert [k for k in kernels if k.spilled or k.shared > SHARED_STATIC] == []
+
+
+def sass(binary: Path, arch: str) -> dict[str, str]:
+    """Machine code of each kernel in a binary, by mangled name."""
+    tool = cuobjdump()
+    if tool is None:
+        pytest.skip("cuobjdump is neither in the triton wheel nor on PATH: the machine code cannot be read")
+    text = subprocess.run([tool, "-sass", "-arch", arch, binary], capture_output=True, text=True, check=True).stdout
+    return {part.split()[0]: part for part in text.split("Function : ")[1:]}
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_120"])
+@pytest.mark.parametrize("file", sorted(CONVOLUTIONS))
+def test_convolutions_run_on_tensor_cores(compiled, file: str, arch: str) -> None:
+    code = sass(compiled(file)[1], arch)
+    assert len(code) == 10  # two 16-bit types with three tiles and one element-wise, float32 with one of each
+    for name, text in code.items():
+        if "gemm_kernelIf" in name:
+            assert "FFMA" in text and "HMMA" not in text, f"{name}: float32 is neither TF32 nor anything else"
+            assert not ("Lb1E" in name and "LDGSTS.E.BYPASS.128" not in text), name
+            continue
+        assert ("HMMA.16816.F32.BF16" if "nv_bfloat16" in name else "HMMA.16816.F32 ") in text, name
+        assert "LDSM.16.M88.4" in text, name
+        if "Lb1E" in name:  # 16-byte asynchronous copies in, 128-bit loads of the residual, 128-bit stores
+            assert all(i in text for i in ("LDGSTS.E.BYPASS.128", "LDG.E.128", "STG.E.128")), name
+            assert "LDL" not in text and "STL" not in text, name
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("file", sorted(set(FILES) - CONVOLUTIONS))
+def test_vector_kernels_move_128_bits(compiled, file: str, arch: str) -> None:
+    wide = {name: text for name, text in sass(compiled(file)[1], arch).items() if re.search(r"Li[48]E", name)}
+    assert wide
+    for name, text in wide.items():
+        if converts(name):
+            continue
+        assert "LDG.E.128" in text, name
+        assert "STG.E.128" in text or is_reduction(name), name
+
+
+def is_reduction(name: str) -> bool:
+    """First passes of batch norm: they write a few partial sums a block."""
+    return "moments_kernel" in name or "gradient_sums_kernel" in name
+
+
+def converts(name: str) -> bool:
+    """fold_bn between widths: a vector is 128 bits on one side only."""
+    return "fold_bn_kernelIf" in name and "fold_bn_kernelIff" not in name
