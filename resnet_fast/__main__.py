@@ -8,7 +8,7 @@ import importlib.util
 import sys
 
 # Command modules, in the order in which a user meets them; each has add_parser(subparsers) and imports what is heavy only when it runs.
-COMMANDS = ("listing", "info", "explain", "check", "bench")
+COMMANDS = ("listing", "info", "explain", "check", "bench", "new_kernel")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except (ValueError, LookupError, FileNotFoundError, ImportError) as error:
+    except (ValueError, LookupError, FileNotFoundError, FileExistsError, ImportError) as error:
         print(f"{args.command}: {error}", file=sys.stderr)
         return 2
 

@@ -10,7 +10,7 @@ import torch
 
 from .console import DTYPES, default_device, device_or_error, table
 from .diagnose import diagnose
-from .dispatch import Kernel, find, kernels, load_file
+from .dispatch import Kernel, find, kernels, named
 from .problem import Problem
 from .testing import Verdict, check_kernel, model_problems, nasty_problems
 
@@ -30,16 +30,7 @@ def add_parser(commands) -> None:
 
 def wanted(names: list[str] | None) -> list[Kernel]:
     """The kernels that the command line named: all, by id, by family or out of a file."""
-    if not names:
-        return kernels()
-    found: list[Kernel] = []
-    for name in names:
-        if name.endswith(".py"):
-            found += load_file(name)
-        else:
-            family = [k for k in kernels() if k.id == name or k.id.startswith(f"{name}.")]
-            found += family or [find(name)]
-    return found
+    return [k for name in names for k in named(name)] if names else kernels()
 
 
 def problems(kernel: Kernel, dtype: torch.dtype, device: torch.device, model: str | None) -> Iterator[Problem]:

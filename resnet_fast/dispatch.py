@@ -109,10 +109,19 @@ def find(id: str, op: str | None = None) -> Kernel:
     return _registry[name]
 
 
+def named(name: str) -> list[Kernel]:
+    """The kernels that a user names: those of a Python file, of a family, or the one of that id."""
+    if name.endswith(".py"):
+        return load_file(name)
+    if name in FAMILIES:
+        return [k for k in kernels() if k.id.startswith(f"{name}.")]
+    return [find(name)]
+
+
 # ---------------------------------------------------------------- choosing
 
 class use:
-    """Context manager: run the named kernels wherever they support the problem; other problems are chosen as usual.
+    """Context manager: run the named kernels (ids, or a file of one's own) wherever they support the problem; others are chosen as usual.
 
     Process-wide, because backward runs in other threads. Raises LookupError for an unknown kernel and RuntimeError for one that cannot
     run here; on leaving, RuntimeError if one of them claimed no problem. ``strict=True`` raises at the first problem of its op that
@@ -120,7 +129,7 @@ class use:
     """
 
     def __init__(self, *ids: str, strict: bool = False) -> None:
-        self._uses = [_Use(find(id), strict) for id in ids]
+        self._uses = [_Use(k, strict) for id in ids for k in (load_file(id) if id.endswith(".py") else [find(id)])]
         for entry in self._uses:
             reason = entry.kernel.available()
             if reason:
@@ -229,14 +238,13 @@ def load_file(path: str | Path) -> list[Kernel]:
     path = Path(path).resolve()
     if not path.is_file():
         raise FileNotFoundError(f"kernel file {path} does not exist")
-    before = dict(_registry)
     spec = importlib.util.spec_from_file_location(f"resnet_fast_user_{path.stem}", path)
     if spec is None:
         raise ValueError(f"kernel file {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    brought = [k for id, k in _registry.items() if before.get(id) is not k]
+    brought = [k for k in _registry.values() if k.fn.__module__ == spec.name]  # not what it imported
     if not brought:
         raise ValueError(f"kernel file {path} registered no kernel: decorate a function with @resnet_fast.kernel(...)")
     return brought

@@ -1,0 +1,45 @@
+"""``new-kernel``: a working kernel to start from, in Triton or CUDA, ready for ``check`` and ``bench``."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+TEMPLATES = Path(__file__).parent / "kernels" / "templates"
+
+
+def add_parser(commands) -> None:
+    p = commands.add_parser("new-kernel", help="write a working kernel to start from",
+                            description="Write a small, right 1×1 convolution kernel under your name; then check, bench and improve it.")
+    p.add_argument("name", help="a Python identifier; the kernel will be experimental.NAME")
+    kind = p.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--triton", dest="kind", action="store_const", const="triton", help="one .py file")
+    kind.add_argument("--cuda", dest="kind", action="store_const", const="cuda", help="a .cu file, and a .py file that registers it")
+    p.add_argument("--folder", type=Path, default=Path("."), help="where to write (default: here)")
+    p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", args.name):
+        raise ValueError(f"name: got {args.name!r}, expected lower-case letters, digits and underscores, such as fast_pointwise")
+    written = write(args.name, args.kind, args.folder)
+    main = next(path for path in written if path.suffix == ".py")
+    interpret = "TRITON_INTERPRET=1 " if args.kind == "triton" else ""
+    print("\n".join(f"wrote {path}" for path in written))
+    print(f"\nnext:\n  {interpret}python -m resnet_fast check --kernel {main}" + ("    (without a GPU)" if interpret else "")
+          + f"\n  python -m resnet_fast bench --kernel {main}")
+    return 0
+
+
+def write(name: str, kind: str, folder: Path) -> list[Path]:
+    """The template's files under ``name``; raises FileExistsError rather than overwrite, before anything is written."""
+    sources = sorted(TEMPLATES.glob(f"{kind}_kernel.*"))
+    targets = [folder / f"{name}{source.suffix}" for source in sources]
+    for target in targets:
+        if target.exists():
+            raise FileExistsError(f"{target} exists; choose another name or --folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for source, target in zip(sources, targets, strict=True):
+        target.write_text(source.read_text().replace("my_kernel", name))
+    return targets
