@@ -1,0 +1,193 @@
+"""Every way to run a network gives the same answers from the same weights, and what is measured is what was judged."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from resnet_fast import measure as measuring
+from resnet_fast import providers
+from resnet_fast.coldstart import cold_start
+from resnet_fast.dispatch import find, kernel
+from resnet_fast.measure import Case, measure, oracle
+from resnet_fast.measure_op import BASELINES, measure_op, op_problems
+from resnet_fast.path import why_plain
+from resnet_fast.problem import Problem
+from resnet_fast.providers import DTYPES, PROVIDERS, example_input, provider, reference_model
+from resnet_fast.testing import broken_rule
+
+ROOT = Path(__file__).parents[1]
+# Compilers take tens of seconds and other engines are not ours to test; the suites in benchmarks/ run them.
+QUICK = [p for p in PROVIDERS.values() if p.id not in ("compile", "compile-best", "openvino", "onnxruntime")]
+CASE = Case("infer", "resnet18", "fp32", 2, 64)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return reference_model("resnet18")
+
+
+@pytest.fixture(scope="module")
+def x() -> torch.Tensor:
+    return example_input(2, 64, torch.float32, "cpu")
+
+
+@pytest.fixture(scope="module")
+def gradients(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return oracle("train", model, x)
+
+
+@pytest.mark.parametrize("p", QUICK, ids=lambda p: p.id)
+def test_provider_gives_the_reference_answers(p: providers.Provider, model: nn.Module, x: torch.Tensor) -> None:
+    reason = p.why_not("infer", "cpu", "fp32")
+    if reason is not None:
+        pytest.skip(reason)
+    before = copy.deepcopy(model.state_dict())
+    run = p.prepare("infer", model, x, torch.float32)
+    exact = oracle("infer", model, x)
+    for again in range(2):
+        assert broken_rule(run(x), model(x), exact) is None, again
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnext50_32x4d"])
+def test_bar_knows_bottlenecks_and_groups(name: str) -> None:
+    model, x = reference_model(name), example_input(1, 64, torch.float32, "cpu")
+    run = PROVIDERS["folded"].prepare("infer", model, x, torch.float32)
+    assert broken_rule(run(x), model(x), oracle("infer", model, x)) is None
+
+
+@pytest.mark.parametrize("p", [p for p in QUICK if p.train], ids=lambda p: p.id)
+def test_training_step_leaves_the_reference_gradients(p: providers.Provider, model: nn.Module, x: torch.Tensor,
+                                                      gradients: torch.Tensor) -> None:
+    reason = p.why_not("train", "cpu", "fp32")
+    if reason is not None:
+        pytest.skip(reason)
+    step, eager = (q.prepare("train", model, x, torch.float32) for q in (p, PROVIDERS["eager-nchw"]))
+    weights = copy.deepcopy(list(step.net.parameters()))
+    assert step(x).item() == pytest.approx(eager(x).item(), rel=1e-5)
+    assert broken_rule(step.gradients(), eager.gradients(), gradients, gradient=True) is None
+    assert any(not torch.equal(a, b) for a, b in zip(weights, step.net.parameters(), strict=True))
+
+
+def test_half_precision_training_is_autocast_over_float32_weights(model: nn.Module) -> None:
+    step = PROVIDERS["eager"].prepare("train", model, example_input(2, 64, torch.bfloat16, "cpu"), torch.bfloat16)
+    step(example_input(2, 64, torch.bfloat16, "cpu"))
+    assert {p.dtype for p in step.net.parameters()} == {torch.float32}
+
+
+def test_reference_without_torchvision_is_our_plain_modules(monkeypatch: pytest.MonkeyPatch, x: torch.Tensor) -> None:
+    with_torchvision = reference_model("resnet18")
+    monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: None)
+    ours = reference_model("resnet18")
+    assert why_plain(x, [ours.relu]) is not None and why_plain(x, [copy.deepcopy(ours).relu]) is not None
+    assert torch.equal(ours(x), with_torchvision(x))
+
+
+def test_a_provider_says_why_not() -> None:
+    assert PROVIDERS["openvino"].why_not("infer", "cuda", "fp32") == "OpenVINO does not run on cuda here"
+    assert PROVIDERS["folded"].why_not("train", "cpu", "fp32").endswith("does not train")
+    assert PROVIDERS["cudnn-frontend"].why_not("infer", "cuda", "fp32").endswith("takes fp16, bf16, not fp32")
+    absent = replace(PROVIDERS["eager"], unavailable=providers.engines.missing("no_such_module_here", "torch"))
+    monkey = {"no_such_module_here": "no-such-package"}
+    providers.engines.PACKAGES.update(monkey)
+    try:
+        assert absent.why_not("infer", "cpu", "fp32") == "not installed: pip install no-such-package"
+    finally:
+        del providers.engines.PACKAGES["no_such_module_here"]
+    with pytest.raises(LookupError, match="'fastest' is unknown; known: eager-nchw"):
+        provider("fastest")
+
+
+# ---------------------------------------------------------------- measuring
+
+def test_measured_rows_stand_beside_their_error_and_each_other() -> None:
+    found = measure(CASE, [PROVIDERS["eager"], PROVIDERS["ours"], PROVIDERS["tensorrt"]], max_rounds=1)
+    assert found["tensorrt"].row is None and "does not run on cpu" in found["tensorrt"].skipped
+    row = found["ours"].row
+    assert row.case == "infer/resnet18/fp32/2@64" and row.ours and row.rounds == 1
+    assert row.img_s == pytest.approx(2 / row.seconds) and 0 < row.error <= 2 * row.eager_error + 1e-6
+    assert row.speed_over.keys() == {"eager"} and found["eager"].row.speed_over.keys() == {"ours"}
+    assert row.tflops == pytest.approx(2 * 2 * 148e6 / row.seconds / 1e12, rel=0.02)  # 148 million multiply-adds at 64²
+
+
+def test_ours_gets_no_time_when_it_is_wrong() -> None:
+    wrong = replace(PROVIDERS["ours"], build=lambda model, example, dtype: lambda x: model(x) * 1.001)
+    found = measure(CASE, [PROVIDERS["eager"], wrong], max_rounds=1)
+    assert found["ours"].row is None and "against float64" in found["ours"].wrong
+    peer = replace(wrong, id="peer", ours=False)
+    assert measure(CASE, [peer], max_rounds=1)["peer"].row.error > 5e-4  # a peer's error is reported, not judged
+
+
+def test_a_peer_that_breaks_is_skipped_with_its_own_words_and_ours_raises() -> None:
+    def broken(model, example, dtype):
+        raise RuntimeError("no engine today\nand a long tail")
+
+    peer = replace(PROVIDERS["eager"], id="peer", build=broken)
+    found = measure(CASE, [peer, PROVIDERS["eager"]], max_rounds=1)
+    assert found["peer"].skipped == "failed: RuntimeError: no engine today" and found["eager"].row is not None
+    with pytest.raises(RuntimeError, match="no engine today"):
+        measure(CASE, [replace(PROVIDERS["ours"], build=broken)], max_rounds=1)
+
+
+def test_training_is_judged_by_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = measuring.TrainStep.gradients
+    monkeypatch.setattr(measuring.TrainStep, "gradients",
+                        lambda step: true(step) * (1.01 if "resnet_fast" in type(step.net).__module__ else 1))
+    found = measure(replace(CASE, mode="train"), [PROVIDERS["eager"], PROVIDERS["ours"]], max_rounds=1)
+    assert found["eager"].row.error < 1e-3 and "allowed" in found["ours"].wrong
+
+
+def test_ops_are_checked_before_they_are_timed(registry: dict) -> None:
+    @kernel("test.wrong", op="add_act", supports=lambda problem: None)
+    def wrong(x, y, gate, act):
+        return torch.relu(x + y) + 0.1
+
+    problem = Problem("add_act", "cpu", torch.float32, (2, 8, 5, 5), "nhwc", residual="nhwc", act="relu")
+    found = measure_op(problem, [find("aten.add_act"), find("test.wrong")], max_rounds=1)
+    assert found["test.wrong"].row is None and "error" in found["test.wrong"].wrong
+    assert found["aten.add_act"].row.error is not None and found["aten.add_act"].row.gb_s > 0
+    assert found["aten.add_act"].row.speed_over.keys() == {"eager"}
+
+
+def test_op_problems_are_those_of_the_network() -> None:
+    found = op_problems("resnet50", 4, 224, DTYPES["fp32"], "cpu")
+    by_op = {op: [p for p in found if p.op == op] for op in BASELINES}
+    assert len(by_op["conv_bn_act"]) == 24 and by_op["add_act"][0].x == (4, 256, 56, 56)
+    assert len(set(found)) == len(found) and all(p.residual or p.act for p in by_op["bn_act"])
+
+
+def test_cold_start_is_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = cold_start("eager", "infer", "resnet18", "fp32", 1, 64, "cpu")
+    assert found.seconds > 0.5
+    assert found.peak_bytes is None or found.peak_bytes > 11e6 * 4  # at least its copy of the weights
+    monkeypatch.setattr(sys, "executable", "false")
+    with pytest.raises(RuntimeError, match="cold start of eager failed"):
+        cold_start("eager", "infer", "resnet18", "fp32", 1, 64, "cpu")
+
+
+def test_suites_report_through_pytest_benchmark(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    saved, ledger = tmp_path / "b.json", tmp_path / "ledger.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks/test_models.py", "-q", "-p", "no:cacheprovider",
+               "--models", "resnet18", "--sizes", "64", "--providers", "eager,ours,tensorrt", "--seconds", "1",
+               "--benchmark-json", str(saved), "--ledger", str(ledger)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "2 passed, 1 skipped" in done.stdout and "does not run on cpu" in done.stdout
+    benchmarks = {b["extra_info"]["provider"]: b for b in json.loads(saved.read_text())["benchmarks"]}
+    rows = {row["provider"]: row for row in json.loads(ledger.read_text())["rows"]}
+    assert benchmarks.keys() == rows.keys() == {"eager", "ours"}
+    for id, row in rows.items():
+        assert benchmarks[id]["group"] == row["case"] == "infer/resnet18/fp32/1@64"
+        assert benchmarks[id]["stats"]["median"] == pytest.approx(row["seconds"])
+        assert benchmarks[id]["stats"]["rounds"] == row["rounds"]
+        assert benchmarks[id]["extra_info"]["eager_error"] == row["eager_error"]
