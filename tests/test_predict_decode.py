@@ -99,9 +99,10 @@ def test_transparency_lies_on_white(tmp_path, mode):
     assert np.abs(np.array(middle) - np.array((177, 127, 127))).max() <= 1
 
 
+@pytest.mark.parametrize("more", [-128, 0, 128])
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
-def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path, suffix):
-    wide = GREY.astype(np.uint16) * 257
+def test_16_bit_grey_is_scaled_and_rounded_and_not_clipped(tmp_path, suffix, more):
+    wide = np.maximum(GREY.astype(int) * 257 + more, 0).astype(np.uint16)
     path = tmp_path / f"a.{suffix}"
     if suffix == "png":
         path.write_bytes(png16(wide))
@@ -115,7 +116,7 @@ def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path, suffix):
 def test_16_bit_colour_and_floating_point(tmp_path):
     (tmp_path / "a.png").write_bytes(png16(COLOUR.astype(np.uint16) * 257))
     assert same(load(str(tmp_path / "a.png"), PRESET), COLOUR)
-    path = written(tmp_path / "a.tif", Image.fromarray((GREY / 255).astype(np.float32)))
+    path = written(tmp_path / "a.tif", Image.fromarray(((GREY + 0.4) / 255).astype(np.float32)))
     assert same(load(path, PRESET), GREY)
 
 
@@ -195,6 +196,10 @@ def test_what_is_no_image_is_called_so(tmp_path):
     with pytest.raises(OSError) as caught:
         load(str(tmp_path / "a.jpg"), PRESET)
     assert describe(caught.value) == "not an image that Pillow can read"
+    (tmp_path / "postscript.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    with Image.open(tmp_path / "postscript.jpg") as image, pytest.raises(OSError, match="cannot identify"):
+        assert image.format == "EPS"
+        load(image.filename, PRESET)
     os.mkfifo(tmp_path / "b.jpg")
     with pytest.raises(ValueError, match="not a regular file"):
         load(str(tmp_path / "b.jpg"), PRESET)

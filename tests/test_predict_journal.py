@@ -62,15 +62,18 @@ def test_any_cut_leaves_a_record_that_can_be_gone_on_with(path):
         assert todo == items(9, kept) and kept in {0, 4, 8, 9}
 
 
-def test_a_complete_record_leaves_nothing_to_do_and_is_completed_anew(path):
-    record(path, 9, done=True)
-    assert is_done(path)
+@pytest.mark.parametrize("done", [False, True])
+@pytest.mark.parametrize("digest", ["digest", "that of other ranks' files, too"])
+def test_a_whole_record_leaves_nothing_to_do_but_to_say_so(path, done, digest):
+    record(path, 9, done)
     assert resumed(path, items(9)) == (9, 1, [])
-    assert not is_done(path)
+    assert is_done(path) == done
     with Journal(path, SETTINGS) as journal:
         assert list(journal.resume(iter(items(9)), 4)) == []
-        journal.finish(9, "digest")
+        journal.finish(9, digest)
     assert is_done(path) and [row["i"] for row in merged([path])] == list(range(9))
+    lines = path.read_bytes().splitlines()
+    assert len(lines) == 11 and json.loads(lines[-1]) == {"done": 9, "files": digest}
 
 
 @pytest.mark.parametrize("done", [False, True])

@@ -59,12 +59,14 @@ def run(args: argparse.Namespace) -> int:
     if next(walk(args.inputs), None) is None:
         raise ValueError(f"no images in {' '.join(args.inputs)} (suffixes: {' '.join(sorted(SUFFIXES))})")
     _check_output(args, ranks)
-    job = Job(args, ranks)
     try:
+        job = Job(args, ranks)
         return to_terminal(job) if args.out is None else to_file(job, args.out)
     except BrokenPipeError:  # whoever read our output has seen enough; the buffered rest must not complain at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a full disk, a folder that must not be written
+        raise ValueError(str(error)) from error
 
 
 def _check_output(args: argparse.Namespace, ranks: Ranks) -> None:

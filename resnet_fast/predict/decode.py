@@ -5,6 +5,7 @@ Torch-free, and run by path in the workers: such a process starts in 0.1 s with 
 
 from __future__ import annotations
 
+import functools
 import json
 import mmap
 import os
@@ -16,6 +17,8 @@ from multiprocessing.connection import Connection
 
 from PIL import Image
 
+# Not all that Pillow knows: it would hand PostScript, whatever the file's name, to Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "MPO", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "ICO", "TGA")
 MAX_PIXELS = 178_956_970  # where Pillow refuses by default
 _BILINEAR = Image.Resampling.BILINEAR
 _ORIENTATION = 0x0112  # EXIF tag
@@ -48,7 +51,7 @@ def load(path: str, preset: Preset) -> Image.Image:
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("not a regular file")  # reading a FIFO would block for ever
-    with Image.open(path) as image:
+    with Image.open(path, formats=_formats()) as image:
         _limit(image.size, preset)
         if preset.fast:
             width, height = scaled_size(image.size, preset.resize)
@@ -57,6 +60,12 @@ def load(path: str, preset: Preset) -> Image.Image:
         turn = _UPRIGHT.get(_orientation(image))
         rgb = to_rgb(image)
     return crop(rgb if turn is None else rgb.transpose(turn), preset)
+
+
+@functools.cache
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def scaled_size(size: tuple[int, int], short: int) -> tuple[int, int]:

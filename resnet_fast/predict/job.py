@@ -35,6 +35,8 @@ class Job:
         device = device_or_error(args.device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", ranks.local_rank)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # pinned memory and events belong to the current device
         source = weights.load(args.model, args.weights, args.random_weights)
         self.labels = weights.read_labels(args.labels) if args.labels else source.categories
         classes = source.model.fc.out_features

@@ -28,6 +28,8 @@ class Journal:
 
     def __init__(self, path: Path, settings: dict) -> None:
         self.path, self.kept, self.failed = path, 0, 0
+        self._done: dict = {}  # the last line of a record that was complete, and where it begins
+        self._end = 0
         self._file = open(path, "a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -62,7 +64,7 @@ class Journal:
                              "go on with those, or delete it to start anew")
 
     def resume(self, items: Iterator[Item], batch: int) -> Iterator[Item]:
-        """The items still to be done; what the record holds from there on is cut off, and its last line always.
+        """The items still to be done; what the record holds from there on is cut off.
 
         Records count while their names are the walk's, in whole batches: the rest then falls into the batches of an
         uninterrupted run and gives the same bits.
@@ -77,8 +79,9 @@ class Journal:
             item = next(items, None)
             if item is None:
                 if not line or record.get("done") == self.kept + len(pending):
-                    keep, self.kept, self.failed = position - len(line), self.kept + len(pending), self.failed + failed
-                    pending = []
+                    self._end, self._done = position - len(line), record
+                    self.kept, self.failed = self.kept + len(pending), self.failed + failed
+                    return iter(())
                 break
             pending.append(item)
             if (record.get("i"), record.get("name")) != (item.index, item.name):
@@ -99,7 +102,11 @@ class Journal:
 
         ``files`` is a digest of what the walk found, all ranks' shares: records of different walks do not fit together.
         """
-        self._append([{"done": count, "files": files}])
+        last = {"done": count, "files": files}
+        if self._done != last:
+            if self._done:
+                self._file.truncate(self._end)
+            self._append([last])
         os.fsync(self._file.fileno())
 
     def _append(self, records: Iterable[dict]) -> None:

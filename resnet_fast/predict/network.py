@@ -38,7 +38,7 @@ class Network:
     def start(self, pixels: Tensor) -> Answer:
         """Begin to compute; the pixels are no longer needed when this returns."""
         clock = _CudaClock() if self.device.type == "cuda" else _CpuClock()
-        x = self._stage(pixels).to(self.device, non_blocking=True) if self.device.type == "cuda" else pixels
+        x = (self._stage(pixels) if self.device.type == "cuda" else pixels).to(self.device, non_blocking=True)
         clock.tick()
         x = normalise(x.permute(0, 3, 1, 2), self._mean, self._std).to(self.dtype)
         out = self._forward(x).float()
