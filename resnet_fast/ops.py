@@ -254,7 +254,7 @@ class _BnAct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, eps, act):
         y, mean, var = below_autograd(BN_ACT, x, weight, bias, residual, eps, act)
-        ctx.save_for_backward(x, weight, bias, y, mean, var)
+        ctx.save_for_backward(x, weight, bias, y if act == "relu" else None, mean, var)
         ctx.rest = eps, act
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
@@ -266,6 +266,7 @@ class _BnAct(torch.autograd.Function):
         if torch.is_grad_enabled():
             dz = reference.relu_mask(dy, y, act)
             return *_differentiable(_linear_bn, (x, weight, bias, eps), dz)[:3], dz if ctx.needs_input_grad[3] else None, None, None
+        y = dy if y is None else y  # without an activation there is no mask to take from it
         dx, dweight, dbias, dresidual = below_autograd(BN_ACT_BACKWARD, dy, x, y, weight, mean, var, eps, act,
                                                        ctx.needs_input_grad[3])
         return dx, dweight, dbias, dresidual if ctx.needs_input_grad[3] else None, None, None
