@@ -8,7 +8,7 @@ import importlib.util
 import sys
 
 # Command modules, in the order in which a user meets them; each has add_parser(subparsers) and imports what is heavy only when it runs.
-COMMANDS = ("listing", "info", "explain", "check", "bench", "new_kernel")
+COMMANDS = ("listing", "info", "explain", "check", "bench", "predict.command", "tune", "report.command", "new_kernel")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,0 +1,142 @@
+"""The command line as a user meets it: help everywhere, one sentence for mistakes, exit codes, JSON that parses."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import resnet_fast
+from resnet_fast import bench, check, console, info
+from resnet_fast.__main__ import COMMANDS, main, parser
+from resnet_fast.dispatch import Kernel
+from resnet_fast.explain import Explanation, Line
+from resnet_fast.kernels import aten
+from resnet_fast.providers import PROVIDERS
+
+
+def test_every_command_explains_itself(capsys):
+    names = parser()._subparsers._group_actions[0].choices
+    assert len(names) == len(COMMANDS)
+    for name in names:
+        with pytest.raises(SystemExit) as stop:
+            main([name, "--help"])
+        assert stop.value.code == 0
+        assert len(capsys.readouterr().out.splitlines()) >= 4
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["explain", "resnet51"], "expected one of resnet18"),
+    (["check", "--kernel", "nobody.knows"], "unknown"),
+    (["check", "--kernel", "absent.py"], "does not exist"),
+    (["bench", "--providers", "nothing"], "unknown"),
+    (["explain", "resnet18", "--device", "cuda"], "no CUDA device"),
+])
+def test_a_mistake_is_one_sentence(argv, words, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert words in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "x"])
+def test_sizes_are_whole_numbers_above_zero(value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["explain", "resnet18", "--batch", value])
+    assert stop.value.code == 2 and "--batch" in capsys.readouterr().err
+
+
+def test_list(capsys):
+    assert main(["list", "--names"]) == 0
+    assert capsys.readouterr().out.split() == resnet_fast.list_models()
+    assert main(["list"]) == 0
+    assert "resnet50          Bottleneck  3-4-6-3     25.6   8.18" in capsys.readouterr().out
+
+
+def test_info(capsys):
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["machine"]["torch"] == torch.__version__
+    assert ["aten.conv_bn_act", "conv_bn_act", "ready"] in facts["kernels"]
+    assert main(["info"]) == 0
+    assert "missing" in capsys.readouterr().out
+
+
+def test_missing_names_the_command(monkeypatch):
+    monkeypatch.setattr(info, "version", lambda package: "none")
+    assert "timm: pip install 'resnet_fast[timm]'" in info.missing()
+
+
+def test_check_passes_what_is_right(capsys):
+    assert main(["check", "--kernel", "aten.add_act", "--dtype", "float32"]) == 0
+    assert "0 wrong" in capsys.readouterr().out
+
+
+def test_check_fails_what_is_wrong(capsys, monkeypatch):
+    def swapped(x, y, gate, act):
+        return aten.add_act(x, -y, gate, act)
+
+    bad = Kernel("test.bad", "add_act", swapped, lambda p: None, lambda: None)
+    monkeypatch.setattr(check, "wanted", lambda names: [bad])
+    monkeypatch.setattr(check, "find", lambda id: bad)
+    assert main(["check", "--dtype", "float32"]) == 1
+    assert "WRONG test.bad" in capsys.readouterr().out
+
+
+def test_explain_says_fused_and_plain(capsys):
+    model = resnet_fast.resnet18().eval()
+    model.layer2[0].relu.register_forward_hook(lambda *a: None)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found = resnet_fast.explain(model, torch.randn(1, 3, 32, 32))
+    by_module = {line.module: line for line in found}
+    assert by_module["conv1"].kernel == "aten.conv_bn_act"
+    assert by_module["layer1.0.conv1"].op == "conv_bn_act"
+    assert by_module["layer2.0"].op == "plain" and "hooks" in by_module["layer2.0"].why
+    assert "layer2.0.conv1" not in by_module
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_explain_of_training_leaves_the_statistics_alone():
+    model = resnet_fast.resnet18().train()
+    found = resnet_fast.explain(model, torch.randn(2, 3, 32, 32))
+    assert {line.op for line in found} == {"bn_act"}
+    assert model.bn1.num_batches_tracked.item() == 0 and not model.bn1.running_mean.any()
+
+
+def test_explain_rejected(capsys):
+    assert main(["explain", "resnet18", "--size", "32", "--rejected"]) == 0
+    said = capsys.readouterr().out
+    assert "triton.conv" in said and "native.conv" in said and "aten.cudnn_fused" in said
+
+
+def test_explain_lines_print():
+    assert str(Explanation([Line("a", "plain", "torch", "why")])).splitlines()[-1].split() == ["a", "plain", "torch", "why"]
+
+
+def test_tables_fit_the_terminal():
+    text = console.table(("name", "ms"), [("x" * 50, 1), ("y", 22)], right=(1,), width=40)
+    assert all(len(line) <= 40 for line in text.splitlines()) and "…" in text
+
+
+def test_bench_prints_json_with_errors(capsys):
+    assert main(["bench", "resnet18", "--batch", "1", "--size", "32", "--providers", "ours", "--seconds", "0.1", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {row["provider"] for row in rows} == {"eager-nchw", "ours"}
+    assert all(row["error"] < 1e-4 and row["seconds"] > 0 for row in rows)
+    assert "eager-nchw" in next(row for row in rows if row["provider"] == "ours")["speed_over"]
+
+
+def test_bench_refuses_a_time_for_what_is_wrong(capsys, monkeypatch):
+    off = dataclasses.replace(PROVIDERS["ours"], build=lambda model, x, dtype: lambda x: torch.zeros(x.shape[0], 1000))
+    monkeypatch.setattr(bench, "provider", lambda id: off if id == "ours" else PROVIDERS[id])
+    assert main(["bench", "resnet18", "--batch", "1", "--size", "32", "--providers", "ours", "--seconds", "0.1"]) == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_ctrl_c_is_said_and_coded(capsys, monkeypatch):
+    def interrupted(names):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "wanted", interrupted)
+    assert main(["check"]) == 130
+    assert "interrupted" in capsys.readouterr().err
