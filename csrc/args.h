@@ -74,9 +74,8 @@ struct FoldArgs {
   DType weight_dtype, out_dtype;
 };
 
-
-// conv and pointwise: everything dense, activations NHWC, weight KRSC (channels_last). Pixels of x and of out each fewer
-// than 2^31 - 128, elements any number.
+// conv and pointwise: everything dense, activations NHWC, weight KRSC (channels_last). Pixels of x and of out each
+// fewer than 2^31 - 128, elements any number.
 struct ConvArgs {
   const void* x;
   const void* weight;

@@ -238,7 +238,8 @@ std::tuple<Tensor, Tensor> fold_bn(const Tensor& weight, const Tensor& gamma, co
   // A dimension of one element may carry any stride; zero keeps it from spoiling 128-bit access.
   const auto stride = [&](int64_t dim) { return weight.size(dim) == 1 ? 0 : weight.stride(dim); };
   const resnet_fast::FoldArgs args{weight.const_data_ptr(), folded.mutable_data_ptr(), bias.mutable_data_ptr(), bn,
-                                   k, c, r, s, stride(0), c == 1 ? 1 : stride(1), stride(2), stride(3), weight_type, out_type};
+                                   k, c, r, s, stride(0), c == 1 ? 1 : stride(1), stride(2), stride(3), weight_type,
+                                   out_type};
   on_device_of(op, weight, [&](cudaStream_t stream) { return resnet_fast::fold_bn(args, stream); });
   return {folded, bias};
 }
@@ -265,7 +266,7 @@ Tensor run_conv(const char* op, ConvLauncher launcher, const Tensor& x, const Te
                 const Tensor& shift, const std::optional<Tensor>& residual, const std::optional<Tensor>& mean,
                 const std::optional<Tensor>& var, double eps, const Pair& stride, const Pair& padding,
                 const Pair& dilation, bool relu) {
-  constexpr int64_t kMost = INT32_MAX - 128;  // rows and columns are 32-bit, and the last tile may reach beyond the last
+  constexpr int64_t kMost = INT32_MAX - 128;  // rows and columns are 32-bit, and the last tile may reach further
   const DType dtype = float_type(op, "x", x.scalar_type());
   check_channels_last(op, "x", x);
   check_channels_last(op, "weight", weight);
@@ -276,8 +277,8 @@ Tensor run_conv(const char* op, ConvLauncher launcher, const Tensor& x, const Te
   const int64_t k = weight.size(0), r = weight.size(2), s = weight.size(3);
   const int64_t out_h = out_size(h, padding[0], dilation[0], r, stride[0]);
   const int64_t out_w = out_size(w, padding[1], dilation[1], s, stride[1]);
-  RF_CHECK(out_h > 0 && out_w > 0 && c > 0 && r <= 16 && s <= 16, op, ": got x ", shape(x), " for weight ", shape(weight),
-           ", expected at least one output pixel and one channel, and filters of at most 16x16");
+  RF_CHECK(out_h > 0 && out_w > 0 && c > 0 && r <= 16 && s <= 16, op, ": got x ", shape(x), " for weight ",
+           shape(weight), ", expected at least one output pixel and one channel, and filters of at most 16x16");
   RF_CHECK(n * h * w < kMost && n * out_h * out_w < kMost && c * r * s < kMost && k < kMost, op, ": got x ", shape(x),
            " and weight ", shape(weight), ", expected fewer than 2^31 - 128 pixels, and elements in a filter");
   const auto affine = affine_args(op, k, scale, shift, mean, var, eps);
@@ -298,8 +299,8 @@ Tensor run_conv(const char* op, ConvLauncher launcher, const Tensor& x, const Te
 Tensor conv(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
             const std::optional<Tensor>& residual, const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
             double eps, Pair stride, Pair padding, Pair dilation, bool relu) {
-  return run_conv("conv", resnet_fast::conv, x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation,
-                  relu);
+  return run_conv("conv", resnet_fast::conv, x, weight, scale, shift, residual, mean, var, eps, stride, padding,
+                  dilation, relu);
 }
 
 Tensor pointwise(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
@@ -307,8 +308,8 @@ Tensor pointwise(const Tensor& x, const Tensor& weight, const Tensor& scale, con
                  const std::optional<Tensor>& var, double eps, Pair stride, bool relu) {
   RF_CHECK(weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1, "pointwise: got weight ", shape(weight),
            ", expected [K, C, 1, 1]");
-  return run_conv("pointwise", resnet_fast::pointwise, x, weight, scale, shift, residual, mean, var, eps, stride, {0, 0},
-                  {1, 1}, relu);
+  return run_conv("pointwise", resnet_fast::pointwise, x, weight, scale, shift, residual, mean, var, eps, stride,
+                  {0, 0}, {1, 1}, relu);
 }
 
 // What both directions of training batch norm get; the number of pixels.
@@ -379,8 +380,8 @@ STABLE_TORCH_LIBRARY(resnet_fast_native, m) {
       "fold_bn(Tensor weight, Tensor gamma, Tensor beta, Tensor mean, Tensor var, float eps, ScalarType? out=None) "
       "-> (Tensor, Tensor)");
   m.def(
-      "conv(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor? mean, Tensor? var, float eps, "
-      "int[2] stride, int[2] padding, int[2] dilation, bool relu) -> Tensor");
+      "conv(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor? mean, Tensor? var, "
+      "float eps, int[2] stride, int[2] padding, int[2] dilation, bool relu) -> Tensor");
   m.def(
       "pointwise(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor? mean, Tensor? var, "
       "float eps, int[2] stride, bool relu) -> Tensor");

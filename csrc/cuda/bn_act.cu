@@ -9,8 +9,8 @@
 // never a difference of large sums: groups of kGroup values are centred on their own mean, then merged pairwise.
 // Layout: x, y, residual and gradients [P pixels, C], dense; per-channel vectors [C]; mean and var float32. float32,
 // float16, bfloat16; arithmetic in float32, one rounding on store. Any C; multiples of 8 (float32: 4) move 128 bits.
-// Floor for E = P C elements of b bytes, by DRAM: forward 3Eb (x twice, y) + Eb for the residual; backward 7Eb (dy, x, y
-// twice, dx) + Eb for dresidual, 2Eb less without ReLU, less what of the first pass L2 still holds in the second.
+// Floor for E = P C elements of b bytes, by DRAM: forward 3Eb (x twice, y) + Eb for the residual; backward 7Eb (dy, x,
+// y twice, dx) + Eb for dresidual, 2Eb less without ReLU, less what of the first pass L2 still holds in the second.
 // Source: Ioffe and Szegedy 2015; merging of moments: Chan, Golub and LeVeque 1979.
 #include "epilogue.cuh"
 #include "launch.cuh"
@@ -134,7 +134,8 @@ __device__ void store_as(void* p, DType dtype, int64_t i, float v) {
 
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads)
-    moments_kernel(const T* __restrict__ x, float* __restrict__ partial, int64_t pixels, int64_t channels, GateGrid grid) {
+    moments_kernel(const T* __restrict__ x, float* __restrict__ partial, int64_t pixels, int64_t channels,
+                   GateGrid grid) {
   const GateTile tile = gate_tile(grid, blockIdx.x, blockIdx.y, threadIdx.x, pixels, V);
   Part<V> total;
   if (tile.channel < channels) {
@@ -229,7 +230,8 @@ __global__ void __launch_bounds__(kThreads) gradient_sums_kernel(BnBackwardArgs 
     }
   }
   total = merge_rows<MergeSums>(total, grid);
-  if (threadIdx.y == 0 && tile.channel < p.channels) write_partial(p.partial, total, blockIdx.x, tile.channel, p.channels);
+  if (threadIdx.y == 0 && tile.channel < p.channels)
+    write_partial(p.partial, total, blockIdx.x, tile.channel, p.channels);
 }
 
 template <class T, int V>

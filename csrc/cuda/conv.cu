@@ -1,14 +1,15 @@
 // Convolution over NHWC as an implicit matrix product, with the shared epilogue:
 //
-//   out[n, i, j, k] = act(sum_{r, s, c} x[n, i * stride_h - pad_h + r * dilation_h, j * stride_w - pad_w + s * dilation_w, c]
-//                         * weight[k, r, s, c] * scale[k] + shift[k] + residual[n, i, j, k]),   x = 0 outside the image
+//   out[n, i, j, k] = act(sum * scale[k] + shift[k] + residual[n, i, j, k]),
+//   sum = sum_{r, s, c} x[n, i * stride_h - pad_h + r * dilation_h, j * stride_w - pad_w + s * dilation_w, c]
+//                       * weight[k, r, s, c],   x = 0 outside the image
 //
 // Rows of the product are output pixels, its depth the R S C elements of a window, taps outermost; a row of the window
 // matrix exists only as addresses, worked out while fetching (tile.h: window_at, advance, element_at).
 // Layout: x [N, H, W, C], weight [K, R, S, C], residual and out [N, H', W', K], all dense. float32, float16, bfloat16;
-// float32 accumulation and epilogue, one rounding on store. R and S up to 16, any stride, padding and dilation; one group.
-// Any C and K: multiples of 8 (float32: 4) on 16-byte aligned pointers move 16 bytes at a time, others element by element
-// (a three-channel stem is such a case, and slow: it wants a kernel of its own).
+// float32 accumulation and epilogue, one rounding on store. R and S up to 16, any stride, padding, dilation; one group.
+// Any C and K: multiples of 8 (float32: 4) on 16-byte aligned pointers move 16 bytes at a time, others one by one (a
+// three-channel stem is such a case, and slow: it wants a kernel of its own).
 // Floor, for P = N H' W' and b bytes: max((N H W C + K R S C + P K [+ P K]) b / DRAM bandwidth, 2 P R S C K / matrix
 // throughput); from L2 each input element is read up to R S / (stride_h stride_w) times for every tile of filters.
 // Source: implicit GEMM, cuDNN (Chetlur et al. 2014, section 3); the pipeline is gemm.cuh's.

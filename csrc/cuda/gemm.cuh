@@ -2,12 +2,12 @@
 //
 //   out[m, n] = act(sum_d A[m, d] * weight[n, d] * scale[n] + shift[n] + residual[m, n])
 //
-// A is whatever `Source` says row m and column d are in global memory (pointwise.cu, conv.cu); weight [N, D] and
-// out, residual [M, N] are dense. A block computes one tile of the output in slices of 128 bytes of depth; slices
-// arrive by cp.async, kStages - 1 ahead, into swizzled shared tiles. 16-bit types multiply on tensor cores (mma.m16n8k16,
+// A is whatever `Source` says row m and column d are in global memory (pointwise.cu, conv.cu); weight [N, D] and out,
+// residual [M, N] are dense. A block computes one tile of the output in slices of 128 bytes of depth; slices arrive by
+// cp.async, kStages - 1 ahead, into swizzled shared tiles. 16-bit types multiply on tensor cores (mma.m16n8k16,
 // fragments by ldmatrix), float32 by plain FMA; both accumulate in float32. The sums go through shared memory once, so
-// that residual and output move 128 bits at a time in whole rows. Tails in M, N and D are zeros on the way in and
-// masks on the way out.
+// that residual and output move 128 bits at a time in whole rows. Tails in M, N and D are zeros on the way in and masks
+// on the way out.
 // Source: the multistage pipeline of CUTLASS 2 ("Efficient GEMM in CUDA"); PTX ISA, "Asynchronous copy".
 #pragma once
 
@@ -76,8 +76,8 @@ struct WarpProduct {
   }
 };
 
-// The same by FMA: a thread keeps rows ty, ty + kThreadsM, ... and columns tx, tx + 16, ...: neighbours read neighbouring
-// rows of a shared tile, which the swizzle keeps apart.
+// The same by FMA: a thread keeps rows ty, ty + kThreadsM, ... and columns tx, tx + 16, ...: neighbours read
+// neighbouring rows of a shared tile, which the swizzle keeps apart.
 template <class Tile>
 struct WarpProduct<float, Tile> {
   static constexpr int kThreadsN = 16, kThreadsM = Tile::kThreads / kThreadsN;
@@ -291,18 +291,24 @@ cudaError_t launch_gemm(const ConvArgs& c, cudaStream_t stream) {
   });
 }
 
-// Names of all instantiations, for bindings.cpp: "pointwise<f16,128x64>".
+// Names of the 16-byte instantiations, for bindings.cpp: "pointwise<f16,128x64>".
+template <template <class, class, bool> class Source, class T, class Tile>
+void register_tile(const std::string& name) {
+  const std::string size = std::to_string(Tile::kM) + "x" + std::to_string(Tile::kN);
+  Registration(name + "," + size + ">", gemm_kernel<T, Tile, Source, true>, Tile::kThreads, Tile::kSharedBytes);
+}
+
 template <template <class, class, bool> class Source>
 bool register_gemm(const std::string& file) {
   const auto add = [&](auto type, const char* dtype) {
     using T = typename decltype(type)::type;
-    const std::string name = file + "<" + dtype + ",";
+    const std::string name = file + "<" + dtype;
     if constexpr (std::is_same_v<T, float>) {
-      Registration(name + "128x64>", gemm_kernel<T, TileFloat, Source, true>, TileFloat::kThreads, TileFloat::kSharedBytes);
+      register_tile<Source, T, TileFloat>(name);
     } else {
-      Registration(name + "128x128>", gemm_kernel<T, Tile128x128, Source, true>, Tile128x128::kThreads, Tile128x128::kSharedBytes);
-      Registration(name + "128x64>", gemm_kernel<T, Tile128x64, Source, true>, Tile128x64::kThreads, Tile128x64::kSharedBytes);
-      Registration(name + "64x64>", gemm_kernel<T, Tile64x64, Source, true>, Tile64x64::kThreads, Tile64x64::kSharedBytes);
+      register_tile<Source, T, Tile128x128>(name);
+      register_tile<Source, T, Tile128x64>(name);
+      register_tile<Source, T, Tile64x64>(name);
     }
   };
   add(Type<float>{}, "f32"), add(Type<__half>{}, "f16"), add(Type<__nv_bfloat16>{}, "bf16");

@@ -9,8 +9,8 @@
 
 namespace resnet_fast {
 
-// One launch with `shared_bytes` of dynamic shared memory. cudaLaunchKernelEx and not <<<>>>: it is plain C++, so the host
-// tests supply their own and run the kernels on the CPU.
+// One launch with `shared_bytes` of dynamic shared memory. cudaLaunchKernelEx and not <<<>>>: it is plain C++, so the
+// host tests supply their own and run the kernels on the CPU.
 template <class... P, class... A>
 cudaError_t launch_shared(void (*kernel)(P...), dim3 grid, dim3 block, int shared_bytes, cudaStream_t stream,
                           const A&... args) {

@@ -2,10 +2,10 @@
 //
 //   out[p, k] = act(sum_c x[pixel(p), c] * weight[k, c] * scale[k] + shift[k] + residual[p, k])
 //
-// pixel(p) = p for stride 1; for other strides output pixel (n, i, j) reads input pixel (n, i * stride_h, j * stride_w).
-// Layout: x [N, H, W, C], weight [K, C], residual and out [N, H', W', K], all dense. float32, float16, bfloat16; float32
-// accumulation and epilogue, one rounding on store.
-// Any C and K: multiples of 8 (float32: 4) on 16-byte aligned pointers move 16 bytes at a time, others element by element.
+// pixel(p) = p for stride 1; else output pixel (n, i, j) reads input pixel (n, i * stride_h, j * stride_w).
+// Layout: x [N, H, W, C], weight [K, C], residual and out [N, H', W', K], all dense. float32, float16, bfloat16;
+// float32 accumulation and epilogue, one rounding on store.
+// Any C and K: multiples of 8 (float32: 4) on 16-byte aligned pointers move 16 bytes at a time, others one by one.
 // Floor, for P = N H' W' pixels of b bytes: max((P C + K C + P K [+ P K for the residual]) b / DRAM bandwidth,
 // 2 P C K / matrix throughput). In 16 bits that is up to C K / (C + K) FLOP a byte: 32 for 64 -> 64 channels, 410 for
 // 512 -> 2048; an H200 turns from DRAM to the matrix units at about 180.
@@ -22,7 +22,8 @@ struct PointwiseSource {
   int channels;
   int pixel[Tile::kRowsA];  // of the input; negative beyond the last
 
-  __device__ PointwiseSource(const T* x, const ConvShape& shape, int first_m, int rows) : x(x), channels(shape.channels) {
+  __device__ PointwiseSource(const T* x, const ConvShape& shape, int first_m, int rows)
+      : x(x), channels(shape.channels) {
     const bool dense = shape.stride_h == 1 && shape.stride_w == 1;
 #pragma unroll
     for (int i = 0; i < Tile::kRowsA; ++i) {

@@ -1,6 +1,6 @@
-// How a matrix product is cut up: tiles of the output, slices of its depth, chunks of 16 bytes, lanes of a warp, and the
-// columns of a convolution seen as a matrix product. Plain arithmetic for device and host, so that host tests walk all
-// of it against naive loops.
+// How a matrix product is cut up: tiles of the output, slices of its depth, chunks of 16 bytes, lanes of a warp, and
+// the columns of a convolution seen as a matrix product. Plain arithmetic for device and host, so that host tests walk
+// all of it against naive loops.
 //
 // A convolution over NHWC is out[M, N] = A[M, D] * B[N, D]^T with M = images * out_h * out_w pixels, N = filters and
 // depth D = R * S * C (taps outermost, channels innermost): the weight in channels_last is B as it lies.
@@ -10,8 +10,9 @@
 
 namespace resnet_fast {
 
-// A shared tile has rows of 128 bytes (64 halves or 32 floats of the depth) in eight chunks of 16. Chunk c of row r sits
-// at c ^ (r % 8): the eight rows of one ldmatrix phase then touch all 32 banks once, and so do the eight chunks of a row.
+// A shared tile has rows of 128 bytes (64 halves or 32 floats of the depth) in eight chunks of 16. Chunk c of row r
+// sits at c ^ (r % 8): the eight rows of one ldmatrix phase then touch all 32 banks once, and so do the eight chunks of
+// a row.
 constexpr int kRowBytes = 128;
 constexpr int kChunkBytes = 16;
 constexpr int kChunks = kRowBytes / kChunkBytes;
@@ -25,15 +26,15 @@ RF_HD int further(int at, int chunks) { return at ^ (chunks * kChunkBytes); }
 template <int kM_, int kN_, int kWarpsM_, int kWarpsN_, int kBlocks_>
 struct Tile {
   static constexpr int kM = kM_, kN = kN_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_;
-  static constexpr int kBlocks = kBlocks_;                  // resident on one processor, by registers
+  static constexpr int kBlocks = kBlocks_;  // resident on one processor, by registers
   static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
-  static constexpr int kStages = 3;                         // slices in flight; 3 * 32 kB fits every chip (99 kB on sm_89)
+  static constexpr int kStages = 3;  // slices in flight; 3 * 32 kB fits every chip (99 kB on sm_89)
   static constexpr int kBytesA = kM * kRowBytes, kBytesB = kN * kRowBytes, kStageBytes = kBytesA + kBytesB;
-  static constexpr int kPitch = kN + 8;                     // floats; = 8 mod 32, so a half-warp's float2 stores do not collide
+  static constexpr int kPitch = kN + 8;  // floats; 8 mod 32, so that a half-warp's float2 stores do not collide
   static constexpr int kPipelineBytes = kStages * kStageBytes, kStagingBytes = kM * kPitch * 4;
   static constexpr int kSharedBytes = kPipelineBytes > kStagingBytes ? kPipelineBytes : kStagingBytes;
   static constexpr int kRowsA = kM * kChunks / kThreads, kRowsB = kN * kChunks / kThreads;  // rows a thread fetches
-  static constexpr int kRowStep = kThreads / kChunks;       // it fetches one chunk column, every kRowStep-th row
+  static constexpr int kRowStep = kThreads / kChunks;  // it fetches one chunk column, every kRowStep-th row
 };
 
 using Tile128x128 = Tile<128, 128, 2, 4, 2>;

@@ -1,8 +1,8 @@
 // Runs CUDA kernels on the CPU, so that the kernels themselves are tested where there is no GPU. Each thread of a block
-// is a fibre; blocks run one after the other. __syncthreads and the warp-wide instructions (host_ptx.h) are where fibres
-// wait for each other. Between two of them threads run in random order, shared memory starts as NaN, and copies land as
-// late (or as early) as PTX allows: a missing barrier, wait or element shows in the result. Memory beyond an allocation
-// from host_guarded() faults, and the launch returns cudaErrorIllegalAddress as a GPU would.
+// is a fibre; blocks run one after the other. __syncthreads and the warp-wide instructions (host_ptx.h) are where
+// fibres wait for each other. Between two of them threads run in random order, shared memory starts as NaN, and copies
+// land as late (or as early) as PTX allows: a missing barrier, wait or element shows in the result. Memory beyond an
+// allocation from host_guarded() faults, and the launch returns cudaErrorIllegalAddress as a GPU would.
 #pragma once
 
 #include <csetjmp>

@@ -1,5 +1,5 @@
-// ptx.cuh's instructions, emulated. Where each lane's elements lie is written down here a second time, straight from the
-// PTX ISA ("Matrix Fragments for mma.m16n8k16", "ldmatrix"), and not taken from tile.h, which it is to test.
+// ptx.cuh's instructions, emulated. Where each lane's elements lie is written down here a second time, straight from
+// the PTX ISA ("Matrix Fragments for mma.m16n8k16", "ldmatrix"), and not taken from tile.h, which it is to test.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,7 +12,8 @@ inline unsigned char* dynamic_shared() { return host_cuda::shared_memory; }
 
 inline void check_shared(const void* p, const char* what) {
   const auto* at = static_cast<const unsigned char*>(p);
-  if (at < host_cuda::shared_memory || at + 16 > host_cuda::shared_memory + host_cuda::shared_bytes) host_cuda::fail(what);
+  const unsigned char* begin = host_cuda::shared_memory;
+  if (at < begin || at + 16 > begin + host_cuda::shared_bytes) host_cuda::fail(what);
   if (reinterpret_cast<uintptr_t>(p) % 16 != 0) host_cuda::fail("a shared address that is no multiple of 16");
 }
 
@@ -49,7 +50,7 @@ inline void cp_async_wait() {
 inline void ldmatrix_x4(uint32_t (&out)[4], const void* row) {
   using Registers = std::array<uint32_t, 4>;
   check_shared(row, "ldmatrix from an address outside shared memory");
-  const auto all = host_cuda::collective<Registers>("ldmatrix", row, [](const void* (&rows)[32], Registers (&result)[32]) {
+  const auto exchange = [](const void* (&rows)[32], Registers (&result)[32]) {
     for (int matrix = 0; matrix < 4; ++matrix) {
       unsigned banks = 0;
       for (int r = 0; r < 8; ++r) banks |= 1u << reinterpret_cast<uintptr_t>(rows[8 * matrix + r]) / 16 % 8;
@@ -59,7 +60,8 @@ inline void ldmatrix_x4(uint32_t (&out)[4], const void* row) {
         std::memcpy(&result[lane][matrix], from, 4);
       }
     }
-  });
+  };
+  const auto all = host_cuda::collective<Registers>("ldmatrix", row, exchange);
   for (int i = 0; i < 4; ++i) out[i] = all[i];
 }
 

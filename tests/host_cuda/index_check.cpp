@@ -88,22 +88,25 @@ void check_windows(const ConvShape& s, int images) {
             for (int c = 0; c < s.channels; ++c, ++k) {
               const Tap tap = tap_at(k, s);
               EXPECT(tap.r == r && tap.s == t && tap.c == c, "column %d", k);
-              const int h = i * s.stride_h - s.pad_h + r * s.dilation_h, w = j * s.stride_w - s.pad_w + t * s.dilation_w;
+              const int h = i * s.stride_h - s.pad_h + r * s.dilation_h;
+              const int w = j * s.stride_w - s.pad_w + t * s.dilation_w;
               const bool inside = h >= 0 && h < s.height && w >= 0 && w < s.width;
               const int64_t expected = inside ? ((int64_t(n) * s.height + h) * s.width + w) * s.channels + c : -1;
               const int64_t got = element_at(window, tap, s);
-              EXPECT(got == expected, "row %d column %d: %lld, expected %lld", row, k, (long long)got, (long long)expected);
+              EXPECT(got == expected, "row %d column %d: %lld, not %lld", row, k, (long long)got, (long long)expected);
             }
-        for (k = depth; k < depth + 64; ++k) EXPECT(element_at(window, tap_at(k, s), s) == -1, "column %d of %d", k, depth);
+        for (k = depth; k < depth + 64; ++k)
+          EXPECT(element_at(window, tap_at(k, s), s) == -1, "column %d of %d", k, depth);
       }
   for (row = rows; row < rows + 128; ++row)
-    for (int k = 0; k < depth; ++k) EXPECT(element_at(window_at(row, rows, s), tap_at(k, s), s) == -1, "row %d of %d", row, rows);
+    for (int k = 0; k < depth; ++k)
+      EXPECT(element_at(window_at(row, rows, s), tap_at(k, s), s) == -1, "row %d of %d", row, rows);
   for (int step : {1, 8, 32, 56, 64})
     for (int start = 0; start < 64; ++start) {
       Tap tap = tap_at(start, s);
       for (int k = start; k < depth + 64; k += step, advance(tap, step, s)) {
         const Tap jump = tap_at(k, s);
-        EXPECT(tap.r == jump.r && tap.s == jump.s && tap.c == jump.c, "column %d by steps of %d from %d", k, step, start);
+        EXPECT(tap.r == jump.r && tap.s == jump.s && tap.c == jump.c, "column %d, steps of %d from %d", k, step, start);
       }
     }
 }
@@ -148,7 +151,8 @@ void check_gate_grid() {
                       ++visits[(tile.image * pixels + pixel) * channels + tile.channel + j];
               }
           for (int count : visits)
-            EXPECT(count == 1, "%lld x %lld x %lld: %d", (long long)images, (long long)pixels, (long long)channels, count);
+            EXPECT(count == 1, "%d visits of %lld x %lld x %lld", count, (long long)images, (long long)pixels,
+                   (long long)channels);
           EXPECT(grid.lanes * grid.rows == kThreads && (grid.rows & (grid.rows - 1)) == 0, "lanes %d", grid.lanes);
         }
 }

@@ -31,10 +31,12 @@ void host_release(void* p, size_t bytes) {
   munmap(static_cast<unsigned char*>(p) + bytes - body - page, body + 2 * page);
 }
 
-int host_conv(int is_pointwise, const void* x, const void* weight, const void* residual, void* out, const void* const* affine,
-              float eps, int affine_dtype, const int64_t* sizes, const int* geometry, int dtype, int relu) {
+int host_conv(int is_pointwise, const void* x, const void* weight, const void* residual, void* out,
+              const void* const* affine, float eps, int affine_dtype, const int64_t* sizes, const int* geometry,
+              int dtype, int relu) {
   AffineArgs a;
-  a.scale = affine[0], a.shift = affine[1], a.gamma = affine[2], a.beta = affine[3], a.mean = affine[4], a.var = affine[5];
+  a.scale = affine[0], a.shift = affine[1];
+  a.gamma = affine[2], a.beta = affine[3], a.mean = affine[4], a.var = affine[5];
   a.eps = eps, a.dtype = DType(affine_dtype);
   const ConvArgs p{x, weight, residual, out, a, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6],
                    sizes[7], sizes[8], geometry[0], geometry[1], geometry[2], geometry[3], geometry[4], geometry[5],
@@ -46,13 +48,13 @@ int64_t host_bn_workspace(int64_t pixels, int64_t channels) { return bn_act_work
 
 int host_bn(const void* x, const void* residual, const void* gamma, const void* beta, void* y, float* mean, float* var,
             float* partial, int64_t pixels, int64_t channels, float eps, int dtype, int param_dtype, int relu) {
-  return bn_act({x, residual, gamma, beta, y, mean, var, partial, pixels, channels, eps, DType(dtype), DType(param_dtype),
-                 Act(relu)}, nullptr);
+  return bn_act({x, residual, gamma, beta, y, mean, var, partial, pixels, channels, eps, DType(dtype),
+                 DType(param_dtype), Act(relu)}, nullptr);
 }
 
-int host_bn_backward(const void* dy, const void* x, const void* y, const void* gamma, const float* mean, const float* var,
-                     void* dx, void* dresidual, void* dgamma, void* dbeta, float* partial, int64_t pixels,
-                     int64_t channels, float eps, int dtype, int param_dtype, int relu) {
+int host_bn_backward(const void* dy, const void* x, const void* y, const void* gamma, const float* mean,
+                     const float* var, void* dx, void* dresidual, void* dgamma, void* dbeta, float* partial,
+                     int64_t pixels, int64_t channels, float eps, int dtype, int param_dtype, int relu) {
   return bn_act_backward({dy, x, y, gamma, mean, var, dx, dresidual, dgamma, dbeta, partial, pixels, channels, eps,
                           DType(dtype), DType(param_dtype), Act(relu)}, nullptr);
 }
@@ -62,8 +64,8 @@ int host_add(int backward, const void* a, const void* b, void* out, int64_t coun
   return backward ? add_act_backward(p, nullptr) : add_act(p, nullptr);
 }
 
-int host_gate(const void* x, const void* y, const void* gate, void* out, int64_t images, int64_t pixels, int64_t channels,
-              int dtype, int relu) {
+int host_gate(const void* x, const void* y, const void* gate, void* out, int64_t images, int64_t pixels,
+              int64_t channels, int dtype, int relu) {
   return add_act_gate({x, y, gate, out, images, pixels, channels, DType(dtype), Act(relu)}, nullptr);
 }
 
@@ -73,8 +75,9 @@ int64_t host_gate_workspace(int64_t images, int64_t pixels, int64_t channels, in
   return add_act_gate_backward_workspace(p);
 }
 
-int host_gate_backward(const void* dout, const void* out, const void* x, const void* gate, void* dx, void* dy, void* dgate,
-                       float* partial, int64_t images, int64_t pixels, int64_t channels, int dtype, int relu) {
+int host_gate_backward(const void* dout, const void* out, const void* x, const void* gate, void* dx, void* dy,
+                       void* dgate, float* partial, int64_t images, int64_t pixels, int64_t channels, int dtype,
+                       int relu) {
   return add_act_gate_backward({dout, out, x, gate, dx, dy, dgate, partial, images, pixels, channels, DType(dtype),
                                 Act(relu)}, nullptr);
 }
