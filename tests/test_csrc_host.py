@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from resnet_fast import reference, testing
-from resnet_fast.dispatch import Kernel
+from resnet_fast.dispatch import Kernel, find
 from resnet_fast.problem import Problem
 from resnet_fast.testing import assert_rule, check_kernel, make_args, nasty_problems
 
@@ -135,6 +135,36 @@ def test_conv_passes_nan_and_infinity(gpu: host_gpu.HostGpu, dtype: torch.dtype,
     scale, shift = torch.ones(70), torch.zeros(70)
     out = gpu.conv(x, weight, scale, shift, None, None, None, 0.0, (1, 1), (1, 1), (1, 1), 1, "relu")
     assert testing.same_nonfinite(out, F.conv2d(x.float(), weight.float(), padding=1).relu())
+
+
+ON_GPU = {"device": "cuda", "capability": (8, 0)}
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({}, None),
+    ({"groups": 4, "weight": (40, 4, 3, 3)}, "4 groups"),
+    ({"layout": "nchw"}, "nchw"),
+    ({"residual": "strided"}, "strided"),
+    ({"weight": (40, 16, 1, 17), "padding": (0, 8)}, "1×17"),
+    ({"x": (2**26, 16, 8, 8)}, "31 bits"),
+    ({"dtype": torch.float64}, "float64"),
+    ({"device": "cpu", "capability": None}, "cpu"),
+    ({"capability": (7, 5)}, "7.5"),
+])
+def test_conv_takes_what_was_run_here_and_declines_the_rest(change: dict, reason: str | None) -> None:
+    problem = replace(conv_problem(2, 16, 9, 9, 40), **{**ON_GPU, **change})
+    said = find("native.conv").supports(problem)
+    assert said is None if reason is None else reason in said
+
+
+def test_native_takes_every_problem_run_here() -> None:
+    for problem in conv_problems(torch.float16):
+        on_gpu = replace(problem, **ON_GPU)
+        assert find("native.conv").supports(on_gpu) is None
+        assert (find("native.pointwise").supports(on_gpu) is None) == problem.pointwise
+    for op in ("bn_act", "bn_act_backward"):
+        for problem in nasty_problems(op, torch.float16):
+            assert (find(f"native.{op}").supports(replace(problem, **ON_GPU)) is None) == (problem.layout == "nhwc")
 
 
 @DTYPES
