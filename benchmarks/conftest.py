@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict
 
@@ -175,5 +176,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path, rows = session.config.getoption("--ledger"), session.config.stash.get(ROWS, [])
     if path is not None and rows:
-        written = write_run(rows, here(session.config.getoption("--device")), path or None)
+        machine = here(session.config.getoption("--device"))
+        machine.facts["command"] = shlex.join(["python", "-m", "pytest", *session.config.invocation_params.args])
+        written = write_run(rows, machine, path or None)
         session.config.get_terminal_writer().line(f"\nledger: {written}")

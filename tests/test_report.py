@@ -66,6 +66,19 @@ def test_a_run_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_reader_never_sees_half_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_run(case_rows(), CPU, tmp_path / "run.json")
+    before = path.read_bytes()
+
+    def full(source: str, target: Path) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="no space"):
+        write_run(case_rows(first_s=1.0), CPU, path)
+    assert path.read_bytes() == before and read_runs(tmp_path)[0].rows[0].first_s is None
+
+
 def test_default_name_tells_date_and_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert write_run(case_rows(), GPU) == Path("benchmarks/results/20260102000000-nvidia-h200-abc.json")
@@ -84,6 +97,11 @@ def test_what_is_not_a_run_is_refused_by_name(tmp_path: Path, text: str, message
 def test_machine_is_this_one() -> None:
     machine = here("cpu")
     assert machine.device == "cpu" and machine.facts["torch"] and machine.name == machine.facts["cpu"]
+
+
+def test_commit_is_unknown_where_git_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: "false")
+    assert here("cpu").commit == "unknown"
 
 
 def test_newest_run_of_a_case_counts_unless_it_lacks_ours() -> None:

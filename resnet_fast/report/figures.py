@@ -23,7 +23,7 @@ PANELS = 4
 
 def plots(runs: list[Run]) -> list[Plot]:
     """Every plot that this ledger has the data for."""
-    return [*bars(runs), *curves(runs), *layer_times(runs), *rooflines(runs), *errors(runs)]
+    return [*bars(runs), *curves(runs), *depths(runs), *layer_times(runs), *rooflines(runs), *errors(runs)]
 
 
 def groups(runs: list[Run]) -> dict[tuple[str, str, str, str], Group]:
@@ -102,6 +102,24 @@ def curves(runs: list[Run]) -> list[Plot]:
     return found
 
 
+def depths(runs: list[Run]) -> list[Plot]:
+    """Throughput over depth, wherever at least three of the plain ResNets were measured alike."""
+    alike: dict[tuple, dict[int, list[Row]]] = {}
+    for (machine, mode, model, dtype), group in groups(runs).items():
+        if model.removeprefix("resnet").isdigit():
+            for case, (_, rows) in group.items():
+                key = machine, mode, dtype, *parse_case(case)[3:]
+                alike.setdefault(key, {})[int(model.removeprefix("resnet"))] = rows
+    found = []
+    for (machine, mode, dtype, batch, size), rows in alike.items():
+        if len(rows) >= 3:
+            title = heading(machine, mode, f"ResNets, batch {batch}, {size}²", dtype)
+            name = slug("curve", "depth", machine, mode, dtype, batch, size)
+            draw = partial(_draw_curve, title, "layers", rows)
+            found.append(Plot(name, f"Throughput over depth: {title}", (7.5, 4.2), draw))
+    return found
+
+
 def _draw_curve(title: str, name: str, rows: dict[int, list[Row]], figure, theme: Theme) -> None:
     axis = figure.subplots()
     axis.set_title(title)
@@ -115,7 +133,7 @@ def _draw_curve(title: str, name: str, rows: dict[int, list[Row]], figure, theme
     axis.set_xscale("log", base=2)
     axis.set_xticks(sorted(rows), [str(at) for at in sorted(rows)])
     axis.set_ylim(bottom=0)
-    axis.set_xlabel(name if name == "batch" else "height and width, pixels")
+    axis.set_xlabel({"image size": "height and width, pixels"}.get(name, name))
     axis.set_ylabel("images a second")
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axis.grid(axis="y")

@@ -10,6 +10,7 @@ import datetime
 import json
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable
@@ -109,14 +110,16 @@ def _driver() -> str:
 def commit() -> str:
     """The checked-out commit of this package's own repository, short, or "unknown" (an installed package)."""
     root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
+    git = shutil.which("git")
+    if git is None or not (root / ".git").exists():
         return "unknown"
 
-    def git(*args: str) -> str:
-        command = ["git", "-C", str(root), *args]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    def ask(*words: str) -> str | None:
+        done = subprocess.run([git, "-C", str(root), *words], capture_output=True, text=True)
+        return None if done.returncode else done.stdout.strip()  # it may distrust a checkout of another user's
 
-    return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    head, changed = ask("rev-parse", "--short=10", "HEAD"), ask("status", "--porcelain", "-uno")
+    return "unknown" if head is None or changed is None else head + ("+" if changed else "")
 
 
 def write_run(rows: Iterable[Row], machine: Machine, path: Path | str | None = None) -> Path:
