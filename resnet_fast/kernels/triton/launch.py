@@ -1,0 +1,113 @@
+"""What every Triton launch shares: where it can run, what it declines, result layouts, compile options."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from ...dispatch import Problem
+
+INTERPRETED = triton.knobs.runtime.interpret
+if INTERPRETED:
+    from .interpreter import mend
+    mend()
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Device code counts rows (pixels) and the offsets inside one image in 32 bits; offsets of whole tensors are 64-bit.
+INDEX_LIMIT = 2**31 - 2**16
+# FP fusion (a·b+c rounded once) is off so that the GPU rounds as the interpreter does; Triton's own default is about
+# to change. The matrix instructions are not touched by it, and the pointwise arithmetic hides behind memory.
+OPTIONS = {"enable_fp_fusion": False}
+
+
+def sources(*names: str) -> tuple[str, ...]:
+    """Files beside this one that a kernel is made of; this one and the heuristics always count."""
+    return tuple(str(Path(__file__).with_name(f"{name}.py")) for name in ("launch", "heuristics", *names))
+
+
+def available() -> str | None:
+    """Why Triton cannot run here, or None."""
+    if INTERPRETED:
+        return None
+    if not torch.cuda.is_available():
+        return "there is no CUDA device, and TRITON_INTERPRET=1 was not set before triton was imported"
+    if not (os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")):
+        return "Triton builds its launchers with a C compiler, and neither CC nor clang nor gcc is to be found"
+    return None
+
+
+def declines(problem: Problem) -> str | None:
+    """What no Triton kernel here takes: other dtypes, devices before sm_80, layouts other than NHWC."""
+    if problem.dtype not in DTYPES:
+        return f"the Triton kernels take float32, float16 and bfloat16, not {str(problem.dtype).removeprefix('torch.')}"
+    if problem.device != "cuda" and not INTERPRETED:
+        return f"the Triton kernels run on CUDA tensors, not on {problem.device}"
+    if problem.capability is not None and problem.capability < (8, 0):
+        have = ".".join(map(str, problem.capability))
+        return f"the Triton kernels need compute capability 8.0, this GPU has {have}"
+    if problem.layout != "nhwc":
+        return f"the Triton kernels want NHWC (channels_last), the input is {problem.layout}"
+    if problem.residual not in (None, "nhwc"):
+        return f"the Triton kernels want every tensor in NHWC (channels_last), the second one is {problem.residual}"
+    n, c, *hw = problem.x
+    rows = n * max(prod(hw), prod(problem.out_hw))
+    image = c * prod(size + 2 * p for size, p in zip(hw, problem.padding, strict=True))
+    if max(rows, image, prod(problem.weight or (0,))) > INDEX_LIMIT:
+        return "more than 2³¹ pixels, or an image or filter of more than 2³¹ elements: their indices are 32-bit"
+    return None
+
+
+def capability(x: Tensor) -> tuple[int, int] | None:
+    """The compute capability of the GPU that holds ``x``; None in the interpreter."""
+    return _capability(x.device) if x.is_cuda else None
+
+
+_capability = functools.cache(torch.cuda.get_device_capability)
+
+
+def nhwc(t: Tensor | None) -> Tensor | None:
+    """``t`` in dense NHWC: itself in the usual case, a copy of a filter or gradient that came otherwise."""
+    return None if t is None else t.contiguous(memory_format=torch.channels_last)
+
+
+def result_like(*inputs: Tensor) -> Tensor:
+    """Empty NHWC memory for an elementwise result, with the strides eager gives where NHWC and NCHW coincide."""
+    plain = all(t.is_contiguous() for t in inputs)
+    return torch.empty(inputs[0].shape, dtype=inputs[0].dtype, device=inputs[0].device,
+                       memory_format=torch.contiguous_format if plain else torch.channels_last)
+
+
+def dense_vectors(vectors: tuple) -> tuple:
+    """(scale, shift, mean, var, eps) with the per-channel vectors free of gaps."""
+    return tuple(v.contiguous() if isinstance(v, Tensor) else v for v in vectors)
+
+
+def conv_result(x: Tensor, weight: Tensor, out_hw: tuple[int, int]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Empty NHWC memory for a convolution's result, and what to do once it is filled, for the strides of ``F.conv2d``.
+
+    That is nothing, except where one channel or one pixel makes ``x`` NCHW as well and torch answers in NCHW.
+    """
+    shape = x.shape[0], weight.shape[0], *out_hw
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return out, _as_is if _reads_nhwc(x) or _reads_nhwc(weight) else Tensor.contiguous
+
+
+def _as_is(t: Tensor) -> Tensor:
+    return t
+
+
+def _reads_nhwc(t: Tensor) -> bool:
+    """ATen's is_channels_last_strides_2d: strides grow from C over W, H to N; a tensor that is both is NCHW."""
+    smallest = 0
+    for d in (1, 3, 2, 0):
+        if t.shape[d] == 0 or t.stride(d) < smallest or (d == 0 and smallest == t.stride(1)):
+            return False
+        smallest = t.stride(d) * max(t.shape[d], 1)
+    return t.stride(1) != 0
