@@ -149,9 +149,10 @@ def test_exif_orientation(tmp_path, suffix, orientation):
         assert same(load(path, PRESET), upright)
 
 
-def test_broken_exif_does_not_cost_the_picture(tmp_path):
-    image = Image.fromarray(COLOUR)
-    path = written(tmp_path / "a.jpg", image, exif=b"Exif\0\0II*\0\xff\xff\xff\xff broken")
+@pytest.mark.parametrize("exif", [b"Exif\0\0II*\0\xff\xff\xff\xff broken", b"Exif\0\0no TIFF header", b"Exif\0\0"])
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_broken_exif_does_not_cost_the_picture(tmp_path, suffix, exif):
+    path = written(tmp_path / f"a.{suffix}", Image.fromarray(COLOUR), exif=exif)
     assert same(load(path, PRESET), Image.open(path))
 
 
