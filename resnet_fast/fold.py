@@ -33,33 +33,32 @@ def fold(weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor | None, var:
 class _Packed:
     """What one (weight, BN) pair was when it was packed, and its packs: one for batch 1, one for larger batches."""
 
-    def __init__(self, tensors: tuple[Tensor, ...], eps: float) -> None:
-        key, forget = (id(tensors[0]), id(tensors[1])), _packed.pop
-        # Gone with whichever dies first: a filter that outlives many affines must not collect packs.
-        self.owner, self.affine = (weakref.ref(t, lambda _: forget(key, None)) for t in tensors[:2])
+    def __init__(self, key: tuple[int, int], tensors: tuple[Tensor, ...], eps: float) -> None:
+        # Gone with whichever memory is freed first. Of storages, because a tensor with a weak reference cannot be swapped
+        # (torch.utils.swap_tensors, which modules use under torch.__future__'s flag).
+        forget = _packed.pop
+        self.memory = [weakref.ref(t.untyped_storage(), lambda _: forget(key, None)) for t in tensors[:2]]
         self.snapshot = tuple(t.detach().clone(memory_format=torch.preserve_format) for t in tensors)
         self.eps = eps
         self.packs: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def holds(self, tensors: tuple[Tensor, ...], eps: float) -> bool:
         """Byte for byte the same parameters as at packing."""
-        return (self.owner() is tensors[0] and self.eps == eps and len(tensors) == len(self.snapshot)
-                and all(map(_same_bytes, tensors, self.snapshot)))
+        return self.eps == eps and len(tensors) == len(self.snapshot) and all(map(_same_bytes, tensors, self.snapshot))
 
 
-_packed: dict[tuple[int, int], _Packed] = {}
+_packed: dict[tuple[int, int], _Packed] = {}  # by the addresses of weight and scale
 
 
 def packed(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor | None, var: Tensor | None, eps: float,
            stride, padding, dilation, groups: int) -> tuple[Tensor, Tensor]:
     """The folded weight in oneDNN's blocked layout and the bias, made now or proved to be still true."""
     tensors = (weight, scale, shift) if mean is None else (weight, scale, shift, mean, var)
-    key = id(weight), id(scale)
+    key = weight.data_ptr(), scale.data_ptr()
     entry = _packed.get(key)
     if entry is None or not entry.holds(tensors, eps):
         with torch.inference_mode(False), torch.no_grad():
-            entry = _Packed(tensors, eps)
-        _packed[key] = entry
+            entry = _packed[key] = _Packed(key, tensors, eps)
     # oneDNN's blocked layout depends on the batch: a pack for batch ≥ 2 is slower than eager at batch 1, and the other way round.
     case = (x.shape[0] > 1, tuple(stride), tuple(padding), tuple(dilation), groups)
     pack = entry.packs.get(case)
