@@ -25,19 +25,12 @@ from resnet_fast import create_model  # noqa: E402
 from resnet_fast.predict import output  # noqa: E402
 from resnet_fast.predict.progress import Progress  # noqa: E402
 
-DRIVER = """
-import sys
-from resnet_fast import __main__ as cli
-cli.COMMANDS = ("predict.command",)
-sys.exit(cli.main())
-"""
 TRIAL = ("--model", "resnet18", "--random-weights", "--size", "32", "--device", "cpu", "--workers", "1")
 REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
 def quiet_environment(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "COMMANDS", ("predict.command",))
     monkeypatch.chdir(tmp_path)
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(key, raising=False)
@@ -213,12 +206,17 @@ def many(tmp_path) -> Path:
     return root
 
 
+def environment() -> dict[str, str]:
+    """For a process that imports this checkout."""
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+
+
 def started(out: str, lines: int) -> subprocess.Popen:
     """The command over ``many`` as a process of its own, when its record has that many lines."""
-    process = subprocess.Popen([sys.executable, "-c", DRIVER, "predict", "many", "--out", out, "--batch", "4", *TRIAL],
-                               stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    command = [sys.executable, "-m", "resnet_fast", "predict", "many", "--out", out, "--batch", "4", *TRIAL]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
     record = Path(f"{out}.part")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not record.exists() or record.read_bytes().count(b"\n") < lines:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.005)
@@ -303,11 +301,10 @@ def test_ranks_one_after_another_give_one_table_in_order(photos, monkeypatch, ca
 
 
 def test_torchrun(photos):
-    Path("driver.py").write_text(DRIVER)
     names = [f"photos/{i}.png" for i in range(3)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "driver.py"]
-    done = subprocess.run([*torchrun, "predict", *names, "--out", "out.jsonl", *TRIAL], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, timeout=120)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command = [*torchrun, "resnet_fast", "predict", *names, "--out", "out.jsonl", *TRIAL]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
     assert done.returncode == 0, done.stderr
     assert read_top(Path("out.jsonl"))[0] == names
 
