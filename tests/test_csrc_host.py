@@ -227,6 +227,37 @@ def test_residual_add(gpu: host_gpu.HostGpu, dtype: torch.dtype, op: str) -> Non
             judge(op, getattr(gpu, op), problem)
 
 
+@DTYPES
+def test_residual_add_in_vectors_with_a_tail(gpu: host_gpu.HostGpu, dtype: torch.dtype) -> None:
+    """Aligned tensors whose count is no multiple of 128 bits: vectors first, then the rest one by one."""
+    width = 16 // dtype.itemsize
+    for left in range(1, width):
+        shape = (1, 1, 1, 3 * width + left)
+        gpu.settings(slack=width - left)
+        x, y = torch.randn(2, *shape).to(dtype)
+        out = gpu.add_act(x, y, None, "relu")
+        assert torch.equal(out, reference.add_act(x.float(), y.float(), None, "relu").to(dtype))
+        assert torch.equal(gpu.add_act_backward(x, out, None, None, "relu")[0], torch.where(out > 0, x, 0))
+
+
+@pytest.mark.parametrize("gate", [None, torch.tensor([0.5, 2.0] * 4).view(1, 8, 1, 1)], ids=["plain", "gated"])
+@DTYPES
+def test_residual_add_passes_nan_and_infinity(gpu: host_gpu.HostGpu, dtype: torch.dtype, gate) -> None:
+    """NaN survives the ReLU, and where the output is NaN the gradient passes, as in eager."""
+    x, y, dout = torch.randn(3, 1, 8, 4, 4).to(dtype).unbind()
+    x[0, 1, 0, 0], x[0, 2, 1, 1], x[0, 3, 2, 2] = float("nan"), float("inf"), float("-inf")
+    y[0, 4, 3, 3], y[0, 2, 1, 1], dout[0, 5, 0, 0] = float("nan"), float("-inf"), float("nan")
+    gate = None if gate is None else gate.to(dtype)
+    x, y, dout = (t.to(memory_format=torch.channels_last) for t in (x, y, dout))
+    args = x, y, gate, "relu"
+    out, low = gpu.add_act(*args), reference.add_act(*args)
+    assert testing.same_nonfinite(out, low)
+    args = dout, low, x, gate, "relu"
+    for got, eager in zip(gpu.add_act_backward(*args), reference.add_act_backward(*args), strict=True):
+        assert testing.same_nonfinite(got, eager)
+        assert torch.equal(got.nan_to_num() == 0, eager.nan_to_num() == 0)
+
+
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("dtype, out", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16),
                                         (torch.float16, torch.float16)])
