@@ -256,6 +256,8 @@ X = torch.randn(2, 8, 4, 4)
 NHWC = X.contiguous(memory_format=torch.channels_last)
 GATE = torch.rand(2, 8, 1, 1)
 BN = [torch.rand(8) for _ in range(4)]
+FILTER = torch.randn(8, 8, 3, 3).contiguous(memory_format=torch.channels_last)
+GEOMETRY = [1, 1], [1, 1], [1, 1]  # stride, padding, dilation
 
 
 @built
@@ -275,6 +277,15 @@ BN = [torch.rand(8) for _ in range(4)]
     ("fold_bn", (torch.randn(8, 3, 1, 1), *BN[:3], BN[3][:7], 1e-5), r"got var of shape \[7\]"),
     ("fold_bn", (torch.randn(4, 3, 1, 1), *BN, 1e-5), r"got gamma of shape \[8\], expected \[4\]"),
     ("fold_bn", (torch.randn(8, 3, 1, 1).half(), *BN, 1e-5, torch.float32), "expected the same unless weight is Float"),
+    ("conv", (X, FILTER, *BN[:2], None, None, None, 0.0, *GEOMETRY, True), "got x that is not dense in channels_last"),
+    ("conv", (NHWC, FILTER[:, :4], *BN[:2], None, None, None, 0.0, *GEOMETRY, True), "got weight that is not dense"),
+    ("conv", (NHWC, FILTER.half(), *BN[:2], None, None, None, 0.0, *GEOMETRY, True), "expected its channels and dtype"),
+    ("conv", (NHWC, FILTER, *BN[:2], NHWC[:1], None, None, 0.0, *GEOMETRY, True), "got residual of shape"),
+    ("conv", (NHWC, FILTER, *BN[:2], None, BN[2], BN[3][:7], 0.0, *GEOMETRY, True), r"got var of shape \[7\]"),
+    ("pointwise", (NHWC, FILTER, *BN[:2], None, None, None, 0.0, [1, 1], True), r"expected \[K, C, 1, 1\]"),
+    ("bn_act", (NHWC, BN[0][:4], BN[1], None, 1e-5, True), r"got weight of shape \[4\], expected \[8\]"),
+    ("bn_act", (NHWC, *BN[:2], X, 1e-5, True), "got residual with other strides than x"),
+    ("bn_act_backward", (NHWC, NHWC, NHWC, *BN[:2], BN[2].double(), 1e-5, True, True), "got statistics of shape"),
 ])
 def test_bad_input_gets_one_sentence(op, args, sentence):
     with pytest.raises(RuntimeError, match=f"^{op}: .*{sentence}"):
@@ -289,6 +300,10 @@ def test_bad_input_gets_one_sentence(op, args, sentence):
     ("add_act_backward", (X, X, True)), ("add_act_gate_backward", (NHWC, NHWC, NHWC, GATE, True)),
     ("fold_bn", (torch.randn(8, 3, 7, 7), *BN, 1e-5, torch.bfloat16)),
     ("fold_bn", (torch.randn(8, 6, 1, 1)[:, ::2], *BN, 0.0)),
+    ("conv", (NHWC, FILTER, *BN[:2], NHWC, *BN[2:], 1e-5, *GEOMETRY, True)),
+    ("pointwise", (NHWC, FILTER[:, :, :1, :1].contiguous(), *BN[:2], None, None, None, 0.0, [2, 2], False)),
+    ("bn_act", (NHWC, *BN[:2], NHWC, 1e-5, True)),
+    ("bn_act_backward", (NHWC, NHWC, NHWC, *BN[:3], 1e-5, True, False)),
 ])
 def test_good_input_is_refused_only_for_being_on_the_cpu(op, args):
     with pytest.raises(RuntimeError, match=f"^{op}: got tensors on the CPU, expected CUDA tensors"):
