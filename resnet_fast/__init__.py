@@ -2,6 +2,7 @@
 
 from . import ops
 from .blocks import BasicBlock, Bottleneck
+from .checkpoint import load_checkpoint, save_checkpoint
 from .dispatch import kernel, use
 from .explain import explain
 from .models import (
@@ -23,6 +24,7 @@ from .models import (
 __version__ = "0.1.0"
 
 __all__ = [
-    "BasicBlock", "Bottleneck", "ResNet", "create_model", "explain", "kernel", "list_models", "ops", "resnet18", "resnet34", "resnet50",
-    "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "use", "wide_resnet50_2", "wide_resnet101_2",
+    "BasicBlock", "Bottleneck", "ResNet", "create_model", "explain", "kernel", "list_models", "load_checkpoint",
+    "ops", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
+    "resnext101_64x4d", "save_checkpoint", "use", "wide_resnet50_2", "wide_resnet101_2",
 ]
