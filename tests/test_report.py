@@ -213,6 +213,11 @@ def test_every_plot_is_drawn_in_light_and_dark(tmp_path: Path) -> None:
     assert [f.read_bytes() for f in plots.save(found[:1], tmp_path)[:1]] == again  # no dates inside: diffs stay quiet
 
 
+def test_labels_move_apart_no_further_than_they_must() -> None:
+    assert figures.spread([1.0, 5.0, 5.2], 1.0) == pytest.approx([1.0, 4.6, 5.6])
+    assert figures.spread([2.0, 2.0, 2.0], 1.0) == pytest.approx([1.0, 2.0, 3.0])
+
+
 def test_page_holds_everything_it_shows(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     runs = [run_of(case_rows("infer/resnet50/bf16/1", {"eager": 1.0, "ours": 2.0}) + op_rows(), GPU)]

@@ -145,13 +145,26 @@ LINES = {"ours": "-", "ours-accelerate": (0, (4, 1.5)), "ours-plan": "-", "eager
 
 def label_ends(axis, ends: list[tuple[tuple[float, float], str]], theme: Theme) -> None:
     """Names at the right ends of the lines, moved apart where they would overlap."""
-    top = axis.get_ylim()[1]
-    gap, at = top * 0.052, -math.inf
-    for (x, y), id in sorted(ends, key=lambda end: end[0][1]):
-        at = max(y, at + gap)
-        axis.annotate(short(id), (x, y), (1.02, at), textcoords=("axes fraction", "data"), va="center", fontsize=8,
-                      color=colour(id, theme), annotation_clip=False,
-                      arrowprops={"arrowstyle": "-", "color": colour(id, theme), "linewidth": 0.5})
+    ends = sorted(ends, key=lambda end: end[0][1])
+    places = spread([y for (_, y), _ in ends], axis.get_ylim()[1] * 0.052)
+    for ((x, y), id), at in zip(ends, places, strict=True):
+        line = {"arrowstyle": "-", "color": colour(id, theme), "linewidth": 0.5, "relpos": (0, 0.5), "shrinkA": 1,
+                "shrinkB": 3}
+        axis.annotate(short(id), (x, y), (1.04, at), textcoords=("axes fraction", "data"), va="center", fontsize=8,
+                      color=colour(id, theme), annotation_clip=False, arrowprops=line)
+
+
+def spread(wanted: list[float], gap: float) -> list[float]:
+    """The places nearest to the sorted ``wanted`` that are ``gap`` apart: isotonic regression of wanted − i·gap."""
+    blocks: list[tuple[float, int]] = []
+    for i, y in enumerate(wanted):
+        mean, n = y - i * gap, 1
+        while blocks and blocks[-1][0] >= mean:
+            before, m = blocks.pop()
+            mean, n = (before * m + mean * n) / (m + n), m + n
+        blocks.append((mean, n))
+    flat = [mean for mean, n in blocks for _ in range(n)]
+    return [mean + i * gap for i, mean in enumerate(flat)]
 
 
 # ---------------------------------------------------------------- layers
