@@ -253,9 +253,6 @@ PROVIDERS = {p.id: p for p in (
              engines.missing("cudnn"), ("cuda",), ("fp16", "bf16")),
 )}
 
-# The three that every ratio is taken over (design: eager channels_last, best torch.compile mode, folded + fused).
-BASELINES = {"vs_eager": ("eager",), "vs_compile": ("compile", "compile-best"), "vs_cudnn": ("folded",)}
-
 
 def provider(id: str) -> Provider:
     """The provider of that id, or "kernel:ID": our plan with it forced where it applies. Raises LookupError."""
