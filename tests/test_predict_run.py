@@ -270,11 +270,13 @@ def test_stopped_it_finishes_its_batch_and_loses_nothing(many, number, capsys, m
     assert len(read_top(Path("out.csv"))[0]) == 152
 
 
-def test_a_second_ctrl_c_does_not_wait(many, monkeypatch):
+def test_a_second_ctrl_c_does_not_wait(many, monkeypatch, capsys):
     monkeypatch.setattr(Progress, "add", lambda *arguments: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
     before = signal.getsignal(signal.SIGINT)
     assert predict("many", "--out", "out.csv", "--batch", 4) == 130
     assert signal.getsignal(signal.SIGINT) is before
+    err = capsys.readouterr().err
+    assert "interrupted" in err and "stopped after" not in err
     assert Path("out.csv.part").read_bytes().count(b"\n") == 5
 
 

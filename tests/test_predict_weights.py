@@ -67,11 +67,28 @@ def test_unknown_names_list_the_known_ones(model, name, sentence):
 
 def test_a_file_says_how_many_classes_there_are(tmp_path):
     model = create_model("resnet18", num_classes=7)
-    torch.save(model.state_dict(), tmp_path / "own.pth")
+    state = {f"module.{key}": value for key, value in model.state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": state}, tmp_path / "own.pth")
     found = weights.load("resnet18", str(tmp_path / "own.pth"), False)
     assert found.categories is None and not found.model.training
     pairs = zip(found.model.state_dict().values(), model.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("a checkpoint ran code",)
+
+
+def test_files_that_are_no_checkpoint_are_refused_and_never_run(tmp_path, capsys):
+    torch.save({"state_dict": Code()}, tmp_path / "code.pth")
+    (tmp_path / "text.pth").write_text("a text")
+    (tmp_path / "empty.pth").touch()
+    torch.save(create_model("resnet34", num_classes=7).state_dict(), tmp_path / "other.pth")
+    for name in ("code", "text", "empty", "other"):
+        with pytest.raises(ValueError, match="another architecture" if name == "other" else "not a checkpoint"):
+            weights.load("resnet18", str(tmp_path / f"{name}.pth"), False)
+    assert "ran code" not in capsys.readouterr().out
 
 
 def test_random_weights_are_the_same_each_time_and_leave_the_generator_alone():

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..checkpoint import _clean, _read, _unwrap, load_checkpoint
 from ..models import create_model, list_models
 from ..photos import MEAN, STD
 
@@ -70,10 +71,15 @@ def _from_torchvision(name: str, weights: str | None) -> Weights:
 
 
 def _from_file(name: str, path: str) -> Weights:
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    model = create_model(name, num_classes=len(state["fc.weight"]))
-    model.load_state_dict(state)
-    return Weights(model.eval())
+    try:
+        found = _read(Path(path), weights_only=True)
+    except (ImportError, OSError):
+        raise
+    except Exception as error:  # a foreign file makes torch's safe unpickler raise anything
+        raise ValueError(f"--weights {path}: not a checkpoint that can be read safely: {error}") from error
+    state = _clean(_unwrap(found))
+    classes = {"num_classes": len(state["fc.weight"])} if "fc.weight" in state else {}
+    return Weights(load_checkpoint(create_model(name, **classes), state).eval())
 
 
 def read_labels(path: str) -> list[str]:
