@@ -1,0 +1,338 @@
+"""``make gpu``: prove and measure everything on the GPU of this machine, in one command under nine minutes.
+
+No argument, no network, from any checkout: builds the extension or takes the one that is there, then stage after stage,
+each with a deadline, every kernel in a process of its own under a watchdog, results on disk row by row. A run that was
+killed goes on where it stopped. Results go to $OUT, or to benchmarks/results; the short table comes last. Exit code 0:
+every kernel is right; 1: one is not; 2: there is no GPU. ``--rehearse`` runs the same program on a CPU at toy sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.machinery
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gpu_run import ROOT, Job, Ledger, Sensors, Watchdog, kill, last_words
+from gpu_summary import Found, ours, summary, write
+
+TOTAL = 525.0  # seconds
+PROCESS_BYTES = 8 << 30  # of GPU memory that a process checking a batch of 256 may take
+SANITIZER = "compute-sanitizer"
+
+
+class NoGpu(Exception):
+    """There is nothing to run on."""
+
+
+@dataclass
+class Run:
+    """One run: where its results go, who watches, and whether it is a rehearsal."""
+
+    folder: Path
+    ledger: Ledger
+    watchdog: Watchdog
+    rehearse: bool
+
+    def job(self, stage: str, job: Job, deadline: float) -> str | None:
+        """Run a job of a stage; None, or what kept it from its end."""
+        if self.rehearse:  # on a machine that others use too
+            job = replace(job, env={**job.env, "OMP_NUM_THREADS": "1"})
+        return self.watchdog.run(stage, job, deadline)
+
+    def args(self, **more) -> dict:
+        return {"rehearse": True, **more} if self.rehearse else more
+
+    @property
+    def found(self) -> Found:
+        return Found(self.ledger.rows)
+
+    def kernels(self) -> list[str]:
+        return [row["case"] for row in self.ledger.of("inventory") if row["status"] == "here"]
+
+    def proved(self) -> list[str]:
+        """The kernels proved in the dtype that is timed."""
+        return self.found.proved("float32" if self.rehearse else "bfloat16")
+
+
+# ---------------------------------------------------------------- the stages: each returns None, or a sentence
+
+def environment(run: Run, deadline: float) -> str | None:
+    trouble = run.job("environment", Job("machine", "environment", run.args()), deadline)
+    row = run.found.one("environment", "machine")
+    if row is None or row["status"] != "here":
+        raise NoGpu(trouble or row["reason"])
+    return run.job("ceilings", Job("ceilings", "ceilings", run.args()), deadline)
+
+
+def build(run: Run, deadline: float) -> str | None:
+    """The extension for this GPU, unless the one that is there was made of these sources."""
+    if run.rehearse:
+        return "left out of a rehearsal"
+    if not (ROOT / "csrc").is_dir():
+        return "there are no sources to build from"
+    if prebuilt() == sources():
+        return "prebuilt"
+    major, minor = run.found.one("environment", "machine")["capability"]
+    arch = "9.0a" if (major, minor) == (9, 0) else f"{major}.{minor}"
+    env = {**os.environ, "RESNET_FAST_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": arch}
+    output = run.folder / "build.txt"
+    with output.open("w") as log:
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT,
+                                   stdin=subprocess.DEVNULL, start_new_session=True)
+        try:
+            code = process.wait(max(1.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            return "stopped at its deadline: the kernels of csrc are left out"
+        finally:
+            kill(process)
+    return f"failed: {last_words(output.read_text(errors='replace'))}" if code else None
+
+
+def sources() -> str:
+    """Hash of csrc, as setup.py records it."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file()):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def prebuilt() -> str | None:
+    """The hash of the sources that the extension for this Python was made of, or None if there is none."""
+    package = ROOT / "resnet_fast"
+    record = package / "_build.json"
+    built = any((package / f"_C{suffix}").is_file() for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    if not record.is_file() or not built:
+        return None
+    return json.loads(record.read_text()).get("csrc")
+
+
+def check(run: Run, deadline: float) -> str | None:
+    """A process of its own for each kernel, many at once, as nothing is timed; the dtype that will be timed first."""
+    trouble = run.job("inventory", Job("inventory", "inventory", run.args()), deadline)
+    if trouble:
+        return trouble
+    cores = os.cpu_count() or 1
+    memory = run.found.one("environment", "machine").get("memory_bytes", 0)
+    workers = max(1, min(cores - 2, memory // PROCESS_BYTES)) if memory else 1
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // workers))}
+    rounds = (["float32"],) if run.rehearse else (["bfloat16"], ["float16", "float32"])
+    found = []
+    for dtypes in rounds:
+        jobs = [Job(f"{id} {share + 1}/{shares(id)} {dtypes[0]}", "check", env=threads,
+                    args=run.args(kernel=id, dtypes=dtypes, share=share, shares=shares(id)))
+                for id in run.kernels() for share in range(shares(id))]
+        found.append(each(run, "check", jobs, deadline, workers))
+    return "; ".join(filter(None, found)) or None
+
+
+def shares(kernel: str) -> int:
+    """Among how many processes a kernel's cases are shared: Triton compiles anew for most of them, a second each."""
+    return 4 if kernel.startswith("triton") else 1
+
+
+def each(run: Run, stage: str, jobs: list[Job], deadline: float, workers: int = 1) -> str | None:
+    """Run jobs, ``workers`` at once; what kept any of them from its end."""
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            found = list(pool.map(lambda job: (job.name, run.job(stage, job, deadline)), jobs))
+        except KeyboardInterrupt:
+            run.watchdog.stop()
+            raise
+    return "; ".join(f"{name}: {trouble}" for name, trouble in found if trouble) or None
+
+
+def layers(run: Run, deadline: float) -> str | None:
+    proved = list(dict.fromkeys([*run.proved(), *(k for k in run.kernels() if k == "aten.cudnn_fused")]))
+    return run.job("layers", Job("layers", "layer_times", run.args(proved=proved)), deadline)
+
+
+def tables(run: Run, deadline: float) -> str | None:
+    """The layers first that gain most from a kernel other than aten."""
+    def gain(row: dict) -> float:
+        times = {id: time["us"] for id, time in row["times"].items() if id in proved}
+        return row["count"] * (row["times"].get("aten.conv_bn_act", {"us": 0})["us"] - min(times.values(), default=0))
+
+    proved = run.proved()
+    rows = [row for row in run.ledger.of("layers") if row["status"] == "measured"]
+    first = [row["case"] for row in sorted(rows, key=gain, reverse=True)]
+    args = run.args(proved=proved, first=first, folder=str(run.folder))
+    return run.job("tables", Job("tables", "fill_tables", args), deadline)
+
+
+def network(run: Run, stage: str, mode: str, providers: list[str], deadline: float, silence: float) -> str | None:
+    """Whole networks, ours by the tables that this run has filled."""
+    batches = [5] if run.rehearse else [256] if mode == "train" else [256, 1]
+    args = run.args(mode=mode, batches=batches, peers=providers, folder=str(run.folder))
+    env = {"RESNET_FAST_TABLES": str(run.folder)}
+    return run.job(stage, Job(stage, "whole_network", args, env=env, silence=silence, restarts=1), deadline)
+
+
+def headline(run: Run, deadline: float) -> str | None:
+    return network(run, "headline", "infer", ["eager-nchw", "eager", "folded", "ours", "ours-plan"], deadline, 60)
+
+
+def peers(run: Run, deadline: float) -> str | None:
+    """Again, beside what takes minutes to compile."""
+    compiled = ["compile"] if run.rehearse else ["compile", "compile-best"]
+    everyone = ["eager-nchw", "eager", "folded", *compiled, "ours", "ours-plan"]
+    return network(run, "peers", "infer", everyone, deadline, 400)
+
+
+def train(run: Run, deadline: float) -> str | None:
+    return network(run, "train", "train", ["eager-nchw", "eager", "ours"], deadline, 120)
+
+
+def large(run: Run, deadline: float) -> str | None:
+    args = run.args(kernels=[id for id in run.proved() if ours(id)])
+    return run.job("large", Job("large", "large", args, silence=60), deadline)
+
+
+def sanitizer(run: Run, deadline: float) -> str | None:
+    """The memory checker over a handful of problems of each kernel of ours."""
+    tool = shutil.which(SANITIZER) or shutil.which(SANITIZER, path="/usr/local/cuda/bin")
+    if tool is None:
+        return f"left out: {SANITIZER} is not installed"
+    trouble = []
+    for id in filter(ours, run.kernels()):
+        report = run.folder / "sanitizer.txt"
+        report.unlink(missing_ok=True)
+        job = Job(id, "memory", run.args(kernel=id), restarts=0, silence=60,
+                  under=(tool, "--tool", "memcheck", "--log-file", str(report)),
+                  env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})  # or overruns end in the allocator's own memory
+        trouble.append(run.job("sanitizer", job, deadline))
+        text = report.read_text(errors="replace") if report.is_file() else ""
+        report.unlink(missing_ok=True)
+        if "not supported" in text:
+            return f"left out: {SANITIZER} does not support this machine: {last_words(text)}"
+        if time.monotonic() < deadline:
+            run.ledger.add({"stage": "sanitizer", "job": id, "case": "memcheck", **memory_verdict(text)})
+    return "; ".join(filter(None, trouble)) or None
+
+
+def memory_verdict(text: str) -> dict:
+    """What the memory checker said, as a row."""
+    lines = [line.lstrip("= ").strip() for line in text.splitlines()]
+    if "ERROR SUMMARY: 0 errors" in lines:
+        return {"status": "right"}
+    errors = [line for line in lines if line.startswith(("Invalid", "Program hit", "Misaligned", "Address"))]
+    total = [line for line in lines if line.startswith("ERROR SUMMARY")]
+    if not total:
+        return {"status": "left out", "reason": f"no verdict: {last_words(text)}"}
+    return {"status": "wrong", "reason": "; ".join([*errors[:1], *total])}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """``least`` and ``most`` seconds; an optional stage is left out where the others need its time."""
+
+    work: Callable[[Run, float], str | None]
+    least: float
+    most: float
+    optional: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.work.__name__
+
+
+STAGES = (Stage(environment, 10, 75), Stage(build, 5, 150), Stage(check, 40, 150), Stage(layers, 25, 70),
+          Stage(tables, 10, 40), Stage(headline, 35, 80), Stage(peers, 60, 170, True), Stage(train, 25, 60, True),
+          Stage(large, 15, 40, True), Stage(sanitizer, 20, 60, True))
+
+
+# ---------------------------------------------------------------- the run
+
+def perform(run: Run, stages: tuple[Stage, ...], sensors: Sensors, seconds: float) -> None:
+    """Every stage in turn; an earlier one never eats what a later one that is not optional needs."""
+    end = time.monotonic() + seconds
+    complete = {row["job"] for row in run.ledger.of("stages") if row["status"] == "done"}
+    for i, stage in enumerate(stages):
+        if stage.name in complete:
+            say(f"{stage.name}: done before")
+            continue
+        start = time.monotonic()
+        limit = min(stage.most, end - start - sum(later.least for later in stages[i + 1:] if not later.optional))
+        if limit < stage.least and stage.optional or limit <= 0:
+            trouble, status = f"left out: {max(0, limit):.0f} s left, it needs {stage.least:.0f}", "left out"
+        else:
+            say(f"{stage.name} …")
+            trouble = stage.work(run, start + limit)
+            status = "cut" if trouble and "stopped at its deadline" in trouble else "done"
+        run.ledger.add({"stage": "stages", "job": stage.name, "case": stage.name, "status": status, "reason": trouble,
+                        "seconds": time.monotonic() - start, "sensors": sensors.since(start)})
+        say(f"{stage.name}: {time.monotonic() - start:.0f} s" + (f", {trouble}" if trouble else ""))
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def open_run(results: Path, rehearse: bool) -> Run:
+    """A new run's folder, or that of one of the same sources that was not finished."""
+    digest = hashlib.sha256(b"rehearsal" if rehearse else b"")
+    files = [p for folder in ("resnet_fast", "csrc", "benchmarks") for p in (ROOT / folder).rglob("*")]
+    for path in sorted(p for p in files if p.suffix in (".py", ".cu", ".cuh", ".h", ".cpp")):
+        digest.update(path.read_bytes())
+    name = digest.hexdigest()[:8]
+    unfinished = [p for p in sorted(results.glob(f"gpu-*-{name}")) if not (p / "summary.json").is_file()]
+    folder = unfinished[-1] if unfinished else results / f"gpu-{time.strftime('%Y%m%d%H%M%S')}-{name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(folder / "rows.jsonl")
+    if unfinished:
+        say(f"going on with {folder}, which has {len(ledger.rows)} rows")
+    command = [sys.executable, str(Path(__file__).with_name("gpu_child.py"))]
+    return Run(folder, ledger, Watchdog(command, ledger, folder / "log.txt"), rehearse)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--stages", help=f"only these, comma-separated, of {', '.join(s.name for s in STAGES)}")
+    parser.add_argument("--seconds", type=float, default=TOTAL, help="for the whole run (default %(default)s)")
+    parser.add_argument("--rehearse", action="store_true", help="the same program on a CPU at toy sizes")
+    args = parser.parse_args(argv)
+    wanted = None if args.stages is None else {*args.stages.split(","), "environment"}
+    stages = tuple(stage for stage in STAGES if wanted is None or stage.name in wanted)
+    results = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
+    run = open_run(results, args.rehearse)
+    interrupted = False
+    with Sensors() as sensors:
+        try:
+            perform(run, stages, sensors, args.seconds)
+        except NoGpu as reason:
+            shutil.rmtree(run.folder)
+            say(f"make gpu found no GPU to run on: {reason}")
+            return 2
+        except KeyboardInterrupt:
+            interrupted = True
+        driver = sensors.query("driver_version")
+    found = run.found
+    if found.one("environment", "machine") is None:
+        return 130
+    found.machine["facts"] |= {"driver": driver[0]} if driver else {}
+    if not interrupted:
+        say("written: " + ", ".join(map(str, write(found, run.folder, results))))
+    print(summary(found), flush=True)
+    return 130 if interrupted else 1 if found.bad() else 0
+
+
+def terminate(*_) -> None:
+    """Ends as Ctrl-C does, so that children are not left with the GPU."""
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))  # a checkout need not be installed
+    signal.signal(signal.SIGTERM, terminate)
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""How large a run on a GPU is, and the rehearsal of the same program on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+Cases = Iterator[tuple[str, Callable[[], dict]]]  # what a task yields: a case's name, and the work that returns its row
+Alive = Callable[[str], None]  # tells the watchdog that work goes on inside a long case
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is: the run on a GPU, or a rehearsal of the same program on a CPU."""
+
+    device: str = "cuda"
+    model: str = "resnet50"
+    more_models: tuple[str, ...] = ("resnet18", "resnext50_32x4d")
+    size: int = 224
+    check_batch: int = 2
+    batches: tuple[int, ...] = (256, 1)
+    dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")  # the first is the one that is timed
+    families: tuple[str, ...] = ()  # of kernels; none named: all
+    every: int = 1  # of the nasty problems
+    copy_bytes: int = 4 << 30
+    cache_copy_bytes: int = 8 << 20
+    matmul: int = 8192
+    large: int = 2**31  # elements to be exceeded
+    seconds: float = 0.5  # of timing a layer
+    model_seconds: float = 12.0
+
+
+REHEARSAL = Scale(device="cpu", model="resnet18", more_models=(), size=64, check_batch=1, batches=(5,),
+                  dtypes=("float32",), families=("aten", "experimental"), every=24, copy_bytes=1 << 20,
+                  cache_copy_bytes=1 << 16, matmul=64, large=2**14, seconds=0.01, model_seconds=0.1)

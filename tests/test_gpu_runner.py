@@ -1,0 +1,581 @@
+"""The run on a GPU, without one: watchdog, ledger, deadlines, stages, verdicts, table; children that misbehave."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from resnet_fast import dispatch, testing
+from resnet_fast.report.ledger import read_run
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import gpu  # noqa: E402
+import gpu_check  # noqa: E402
+import gpu_measure  # noqa: E402
+import gpu_run  # noqa: E402
+from gpu_run import Job, Ledger, Sensors, Watchdog  # noqa: E402
+from gpu_scale import REHEARSAL, Scale  # noqa: E402
+from gpu_summary import Found, decisions, layer_rows, summary, write  # noqa: E402
+
+# A child without torch: each of its cases does what its name says.
+CHILD = f"""
+import json, os, subprocess, sys, time
+sys.path.insert(0, {str(BENCHMARKS)!r})
+from gpu_child import Events, follow_parent, perform
+
+def work(case, args):
+    name = case.rstrip("0123456789")
+    if name == "hang":
+        time.sleep(600)
+    elif name == "slow":
+        time.sleep(args["slow"])
+    elif name == "crash":
+        print("Fatal: an assert in the kernel", flush=True)
+        os.abort()
+    elif name == "raise":
+        raise RuntimeError("no kernel image is available\\nmore")
+    elif name == "long":
+        for _ in range(8):
+            time.sleep(0.2)
+            events.send(alive="still compiling")
+    elif name == "offspring":
+        child = subprocess.Popen(["sleep", "600"])
+        open(args["pid"], "w").write(str(child.pid))
+        time.sleep(600)
+    return {{"status": "right", "pid": os.getpid()}}
+
+job = json.load(open(sys.argv[1]))
+args = job["args"]
+follow_parent()
+if args.get("startup") == "dies":
+    sys.exit("ModuleNotFoundError: No module named 'torch'")
+if args.get("startup") == "hangs":
+    time.sleep(600)
+events = Events(sys.argv[2])
+events.send(alive="ready")
+cases = ((case, lambda case=case: work(case, args)) for case in args["cases"])
+perform(cases, set(job["skip"]), events, lambda: not os.path.exists(args.get("broken", "")))
+if args.get("linger"):
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def dog(tmp_path):
+    child = tmp_path / "child.py"
+    child.write_text(CHILD)
+    ledger = Ledger(tmp_path / "rows.jsonl")
+    return Watchdog([sys.executable, str(child)], ledger, tmp_path / "log.txt")
+
+
+def job(*cases: str, silence: float = 1.0, **args) -> Job:
+    more = {key: args.pop(key) for key in ("restarts", "start", "under") if key in args}
+    return Job("kernel", "fake", {"cases": cases, **args}, silence=silence, **more)
+
+
+def soon(seconds: float = 30.0) -> float:
+    return time.monotonic() + seconds
+
+
+def found(dog: Watchdog) -> list[tuple[str, str]]:
+    return [(row["case"], row["status"]) for row in dog.ledger.rows]
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+# ---------------------------------------------------------------- the watchdog
+
+def test_a_job_that_goes_well(dog, tmp_path) -> None:
+    assert dog.run("check", job("a", "b"), soon()) is None
+    assert found(dog) == [("a", "right"), ("b", "right")]
+    on_disk = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [(row["stage"], row["job"], row["case"]) for row in on_disk] == [("check", "kernel", c) for c in "ab"]
+    assert "==== check kernel: done" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_hung_case_is_marked_and_the_rest_goes_on(dog) -> None:
+    assert dog.run("check", job("a", "hang", "b"), soon()) is None
+    assert found(dog) == [("a", "right"), ("hang", "hung"), ("b", "right")]
+    assert dog.ledger.rows[1]["reason"].startswith("silent for 1 s")
+    assert dog.ledger.rows[0]["pid"] != dog.ledger.rows[2]["pid"]
+
+
+def test_a_crash_is_marked_with_its_last_words_and_the_rest_goes_on(dog) -> None:
+    assert dog.run("check", job("a", "crash", "b"), soon()) is None
+    assert found(dog) == [("a", "right"), ("crash", "died"), ("b", "right")]
+    assert dog.ledger.rows[1]["reason"] == f"exit code {-signal.SIGABRT}; Fatal: an assert in the kernel"
+
+
+def test_an_exception_is_a_row_and_costs_no_child(dog) -> None:
+    assert dog.run("check", job("raise", "b"), soon()) is None
+    assert found(dog) == [("raise", "failed"), ("b", "right")]
+    assert dog.ledger.rows[0]["reason"] == "RuntimeError: no kernel image is available"
+
+
+def test_a_device_that_did_not_survive_costs_the_child(dog, tmp_path) -> None:
+    (tmp_path / "broken").touch()
+    assert dog.run("check", job("raise", "b", broken=str(tmp_path / "broken"), restarts=3), soon()) is None
+    assert found(dog) == [("raise", "died"), ("b", "died")]
+    assert "did not survive it; RuntimeError: no kernel image" in dog.ledger.rows[0]["reason"]
+
+
+def test_signs_of_life_keep_a_long_case(dog) -> None:
+    assert dog.run("check", job("long"), soon()) is None
+    assert found(dog) == [("long", "right")]
+
+
+def test_the_deadline_ends_a_job_and_all_that_it_started(dog, tmp_path) -> None:
+    start = time.monotonic()
+    trouble = dog.run("check", job("a", "offspring", silence=60, pid=str(tmp_path / "pid")), soon(2))
+    assert trouble == "stopped at its deadline in offspring" and time.monotonic() - start < 10
+    assert found(dog) == [("a", "right")]
+    pid = int((tmp_path / "pid").read_text())
+    for _ in range(50):
+        if gone(pid):
+            break
+        time.sleep(0.1)
+    assert gone(pid)
+
+
+def test_it_gives_up_after_so_many_children(dog) -> None:
+    trouble = dog.run("check", job(*(f"crash{i}" for i in range(9)), restarts=2), soon())
+    assert trouble == "given up after 3 children hung or died" and len(found(dog)) == 3
+
+
+@pytest.mark.parametrize("how, words", [("dies", "died before its first case: exit code 1; ModuleNotFoundError"),
+                                        ("hangs", "hung before its first case: silent for 0.5 s")])
+def test_a_child_that_does_not_start(dog, how, words) -> None:
+    assert dog.run("check", job("a", startup=how, start=0.5 if how == "hangs" else 20), soon()).startswith(words)
+    assert found(dog) == []
+
+
+def test_a_child_that_will_not_leave_is_made_to(dog, monkeypatch) -> None:
+    monkeypatch.setattr(gpu_run, "LEAVE", 0.3)
+    assert dog.run("check", job("a", linger=True), soon()) is None
+    assert found(dog) == [("a", "right")]
+
+
+def test_children_do_not_outlive_a_killed_parent(tmp_path) -> None:
+    child = tmp_path / "child.py"
+    child.write_text(CHILD)
+    job_file = tmp_path / "job"
+    job_file.write_text(json.dumps({"task": "fake", "args": {"cases": ["hang"]}, "skip": []}))
+    start = f"""
+        import subprocess, sys, time
+        p = subprocess.Popen([{sys.executable!r}, {str(child)!r}, {str(job_file)!r}, {str(tmp_path / "events")!r}],
+                             start_new_session=True)
+        print(p.pid, flush=True)
+        time.sleep(600)"""
+    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(start)], stdout=subprocess.PIPE, text=True)
+    pid = int(parent.stdout.readline())
+    events = tmp_path / "events"
+    while not (events.is_file() and "begin" in events.read_text()):
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        if gone(pid):
+            break
+        time.sleep(0.1)
+    assert gone(pid)
+
+
+# ---------------------------------------------------------------- resuming
+
+def test_a_killed_run_goes_on_where_it_stopped(dog, tmp_path) -> None:
+    dog.run("check", job("a", "hang", silence=60), soon(2))
+    dog.ledger._file.write('{"stage": "check", "job": "kernel", "ca')  # the kill came in the middle of a row
+    dog.ledger._file.flush()
+    again = Watchdog(dog.command, Ledger(tmp_path / "rows.jsonl"), tmp_path / "log.txt")
+    assert [row["case"] for row in again.ledger.rows] == ["a"]
+    assert again.run("check", job("a", "b"), soon()) is None
+    third = Ledger(tmp_path / "rows.jsonl")
+    assert [row["case"] for row in third.rows] == ["a", "b"] and third.done("check", "kernel") == ["a", "b"]
+
+
+# ---------------------------------------------------------------- stages
+
+def a_run(tmp_path: Path, dog: Watchdog | None = None) -> gpu.Run:
+    ledger = dog.ledger if dog else Ledger(tmp_path / "rows.jsonl")
+    return gpu.Run(tmp_path, ledger, dog, rehearse=True)
+
+
+def stage(name: str, took: list, least: float, most: float, optional: bool = False, says: str = "") -> gpu.Stage:
+    def work(run: gpu.Run, deadline: float) -> str | None:
+        took.append((name, round(deadline - time.monotonic())))
+        return says or None
+
+    work.__name__ = name
+    return gpu.Stage(work, least, most, optional)
+
+
+def test_no_stage_eats_what_a_later_one_needs(tmp_path) -> None:
+    took: list = []
+    stages = (stage("check", took, 10, 500), stage("peers", took, 30, 60, True), stage("headline", took, 20, 80))
+    run = a_run(tmp_path)
+    gpu.perform(run, stages, Sensors(program="absent"), 100)
+    assert took == [("check", 80), ("peers", 60), ("headline", 80)]
+    took.clear()
+    gpu.perform(a_run(tmp_path / "again"), stages, Sensors(program="absent"), 45)
+    assert took == [("check", 25), ("headline", 45)]
+    left_out = Ledger(tmp_path / "again" / "rows.jsonl").of("stages")[1]
+    assert left_out["status"] == "left out" and left_out["reason"] == "left out: 25 s left, it needs 30"
+
+
+def test_stages_that_are_done_are_not_done_again_and_those_cut_are(tmp_path) -> None:
+    took: list = []
+    stages = (stage("check", took, 1, 5), stage("layers", took, 1, 5, says="layers: stopped at its deadline in x"))
+    gpu.perform(a_run(tmp_path), stages, Sensors(program="absent"), 100)
+    took.clear()
+    gpu.perform(a_run(tmp_path), stages, Sensors(program="absent"), 100)
+    assert [name for name, _ in took] == ["layers"]
+
+
+def test_the_whole_fits_into_nine_minutes() -> None:
+    assert gpu.TOTAL <= 540 and sum(s.least for s in gpu.STAGES if not s.optional) < gpu.TOTAL
+    assert all(s.least <= s.most for s in gpu.STAGES)
+
+
+def test_jobs_side_by_side_and_their_troubles(dog, tmp_path) -> None:
+    jobs = [Job(name, "fake", {"cases": ["slow"], "slow": slow}, silence=5) for name, slow in (("a", 0.1), ("b", 60))]
+    trouble = gpu.each(a_run(tmp_path, dog), "check", jobs, soon(3), workers=2)
+    assert trouble == "b: stopped at its deadline in slow"
+    assert [row["job"] for row in dog.ledger.rows] == ["a"]
+
+
+def test_without_a_gpu_one_sentence_and_exit_code_2(tmp_path) -> None:
+    env = {**os.environ, "OUT": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, str(BENCHMARKS / "gpu.py")], env=env, text=True, capture_output=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("make gpu found no GPU to run on: torch")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("setup, trouble", [
+    ("", None), ("import sys; sys.exit('nvcc fatal: no')", "failed: nvcc fatal: no"),
+    ("import time; time.sleep(60)", "stopped at its deadline: the kernels of csrc")])
+def test_build(tmp_path, monkeypatch, setup, trouble) -> None:
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "a.cu").write_text("kernel")
+    record = "import os; open('seen', 'w').write(os.environ['TORCH_CUDA_ARCH_LIST'])\n"
+    (tmp_path / "setup.py").write_text(record + setup)
+    run = a_run(tmp_path)
+    run.rehearse = False
+    run.ledger.add({"stage": "environment", "job": "machine", "case": "machine", "capability": [9, 0]})
+    said = gpu.build(run, soon(3))
+    assert said is None if trouble is None else said.startswith(trouble)
+    assert (tmp_path / "seen").read_text() == "9.0a"
+
+
+def test_a_prebuilt_extension_is_taken_if_it_is_of_these_sources(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu.importlib.machinery, "EXTENSION_SUFFIXES", [".this.so"])
+    for folder in ("csrc", "resnet_fast"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "csrc" / "a.cu").write_text("kernel")
+    record = tmp_path / "resnet_fast" / "_build.json"
+    record.write_text(json.dumps({"csrc": gpu.sources()}))
+    assert gpu.prebuilt() is None
+    (tmp_path / "resnet_fast" / "_C.this.so").touch()
+    run = a_run(tmp_path)
+    run.rehearse = False
+    assert gpu.build(run, soon()) == "prebuilt"
+    (tmp_path / "csrc" / "a.cu").write_text("another kernel")
+    assert gpu.prebuilt() != gpu.sources()
+
+
+def test_sources_are_hashed_as_the_build_hashes_them() -> None:
+    import importlib.util
+    spec = importlib.util.spec_from_file_location("resnet_fast_setup", gpu.ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = setup
+    spec.loader.exec_module(setup)
+    assert gpu.sources() == setup.source_hash()
+
+
+MEMORY_ERROR = """========= COMPUTE-SANITIZER
+========= Invalid __global__ read of size 16 bytes
+=========     at conv_kernel+0x2a0
+========= ERROR SUMMARY: 1 error
+"""
+
+
+@pytest.mark.parametrize("text, status, reason", [
+    ("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n", "right", None),
+    (MEMORY_ERROR, "wrong", "Invalid __global__ read of size 16 bytes; ERROR SUMMARY: 1 error"),
+    ("========= Target application returned an error\n", "left out", "no verdict: ========= Target application"),
+])
+def test_memory_verdict(text, status, reason) -> None:
+    row = gpu.memory_verdict(text)
+    assert row["status"] == status and (reason is None or row["reason"].startswith(reason))
+
+
+@pytest.mark.parametrize("text, rows, said", [
+    (MEMORY_ERROR, [("experimental.mine", "a", "right"), ("experimental.mine", "memcheck", "wrong")], None),
+    ("========= Error: Device not supported.\n", [("experimental.mine", "a", "right")],
+     "left out: compute-sanitizer does not"),
+])
+def test_sanitizer_stage(dog, tmp_path, monkeypatch, text, rows, said) -> None:
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!{sys.executable}\nimport subprocess, sys\nopen(sys.argv[4], 'w').write({text!r})\n"
+                    "sys.exit(subprocess.run(sys.argv[5:]).returncode or 1)\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(gpu.Run, "args", lambda self, **more: {"cases": ["a"]})
+    run = a_run(tmp_path, dog)
+    for id in ("aten.add_act", "experimental.mine"):
+        run.ledger.add({"stage": "inventory", "job": "inventory", "case": id, "status": "here"})
+    trouble = gpu.sanitizer(run, soon())
+    assert trouble is None if said is None else trouble.startswith(said)
+    assert [(r["job"], r["case"], r["status"]) for r in run.ledger.of("sanitizer")] == rows
+
+
+def test_sanitizer_absent(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(gpu, "SANITIZER", "no-such-tool")
+    assert gpu.sanitizer(a_run(tmp_path), soon()) == "left out: no-such-tool is not installed"
+
+
+def test_sensors_keep_ranges_and_reasons(tmp_path) -> None:
+    tool = tmp_path / "smi"
+    tool.write_text("#!/bin/sh\ncase $1 in *clocks_event*) exit 2;; esac\n"
+                    f"n=$(cat {tmp_path}/n 2>/dev/null || echo 0); echo $((n + 1)) > {tmp_path}/n\n"
+                    "echo \"$((1500 + n)), 3201, 412.5, 55, 0x000000000000000$((n % 2))\"\n")
+    tool.chmod(0o755)
+    with Sensors(every=0.02, program=str(tool)) as sensors:
+        while len(sensors.readings) < 4:
+            time.sleep(0.02)
+    seen = sensors.since(0)
+    low, high = map(int, seen["clocks.sm"].split(".."))
+    assert 1500 <= low < high and seen["power.draw"] == "412.5..412.5"
+    assert seen["throttle"] == "0x0000000000000000 0x0000000000000001"
+    with Sensors(program="absent") as absent:
+        assert absent.query("driver_version") is None
+    assert absent.since(0) == {}
+
+
+# ---------------------------------------------------------------- what is proved, and what is said
+
+def rows_of(job: str, *cases: tuple[str, str]) -> list[dict]:
+    return [{"stage": "check", "job": job, "case": case, "status": status, "reason": None, "shares": 2}
+            for case, status in cases]
+
+
+ENDS = [(f"bfloat16 complete {share}/2", "complete") for share in (1, 2)]
+WHOLE = [*rows_of("triton.conv 1/2 bfloat16", ("edge conv_bn_act bfloat16 2x8", "right"), ENDS[0]),
+         *rows_of("triton.conv 2/2 bfloat16", ("full conv_bn_act bfloat16 256x8", "right"), ENDS[1])]
+
+
+@pytest.mark.parametrize("rows, proved", [
+    (WHOLE, ["triton.conv"]),
+    (WHOLE[:-1], []),
+    ([*WHOLE, *rows_of("triton.conv 1/2 bfloat16", ("nan conv_bn_act bfloat16 2x8", "wrong"))], []),
+    ([*WHOLE, *rows_of("triton.conv 1/2 bfloat16", ("graph conv_bn_act bfloat16 2x8", "hung"))], []),
+    ([*WHOLE, *rows_of("triton.conv 1/2 float16", ("edge conv_bn_act float16 2x8", "wrong"))], ["triton.conv"]),
+    (rows_of("aten.cudnn_fused 1/2 bfloat16", *ENDS), []),
+], ids=["all right", "a share missing", "loses NaN", "hung", "wrong in another dtype", "declined all"])
+def test_proved(rows, proved) -> None:
+    assert Found(rows).proved("bfloat16") == proved
+
+
+def timed(us: float, **over: float) -> dict:
+    return {"us": us, "low": us * 0.99, "high": us * 1.01, "rounds": 10, "over": over}
+
+
+KEY = "conv_bn_act bfloat16 256x64x56x56 nhwc w64x64x3x3 s1x1 p1x1 d1x1 g1 bn relu"
+MACHINE = {"name": "NVIDIA H200", "device": "cuda", "date": "2026-01-02T03:04:05+00:00", "commit": "abc1234567",
+           "facts": {"torch": "2.11.0", "triton": "3.6.0", "driver": "580.1"}}
+
+
+def network_row(provider: str, seconds: float, ours: bool = False, **over: float) -> dict:
+    return {"level": "model", "case": "infer/resnet50/bf16/256", "provider": provider, "ours": ours, "dtype": "bf16",
+            "batch": 256, "size": 224, "layout": "nchw", "seconds": seconds, "low": seconds, "high": seconds,
+            "rounds": 9, "img_s": 256 / seconds, "roofline": 0.5, "peak_bytes": 2**30, "error": 3e-3,
+            "eager_error": 4e-3, "speed_over": over}
+
+
+def a_whole_run() -> list[dict]:
+    case = "infer/resnet50/bf16/256"
+    return [
+        {"stage": "environment", "job": "machine", "case": "machine", "status": "here", "machine": MACHINE},
+        {"stage": "ceilings", "job": "c", "case": "copy", "status": "measured", "value": 4.3e12, "unit": "B/s"},
+        {"stage": "ceilings", "job": "c", "case": "cache", "status": "measured", "value": 6.5e12, "unit": "B/s"},
+        {"stage": "ceilings", "job": "c", "case": "int8", "status": "failed", "reason": "unsupported"},
+        {"stage": "inventory", "job": "i", "case": "native.conv", "status": "absent", "reason": "it is not built"},
+        *WHOLE, *rows_of("aten.cudnn_fused 1/1 bfloat16", ("nan conv_bn_act bfloat16 2x8", "wrong")),
+        {"stage": "check", "job": "triton.bad 1/1 bfloat16", "case": "edge conv_bn_act bfloat16 2x63",
+         "status": "wrong", "reason": "max error 2", "where": "the last channel"},
+        {"stage": "check", "job": "triton.conv 1/2 bfloat16", "case": f"full {KEY}", "status": "right", "error": 2e-3,
+         "eager_error": 3e-3},
+        {"stage": "layers", "job": "l", "case": KEY, "status": "measured", "layer": "layer1.0.conv2", "count": 3,
+         "batch": 256, "failed": {}, "bytes": 205_600_000, "flops": 59_190_000_000, "floor_us": 74.9,
+         "bound": "compute",
+         "times": {"folded": timed(100.0), "eager": timed(300.0), "triton.conv": timed(120.0, folded=0.83, eager=2.5)}},
+        {"stage": "headline", "job": "h", "case": case, "status": "measured", "wrong": {},
+         "skipped": {"ours-plan": "absent"}, "rows": [network_row("eager", 0.02), network_row("folded", 0.01),
+                                                      network_row("ours", 0.008, True, eager=2.5, folded=1.25)]},
+        {"stage": "stages", "job": "check", "case": "check", "status": "done", "reason": None, "seconds": 93.0},
+    ]
+
+
+def test_summary_is_short_and_says_what_to_do_next() -> None:
+    text = summary(Found(a_whole_run()))
+    assert len(text.splitlines()) < 60 and max(map(len, text.splitlines())) <= 260
+    for words in ("NVIDIA H200, driver 580.1, torch 2.11.0, triton 3.6.0, commit abc1234567", "copy 4.3 TB/s",
+                  "int8 failed", "proved in bf16", "cannot run here: native.conv (it is not built)", "layer1.0.conv2",
+                  "geometric mean 0.83 over 1 layers, 1 slower by more than 2 %", "ours-plan", "32,000 img/s",
+                  "check 93 s"):
+        assert words in text, words
+    advice = decisions(Found(a_whole_run()))
+    assert advice[0].startswith("mend triton.bad before anything else: 1 bad, first wrong: edge conv_bn_act")
+    assert "the last channel" in advice[0]
+    assert any("does not keep NaN" in line for line in advice)
+    assert any(line.startswith("check again with more time: triton.bad") for line in advice)
+    assert any("bound by it: load halos once" in line for line in advice)
+    assert any("loses to the prefolded bar; worst layer1.0.conv2 at batch 256: 0.83×" in line for line in advice)
+    assert any("work on layer1.0.conv2 at batch 256 next: 3 × 25 µs above" in line for line in advice)
+    assert any("ours falls short: 2.50× eager (goal 3×), 32,000 img/s (goal 50,000)" in line for line in advice)
+
+
+def test_the_later_stage_with_more_peers_stands_for_a_network() -> None:
+    rows = a_whole_run()
+    peers = [network_row("compile", 0.01), network_row("ours", 0.008, True, compile=1.2)]
+    more = {**rows[-2], "stage": "peers", "rows": peers}
+    assert Found([*rows, more]).networks()["infer/resnet50/bf16/256"]["rows"] == peers
+    cut = {**more, "rows": []}
+    assert len(Found([*rows, cut]).networks()["infer/resnet50/bf16/256"]["rows"]) == 3
+
+
+def test_files_are_the_ledgers_own(tmp_path) -> None:
+    summary_file, ledger_file = write(Found(a_whole_run()), tmp_path, tmp_path)
+    assert json.loads(summary_file.read_text())["proved"]["bfloat16"] == ["triton.conv"]
+    run = read_run(ledger_file)
+    assert ledger_file.name == "20260102030405-nvidia-h200-abc1234567.json" and run.machine.commit == "abc1234567"
+    assert {row.provider for row in run.rows} == {"eager", "folded", "ours", "triton.conv"}
+    layer = next(row for row in run.rows if row.provider == "triton.conv")
+    assert layer.level == "op" and layer.problem == KEY and layer.seconds == pytest.approx(120e-6) and layer.ours
+    assert (layer.error, layer.eager_error) == (2e-3, 3e-3) and layer.roofline == pytest.approx(74.9 / 120)
+    assert list(layer_rows(Found([]))) == []
+
+
+# ---------------------------------------------------------------- the tasks themselves, on a CPU
+
+def test_every_task_exists() -> None:
+    from gpu_child import TASKS
+    assert all(callable(getattr({"gpu_check": gpu_check, "gpu_measure": gpu_measure}[module], name))
+               for name, module in TASKS.items())
+
+
+TINY = Scale(**{**REHEARSAL.__dict__, "size": 32, "every": 60})
+
+
+def run_task(cases) -> dict[str, dict]:
+    return {case: work() for case, work in cases}
+
+
+def test_check_goes_through_every_kind_of_case() -> None:
+    rows = run_task(gpu_check.check(TINY, print, "aten.add_act", ["float32"]))
+    assert {case.split()[0] for case in rows} == {"edge", "small", "full", "nan", "graph", "float32"}
+    assert {row["status"] for row in rows.values()} == {"right", "complete"}
+
+
+def test_shares_of_a_kernels_cases_make_the_whole() -> None:
+    whole, *shares = [[case for case, _ in gpu_check.check(TINY, print, "aten.add_act", ["float32"], *share)]
+                      for share in ((0, 1), (0, 2), (1, 2))]
+    assert sorted(whole[:-1]) == sorted(shares[0][:-1] + shares[1][:-1])
+    assert [each[-1] for each in (whole, *shares)] == [f"float32 complete {end}" for end in ("1/1", "1/2", "2/2")]
+
+
+def drops_nan(x, y, gate, act):
+    return torch.relu(x + y if gate is None else x * gate + y).nan_to_num(nan=0.0)
+
+
+def test_a_kernel_that_loses_nan_is_wrong(registry) -> None:
+    dispatch.kernel("experimental.nan", op="add_act", supports=lambda p: None)(drops_nan)
+    row = run_task(gpu_check.special_values(dispatch.find("experimental.nan"), torch.float32, TINY))
+    assert {r["status"] for r in row.values()} == {"wrong"}
+    assert "NaN of eager's are lost" in next(iter(row.values()))["reason"]
+
+
+def test_a_kernel_that_bakes_its_first_data_in_fails_its_replay(registry) -> None:
+    memory = []
+
+    def bakes(x, y, gate, act):
+        memory.append(torch.relu(x + y)) if not memory else None
+        return memory[0] if len(memory) < 2 else torch.relu(x + y)
+
+    problem = next(p for p in testing.nasty_problems("add_act") if p.x[1] == 8 and not p.gate)
+    kernel = dispatch.kernel("experimental.bakes", op="add_act", supports=lambda p: None)
+    kernel(bakes)
+    found = dispatch.find("experimental.bakes")
+    original = gpu_check.graph
+
+    def graph(run, device):
+        replay, kept = original(run, device)
+        memory.append(None)  # from here on a call computes again, while the replay keeps what was baked in
+        return lambda: kept, kept
+
+    gpu_check.graph = graph
+    try:
+        row = gpu_check.captured(found, problem)
+    finally:
+        gpu_check.graph = original
+    assert row["status"] == "wrong" and "a replay on new data differs" in row["reason"]
+    assert gpu_check.captured(dispatch.find("aten", "add_act"), problem) == {"status": "right"}
+
+
+def test_more_than_the_limit_of_elements() -> None:
+    rows = run_task(gpu_check.large(TINY, print, ["aten.add_act", "aten.bn_act"]))
+    assert {row["status"] for row in rows.values()} == {"right"} and len(rows) == 2
+    problem = gpu_check.huge("conv_bn_act", torch.bfloat16, Scale(device="cpu"))[0]
+    assert problem.x[0] % 4 == 0 and 2**31 < torch.Size(problem.x).numel() < 1.01 * 2**31
+
+
+def test_layers_are_timed_beside_the_bars_and_tables_filled(tmp_path) -> None:
+    machine = gpu_measure.device(TINY)
+    problem, (name, count) = next(iter(gpu_measure.listed(TINY, 5).items()))
+    row = gpu_measure.layer(problem, name, count, [], machine)
+    assert set(row["times"]) == {"eager", "folded", "aten.conv_bn_act"} and row["failed"] == {}
+    assert row["count"] == count and row["flops"] > 0
+    assert row["times"]["eager"]["over"].keys() == {"folded", "aten.conv_bn_act"}
+    row = gpu_measure.tuned(problem, [], machine, tmp_path)
+    assert row["status"] == "tuned" and row["calls"] == "aten" and (tmp_path / "rehearsal.json").is_file()
+
+
+def test_ceilings_of_whatever_this_is() -> None:
+    rows = run_task(gpu_measure.ceilings(TINY, print))
+    assert {"copy", "cache", "bfloat16", "float32", "tf32", "int8", "launch"} <= set(rows)
+    assert all(row["value"] > 0 for row in rows.values())
+
+
+def test_environment_names_the_machine() -> None:
+    row = run_task(gpu_measure.environment(TINY, print))["machine"]
+    assert row["status"] == "here" and row["machine"]["device"] == "cpu"
+    if not torch.cuda.is_available():
+        assert run_task(gpu_measure.environment(Scale(), print))["machine"]["status"] == "no gpu"
+
+
+def test_ours_failing_leaves_the_others_figures(monkeypatch, tmp_path) -> None:
+    from resnet_fast import providers
+    broken = providers.Provider("ours", "broken", lambda *a: 1 / 0, ours=True)
+    monkeypatch.setitem(gpu_measure.PROVIDERS, "ours", broken)
+    case = gpu_measure.Case("infer", "resnet18", "fp32", 1, 32, "cpu")
+    row = gpu_measure.network(case, ["eager-nchw", "eager", "ours"], TINY, lambda text: None, tmp_path)
+    assert row["status"] == "wrong" and row["reason"].startswith("ZeroDivisionError")
+    assert [r["provider"] for r in row["rows"]] == ["eager-nchw", "eager"]
