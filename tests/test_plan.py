@@ -1,0 +1,310 @@
+"""The plan: the model's answers by the error rule from a snapshot, in any shape, saved, compared, and never somebody else's memory."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import resnet_fast
+from resnet_fast import load_plan, plan
+from resnet_fast.dispatch import use
+from resnet_fast.plan import SHAPES
+from resnet_fast.testing import assert_rule
+
+torchvision = pytest.importorskip("torchvision")
+timm = pytest.importorskip("timm")
+
+
+def ready(model, seed=0):
+    """Eval, with statistics and affines that are not trivial."""
+    torch.manual_seed(seed)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(0, 0.1)
+            m.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(m.weight, 0.5, 1.0)
+            nn.init.normal_(m.bias, std=0.1)
+    return model.eval()
+
+
+def images(n=2, h=64, w=64, seed=1):
+    return torch.randn(n, 3, h, w, generator=torch.Generator().manual_seed(seed))
+
+
+def judge(got, model, x):
+    with torch.no_grad():
+        assert_rule(got, model(x), copy.deepcopy(model).double()(x.double()))
+
+
+MODELS = {
+    "ours": lambda: resnet_fast.resnet18(), "torchvision": lambda: torchvision.models.resnet50(),
+    "accelerated": lambda: resnet_fast.accelerate(torchvision.models.resnet18()),
+    "resnext": lambda: resnet_fast.resnext50_32x4d(), "deep stem": lambda: timm.create_model("resnet26d"),
+    "se": lambda: timm.create_model("seresnet50"), "vgg": lambda: torchvision.models.vgg11_bn(num_classes=10),
+    "mobilenet": lambda: torchvision.models.mobilenet_v2(),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_answers_and_the_model_unchanged(name):
+    model, x = ready(MODELS[name]()), images()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    run = plan(model, x)
+    judge(run(x), model, x)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not model.training
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ready(resnet_fast.resnet18())
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 64), (3, 33, 47), (2, 96, 32), (5, 64, 64)])
+def test_other_shapes(model, shape):
+    run, x = plan(model, images()), images(*shape)
+    judge(run(x), model, x)
+
+
+def test_strange_layouts(model):
+    run, x = plan(model, images()), images(2, 64, 70)[..., 3:67]
+    judge(run(x), model, x.contiguous())
+    judge(run(x.contiguous(memory_format=torch.channels_last)), model, x.contiguous())
+
+
+def test_empty_batch(model):
+    assert plan(model, images())(images(0)).shape == (0, 1000)
+
+
+def test_nan_stays_nan(model):
+    x = images()
+    x[1, 0, 5, 5] = torch.nan
+    out = plan(model, images())(x)
+    assert out[1].isnan().all() and not out[0].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtypes(model, dtype):
+    x = images()
+    out = plan(model, x, dtype=dtype)(x)
+    assert out.dtype == dtype
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+        assert_rule(out, copy.deepcopy(model).to(dtype)(x.to(dtype)), exact)
+
+
+def test_residuals_are_added_in_place_only_where_nobody_reads_them_again():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+            self.stem = nn.Conv2d(3, 8, 3, padding=1)
+
+        def forward(self, x):
+            y = self.stem(x)
+            a = torch.relu(self.bn(self.conv(y)) + y)
+            b = torch.relu(self.bn(self.conv(a)) + y)  # y again
+            return a, b + y
+
+    model, x = ready(Twice()), images(2, 12, 12)
+    got = plan(model, x)(x)
+    with torch.no_grad():
+        for mine, theirs in zip(got, model(x), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_outputs_and_input_are_the_callers_own(model):
+    run, x = plan(model, images(), features=("layer1", "layer4")), images()
+    kept = x.clone()
+    first = run(x)
+    held = {k: v.clone() for k, v in first.items()}
+    run(images(seed=7))
+    assert torch.equal(x, kept) and all(torch.equal(first[k], held[k]) for k in held)
+
+
+def test_it_is_a_snapshot_until_refreshed(model):
+    model, x = copy.deepcopy(model), images()
+    run = plan(model, x)
+    old = run(x)
+    model.fc.weight.data.mul_(2)
+    model.layer1[0].conv1.weight.data.mul_(0.5)
+    assert torch.equal(run(x), old)
+    judge(run.refresh()(x), model, x)
+    del model
+    with pytest.raises(RuntimeError, match="gone"):
+        run.refresh()
+
+
+def test_features(model):
+    x = images()
+    got = plan(model, x, features=("layer2", "avgpool"))(x)
+    with torch.no_grad():
+        seen = {}
+        hooks = [getattr(model, k).register_forward_hook(lambda m, a, out, k=k: seen.__setitem__(k, out.clone())) for k in ("layer2", "avgpool")]
+        model(x)
+        [h.remove() for h in hooks]
+    assert list(got) == ["layer2", "avgpool"]
+    for k, v in got.items():
+        torch.testing.assert_close(v, seen[k], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="layer9"):
+        plan(model, x, features=("layer9",))
+
+
+def test_bytes_in_with_the_normalisation_inside(model):
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    photos = torch.randint(0, 256, (2, 40, 56, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    run = plan(model, photos, normalize=(mean, std))
+    x = (photos.permute(0, 3, 1, 2).float() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(run(photos), model(x).detach(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="uint8"):
+        run(x)
+
+
+def test_probabilities(model):
+    x = images()
+    p = torch.softmax(model(x).detach(), 1)
+    torch.testing.assert_close(plan(model, x, softmax=True)(x), p, rtol=1e-4, atol=1e-6)
+    best, classes = plan(model, x, topk=5)(x)
+    torch.testing.assert_close(best, p.topk(5, 1).values, rtol=1e-4, atol=1e-6)
+    assert torch.equal(classes, p.topk(5, 1).indices)
+
+
+def test_saved_and_loaded(model, tmp_path):
+    x = images()
+    run = plan(model, x)
+    run.save(tmp_path / "net.plan")
+    again = load_plan(tmp_path / "net.plan")
+    assert torch.equal(again(x), run(x)) and [s.output for s in again.steps] == [s.output for s in run.steps]
+    assert [p.name for p in tmp_path.iterdir()] == ["net.plan"]
+
+
+def test_a_file_can_call_no_other_function(model, tmp_path):
+    run = plan(model, images())
+    run.save(tmp_path / "net.plan")
+    record = torch.load(tmp_path / "net.plan", weights_only=True)
+    for bad in ("torch.load", "builtins.getattr", "operator.methodcaller", "torch.nn.functional.__builtins__"):
+        for step in record["steps"]:
+            if step["dict"]["op"] == "function":
+                step["dict"]["target"] = bad
+        torch.save(record, tmp_path / "bad.plan")
+        with pytest.raises(ValueError, match="no saved plan does"):
+            load_plan(tmp_path / "bad.plan")
+    record["resnet_fast_plan"] = 99
+    torch.save(record, tmp_path / "bad.plan")
+    with pytest.raises(ValueError, match="version 99"):
+        load_plan(tmp_path / "bad.plan")
+
+
+class Odd(nn.Module):
+    def forward(self, x):
+        return x * x.detach().max()
+
+
+def test_what_stays_a_module_runs_and_cannot_be_saved(model, tmp_path):
+    net = ready(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Hardswish()))
+    x = images()
+    run = plan(net, x)
+    judge(run(x), net, x)
+    assert "3" in run.unfused
+    with pytest.raises(ValueError, match="cannot be saved: 3"):
+        run.save(tmp_path / "net.plan")
+    assert not list(tmp_path.iterdir())
+
+
+def test_refusals_come_before_anything_is_built():
+    class Chooses(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ValueError, match="Chooses cannot be planned"):
+        plan(Chooses(), images())
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, track_running_stats=False)).eval()
+    with pytest.raises(ValueError, match="1: a batch norm without running statistics"):
+        plan(net, images())
+    with pytest.raises(ValueError, match="expected one 4-D tensor"):
+        plan(net, torch.zeros(3, 4))
+
+
+def test_bad_input_is_one_sentence(model):
+    run = plan(model, images())
+    with pytest.raises(ValueError, match="step relu .conv1. does not fit"):
+        run(torch.randn(1, 4, 64, 64))
+    with pytest.raises(ValueError, match="3-D"):
+        run(torch.randn(3, 64, 64))
+    with pytest.raises(ValueError, match="uint8"):
+        run(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    judge(run(images()), model, images())  # and the plan is as good as before
+
+
+def test_shapes_are_bounded(model):
+    run = plan(model, images(1, 32, 32))
+    for i in range(SHAPES + 3):
+        run(images(1, 32, 33 + i))
+    assert len(run._programs) == SHAPES
+
+
+def test_threads(model):
+    run, xs = plan(model, images()), [images(1 + i % 2, seed=i) for i in range(8)]
+    wanted, got = [run(x) for x in xs], [None] * 8
+
+    def work(i):
+        got[i] = run(xs[i])
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    [t.start() for t in workers]
+    [t.join() for t in workers]
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_plans_of_one_model_share_weights(model):
+    a, b = plan(model, images()), plan(model, images(), features=("layer1",))
+    assert a._lowered.filters["relu"] is b._lowered.filters["relu"]
+    assert plan(ready(resnet_fast.resnet18(), seed=5), images())._lowered.filters["relu"] is not a._lowered.filters["relu"]
+
+
+def test_fused_beside_unfused(model):
+    fused, plain = plan(model, images()), plan(model, images(), fuse=False)
+    assert len(plain.steps) > len(fused.steps)
+    lines = fused.compare(plain, images()).splitlines()
+    distances = [float(line.split()[1]) for line in lines[2:]]
+    assert len(distances) == len(fused.steps) and max(distances) < 1e-4
+    wrong = plan(ready(copy.deepcopy(model), seed=9), images(), fuse=False)
+    assert float(fused.compare(wrong, images()).splitlines()[2].split()[1]) > 1e-2
+
+
+def test_it_prints_and_explains(model):
+    run = plan(model, images())
+    assert "layer4.1.conv2" in str(run) and "24 steps" in str(run)
+    found = resnet_fast.explain(run, images())
+    assert found[0].module == "conv1" and found[0].problem.weight == (64, 3, 7, 7)
+
+
+def test_a_forced_kernel_runs_in_the_plan(model):
+    from resnet_fast.dispatch import _registry, kernel
+    from resnet_fast.kernels import aten
+
+    @kernel("test.planned", op="conv_bn_act", supports=lambda p: None if p.pointwise else "only 1×1")
+    def planned(*args):
+        return aten.conv_bn_act(*args)
+
+    try:
+        with use("test.planned"):
+            run = plan(model, images())
+        kernels = {line.module: line.kernel for line in run.explain(images())}
+        assert kernels["layer2.0.downsample.0"] == "test.planned" and kernels["conv1"] != "test.planned"
+        judge(run(images()), model, images())
+    finally:
+        del _registry["test.planned"]
+
+
+def test_moved_to_the_same_place(model):
+    run, x = plan(model, images()), images()
+    wanted = run(x)
+    assert torch.equal(run.to("cpu")(x), wanted)
+
+
+def test_tuning_needs_a_gpu(model):
+    with pytest.raises(ValueError, match="GPU"):
+        plan(model, images(), tune=True)
