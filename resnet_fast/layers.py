@@ -21,7 +21,10 @@ class Layer:
 
 def layers(model: str, batch: int, size: int = 224, dtype: torch.dtype = torch.bfloat16, device: str = "cuda",
            capability: tuple[int, int] | None = None) -> list[Layer]:
-    """The fused convolutions of ``model`` at [batch, 3, size, size] in NHWC, in the order in which they run (projections before their block's last)."""
+    """The fused convolutions of ``model`` at [batch, 3, size, size] in NHWC, in the order in which they run.
+
+    A block's projection comes before its last convolution.
+    """
     with torch.device("meta"):
         net = create_model(model)
     shared = {"op": "conv_bn_act", "device": device, "dtype": dtype, "layout": "nhwc", "bn": True, "capability": capability}

@@ -159,8 +159,10 @@ def _sees_strides(m: nn.Module | None) -> bool:
 def create_model(name: str, *, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """The named architecture, with torchvision's arguments; ``list_models()`` lists the names.
 
-    ``weights``: None, or an entry of torchvision's enum for this model or its name ("IMAGENET1K_V2", "DEFAULT"), downloaded through torchvision;
-    ``progress``: show that download; the rest goes to :class:`ResNet`. Raises ValueError for an unknown name or contradicting ``num_classes``.
+    ``weights``: None, or an entry of torchvision's enum for this model or its name ("IMAGENET1K_V2", "DEFAULT"),
+    downloaded through torchvision;
+    ``progress``: show that download; the rest goes to :class:`ResNet`. Raises ValueError for an unknown name or
+    contradicting ``num_classes``.
     """
     if name not in MODELS:
         raise ValueError(f"create_model: got {name!r}, expected one of {', '.join(MODELS)}")

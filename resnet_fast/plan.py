@@ -36,10 +36,14 @@ def plan(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None = None,
          softmax: bool = False, topk: int | None = None) -> Plan:
     """A callable snapshot of ``model`` in eval, made for ``example``'s device and tried on it; the model is left unchanged.
 
-    ``model``: ours, torchvision's, timm's, accelerated or any whose forward can be traced, of one input [N, C, H, W]; other batch sizes and image
-    sizes work. ``dtype``: of weights and activations (default the example's; for uint8 float32). ``cuda_graph``: replay one graph for each input shape
-    (default: on CUDA). ``tune``: measure the kernels for the plan's problems first (CUDA). ``fuse=False``: the same network step by step, for
-    :meth:`Plan.compare`. ``features``: return these modules' results as a dict instead of the forward's own. ``normalize``: (mean, std) of RGB in
+    ``model``: ours, torchvision's, timm's, accelerated or any whose forward can be traced, of one input [N, C, H,
+    W]; other batch sizes and image
+    sizes work. ``dtype``: of weights and activations (default the example's; for uint8 float32). ``cuda_graph``:
+    replay one graph for each input shape
+    (default: on CUDA). ``tune``: measure the kernels for the plan's problems first (CUDA). ``fuse=False``: the same
+    network step by step, for
+    :meth:`Plan.compare`. ``features``: return these modules' results as a dict instead of the forward's own.
+    ``normalize``: (mean, std) of RGB in
     [0, 1]; the input is then uint8 [N, H, W, 3]. ``softmax``: probabilities; ``topk``: (probabilities, classes) of the k likeliest.
     Raises ValueError, before anything is built, with what cannot be planned and why.
     """

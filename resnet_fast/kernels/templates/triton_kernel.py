@@ -7,7 +7,6 @@ Check it:  python -m resnet_fast check --kernel my_kernel.py     (TRITON_INTERPR
 Time it:   python -m resnet_fast bench --kernel my_kernel.py
 """
 
-import torch
 import triton
 import triton.language as tl
 
