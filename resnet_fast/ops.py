@@ -2,7 +2,8 @@
 
 Three public ops: ``conv_bn_act`` (inference or frozen batch norm), ``bn_act`` (training batch norm) and ``add_act`` (residual add). Each is
 differentiable twice; forward-mode AD and functorch transforms run the reference instead of a kernel, in plain ATen. Layout: any strides
-are right, NHWC (channels_last) is what the kernels want. Accumulation, affine, residual and activation are float32 (float64 for float64), rounded once.
+are right, NHWC (channels_last) is what the kernels want. Accumulation, affine, residual and activation are float32
+(float64 for float64), rounded once.
 """
 
 from __future__ import annotations
@@ -39,11 +40,15 @@ def bn_act(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = No
     """Training batch norm, residual and activation: act((x − μ)/√(σ²+eps)·weight + bias + residual); returns (y, μ, σ²).
 
     μ and the biased σ² are the batch's, float32 (float64 for float64), without gradient: the caller updates its running statistics with
-    them. x, residual: [N, C, H, W] of one dtype; weight, bias: [C]. Raises ValueError for one value per channel, as torch does, RuntimeError for
+    them. x, residual: [N, C, H, W] of one dtype; weight, bias: [C]. Raises ValueError for one value per channel, as
+    torch does, RuntimeError for
     shapes and dtypes. Source: Ioffe and Szegedy 2015; torch.nn.BatchNorm2d.
     """
     args = (x, weight, bias, residual, eps, act)
-    return reference.bn_act(*args) if _composite() else BN_ACT(*args)
+    if not _composite():
+        return BN_ACT(*args)
+    y, mean, var = reference.bn_act(*args)
+    return y, mean.detach(), var.detach()
 
 
 def add_act(x: Tensor, y: Tensor, gate: Tensor | None = None, *, act: str = "relu") -> Tensor:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from . import ops
 
@@ -40,6 +42,8 @@ def _why_plain_here(x: Tensor) -> str | None:
         return "forward-mode AD is active"
     if torch._C._len_torch_dispatch_stack() > 0:
         return "a TorchDispatchMode is active (counting FLOPs, faking tensors, choosing what to checkpoint)"
+    if torch._C._len_torch_function_stack() > 0 and _any_function_mode():
+        return "a TorchFunctionMode is active"
     if nn_module._has_any_global_hook():
         return "a global module hook is registered"
     if x.numel() == 0:
@@ -49,6 +53,11 @@ def _why_plain_here(x: Tensor) -> str | None:
     if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         return "CPU autocast casts the weights anew in each call, which costs more than fusing gains"
     return None
+
+
+def _any_function_mode() -> bool:
+    """Whether a mode wants to see torch's functions; a default device (torch.set_default_device) is one that does not."""
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
 def _why_plain_module(m: nn.Module) -> str | None:
