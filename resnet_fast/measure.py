@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -42,7 +43,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one provider: a row and its rounds; or why it was ``skipped``; or how it is ``wrong``."""
+    """What became of one provider: a row and its rounds; or why it was ``skipped``; or how it is ``wrong`` (ours)."""
 
     provider: str
     row: Row | None = None
@@ -96,24 +97,25 @@ def _build(case: Case, providers: Iterable[Provider], x: Tensor,
     ready: dict[str, _Ready] = {}
     outcomes: dict[str, Outcome] = {}
     for p in providers:
-        skipped = p.why_not(case.mode, case.device, case.dtype)
+        skipped, wrong = p.why_not(case.mode, case.device, case.dtype), None
         if skipped is None:
             say(f"{p.id}: building …")
             try:
                 made = _prepare(p, case, model, x, exact)
-            except Exception as error:  # another's engine may fail in any way of its own, and that is a finding
+                if p.ours and not made.error <= allowed:
+                    wrong = f"error {made.error:.3g} against float64, allowed {allowed:.3g} (eager's is {eager:.3g})"
+            except Exception as error:  # engines fail in ways of their own: a finding, and no reason to lose the others
+                words = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
                 if p.ours and not isinstance(error, torch.OutOfMemoryError):
-                    raise
-                skipped = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        if skipped is not None:
-            outcomes[p.id] = Outcome(p.id, skipped=skipped)
-            say(f"{p.id}: skipped: {skipped}")
-        elif p.ours and not made.error <= allowed:
-            wrong = f"error {made.error:.3g} against float64, allowed {allowed:.3g} (eager's is {eager:.3g})"
-            outcomes[p.id] = Outcome(p.id, wrong=wrong)
-            say(f"{p.id}: WRONG: {wrong}; not timed")
-        else:
+                    traceback.print_exc()
+                    wrong = words
+                else:
+                    skipped = words
+        if skipped is None and wrong is None:
             ready[p.id] = made
+        else:
+            outcomes[p.id] = Outcome(p.id, skipped=skipped, wrong=wrong)
+            say(f"{p.id}: {f'skipped: {skipped}' if wrong is None else f'WRONG: {wrong}; not timed'}")
     return ready, outcomes, eager
 
 

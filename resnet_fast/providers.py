@@ -16,7 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from . import engines, folded
+from .accelerate import accelerate
+from .dispatch import find, use
 from .models import create_model
+from .plan import plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODES = ("infer", "train")
@@ -171,7 +174,6 @@ def _dropin(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[[
 
 
 def _accelerated(model: nn.Module) -> nn.Module:
-    from .accelerate import accelerate
     return accelerate(copy.deepcopy(model))
 
 
@@ -180,7 +182,6 @@ def _accelerate(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callab
 
 
 def _plan(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    from .plan import plan
     return plan(model, example, dtype=dtype)
 
 
@@ -225,14 +226,6 @@ def _train(prepare: Callable[[nn.Module], nn.Module], memory_format: torch.memor
 
 # ---------------------------------------------------------------- the list
 
-def _module(name: str) -> Callable[[], str | None]:
-    def unavailable() -> str | None:
-        found = importlib.util.find_spec(f"resnet_fast.{name}")
-        return None if found else f"resnet_fast.{name} is absent from this version"
-
-    return unavailable
-
-
 PROVIDERS = {p.id: p for p in (
     Provider("eager-nchw", "eager, NCHW", _eager_nchw, _train(copy.deepcopy, torch.contiguous_format)),
     Provider("eager", "eager, channels_last", _eager_nhwc, _train(copy.deepcopy)),
@@ -241,9 +234,8 @@ PROVIDERS = {p.id: p for p in (
     Provider("compile-best", "torch.compile, max-autotune (+ freezing)", _compile_best,
              _train(copy.deepcopy, compiled=lambda: {"mode": "max-autotune"})),
     Provider("ours", "resnet_fast, drop-in", _dropin, _train(_ours), ours=True),
-    Provider("ours-accelerate", "resnet_fast, accelerate()", _accelerate, _train(_accelerated), _module("accelerate"),
-             ours=True),
-    Provider("ours-plan", "resnet_fast, plan()", _plan, None, _module("plan"), ours=True),
+    Provider("ours-accelerate", "resnet_fast, accelerate()", _accelerate, _train(_accelerated), ours=True),
+    Provider("ours-plan", "resnet_fast, plan()", _plan, ours=True),
     Provider("openvino", "OpenVINO", engines.openvino, None, engines.missing("openvino"), ("cpu",), ("fp32", "bf16")),
     Provider("onnxruntime", "ONNX Runtime", engines.onnxruntime, None,
              engines.missing("onnxruntime", "onnx", "onnxscript"), dtypes=("fp32", "fp16")),
@@ -264,13 +256,9 @@ def provider(id: str) -> Provider:
 
 
 def _forced(kernel: str) -> Provider:
-    from .dispatch import find, use
-
     def build(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         with use(kernel):
             return _plan(model, example, dtype)
 
-    def unavailable() -> str | None:
-        return _module("plan")() or find(kernel).available()
-
-    return Provider(f"kernel:{kernel}", f"plan() with {kernel}", build, unavailable=unavailable, ours=True)
+    return Provider(f"kernel:{kernel}", f"plan() with {kernel}", build, unavailable=lambda: find(kernel).available(),
+                    ours=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from resnet_fast import create_model
+from resnet_fast import create_model, plan
 from resnet_fast.dispatch import record
 
 SNAPSHOT = Path(__file__).parent / "counts.json"
@@ -61,6 +61,13 @@ def train(model: nn.Module) -> dict[str, int]:
     return counts(lambda: model(x).sum().backward())
 
 
+def planned(name: str) -> dict[str, int]:
+    """A plan's call, how many steps it has and the bytes of its weights."""
+    x = images()
+    run = plan(create_model(name).eval(), x)
+    return {**counts(lambda: run(x)), "steps": len(run.steps), "weight bytes": run.weight_bytes}
+
+
 def accelerated(name: str) -> nn.Module:
     from torchvision.models import get_model
 
@@ -72,6 +79,7 @@ CASES: dict[str, Callable[[], dict[str, int]]] = {
     "resnet50 drop-in, inference": lambda: infer(create_model("resnet50")),
     "resnet50 drop-in, training": lambda: train(create_model("resnet50")),
     "resnet18 drop-in, inference": lambda: infer(create_model("resnet18")),
+    "resnet50 plan, inference": lambda: planned("resnet50"),
     "resnet50 of torchvision, accelerated, inference": lambda: infer(accelerated("resnet50")),
 }
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from resnet_fast import measure as measuring
-from resnet_fast import providers
+from resnet_fast import providers, reference
 from resnet_fast.coldstart import cold_start
 from resnet_fast.dispatch import find, kernel
 from resnet_fast.measure import Case, measure, oracle
@@ -107,6 +107,21 @@ def test_a_provider_says_why_not() -> None:
         provider("fastest")
 
 
+def test_a_kernel_is_a_provider_too(model: nn.Module, x: torch.Tensor, registry: dict) -> None:
+    calls = []
+
+    @kernel("test.slow", op="conv_bn_act", supports=lambda problem: None)
+    def slow(*args):
+        calls.append(args)
+        return reference.conv_bn_act(*args)
+
+    run = provider("kernel:test.slow").prepare("infer", model, x, torch.float32)
+    assert broken_rule(run(x), model(x), oracle("infer", model, x)) is None
+    assert len(calls) >= 20
+    with pytest.raises(RuntimeError, match="claimed no problem"):
+        provider("kernel:aten.cudnn_fused").prepare("infer", model, x, torch.float32)
+
+
 # ---------------------------------------------------------------- measuring
 
 def test_measured_rows_stand_beside_their_error_and_each_other() -> None:
@@ -127,15 +142,16 @@ def test_ours_gets_no_time_when_it_is_wrong() -> None:
     assert measure(CASE, [peer], max_rounds=1)["peer"].row.error > 5e-4  # a peer's error is reported, not judged
 
 
-def test_a_peer_that_breaks_is_skipped_with_its_own_words_and_ours_raises() -> None:
+def test_what_breaks_says_so_in_its_own_words_and_the_others_are_timed(capsys: pytest.CaptureFixture) -> None:
     def broken(model, example, dtype):
         raise RuntimeError("no engine today\nand a long tail")
 
     peer = replace(PROVIDERS["eager"], id="peer", build=broken)
-    found = measure(CASE, [peer, PROVIDERS["eager"]], max_rounds=1)
-    assert found["peer"].skipped == "failed: RuntimeError: no engine today" and found["eager"].row is not None
-    with pytest.raises(RuntimeError, match="no engine today"):
-        measure(CASE, [replace(PROVIDERS["ours"], build=broken)], max_rounds=1)
+    found = measure(CASE, [peer, replace(PROVIDERS["ours"], build=broken), PROVIDERS["eager"]], max_rounds=1)
+    assert found["peer"].skipped == "failed: RuntimeError: no engine today" and found["peer"].wrong is None
+    assert found["ours"].wrong == "failed: RuntimeError: no engine today" and found["ours"].skipped is None
+    assert "a long tail" in capsys.readouterr().err  # where ours broke
+    assert found["eager"].row is not None
 
 
 def test_training_is_judged_by_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
