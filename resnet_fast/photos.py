@@ -52,14 +52,11 @@ def sample(n: int) -> list[Image.Image]:
 
 
 def _window(image: Image.Image, seed: int) -> Image.Image:
-    """A window of 50–90 % of each side at a place drawn from the seed; every second one is mirrored."""
-    from PIL import ImageOps
-
+    """A window of 50–90 % of each side at a place drawn from the seed."""
     draw = random.Random(seed)
     width, height = (round(side * draw.uniform(0.5, 0.9)) for side in image.size)
     left, top = draw.randint(0, image.width - width), draw.randint(0, image.height - height)
-    cut = image.crop((left, top, left + width, top + height))
-    return ImageOps.mirror(cut) if seed % 2 else cut
+    return image.crop((left, top, left + width, top + height))
 
 
 def batch(n: int, size: int = 224) -> Tensor:
