@@ -57,6 +57,8 @@ def conv_problems(dtype: torch.dtype) -> list[Problem]:
         conv_problem(1, 8, 17, 19, 64, 7, 2),
         conv_problem(1, 8, 5, 6, 32, padding=2, dilation=(2, 2)),
         conv_problem(1, 24, 6, 6, 16, 1, padding=1),
+        replace(conv_problem(2, 16, 9, 12, 24), stride=(1, 2), padding=(0, 1), dilation=(2, 1)),
+        replace(conv_problem(2, 16, 9, 12, 24, 1), stride=(3, 2)),
     ]
     nasty = [p for p in nasty_problems("conv_bn_act", dtype) if p.groups == 1]
     return nasty + [replace(p, dtype=dtype) for p in several]
