@@ -53,9 +53,9 @@ class Job:
             "model": args.model, "weights": source.digest(), "dtype": args.dtype, "size": size,
             "resize": self.preset.resize, "fast decode": args.fast_decode, "answer": answer,
             "inputs": _summary(args.inputs), "rank": ranks.rank, "ranks": ranks.world}
-        dtype = DTYPES[args.dtype]
-        self.network = Network(_forward(source.model, args.features, device, dtype), source.mean, source.std,
-                               device=device, dtype=dtype, top=top)
+        if args.features:
+            source.model.fc = nn.Identity()
+        self.network = Network(source.model, source.mean, source.std, device=device, dtype=DTYPES[args.dtype], top=top)
 
     def files(self) -> Iterator[Item]:
         """This rank's share, in order: every ``world``-th file. At its end ``found`` is the digest of all names."""
@@ -77,12 +77,6 @@ class Job:
             finished = run(loader, self.network, sink, progress)
         progress.say(progress.close())
         return finished
-
-
-def _forward(model: nn.Module, features: bool, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    if features:
-        model.fc = nn.Identity()
-    return model.to(device, dtype)
 
 
 def _workers(device: torch.device, ranks: Ranks) -> int:

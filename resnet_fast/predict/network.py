@@ -1,4 +1,4 @@
-"""From a batch of pixels to answers on one device: normalisation, forward, top-k or features, and the time it took."""
+"""From a batch of pixels to answers on one device, by a plan: top-k or features, and the time they took."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..photos import normalise
+from ..plan import Plan, plan
 
 
 class Seconds(NamedTuple):
@@ -21,38 +21,45 @@ class Seconds(NamedTuple):
 
 
 class Network:
-    """A model that answers for uint8 pixels [n, H, W, 3].
+    """A plan of ``model`` in ``dtype`` that answers for uint8 pixels [n, H, W, 3], n at most that of the first call.
 
-    ``forward`` maps the normalised [n, 3, H, W] in ``dtype`` to logits, or to features when ``top`` is None. On CUDA
+    The model maps images normalised by ``mean`` and ``std`` to logits, or to features when ``top`` is None. On CUDA
     ``start`` returns while the device still works; at most two answers may be under way.
     """
 
-    def __init__(self, forward: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], *, device: torch.device,
+    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], *, device: torch.device,
                  dtype: torch.dtype, top: int | None) -> None:
         self.device, self.dtype, self.top = device, dtype, top
-        self._forward = forward
-        self._mean, self._std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+        self._model, self._normalize = model, (mean, std)
+        self._plan: Plan | None = None
         self._pinned: list[Tensor] = []
 
-    @torch.inference_mode()
     def start(self, pixels: Tensor) -> Answer:
         """Begin to compute; the pixels are no longer needed when this returns."""
-        clock = _CudaClock() if self.device.type == "cuda" else _CpuClock()
-        x = (self._stage(pixels) if self.device.type == "cuda" else pixels).to(self.device, non_blocking=True)
+        cuda = self.device.type == "cuda"
+        if self._plan is None:  # a GPU's graph is of the whole batch; on the CPU two images show what any number needs
+            example = pixels.to(self.device) if cuda else pixels[:2]
+            self._plan = plan(self._model, example, dtype=self.dtype, normalize=self._normalize)
+        clock = _CudaClock() if cuda else _CpuClock()
+        x = (self._stage(pixels) if cuda else pixels).to(self.device, non_blocking=True)
         clock.tick()
-        x = normalise(x.permute(0, 3, 1, 2), self._mean, self._std).to(self.dtype)
-        out = self._forward(x).float()
-        finite = out.isfinite().all(1)
-        answer = (out,) if self.top is None else out.softmax(1).topk(min(self.top, out.shape[1]), dim=1)
+        with torch.inference_mode():
+            out = self._plan(x)[:len(pixels)].float()
+            finite = out.isfinite().all(1)
+            answer = (out,) if self.top is None else tuple(out.softmax(1).topk(self.top, dim=1))
         clock.tick()
-        return Answer(finite, tuple(answer), clock)
+        return Answer(finite, answer, clock)
 
     def _stage(self, pixels: Tensor) -> Tensor:
-        """The pixels in pinned memory, whence a copy runs beside the host: a buffer for each answer under way."""
-        if not self._pinned or len(self._pinned[0]) < len(pixels):
-            self._pinned = [torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        """The pixels in pinned memory, whence a copy runs beside the host: a buffer for each answer under way.
+
+        Always a whole batch, the last one filled up with what was there, so that one graph serves all.
+        """
+        if not self._pinned:
+            self._pinned = [torch.zeros(pixels.shape, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
         self._pinned.reverse()
-        return self._pinned[0][:len(pixels)].copy_(pixels)
+        self._pinned[0][:len(pixels)].copy_(pixels)
+        return self._pinned[0]
 
 
 class Answer:
