@@ -38,17 +38,26 @@ def chan(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
     return n, tl.where(n_b > 0, mean, mean_a), tl.where(n_b > 0, m2, m2_a)
 
 
+@triton.jit
+def pivot(x, c, C: tl.constexpr):
+    """The first row's values (0 for what is not finite): statistics of x − pivot keep all bits of σ² where |μ| ≫ σ."""
+    first = tl.load(x + c, mask=c < C, other=0.0).to(tl.float32)
+    return tl.where(tl.abs(first) < float("inf"), first, 0.0)
+
+
 @triton.jit(do_not_specialize=["M"])
 def _statistics(x, means, m2s, M, trips, C: tl.constexpr, STAGES: tl.constexpr,
                 BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Mean and M2 of trips · BLOCK_M rows into means[block, c], m2s[block, c]."""
+    """Mean and M2 of x − pivot over trips · BLOCK_M rows into means[block, c], m2s[block, c]."""
     blocks_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     block, c = tl.program_id(0) // blocks_c, (tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    base = pivot(x, c, C)
     n, mean, m2 = 0.0, tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     for i in tl.range(trips, num_stages=STAGES):
         m = (block * trips + i) * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = (m < M)[:, None] & (c < C)[None, :]
         value = tl.load(x + m.to(tl.int64)[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        value = tl.where(inside, value - base[None, :], 0.0)
         rows = tl.sum((m < M).to(tl.float32), axis=0)
         tile_mean = tl.sum(value, axis=0) / tl.maximum(rows, 1.0)
         off = tl.where(inside, value - tile_mean[None, :], 0.0)
@@ -58,7 +67,7 @@ def _statistics(x, means, m2s, M, trips, C: tl.constexpr, STAGES: tl.constexpr,
 
 
 @triton.jit(do_not_specialize=["M", "partials", "rows"])
-def _merge_statistics(means, m2s, mean_out, var_out, M, partials, rows, trips, C: tl.constexpr, STAGES: tl.constexpr,
+def _merge_statistics(x, means, m2s, mean_out, var_out, M, partials, rows, trips, C: tl.constexpr, STAGES: tl.constexpr,
                       BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """μ and biased σ² of each channel from ``partials`` sets of ``rows`` rows (the last may be shorter)."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -73,7 +82,7 @@ def _merge_statistics(means, m2s, mean_out, var_out, M, partials, rows, trips, C
         spread = tl.load(m2s + p[:, None] * C + c[None, :], mask=inside, other=0.0)
         off = part - mid[None, :]
         n, mean, m2 = chan(n, mean, m2, total, mid, tl.sum(spread + off * count[:, None] * off, axis=0))
-    tl.store(mean_out + c, mean, mask=c < C)
+    tl.store(mean_out + c, pivot(x, c, C) + mean, mask=c < C)
     tl.store(var_out + c, m2 / M, mask=c < C)
 
 
@@ -123,6 +132,6 @@ def statistics(x: Tensor, m: int, config: RowsConfig) -> tuple[Tensor, Tensor]:
                       num_warps=config.num_warps, num_stages=1, **launch.OPTIONS)
     merge = merge_config(config.partials, c)
     _merge_statistics[(triton.cdiv(c, merge.block_c),)](
-        means, m2s, mean, var, m, config.partials, config.trips * config.block_m, merge.trips, C=c, STAGES=2,
+        x, means, m2s, mean, var, m, config.partials, config.trips * config.block_m, merge.trips, C=c, STAGES=2,
         BLOCK_P=merge.rows, BLOCK_C=merge.block_c, num_warps=merge.num_warps, num_stages=1, **launch.OPTIONS)
     return mean, var

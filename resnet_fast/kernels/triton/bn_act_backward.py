@@ -71,12 +71,13 @@ def _dx(g, y, x, weight, mean, var, eps, dbias, dweight, dx, M, C: tl.constexpr,
     inside = (m < M)[:, None] & (c < C)[None, :]
     at = m.to(tl.int64)[:, None] * C + c[None, :]
     rstd = tl.rsqrt(tl.load(var + c, mask=c < C, other=1.0) + eps)
-    mean_g = tl.load(dbias + c, mask=c < C, other=0.0) / M
-    mean_gx = tl.load(dweight + c, mask=c < C, other=0.0) / M
     scale = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32) * rstd
+    # dx = scale·dz + slope·(x − μ) + shift: three vectors and μ for each thread, not five.
+    slope = -scale * rstd * (tl.load(dweight + c, mask=c < C, other=0.0) / M)
+    shift = -scale * (tl.load(dbias + c, mask=c < C, other=0.0) / M)
     mid = tl.load(mean + c, mask=c < C, other=0.0)
-    xhat = (tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - mid[None, :]) * rstd[None, :]
-    out = (masked(g, y, at, inside, RELU) - mean_g[None, :] - xhat * mean_gx[None, :]) * scale[None, :]
+    off = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - mid[None, :]
+    out = masked(g, y, at, inside, RELU) * scale[None, :] + off * slope[None, :] + shift[None, :]
     tl.store(dx + at, out.to(dx.dtype.element_ty), mask=inside)
 
 
@@ -85,18 +86,23 @@ def _dx(g, y, x, weight, mean, var, eps, dbias, dweight, dx, M, C: tl.constexpr,
 def bn_act_backward(dy, x, y, weight, mean, var, eps, act, residual) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     c = x.shape[1]
     m = x.numel() // max(c, 1)
-    dx, dz = torch.empty_like(x), torch.empty_like(y) if residual else None
+    dx, own = torch.empty_like(x), launch.nhwc(y)
+    dz = torch.empty_like(own) if residual else None
     dbias, dweight = torch.zeros(2, c, dtype=torch.float32, device=x.device)
     if m:
-        dy, y, mean, var = launch.nhwc(dy), launch.nhwc(y), mean.contiguous(), var.contiguous()
+        dy, mean, var = launch.nhwc(dy), mean.contiguous(), var.contiguous()
         config, relu = rows_config(m, c, x.itemsize, launch.capability(x)), act == "relu"
-        _sums(dy, x, y, mean, var, eps, dz, dbias, dweight, m, relu, config)
+        _sums(dy, x, own, mean, var, eps, dz, dbias, dweight, m, relu, config)
         g, relu = (dz, False) if residual else (dy, relu)
         grid = (triton.cdiv(m, config.block_m) * triton.cdiv(c, config.block_c),)
-        _dx[grid](g, y, x, weight.contiguous(), mean, var, eps, dbias, dweight, dx, m, C=c, RELU=relu,
+        _dx[grid](g, own, x, weight.contiguous(), mean, var, eps, dbias, dweight, dx, m, C=c, RELU=relu,
                   BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps, num_stages=1,
                   **launch.OPTIONS)
-    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype), dz if residual else x.new_empty(0)
+    if dz is None:
+        dz = x.new_empty(0)
+    elif own is not y:  # the residual's gradient has y's strides
+        dz = torch.empty_like(y).copy_(dz)
+    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype), dz
 
 
 def _sums(dy: Tensor, x: Tensor, y: Tensor, mean: Tensor, var: Tensor, eps: float, dz: Tensor | None, dbias: Tensor,

@@ -139,13 +139,20 @@ def predicted_ns(g: Gemm, c: GemmConfig) -> float:
 
 
 def registers(g: Gemm, c: GemmConfig) -> int:
-    """Roughly the registers of a thread: its accumulators, the residual's values beside them, and where taps and
-    channels are one axis an address (two registers) and a mask for each pixel's product. Out of tensor memory a
-    thread gets whole rows, and the affine takes as many again. Fitted to what ptxas reported for sm_80 to sm_120.
+    """Roughly the registers of a thread, fitted to what ptxas reported for sm_80 to sm_120: above 255 it spills.
+
+    Accumulators; the residual's values beside them; address and coordinates of each row it loads under a filter, or of each
+    product where taps and channels are one axis; out of tensor memory a thread gets whole rows and the affine takes as many
+    again; with groups a second set of accumulators and a mask for each weight.
     """
     threads = 32 * c.num_warps
-    own = c.block_m * c.block_n // threads
-    return 64 + own * (1 + _tensor_memory(g)) + own // 2 * g.residual + 4 * c.block_m * c.block_k // threads * g.flat
+    own, products = c.block_m * c.block_n // threads, c.block_m * c.block_k // threads
+    total = 64 + own + own // 2 * g.residual + own * _tensor_memory(g)
+    if g.taps > 1:
+        total += 4 * (products if g.flat else products * g.itemsize // 16)
+    if g.groups > 1:
+        total += own + 4 * c.block_k * c.block_n // threads
+    return total
 
 
 def _tensor_memory(g: Gemm) -> bool:

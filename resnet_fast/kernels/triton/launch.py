@@ -95,8 +95,11 @@ def conv_result(x: Tensor, weight: Tensor, out_hw: tuple[int, int]) -> tuple[Ten
     That is nothing, except where one channel or one pixel makes ``x`` NCHW as well and torch answers in NCHW.
     """
     shape = x.shape[0], weight.shape[0], *out_hw
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    return out, _as_is if _reads_nhwc(x) or _reads_nhwc(weight) else Tensor.contiguous
+    answers_nhwc = _reads_nhwc(x) or _reads_nhwc(weight)
+    one_order = shape[1] == 1 or prod(out_hw) == 1  # NHWC and NCHW are the same memory
+    strides = torch.channels_last if answers_nhwc or not one_order else torch.contiguous_format
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=strides)
+    return out, _as_is if answers_nhwc else Tensor.contiguous
 
 
 def _as_is(t: Tensor) -> Tensor:
