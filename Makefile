@@ -24,8 +24,9 @@ help:
 	@echo "make clean   remove .venv and everything built"
 	@echo "PYTHON=python3.12 chooses the interpreter, RESNET_FAST_BUILD=none leaves the CUDA extension out."
 
+# One process a core, because every test runs on one thread; a file stays in one process with what it built.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m resnet_fast bench --photos
