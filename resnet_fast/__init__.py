@@ -21,13 +21,12 @@ from .models import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
-from .plan import Plan, plan
-from .planfile import load_plan
+from .plan import load_plan, plan
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "BasicBlock", "Bottleneck", "Plan", "ResNet", "accelerate", "accelerated", "create_model", "explain", "kernel",
+    "BasicBlock", "Bottleneck", "ResNet", "accelerate", "accelerated", "create_model", "explain", "kernel",
     "list_models", "load_checkpoint", "load_plan", "ops", "plan", "resnet18", "resnet34", "resnet50", "resnet101",
     "resnet152", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "restore", "save_checkpoint", "use",
     "wide_resnet50_2", "wide_resnet101_2",

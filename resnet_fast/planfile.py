@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from .nodes import function
-from .plan import Plan
 from .planned import Filter, Lowered
+from .planning import Plan
 from .schedule import Attribute, Step, Value
 
 VERSION = 1
@@ -41,7 +41,7 @@ def save(plan: Plan, path: str | Path) -> None:
     os.replace(part.name, path)
 
 
-def load_plan(path: str | Path, device: torch.device | str = "cpu", *, cuda_graph: bool | None = None) -> Plan:
+def load(path: str | Path, device: torch.device | str, cuda_graph: bool | None) -> Plan:
     """The plan in a file, on a device. Raises ValueError for what is no plan, another version, or names a function no plan calls."""
     record = torch.load(path, map_location=device, weights_only=True)
     version = record.get("resnet_fast_plan") if isinstance(record, dict) else None

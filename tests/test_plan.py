@@ -10,7 +10,7 @@ from torch import nn
 import resnet_fast
 from resnet_fast import load_plan, plan
 from resnet_fast.dispatch import use
-from resnet_fast.plan import SHAPES
+from resnet_fast.planning import SHAPES
 from resnet_fast.testing import assert_rule
 
 torchvision = pytest.importorskip("torchvision")

@@ -124,7 +124,8 @@ def test_what_one_call_must_move(problem: Problem, elements: int, flops: int) ->
     assert roofline.problem_floor(problem, H200).seconds > 0
 
 
-def test_table_for_explain() -> None:
+def test_table_for_explain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")  # a narrower terminal gets a cut table
     found = roofline.table("resnet50", 256, 224, BF16, "h200")
     assert len(found.rows) == 54 and found.rows[0].name == "conv1 + maxpool"
     assert sum(row.seconds for row in found.rows) == pytest.approx(256 / 62_733, rel=1e-4)

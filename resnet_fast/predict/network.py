@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..plan import Plan, plan
+from ..plan import plan
+from ..planning import Plan
 
 
 class Seconds(NamedTuple):
