@@ -207,7 +207,7 @@ def tuned(problem: Problem, proved: list[str], machine: autotune.Device, folder:
 # ---------------------------------------------------------------- networks
 
 def whole_network(scale: Scale, alive: Alive, mode: str, batches: list[int], peers: list[str], folder: str) -> Cases:
-    """A whole network by these providers; without ours if one of ours raises. ``folder`` keeps the compiler's cache."""
+    """A whole network by these providers; one that raises is named, and the others keep their figures. ``folder`` keeps the compiler's cache."""
     for batch in batches:
         case = Case(mode, scale.model, SHORT[scale.dtypes[0]], batch, scale.size, scale.device)
         yield case.name, lambda case=case: network(case, peers, scale, alive, Path(folder))
@@ -218,17 +218,12 @@ def network(case: Case, peers: list[str], scale: Scale, alive: Alive, folder: Pa
     cache = folder / CACHE
     if compiles and cache.is_file():
         torch.compiler.load_cache_artifacts(cache.read_bytes())
-    how = {"max_seconds": scale.model_seconds, "say": alive, "progress": lambda n: alive(f"round {n}")}
-    trouble = None
-    try:
-        found = measure(case, [PROVIDERS[id] for id in peers], **how)
-    except Exception as error:  # ours may fail in any way here; the others' figures are wanted all the same
-        trouble = f"{type(error).__name__}: {autotune.first_line(error)}"
-        found = measure(case, [PROVIDERS[id] for id in peers if not PROVIDERS[id].ours], **how)
+    found = measure(case, [PROVIDERS[id] for id in peers], max_seconds=scale.model_seconds, say=alive,
+                    progress=lambda n: alive(f"round {n}"))
     artifacts = torch.compiler.save_cache_artifacts() if compiles else None
     if artifacts is not None:
         cache.write_bytes(artifacts[0])
-    return {"status": "measured" if trouble is None else "wrong", "reason": trouble,
+    return {"status": "measured",
             "rows": [asdict(o.row) for o in found.values() if o.row],
             "skipped": {id: o.skipped for id, o in found.items() if o.skipped},
             "wrong": {id: o.wrong for id, o in found.items() if o.wrong}}

@@ -577,5 +577,5 @@ def test_ours_failing_leaves_the_others_figures(monkeypatch, tmp_path) -> None:
     monkeypatch.setitem(gpu_measure.PROVIDERS, "ours", broken)
     case = gpu_measure.Case("infer", "resnet18", "fp32", 1, 32, "cpu")
     row = gpu_measure.network(case, ["eager-nchw", "eager", "ours"], TINY, lambda text: None, tmp_path)
-    assert row["status"] == "wrong" and row["reason"].startswith("ZeroDivisionError")
+    assert row["wrong"]["ours"].startswith("failed: ZeroDivisionError")
     assert [r["provider"] for r in row["rows"]] == ["eager-nchw", "eager"]
