@@ -1,8 +1,9 @@
 """``plan``: a whole network as one schedule over a snapshot of its weights, to deploy.
 
-A plan is data: a printable list of fused steps, folded weights, and for each input shape the kernels that were chosen. On a GPU each input
-shape becomes one CUDA graph. It is the only thing here that is a snapshot: ``refresh()`` takes the model's present weights. What does the
-work (``planning``) is imported with the first plan, so that importing the package stays cheap.
+A plan is data: a printable list of fused steps, folded weights, and for each input shape the kernels that were chosen. On a CPU a
+batch goes through in pieces that stay in memory which the allocator keeps; on a GPU each input shape becomes one CUDA graph (no GPU
+has run this yet). It is the only thing here that is a snapshot: ``refresh()`` takes the model as it is now. What does the work
+(``planning``) is imported with the first plan, so that importing the package stays cheap.
 """
 
 from __future__ import annotations
@@ -23,15 +24,12 @@ def plan(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None = None,
          softmax: bool = False, topk: int | None = None) -> Plan:
     """A callable snapshot of ``model`` in eval, made for ``example``'s device and tried on it; the model is left unchanged.
 
-    ``model``: ours, torchvision's, timm's, accelerated or any whose forward can be traced, of one input [N, C, H,
-    W]; other batch sizes and image
-    sizes work. ``dtype``: of weights and activations (default the example's; for uint8 float32). ``cuda_graph``:
-    replay one graph for each input shape
-    (default: on CUDA). ``tune``: measure the kernels for the plan's problems first (CUDA). ``fuse=False``: the same
-    network step by step, for
-    :meth:`Plan.compare`. ``features``: return these modules' results as a dict instead of the forward's own.
-    ``normalize``: (mean, std) of RGB in
-    [0, 1]; the input is then uint8 [N, H, W, 3]. ``softmax``: probabilities; ``topk``: (probabilities, classes) of the k likeliest.
+    ``model``: ours, torchvision's, timm's, accelerated or any whose forward can be traced, of one input [N, C, H, W]; other batch
+    and image sizes work. ``dtype``: of weights and activations (default the example's; for uint8 float32). ``cuda_graph``: replay one
+    graph for each input shape (default: on CUDA, falling back to single steps with a warning; True: or raise). ``tune``: measure the
+    kernels for the plan's problems first (CUDA). ``fuse=False``: the same network step by step, for :meth:`Plan.compare`.
+    ``features``: return these modules' results as a dict instead of the forward's own. ``normalize``: (mean, std) of RGB in [0, 1]; the
+    input is then uint8 [N, H, W, 3]. ``softmax``: probabilities; ``topk``: (probabilities, classes) of the k likeliest.
     Raises ValueError, before anything is built, with what cannot be planned and why.
     """
     from .planning import make

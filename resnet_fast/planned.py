@@ -1,26 +1,24 @@
-"""What a plan is made of: weights folded once, steps as plain data over them, and steps bound to kernels for one input shape."""
+"""What a plan is made of: weights folded once, and a schedule's steps as plain data over them."""
 
 from __future__ import annotations
 
 import copy
+import inspect
+import weakref
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bound import names, references
-from .dispatch import choose, describe
-from .kernels.aten import onednn_takes
-from .nodes import function
+from .nodes import function, touched
 from .path import is_frozen_bn
 from .schedule import Attribute, Schedule, Step, Value
 
 
 class Filter:
-    """One convolution's folded weight (NHWC) and bias in the plan's dtype, the affine apart for kernels that want it, and oneDNN's packs."""
+    """One convolution's folded weight (NHWC) and bias in the plan's dtype, and oneDNN's packs of it."""
 
     def __init__(self, weight: Tensor, bias: Tensor, geometry: tuple) -> None:
         self.weight, self.bias, self.geometry = weight, bias, geometry
@@ -38,20 +36,64 @@ class Filter:
 
     def same(self, other: Filter) -> bool:
         """Whether another plan's filter may serve here too."""
-        return (self.geometry == other.geometry and self.weight.device == other.weight.device and self.weight.dtype == other.weight.dtype
+        return (self.geometry == other.geometry and self.weight.shape == other.weight.shape
+                and self.weight.device == other.weight.device and self.weight.dtype == other.weight.dtype
                 and torch.equal(self.weight, other.weight) and torch.equal(self.bias, other.bias))
 
 
-# ---------------------------------------------------------------- lowering: a schedule over a model → steps over weights
+_filters: weakref.WeakSet[Filter] = weakref.WeakSet()
 
+
+@dataclass
 class Lowered:
-    """Steps that refer to nothing but ``filters`` (by step output), ``tensors`` (by path) and copies of ``modules`` that stay one call."""
+    """Steps that refer to nothing but ``filters`` (by step output), ``tensors`` (by path) and copies of ``modules`` that stay one call.
 
-    def __init__(self, steps: tuple[Step, ...], inputs: tuple[str, ...], output: Any, filters: dict[str, Filter],
-                 tensors: dict[str, Tensor], modules: dict[str, nn.Module]) -> None:
-        self.steps, self.inputs, self.output = steps, inputs, output
-        self.filters, self.tensors, self.modules = filters, tensors, modules
+    Filters that a living plan holds with the very same values are taken from it: plans of one model share their weights.
+    """
 
+    steps: tuple[Step, ...]
+    inputs: tuple[str, ...]
+    output: Any
+    filters: dict[str, Filter]
+    tensors: dict[str, Tensor]
+    modules: dict[str, nn.Module]
+
+    def __post_init__(self) -> None:
+        for name, mine in self.filters.items():
+            self.filters[name] = next((other for other in list(_filters) if other.same(mine)), mine)
+            _filters.add(self.filters[name])
+
+    def to(self, device: torch.device) -> Lowered:
+        """The same over weights on that device."""
+        filters = {k: Filter(f.weight.to(device), f.bias.to(device), f.geometry) for k, f in self.filters.items()}
+        tensors = {k: t.to(device) for k, t in self.tensors.items()}
+        modules = {k: copy.deepcopy(m).to(device) for k, m in self.modules.items()}
+        return replace(self, filters=filters, tensors=tensors, modules=modules)
+
+
+# ---------------------------------------------------------------- what cannot be planned
+
+# What a plan, NHWC inside, would answer otherwise.
+_SEES_STRIDES = {"as_strided", "stride", "is_contiguous", "data_ptr", "storage", "untyped_storage", "storage_offset", "numpy"}
+
+
+def refused(model: nn.Module, found: Schedule | None = None) -> dict[str, str]:
+    """What of ``model``, and of its schedule once there is one, cannot be planned: module or step → why."""
+    why = {path or type(model).__name__: "a batch norm without running statistics normalises with each batch's own"
+           for path, m in model.named_modules()
+           if isinstance(m, nn.BatchNorm2d) and not is_frozen_bn(m) and m.running_mean is None}
+    if touched(model):
+        why[type(model).__name__] = "the model itself has hooks or a forward of its own, which a plan would not call"
+    if found is not None:
+        why |= {name: "it writes in place what is read later by another name" for name in found.entangled}
+        for step in found.steps:
+            asked = step.args[1] if step.target == "builtins.getattr" else step.target.rpartition(".")[2]
+            if step.op == "function" and asked in _SEES_STRIDES:
+                why[step.output] = f"{asked} asks how a tensor lies in memory, and a plan's lie otherwise"
+    return why
+
+
+# ---------------------------------------------------------------- a schedule over a model → steps over weights
 
 def lower(found: Schedule, model: nn.Module, dtype: torch.dtype, device: torch.device) -> Lowered:
     """Fold every convolution, turn torch's layers into functions over copied tensors, and copy what stays a module."""
@@ -64,10 +106,12 @@ def lower(found: Schedule, model: nn.Module, dtype: torch.dtype, device: torch.d
             if step.op == "conv_bn_act":
                 conv, bn = (model.get_submodule(path) if path else None for path in step.modules[:2])
                 filters[step.output] = _filter(conv, bn, dtype, device)
-            elif step.op == "module":
-                step = _as_function(step, model.get_submodule(step.target))
             if step.op == "module":
-                modules[step.target] = copy.deepcopy(model.get_submodule(step.target)).eval().to(device, dtype)
+                step = _as_function(step, model.get_submodule(step.target))
+            if step.op == "function":
+                step = _pure(step)
+            if step.op == "module":
+                modules[step.target] = _copy(model.get_submodule(step.target)).to(device, dtype)
             for path in _attributes((step.args, step.kwargs)):
                 tensor = _attribute(model, path).detach().to(device, copy=True)
                 tensors[path] = tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -80,8 +124,6 @@ def _filter(conv: nn.Conv2d, bn: nn.Module | None, dtype: torch.dtype, device: t
     weight = conv.weight.detach().to(device, torch.float64)
     bias = weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach().to(weight)
     if bn is not None:
-        if bn.running_mean is None:
-            raise ValueError("plan: a batch norm without running statistics normalises with each batch's own: nothing to fold")
         gamma, beta, mean, var = (v.detach().to(weight) for v in (bn.weight, bn.bias, bn.running_mean, bn.running_var))
         scale = gamma / torch.sqrt(var + bn.eps)
         weight, bias = weight * scale.view(-1, 1, 1, 1), (bias - mean) * scale + beta
@@ -89,28 +131,94 @@ def _filter(conv: nn.Conv2d, bn: nn.Module | None, dtype: torch.dtype, device: t
     return Filter(weight, bias.to(dtype), (conv.stride, conv.padding, conv.dilation, conv.groups))
 
 
-_FUNCTIONS: dict[type, Callable[[nn.Module, str], tuple[str, tuple, dict]]] = {
-    nn.MaxPool2d: lambda m, p: ("torch.nn.functional.max_pool2d", (m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode), {}),
-    nn.AvgPool2d: lambda m, p: ("torch.nn.functional.avg_pool2d", (m.kernel_size, m.stride, m.padding, m.ceil_mode,
-                                                                   m.count_include_pad, m.divisor_override), {}),
-    nn.AdaptiveAvgPool2d: lambda m, p: ("torch.nn.functional.adaptive_avg_pool2d", (m.output_size,), {}),
-    nn.Linear: lambda m, p: ("torch.nn.functional.linear", (Attribute(f"{p}.weight"), None if m.bias is None else Attribute(f"{p}.bias")), {}),
+def _copy(m: nn.Module) -> nn.Module:
+    """A module of its own for the plan, in eval; it may not write to what other steps read."""
+    m = copy.deepcopy(m).eval()
+    if getattr(m, "inplace", False) is True:
+        m.inplace = False
+    return m
+
+
+_F = "torch.nn.functional."
+_Call = tuple[str, tuple, dict]
+
+
+def _weights(path: str, m: nn.Module, *attributes: str) -> tuple[Attribute | None, ...]:
+    return tuple(None if getattr(m, name) is None else Attribute(f"{path}.{name}") for name in attributes)
+
+
+def _norm(m: nn.Module, p: str) -> _Call:
+    return f"{_F}batch_norm", (*_weights(p, m, "running_mean", "running_var", "weight", "bias"), False, 0.0, m.eps), {}
+
+
+def _conv(m: nn.Module, p: str) -> _Call:
+    return f"{_F}conv{m.weight.dim() - 2}d", (*_weights(p, m, "weight", "bias"), m.stride, m.padding, m.dilation, m.groups), {}
+
+
+# torch's layers as functions: (module, its path) → name, further arguments, keyword arguments.
+_FUNCTIONS: dict[type, Callable[[Any, str], _Call]] = {
+    nn.AdaptiveAvgPool2d: lambda m, p: (f"{_F}adaptive_avg_pool2d", (m.output_size,), {}),
+    nn.AvgPool2d: lambda m, p: (f"{_F}avg_pool2d", (m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad,
+                                                    m.divisor_override), {}),
+    nn.BatchNorm1d: _norm, nn.BatchNorm2d: _norm, nn.SyncBatchNorm: _norm,
+    nn.Conv1d: _conv, nn.Conv2d: _conv,
+    nn.Dropout: lambda m, p: (f"{_F}dropout", (m.p, False), {}),
+    nn.Dropout2d: lambda m, p: (f"{_F}dropout2d", (m.p, False), {}),
+    nn.ELU: lambda m, p: (f"{_F}elu", (m.alpha,), {}),
     nn.Flatten: lambda m, p: ("torch.flatten", (m.start_dim, m.end_dim), {}),
-    nn.ReLU: lambda m, p: ("torch.nn.functional.relu", (), {}),
-    nn.ReLU6: lambda m, p: ("torch.nn.functional.relu6", (), {}),
-    nn.SiLU: lambda m, p: ("torch.nn.functional.silu", (), {}),
+    nn.GELU: lambda m, p: (f"{_F}gelu", (), {"approximate": m.approximate}),
+    nn.GroupNorm: lambda m, p: (f"{_F}group_norm", (m.num_groups, *_weights(p, m, "weight", "bias"), m.eps), {}),
+    nn.Hardsigmoid: lambda m, p: (f"{_F}hardsigmoid", (), {}),
+    nn.Hardswish: lambda m, p: (f"{_F}hardswish", (), {}),
+    nn.Hardtanh: lambda m, p: (f"{_F}hardtanh", (m.min_val, m.max_val), {}),
+    nn.LeakyReLU: lambda m, p: (f"{_F}leaky_relu", (m.negative_slope,), {}),
+    nn.Linear: lambda m, p: (f"{_F}linear", _weights(p, m, "weight", "bias"), {}),
+    nn.MaxPool2d: lambda m, p: (f"{_F}max_pool2d", (m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode,
+                                                    m.return_indices), {}),
+    nn.Mish: lambda m, p: (f"{_F}mish", (), {}),
+    nn.ReLU: lambda m, p: (f"{_F}relu", (), {}),
+    nn.ReLU6: lambda m, p: (f"{_F}relu6", (), {}),
+    nn.SiLU: lambda m, p: (f"{_F}silu", (), {}),
     nn.Sigmoid: lambda m, p: ("torch.sigmoid", (), {}),
-    nn.Dropout: lambda m, p: ("torch.nn.functional.dropout", (m.p, False), {}),
+    nn.Softmax: lambda m, p: (f"{_F}softmax", (m.dim,), {}),
+    nn.Tanh: lambda m, p: ("torch.tanh", (), {}),
+    nn.Upsample: lambda m, p: (f"{_F}interpolate", (m.size, m.scale_factor, m.mode, m.align_corners), {}),
 }
 
 
 def _as_function(step: Step, m: nn.Module) -> Step:
-    """A layer of torch's as a call of its function, which is data; anything else, or anything hooked, stays a module."""
+    """A layer of torch's as a call of its function, which is data; anything else, or anything touched, stays a module."""
     make = _FUNCTIONS.get(type(m))
-    if make is None or len(step.args) != 1 or step.kwargs or m._forward_hooks or m._forward_pre_hooks:
+    if make is None or len(step.args) != 1 or step.kwargs or touched(m) or getattr(m, "padding_mode", "zeros") != "zeros":
         return step
     name, args, kwargs = make(m, step.target)
     return replace(step, op="function", target=name, args=(*step.args, *args), kwargs=kwargs)
+
+
+_IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv", "ifloordiv": "floordiv", "imod": "mod",
+             "ipow": "pow", "iand": "and_", "ior": "or_", "ixor": "xor"}
+
+
+def _pure(step: Step) -> Step:
+    """The step in its form that writes to nothing, and that does not mind how its input lies. Raises ValueError if it has none."""
+    space, _, short = step.target.rpartition(".")
+    args, kwargs = step.args, step.kwargs
+    if space == "operator":
+        short = _IN_PLACE.get(short, short)
+    elif short.endswith("_") and not short.endswith("__"):
+        short = short[:-1]
+    elif step.target == "Tensor.view" and not any(isinstance(a, torch.dtype) for a in args):
+        short = "reshape"
+    target = f"{space}.{short}"
+    try:
+        call = function(target)
+    except AttributeError:
+        raise ValueError(f"plan: step {step.output}: {step.target} writes in place and has no other form") from None
+    if space == "torch.nn.functional" and "inplace" in getattr(getattr(call, "__code__", None), "co_varnames", ()):
+        bound = inspect.signature(call).bind(*args, **kwargs)
+        bound.arguments.pop("inplace", None)
+        args, kwargs = bound.args, bound.kwargs
+    return replace(step, target=target, args=args, kwargs=kwargs)
 
 
 def _attributes(structure: Any) -> list[str]:
@@ -126,161 +234,3 @@ def _attributes(structure: Any) -> list[str]:
 def _attribute(model: nn.Module, path: str) -> Tensor:
     owner, _, name = path.rpartition(".")
     return getattr(model.get_submodule(owner), name)
-
-
-def why_unplanned(step: Step, m: nn.Module | None) -> str:
-    """Why a step is not fused, for the report."""
-    return f"{type(m).__name__} runs as it is" if m is not None else "a function of torch's"
-
-
-def unplannable(model: nn.Module) -> dict[str, str]:
-    """Modules that a plan cannot fuse for what they are: their path and the reason."""
-    return {path: "a batch norm without running statistics" for path, m in model.named_modules()
-            if isinstance(m, nn.BatchNorm2d) and not is_frozen_bn(m) and m.running_mean is None}
-
-
-# ---------------------------------------------------------------- binding: steps → callables for one input shape
-
-Run = Callable[[dict[str, Any]], Any]
-
-
-def bind(lowered: Lowered, step: Step, values: dict[str, Any], dies: set[str]) -> tuple[Run, str, str]:
-    """(callable over the values, kernel, why) of one step, for the shapes that ``values`` has."""
-    if step.op == "conv_bn_act":
-        return _bind_conv(lowered.filters[step.output], step, values, dies)
-    if step.op == "add_act":
-        return _bind_add(step), "torch", "add and activation"
-    call = lowered.modules[step.target] if step.op == "module" else function(step.target)
-
-    def run(values: dict[str, Any]) -> Any:
-        return call(*fill(step.args, values, lowered.tensors), **fill(step.kwargs, values, lowered.tensors))
-
-    return run, "torch", f"{step.op} {step.target}"
-
-
-def fill(structure: Any, values: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
-    """The structure with values and tensors in place of references."""
-    if isinstance(structure, Value):
-        return values[structure.name]
-    if isinstance(structure, Attribute):
-        return tensors[structure.path]
-    if isinstance(structure, (tuple, list)):
-        return type(structure)(fill(part, values, tensors) for part in structure)
-    if isinstance(structure, dict):
-        return {key: fill(part, values, tensors) for key, part in structure.items()}
-    return structure
-
-
-def _bind_conv(f: Filter, step: Step, values: dict[str, Any], dies: set[str]) -> tuple[Run, str, str]:
-    x_name, act = step.args[0].name, step.act
-    x = values[x_name]
-    wanted = f.weight.shape[1] * f.geometry[3]
-    if x.shape[1] != wanted or min(conv_shape(f, x)[2:]) < 1:
-        raise ValueError(f"plan: step {step.output} ({step.target}) does not fit this input: got {list(x.shape)}, expected {wanted} channels "
-                         f"and at least one output pixel for filters of {list(f.weight.shape)}")
-    residual = None if step.residual is None else values[step.residual.name]
-    if residual is not None and tuple(residual.shape) != conv_shape(f, x):
-        plain = _conv_then_add(f, step)
-        return plain, "torch", "the residual broadcasts"
-    ones = torch.ones(f.bias.shape, dtype=torch.promote_types(f.bias.dtype, torch.float32), device=f.bias.device)
-    args = (x, f.weight, ones, f.bias.to(ones.dtype), residual, None, None, 0.0, *f.geometry, act)
-    chosen, why = choose(describe("conv_bn_act", args))
-    if chosen.id != "aten.conv_bn_act":
-        rest = (*args[1:4], None, None, 0.0, *f.geometry, act)
-        name = step.residual.name if step.residual else None
-        return (lambda v: chosen.fn(v[x_name], *rest[:3], v[name] if name else None, *rest[3:])), chosen.id, why
-    in_place = residual is not None and step.residual.name in dies and residual.dtype == x.dtype
-    if onednn_takes(x, f.weight):
-        # One pixel or one channel is NCHW and NHWC at once: torch 2.11 cannot fuse the add then.
-        in_place = in_place and not residual.is_contiguous()
-        return _bind_onednn(f, step, x, in_place), "aten (oneDNN)", why
-    return _bind_torch(f, step, in_place), "aten", why
-
-
-def _bind_onednn(f: Filter, step: Step, x: Tensor, in_place: bool) -> Run:
-    """oneDNN with bias and add fused (the add in the residual's own memory where nobody reads it again); ReLU in place keeps NaN."""
-    x_name, relu = step.args[0].name, step.act == "relu"
-    weight, bias, (stride, padding, dilation, groups) = f.packed(x), f.bias, f.geometry
-    conv, conv_ = torch.ops.mkldnn._convolution_pointwise, torch.ops.mkldnn._convolution_pointwise_
-    if step.residual is None:
-        def run(v: dict[str, Any]) -> Tensor:
-            out = conv(v[x_name], weight, bias, padding, stride, dilation, groups, "none", [], "")
-            return out.relu_() if relu else out
-        return run
-    name = step.residual.name
-
-    def run_add(v: dict[str, Any]) -> Tensor:
-        if in_place:
-            out = conv_.binary(v[name], v[x_name], weight, bias, padding, stride, dilation, groups, "add", None, None, [], None)
-        else:
-            out = conv(v[x_name], weight, bias, padding, stride, dilation, groups, "none", [], "").add_(v[name])
-        return out.relu_() if relu else out
-
-    return run_add
-
-
-def _bind_torch(f: Filter, step: Step, in_place: bool) -> Run:
-    x_name, relu = step.args[0].name, step.act == "relu"
-    name = step.residual.name if step.residual else None
-
-    def run(v: dict[str, Any]) -> Tensor:
-        out = F.conv2d(v[x_name], f.weight, f.bias, *f.geometry)
-        if name is not None:
-            out = v[name].add_(out) if in_place else out.add_(v[name])
-        return out.relu_() if relu else out
-
-    return run
-
-
-def _conv_then_add(f: Filter, step: Step) -> Run:
-    x_name, name = step.args[0].name, step.residual.name
-
-    def run(v: dict[str, Any]) -> Tensor:
-        out = F.conv2d(v[x_name], f.weight, f.bias, *f.geometry) + v[name]
-        return out.relu_() if step.act == "relu" else out
-
-    return run
-
-
-def conv_shape(f: Filter, x: Tensor) -> tuple[int, ...]:
-    """Shape of the convolution's result."""
-    stride, padding, dilation, _ = f.geometry
-    sizes = [(i + 2 * p - d * (k - 1) - 1) // s + 1 for i, p, d, k, s in
-             zip(x.shape[2:], padding, dilation, f.weight.shape[2:], stride, strict=True)]
-    return (x.shape[0], f.weight.shape[0], *sizes)
-
-
-def _bind_add(step: Step) -> Run:
-    x_name, y_name = (v.name for v in step.args)
-    gate = step.gate.name if step.gate else None
-
-    def run(v: dict[str, Any]) -> Tensor:
-        out = v[x_name] + v[y_name] if gate is None else v[x_name] * v[gate] + v[y_name]
-        return out.relu_() if step.act == "relu" else out
-
-    return run
-
-
-def deaths(lowered: Lowered) -> list[set[str]]:
-    """For each step, the values that nothing reads after it."""
-    last = {name: i for i, step in enumerate(lowered.steps) for name in (step.output, *references(step))}
-    kept = set(names(lowered.output))
-    found: list[set[str]] = [set() for _ in lowered.steps]
-    for name, i in last.items():
-        if name not in kept:
-            found[i].add(name)
-    return found
-
-
-def own_memory(lowered: Lowered) -> set[str]:
-    """Values that lie in memory nobody else can see: results of fused steps and pools that only fused steps and pools read."""
-    pools = ("torch.nn.functional.max_pool2d", "torch.nn.functional.avg_pool2d", "torch.nn.functional.adaptive_avg_pool2d")
-
-    def simple(step: Step) -> bool:
-        return step.op == "conv_bn_act" or step.op == "add_act" or step.target in pools
-
-    found = {step.output for step in lowered.steps if simple(step)} - set(names(lowered.output))
-    for step in lowered.steps:
-        if not simple(step):
-            found -= set(references(step))
-    return found

@@ -3,50 +3,63 @@
 from __future__ import annotations
 
 import threading
-import time
+import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import planned
-from .bound import references
+from .buffers import batchwise, pieces
+from .compared import Comparison, compare
 from .console import table
 from .explain import Explanation, Line
 from .nodes import is_norm, touched
-from .planned import Filter, Lowered, deaths, lower, own_memory
-from .problem import Problem, layout
+from .planned import Lowered, lower, refused
+from .program import Graph, PlanStep, Program
 from .schedule import Schedule, schedule
 from .tracing import Untraceable
 
 SHAPES = 8  # programs (and CUDA graphs) kept at a time, oldest out: a service that sees every shape must not grow without end
+Normalize = tuple[Sequence[float], Sequence[float]]
 
 
 def make(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None, cuda_graph: bool | None, tune: bool, fuse: bool,
-         features: Sequence[str] | None, normalize: tuple[Sequence[float], Sequence[float]] | None, softmax: bool, topk: int | None) -> Plan:
+         features: Sequence[str] | None, normalize: Normalize | None, softmax: bool, topk: int | None) -> Plan:
     """See :func:`resnet_fast.plan`."""
     _check_example(example, normalize)
     if dtype is None:
         dtype = example.dtype if example.is_floating_point() else torch.float32
-    refused = planned.unplannable(model)
-    if refused:
-        raise ValueError("plan: cannot plan " + "; ".join(f"{path or type(model).__name__}: {why}" for path, why in refused.items()))
+    found = _schedule(model, fuse, features)
+    made = Plan(lower(found, model, dtype, example.device), dtype, example.device, cuda_graph=cuda_graph, normalize=normalize,
+                softmax=softmax, topk=topk, source=(weakref.ref(model), fuse, features))
+    if tune:
+        made.tune(example)
+    made.build(example)
+    return made
+
+
+def _schedule(model: nn.Module, fuse: bool, features: Sequence[str] | None) -> Schedule:
+    """The whole network's schedule, or ValueError with everything that stands against it."""
+    name = type(model).__name__
+
+    def check(why: dict[str, str]) -> None:
+        if why:
+            raise ValueError(f"plan: cannot plan {name}: " + "; ".join(f"{what}: {reason}" for what, reason in why.items()))
+
+    check(refused(model))
     try:
         found = schedule(model, _leaf, training=False, lone=True, fuse=fuse, outputs=features)
     except Untraceable as reason:
-        raise ValueError(f"plan: {type(model).__name__} cannot be planned: {reason}") from None
+        raise ValueError(f"plan: {name} cannot be planned: {reason}") from None
     if len(found.inputs) != 1:
-        raise ValueError(f"plan: {type(model).__name__}: got {len(found.inputs)} inputs ({', '.join(found.inputs)}), expected one tensor")
-    made = Plan(found, lower(found, model, dtype, example.device), dtype, example.device, cuda_graph=cuda_graph, normalize=normalize,
-                softmax=softmax, topk=topk, model=model)
-    if tune:
-        made.tune(example)
-    made(example)
-    return made
+        raise ValueError(f"plan: {name}: got {len(found.inputs)} inputs ({', '.join(found.inputs)}), expected one tensor")
+    check(refused(model, found))
+    return found
 
 
 def _leaf(path: str, m: nn.Module) -> bool:
@@ -59,77 +72,130 @@ def _check_example(example: Tensor, normalize: Any) -> None:
         shape = list(example.shape) if isinstance(example, Tensor) else type(example).__name__
         raise ValueError(f"plan: example: got {shape}, expected one 4-D tensor [N, C, H, W]")
     if (normalize is not None) != (example.dtype == torch.uint8):
-        raise ValueError(f"plan: example: got {example.dtype} with normalize={normalize}, expected uint8 [N, H, W, 3] with normalize=(mean, std), "
-                         "or a floating dtype without")
+        raise ValueError(f"plan: example: got {example.dtype} with normalize={normalize}, expected uint8 [N, H, W, 3] with "
+                         "normalize=(mean, std), or a floating dtype without")
 
 
 class Plan:
     """A network as steps over folded weights. Call it with images; print it for its steps. Outputs are the caller's own. Thread-safe."""
 
-    def __init__(self, found: Schedule | None, lowered: Lowered, dtype: torch.dtype, device: torch.device, *, cuda_graph: bool | None,
-                 normalize: Any, softmax: bool, topk: int | None, model: nn.Module | None) -> None:
-        self._schedule, self._lowered, self.dtype, self.device = found, _shared(lowered), dtype, torch.device(device)
-        self.cuda_graph = self.device.type == "cuda" if cuda_graph is None else cuda_graph
-        self.normalize, self.softmax, self.topk = normalize, softmax, topk
-        self._model = None if model is None else weakref.ref(model)
-        self._programs: OrderedDict[tuple, _Program] = OrderedDict()
-        self._lock = threading.Lock()
+    def __init__(self, lowered: Lowered, dtype: torch.dtype, device: torch.device, *, cuda_graph: bool | None, normalize: Any,
+                 softmax: bool, topk: int | None, source: tuple | None = None) -> None:
+        self._lowered, self.dtype, self.device = lowered, dtype, _indexed(device)
+        self.cuda_graph, self.normalize, self.softmax, self.topk = cuda_graph, normalize, softmax, topk
+        self._source = source  # a weak reference to the model, and how its schedule was made
+        self._lock, self._replaying = threading.RLock(), threading.Lock()
         self.notes: list[str] = []
+        self._forget()
+
+    def _forget(self) -> None:
+        """Everything that follows from weights and device."""
+        self._batchwise = self.device.type == "cpu" and batchwise(self._lowered)
+        self._programs: OrderedDict[tuple[int, ...], Program] = OrderedDict()
+        self._last: Program | None = None
+        self._made_for: tuple[int, ...] | None = None
+        self._pool = self._replayed = None
 
     # ------------------------------------------------------------ running
 
-    @property
-    def steps(self) -> tuple:
-        """The steps, as data."""
-        return self._lowered.steps
-
     def __call__(self, x: Tensor) -> Any:
         """Run on [N, C, H, W] (uint8 [N, H, W, 3] if made with ``normalize``); raises ValueError for what the plan was not made for."""
-        with torch.inference_mode():
+        with _quiet(self.device):
             x = self._prepared(x)
-            return self._finish(self._program(x)(x))
+            sizes = self._pieces(x)
+            if len(sizes) == 1:
+                return self._finish(self._run(x))
+            return self._finish(_joined([self._run(piece) for piece in x.split(sizes)]))
+
+    def build(self, example: Tensor) -> None:
+        """Choose kernels and pack weights for such an input by running it (on a CPU, two images of it) once."""
+        with _quiet(self.device):
+            x = self._prepared(example)
+            if len(self._pieces(x)) == 1:
+                self._run(x)
 
     def _prepared(self, x: Tensor) -> Tensor:
         """The input as the first step wants it: checked, normalised, in the plan's dtype, NHWC."""
-        if not isinstance(x, Tensor) or x.dim() != 4 or x.device.type != self.device.type:
+        if not isinstance(x, Tensor) or x.dim() != 4 or x.device != self.device:
             got = f"{x.dim()}-D on {x.device}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"plan: got a {got} input, expected 4-D on {self.device}")
         if self.normalize is not None:
             if x.dtype != torch.uint8 or x.shape[3] != 3:
                 raise ValueError(f"plan: got {x.dtype} {list(x.shape)}, expected uint8 [N, H, W, 3]: the plan normalises by itself")
             mean, std = (torch.tensor(v, dtype=torch.float32, device=x.device) * 255 for v in self.normalize)
-            return ((x.float() - mean) / std).to(self.dtype).permute(0, 3, 1, 2)
+            return ((x - mean) / std).to(self.dtype).permute(0, 3, 1, 2)
         if not x.is_floating_point():
             raise ValueError(f"plan: got {x.dtype}, expected a floating dtype (uint8 photographs: plan(..., normalize=(mean, std)))")
         return x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+
+    def _pieces(self, x: Tensor) -> list[int]:
+        """How many images go through at a time; an image size that is new is tried with two."""
+        if not self._batchwise or len(x) < 3:
+            return [len(x)]
+        key = (2, *x.shape[1:])
+        if key not in self._programs:
+            self._run(x[:2])
+        probe = self._programs.get(key)
+        return pieces(len(x), probe.largest // 2) if probe else [len(x)]
+
+    def _run(self, x: Tensor) -> Any:
+        with self._lock:
+            program = self._programs.get(tuple(x.shape))
+            if program is None:
+                return self._built(x)
+            self._programs.move_to_end(tuple(x.shape))
+        if program.graph is not None:
+            return self._replay(program.graph, x)
+        return _own(program(x), x, self._lowered)
+
+    def _built(self, x: Tensor) -> Any:
+        """Bind, and on a GPU capture, the program for a new shape; its answer."""
+        graph = self.device.type == "cuda" and self.cuda_graph is not False and x.numel() > 0
+        try:
+            program = Program(self._lowered, x, graph=graph)
+        except ValueError as problem:
+            made_for = f" (the plan was made for {list(self._made_for)})" if self._made_for else ""
+            raise ValueError(f"plan: got {list(x.shape)}{made_for}: {problem}") from problem
+        answer, program.answer = _own(program.answer, x, self._lowered), None
+        if graph:
+            self._capture(program, x)
+        self._programs[tuple(x.shape)] = self._last = program
+        self._made_for = self._made_for or tuple(x.shape)
+        while len(self._programs) > SHAPES:
+            self._programs.popitem(last=False)
+        return answer
+
+    def _capture(self, program: Program, x: Tensor) -> None:
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        try:
+            program.graph = Graph(program, x, self._pool)
+        except (RuntimeError, ValueError) as problem:
+            if self.cuda_graph:
+                raise
+            self.notes.append(f"no CUDA graph for {list(x.shape)}, its steps run one by one: {problem}")
+            warnings.warn(f"plan: {self.notes[-1]}", stacklevel=5)
+
+    def _replay(self, graph: Graph, x: Tensor) -> Any:
+        """One at a time, on whatever streams the callers are: the graphs share their memory."""
+        with self._replaying:
+            stream = torch.cuda.current_stream(self.device)
+            if self._replayed is not None:
+                stream.wait_event(self._replayed)
+            answer = graph.replay(x)
+            self._replayed = stream.record_event()
+        return answer
 
     def _finish(self, out: Any) -> Any:
         if self.softmax or self.topk:
             out = torch.softmax(out.float(), 1)
         return tuple(torch.topk(out, self.topk, 1)) if self.topk else out
 
-    def _program(self, x: Tensor) -> _Program:
-        key = tuple(x.shape)
-        with self._lock:
-            found = self._programs.get(key)
-            if found is None:
-                found = self._programs[key] = _Program(self._lowered, x)
-                if self.cuda_graph and self.device.type == "cuda" and x.numel():
-                    note = found.capture(x)
-                    self.notes += [note] if note else []
-                while len(self._programs) > SHAPES:
-                    self._programs.popitem(last=False)
-            self._programs.move_to_end(key)
-            return found
-
     # ------------------------------------------------------------ looking
 
-    def __str__(self) -> str:
-        rows = [(s.output, s.op, s.target, s.act, s.residual.name if s.residual else "") for s in self.steps]
-        head = f"plan of {len(rows)} steps, {str(self.dtype).removeprefix('torch.')} on {self.device}, {self.weight_bytes / 1e6:.1f} MB of weights"
-        return "\n".join([head, table(("value", "op", "what", "act", "residual"), rows), *self.notes])
-
-    __repr__ = __str__
+    @property
+    def steps(self) -> tuple[PlanStep, ...]:
+        """The steps as data; with kernels, shapes and FLOPs as for the input shape that was built last."""
+        return tuple(self._last.steps) if self._last else tuple(map(PlanStep.of, self._lowered.steps))
 
     @property
     def weight_bytes(self) -> int:
@@ -138,58 +204,63 @@ class Plan:
         return sum(t.nbytes for t in held)
 
     @property
+    def activation_bytes(self) -> int:
+        """Most bytes of activations alive at a time in the input shape that was built last; 0 before the first."""
+        return self._last.peak if self._last else 0
+
+    @property
     def unfused(self) -> dict[str, str]:
-        """What is not a fused step, and why: by the step's target."""
-        return {s.target: planned.why_unplanned(s, self._lowered.modules.get(s.target)) for s in self.steps if s.op in ("module", "function")}
+        """What is not a fused step, and what it is, by module or function."""
+        return {s.name: "a module that runs as it is" if s.op == "module" else s.target
+                for s in self.steps if s.op in ("module", "function")}
+
+    def __str__(self) -> str:
+        def size(shape: tuple[int, ...]) -> str:
+            return "×".join(map(str, shape))
+
+        rows = [(s.name, s.what, size(s.reads[0]) if s.reads else "", size(s.shape), f"{s.flops / 1e9:.2f}" if s.flops else "",
+                 s.kernel) for s in self.steps]
+        head = (f"plan of {len(rows)} steps, {str(self.dtype).removeprefix('torch.')} on {self.device}, "
+                f"{self.weight_bytes / 1e6:.1f} MB of weights, {self.activation_bytes / 1e6:.1f} MB of activations")
+        body = table(("step", "what", "in", "out", "GFLOP", "kernel"), rows, right=(4,))
+        return "\n".join([head, body, *self.notes])
+
+    __repr__ = __str__
 
     def explain(self, x: Tensor) -> Explanation:
         """Which kernel runs each step on such an input, and why."""
-        with torch.inference_mode():
+        with _quiet(self.device):
             x = self._prepared(x)
-            return Explanation(Line(step.target, step.op, kernel, why, problem) for step, kernel, why, problem in
-                               self._program(x).explained)
+            self._run(x)
+            with self._lock:
+                program = self._programs[tuple(x.shape)]
+            return Explanation(Line(s.target, s.op, s.kernel, s.why, s.problem) for s in program.steps)
 
-    def compare(self, other: Plan, x: Tensor) -> str:
-        """Both plans step by step on one input: for each value that both have, its distance (relative RMS) and both times since the last, in ms."""
-        from .testing import error  # the judge is not needed to run
-        mine, theirs = self._trace(x), other._trace(x)
-        rows, spent = [], [0.0, 0.0]
-        for name, (value, seconds) in mine.items():
-            spent[0] += seconds
-            if name in theirs and isinstance(value, Tensor):
-                spent[1] = sum(s for other_name, (_, s) in theirs.items() if _not_after(theirs, other_name, name)) - sum(r[3] for r in rows) / 1e3
-                distance = error(value, theirs[name][0].double()).rms
-                rows.append((name, f"{distance:.1e}", spent[0] * 1e3, spent[1] * 1e3))
-                spent = [0.0, 0.0]
-        return table(("value", "distance", "ms", "other's ms"), [(n, d, f"{a:.2f}", f"{b:.2f}") for n, d, a, b in rows], right=(1, 2, 3))
+    def compare(self, other: Plan, x: Tensor) -> Comparison:
+        """Both plans step by step on one input, by distance and time; ``other`` is of the same model, say with ``fuse=False``."""
+        return compare(self._kept(x), other._kept(x))
 
-    def _trace(self, x: Tensor) -> dict[str, tuple[Any, float]]:
-        with torch.inference_mode():
-            x = self._prepared(x)
-            return _Program(self._lowered, x, keep=True).values
+    def _kept(self, x: Tensor) -> Program:
+        with _quiet(self.device):
+            return Program(self._lowered, self._prepared(x), keep=True)
 
     # ------------------------------------------------------------ changing
 
     def refresh(self) -> Plan:
-        """Take the model's present weights; raises RuntimeError if the model is gone (or the plan was loaded)."""
-        model = self._model() if self._model else None
+        """Take the model as it is now; raises RuntimeError if it is gone (or the plan was loaded)."""
+        model = self._source[0]() if self._source else None
         if model is None:
             raise RuntimeError("plan: the model that this plan was made of is gone: make a new plan")
-        return self._replace(lower(self._schedule, model, self.dtype, self.device), self.device)
+        return self._replace(lower(_schedule(model, *self._source[1:]), model, self.dtype, self.device), self.device)
 
     def to(self, device: torch.device | str) -> Plan:
         """Move the weights to another device, in place."""
-        device = torch.device(device)
-        held = self._lowered
-        filters = {k: Filter(f.weight.to(device), f.bias.to(device), f.geometry) for k, f in held.filters.items()}
-        tensors = {k: t.to(device) for k, t in held.tensors.items()}
-        moved = Lowered(held.steps, held.inputs, held.output, filters, tensors, {k: m.to(device) for k, m in held.modules.items()})
-        return self._replace(moved, device)
+        return self._replace(self._lowered.to(_indexed(device)), _indexed(device))
 
     def _replace(self, lowered: Lowered, device: torch.device) -> Plan:
         with self._lock:
-            self._lowered, self.device = _shared(lowered), device
-            self._programs.clear()
+            self._lowered, self.device = lowered, device
+            self._forget()
         return self
 
     def tune(self, example: Tensor) -> None:
@@ -197,128 +268,44 @@ class Plan:
         if self.device.type != "cuda":
             raise ValueError(f"plan: tune measures GPU kernels, this plan is on {self.device}")
         from . import autotune
-        with torch.inference_mode():
-            problems = [line.problem for line in self.explain(example) if line.problem is not None]
+        problems = [line.problem for line in self.explain(example) if line.problem is not None]
         autotune.tune(list(dict.fromkeys(problems)))
         with self._lock:
-            self._programs.clear()
+            self._forget()
 
     def save(self, path: str | Path) -> None:
-        """Write schedule and weights; :func:`load_plan` reads them. Raises ValueError if a module that is not data is part of the plan."""
+        """Write schedule and weights; ``load_plan`` reads them. Raises ValueError if a module that is not data is part of the plan."""
         from .planfile import save
         save(self, path)
 
 
-def _not_after(values: dict[str, Any], name: str, end: str) -> bool:
-    order = list(values)
-    return order.index(name) <= order.index(end)
+def _indexed(device: torch.device | str) -> torch.device:
+    device = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
 
 
-class _Program:
-    """A plan's steps bound to kernels for one input shape, and on a GPU their graph. Running it once is how it is built."""
-
-    def __init__(self, lowered: Lowered, x: Tensor, keep: bool = False) -> None:
-        self._lowered, self._input = lowered, lowered.inputs[0]
-        self._calls: list[tuple[str, planned.Run, tuple[str, ...], str]] = []
-        self.explained: list[tuple] = []
-        self.values: dict[str, tuple[Any, float]] = {}
-        self._graph = None
-        values: dict[str, Any] = {self._input: x}
-        own = own_memory(lowered)
-        for step, dead in zip(lowered.steps, deaths(lowered), strict=True):
-            reads = set(references(step))
-            dies = set() if keep else dead & own & reads - ({step.args[0].name} if step.op == "conv_bn_act" else set())
-            run, kernel, why = planned.bind(lowered, step, values, dies)
-            self.explained.append((step, kernel, why, self._problem(step, values)))
-            start = time.perf_counter()
-            values[step.output] = _named(step, run, values)
-            self.values[step.output] = values[step.output] if not keep else (values[step.output], time.perf_counter() - start)
-            drop = () if keep else tuple(dead)
-            for name in drop:
-                values.pop(name, None)
-            self._calls.append((step.output, run, drop, step.target))
-        if not keep:
-            self.values = {}
-
-    def _problem(self, step: Any, values: dict[str, Any]) -> Problem | None:
-        if step.op != "conv_bn_act":
-            return None
-        x, f = values[step.args[0].name], self._lowered.filters[step.output]
-        stride, padding, dilation, groups = f.geometry
-        residual = None if step.residual is None else layout(values[step.residual.name])
-        capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
-        return Problem("conv_bn_act", x.device.type, x.dtype, tuple(x.shape), layout(x), tuple(f.weight.shape), tuple(stride), tuple(padding),
-                       tuple(dilation), groups, residual, False, False, step.act, capability)
-
-    def __call__(self, x: Tensor) -> Any:
-        if self._graph is not None:
-            with self._replaying:
-                self._static.copy_(x)
-                self._graph.replay()
-                return _own(self._answer)
-        return _own_views(self._run(x), x)
-
-    def _run(self, x: Tensor) -> Any:
-        values: dict[str, Any] = {self._input: x}
-        for name, run, drop, target in self._calls:
-            try:
-                values[name] = run(values)
-            except RuntimeError as problem:
-                raise type(problem)(f"plan: step {name} ({target}): {problem}") from problem
-            for dead in drop:
-                values.pop(dead, None)
-        return planned.fill(self._lowered.output, values, self._lowered.tensors)
-
-    def capture(self, x: Tensor) -> str | None:
-        """Record one CUDA graph; a sentence if that fails, and the steps then run one by one."""
-        self._replaying, self._static = threading.Lock(), x.clone(memory_format=torch.preserve_format)
-        side = torch.cuda.Stream(x.device)
-        side.wait_stream(torch.cuda.current_stream(x.device))
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.stream(side):
-                self._run(self._static)  # warms up allocator and handles outside the capture
-            torch.cuda.current_stream(x.device).wait_stream(side)
-            with torch.cuda.graph(graph):
-                self._answer = self._run(self._static)
-        except RuntimeError as problem:
-            return f"no CUDA graph for {list(x.shape)}, its steps run one by one: {problem}"
-        self._graph = graph
-        return None
+@contextmanager
+def _quiet(device: torch.device) -> Iterator[None]:
+    """No gradients, and no autocast: it would cast what the plan has in its dtype already."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
-def _named(step: Any, run: planned.Run, values: dict[str, Any]) -> Any:
-    try:
-        return run(values)
-    except RuntimeError as problem:
-        raise ValueError(f"plan: step {step.output} ({step.target}) does not fit this input: {problem}") from problem
+def _joined(parts: list[Any]) -> Any:
+    """The pieces' nested results as one batch's."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(parts)
+    if isinstance(first, dict):
+        return type(first)((key, _joined([part[key] for part in parts])) for key in first)
+    return type(first)(_joined(list(group)) for group in zip(*parts, strict=True))
 
 
-def _own(result: Any) -> Any:
-    """Copies: a graph's outputs lie in its own memory, and the next replay would change the caller's earlier answer."""
+def _own(result: Any, x: Tensor, lowered: Lowered) -> Any:
+    """The nested result, copied where it lies in the input's memory or in a weight's."""
     if isinstance(result, Tensor):
-        return result.clone()
-    return type(result)((k, _own(v)) for k, v in result.items()) if isinstance(result, dict) else type(result)(map(_own, result))
-
-
-def _own_views(result: Any, x: Tensor) -> Any:
-    """The result itself, copied only where it is the input's memory."""
-    if isinstance(result, Tensor):
-        return result.clone() if result.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() else result
+        lent = {t.untyped_storage().data_ptr() for t in (x, *lowered.tensors.values())}
+        return result.clone() if result.untyped_storage().data_ptr() in lent else result
     if isinstance(result, dict):
-        return type(result)((k, _own_views(v, x)) for k, v in result.items())
-    return type(result)(_own_views(v, x) for v in result) if isinstance(result, (tuple, list)) else result
-
-
-_filters: weakref.WeakSet[Filter] = weakref.WeakSet()
-
-
-def _shared(lowered: Lowered) -> Lowered:
-    """Filters that a living plan holds with the very same values are taken from it: plans of one model share their weights."""
-    for name, f in lowered.filters.items():
-        found = next((g for g in list(_filters) if g.weight.shape == f.weight.shape and g.same(f)), None)
-        if found is None:
-            _filters.add(f)
-        else:
-            lowered.filters[name] = found
-    return lowered
+        return type(result)((k, _own(v, x, lowered)) for k, v in result.items())
+    return type(result)(_own(v, x, lowered) for v in result) if isinstance(result, (tuple, list)) else result

@@ -60,7 +60,8 @@ class Schedule:
     ``inlined``: modules whose forward was looked into; ``skipped``: those that no step calls because a fused one
     stands for them; ``opaque``: those that stay one call and why; ``left``: convolutions with a batch norm that are
     not fused, and why; ``returned``: what each module that was called returned; ``idle``: inlined modules to which no
-    fused step owes anything; ``writes_inputs``: the forward may write to what it is given.
+    fused step owes anything; ``writes_inputs``: the forward may write to what it is given;
+    ``entangled``: steps that write in place what is read later by another name.
     """
 
     inputs: tuple[str, ...]
@@ -73,6 +74,7 @@ class Schedule:
     left: dict[str, str] = field(default_factory=dict)
     returned: dict[str, Any] = field(default_factory=dict)
     writes_inputs: bool = False
+    entangled: tuple[str, ...] = ()
 
     @property
     def fused(self) -> list[Step]:
@@ -193,7 +195,9 @@ class _Matcher:
             left={n.target: why for n in self.nodes if n not in self.chains and (why := self._why_left(n))},
             returned={p: _map(r, _reference) for p, r in self.traced.returned.items()},
             writes_inputs=any(self.memory[w] is self.memory[n] for written in self.writes.values() for w in written
-                              for n in self.traced.inputs))
+                              for n in self.traced.inputs),
+            entangled=tuple(n.name for n in self.writes if n not in self.chains and not _is_opaque(n, self.modules)
+                            and self._seen_later(n)))
 
     def _idle(self) -> tuple[str, ...]:
         def inside(nodes: Iterable[fx.Node]) -> set[str]:
@@ -248,14 +252,17 @@ class _Matcher:
         return True
 
     def _private(self, node: fx.Node) -> bool:
-        """Whether nobody but the readers of its result can see what this node writes in place."""
-        for written in self.writes.get(node, ()):
-            for value in self.nodes[:self.position[node]]:
-                if self.memory[value] is self.memory[written] and (
-                        value.op in ("placeholder", "get_attr") or value in self.results
-                        or any(self.position[user] > self.position[node] for user in value.users)):
-                    return False
-        return True
+        """Whether nobody but the readers of its result can see what this node writes in place, the caller included."""
+        lent = [n for n in self.nodes if n.op in ("placeholder", "get_attr")]
+        return not self._seen_later(node) and not any(
+            self.memory[w] is self.memory[n] for w in self.writes.get(node, ()) for n in lent)
+
+    def _seen_later(self, node: fx.Node) -> bool:
+        """Whether what this node writes in place is read later by another name than its result."""
+        written = {self.memory[w] for w in self.writes.get(node, ())}
+        return any(self.memory[value] in written and (
+            value in self.results or any(self.position[user] > self.position[node] for user in value.users))
+            for value in self.nodes[:self.position[node]])
 
     def _why_left(self, conv: fx.Node) -> str | None:
         """Why a convolution that a batch norm reads is not fused with it; None if none does."""
@@ -293,6 +300,11 @@ class _Matcher:
             return Step("add_act", chain[i].name, node.name, (x, other), {}, paths, None, gate, act)
         both = tuple(Value(a.name) for a in chain[0].args)
         return Step("add_act", chain[0].name, node.name, both, {}, paths, None, None, act)
+
+
+def _is_opaque(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """A call of a module that is not torch's: nothing is known of what it writes."""
+    return node.op == "call_module" and not type(modules[node.target]).__module__.startswith("torch.nn.")
 
 
 def _plain_step(node: fx.Node) -> Step:

@@ -1,0 +1,299 @@
+"""A plan's steps bound to kernels for one input shape, run one after another, and on a GPU as one graph."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .buffers import deaths, own_memory
+from .dispatch import Kernel, choose, describe, find
+from .kernels.aten import onednn_takes
+from .nodes import function
+from .planned import Filter, Lowered
+from .problem import Problem
+from .schedule import Attribute, Step, Value, references
+
+Values = dict[str, Any]
+Run = Callable[[Values], Any]
+
+
+@dataclass(frozen=True)
+class PlanStep:
+    """One step as it runs: ``output`` names its value, ``target`` its convolution, module or function, ``modules`` all that it stands for.
+
+    For the input shape that was last built: ``kernel`` and ``why`` it was chosen, shapes read and returned, two FLOPs for each multiply-add
+    (convolutions and linear layers only), and the convolution's ``problem``.
+    """
+
+    output: str
+    op: str
+    target: str
+    modules: tuple[str, ...]
+    residual: str | None
+    act: str
+    kernel: str = ""
+    why: str = ""
+    reads: tuple[tuple[int, ...], ...] = ()
+    shape: tuple[int, ...] = ()
+    flops: int = 0
+    problem: Problem | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        """The module that it stands for, or the function's name."""
+        return self.modules[0] if self.modules else self.target
+
+    @property
+    def what(self) -> str:
+        """What it does in a word or two."""
+        short = self.target.rpartition(".")[2] if self.op == "function" else self.op
+        return " ".join([short, *(["+", self.residual] if self.residual else []), *([self.act] if self.act != "none" else [])])
+
+    @classmethod
+    def of(cls, step: Step, **ran: Any) -> PlanStep:
+        residual = step.residual.name if step.residual else None
+        return cls(step.output, step.op, step.target, step.modules, residual, step.act, **ran)
+
+
+class Program:
+    """Built by running it once: ``answer`` is what that gave. ``largest``: bytes of its largest value; ``peak``: bytes alive at most.
+
+    With ``keep`` no value dies and ``values`` holds each with the seconds that it took, the least of three runs.
+    """
+
+    def __init__(self, lowered: Lowered, x: Tensor, *, graph: bool = False, keep: bool = False) -> None:
+        self._lowered = lowered
+        self._calls: list[tuple[Step, Run, frozenset[str]]] = []
+        self.steps: list[PlanStep] = []
+        self.values: dict[str, tuple[Any, float]] = {}
+        self.graph: Graph | None = None
+        self.largest = self.peak = x.nbytes
+        values: Values = {lowered.inputs[0]: x}
+        own = own_memory(lowered)
+        for step, dead in zip(lowered.steps, deaths(lowered), strict=True):
+            if keep:
+                dead = set()
+            writable = dead & own - ({step.args[0].name} if step.op == "conv_bn_act" else set())
+            run, kernel, why, problem = _bind(lowered, step, values, writable, graph)
+            reads = tuple(tuple(v.shape) for name in references(step) if isinstance(v := values[name], Tensor))
+            out = values[step.output] = _named(step, run, values)
+            shape = tuple(out.shape) if isinstance(out, Tensor) else ()
+            self.steps.append(PlanStep.of(step, kernel=kernel, why=why, reads=reads, shape=shape, problem=problem,
+                                          flops=_flops(lowered, step, shape)))
+            if keep:
+                self.values[step.output] = out, min(_seconds(step, run, values) for _ in range(3))
+            alive = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in values.values() if isinstance(v, Tensor)}
+            self.largest, self.peak = max(self.largest, *alive.values()), max(self.peak, sum(alive.values()))
+            for name in dead:
+                values.pop(name, None)
+            self._calls.append((step, run, frozenset(dead)))
+        self.answer = _fill(lowered.output, values, lowered.tensors)
+
+    def __call__(self, x: Tensor) -> Any:
+        """The steps one by one; what fails is named."""
+        values: Values = {self._lowered.inputs[0]: x}
+        for step, run, dead in self._calls:
+            values[step.output] = _named(step, run, values)
+            for name in dead:
+                del values[name]
+        return _fill(self._lowered.output, values, self._lowered.tensors)
+
+
+def _named(step: Step, run: Run, values: Values) -> Any:
+    try:
+        return run(values)
+    except (RuntimeError, TypeError, ValueError) as problem:
+        raise ValueError(f"plan: step {step.output} ({step.target}) failed on this input: {problem}") from problem
+
+
+def _seconds(step: Step, run: Run, values: Values) -> float:
+    def now() -> float:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    start = now()
+    _named(step, run, values)
+    return now() - start
+
+
+def _flops(lowered: Lowered, step: Step, shape: tuple[int, ...]) -> int:
+    filter_ = lowered.filters.get(step.output)
+    if filter_ is not None and len(shape) == 4:
+        return 2 * shape[0] * shape[2] * shape[3] * filter_.weight.numel()
+    if step.target == "torch.nn.functional.linear" and shape:
+        return 2 * lowered.tensors[step.args[1].path].numel() * (torch.Size(shape[:-1]).numel())
+    return 0
+
+
+def _fill(structure: Any, values: Values, tensors: dict[str, Tensor]) -> Any:
+    """The structure with values and tensors in place of references."""
+    if isinstance(structure, Value):
+        return values[structure.name]
+    if isinstance(structure, Attribute):
+        return tensors[structure.path]
+    if isinstance(structure, (tuple, list)):
+        return type(structure)(_fill(part, values, tensors) for part in structure)
+    if isinstance(structure, dict):
+        return type(structure)((key, _fill(part, values, tensors)) for key, part in structure.items())
+    if isinstance(structure, slice):
+        return slice(*(_fill(part, values, tensors) for part in (structure.start, structure.stop, structure.step)))
+    return structure
+
+
+# ---------------------------------------------------------------- binding a step for the shapes that it meets
+
+def _bind(lowered: Lowered, step: Step, values: Values, writable: set[str], graph: bool) -> tuple[Run, str, str, Problem | None]:
+    """(callable over the values, kernel, why it, problem); ``writable`` are the values whose memory the step may take for its own."""
+    if step.op == "conv_bn_act":
+        return _bind_conv(lowered.filters[step.output], step, values, writable, graph)
+    if step.op == "add_act":
+        return _bind_add(step), "torch", "add and activation", None
+    call = lowered.modules[step.target] if step.op == "module" else function(step.target)
+
+    def run(v: Values) -> Any:
+        return call(*_fill(step.args, v, lowered.tensors), **_fill(step.kwargs, v, lowered.tensors))
+
+    return run, "torch", "a module that is no data" if step.op == "module" else "a function of torch's", None
+
+
+def _bind_conv(f: Filter, step: Step, values: Values, writable: set[str], graph: bool) -> tuple[Run, str, str, Problem | None]:
+    x = values[step.args[0].name]
+    wanted = f.weight.shape[1] * f.geometry[3]
+    if x.dim() != 4 or x.shape[1] != wanted or min(_conv_shape(f, x)[2:]) < 1:
+        raise ValueError(f"plan: step {step.output} ({step.target}) does not fit this input: got {list(x.shape)}, expected "
+                         f"{wanted} channels and at least one output pixel for filters of {list(f.weight.shape)}")
+    residual = None if step.residual is None else values[step.residual.name]
+    if residual is not None and tuple(residual.shape) != _conv_shape(f, x):
+        return _bind_torch(f, step, False, torch.add), "torch", "the residual broadcasts", None
+    shift = f.bias.to(torch.promote_types(f.bias.dtype, torch.float32))
+    affine = (torch.ones_like(shift), shift)
+    problem = describe("conv_bn_act", (x, f.weight, *affine, residual, None, None, 0.0, *f.geometry, step.act))
+    chosen, why = _choose(problem, graph)
+    in_place = residual is not None and step.residual.name in writable and residual.dtype == x.dtype
+    if chosen.id == "aten.cudnn_fused":
+        return _bind_cudnn(f, step), chosen.id, why, problem
+    if chosen.id != "aten.conv_bn_act":
+        return _bind_kernel(chosen, f, affine, step), chosen.id, why, problem
+    if onednn_takes(x, f.weight):
+        # One pixel or one channel is NCHW and NHWC at once: torch 2.11 cannot fuse the add then.
+        in_place = in_place and not residual.is_contiguous()
+        return _bind_onednn(f, step, x, in_place), "aten (oneDNN)", why, problem
+    return _bind_torch(f, step, in_place), "aten", why, problem
+
+
+def _choose(problem: Problem, graph: bool) -> tuple[Kernel, str]:
+    """As every op chooses; inside a CUDA graph, where host time is nothing, by the times measured there."""
+    chosen, why = choose(problem)
+    if not graph or problem.device != "cuda" or why.startswith("forced"):
+        return chosen, why
+    from . import tables
+    entry = tables.lookup(problem, graph=True)
+    if entry is None or find(entry["kernel"]).reason(problem) is not None:
+        return find("aten", "conv_bn_act"), "default"
+    return find(entry["kernel"]), f"measured in a graph on {tables.gpu_name()}"
+
+
+def _names(step: Step) -> tuple[str, str | None, bool]:
+    return step.args[0].name, step.residual.name if step.residual else None, step.act == "relu"
+
+
+def _bind_kernel(chosen: Kernel, f: Filter, affine: tuple[Tensor, Tensor], step: Step) -> Run:
+    x, residual, _ = _names(step)
+    rest = (None, None, 0.0, *f.geometry, step.act)
+    return lambda v: chosen.fn(v[x], f.weight, *affine, v[residual] if residual else None, *rest)
+
+
+def _bind_cudnn(f: Filter, step: Step) -> Run:
+    """The fused call on the folded weight itself; the kernel's own function would fold anew each time."""
+    x, residual, _ = _names(step)
+    if residual is None:
+        return lambda v: torch.cudnn_convolution_relu(v[x], f.weight, f.bias, *f.geometry)
+    return lambda v: torch.cudnn_convolution_add_relu(v[x], f.weight, v[residual], 1.0, f.bias, *f.geometry)
+
+
+def _bind_onednn(f: Filter, step: Step, example: Tensor, in_place: bool) -> Run:
+    """Bias and add fused (the add in the residual's memory where nobody reads it again); our own ReLU, in place, keeps NaN."""
+    x, residual, relu = _names(step)
+    stride, padding, dilation, groups = f.geometry
+    filters = f.packed(example), f.bias, padding, stride, dilation, groups
+    conv, conv_ = torch.ops.mkldnn._convolution_pointwise.default, torch.ops.mkldnn._convolution_pointwise_.binary
+
+    def run(v: Values) -> Tensor:
+        if in_place:
+            out = conv_(v[residual], v[x], *filters, "add", None, None, [], None)
+        else:
+            out = conv(v[x], *filters, "none", [], "")
+            if residual is not None:
+                out.add_(v[residual])
+        return out.relu_() if relu else out
+
+    return run
+
+
+def _bind_torch(f: Filter, step: Step, in_place: bool, add: Callable[[Tensor, Tensor], Tensor] = Tensor.add_) -> Run:
+    x, residual, relu = _names(step)
+
+    def run(v: Values) -> Tensor:
+        out = F.conv2d(v[x], f.weight, f.bias, *f.geometry)
+        if residual is not None:
+            out = v[residual].add_(out) if in_place else add(out, v[residual])
+        return out.relu_() if relu else out
+
+    return run
+
+
+def _conv_shape(f: Filter, x: Tensor) -> tuple[int, ...]:
+    stride, padding, dilation, _ = f.geometry
+    sizes = [(i + 2 * p - d * (k - 1) - 1) // s + 1 for i, p, d, k, s in
+             zip(x.shape[2:], padding, dilation, f.weight.shape[2:], stride, strict=True)]
+    return (x.shape[0], f.weight.shape[0], *sizes)
+
+
+def _bind_add(step: Step) -> Run:
+    x, y = (v.name for v in step.args)
+    gate = step.gate.name if step.gate else None
+
+    def run(v: Values) -> Any:
+        out = v[x] + v[y] if gate is None else v[x] * v[gate] + v[y]
+        return torch.relu_(out) if step.act == "relu" else out
+
+    return run
+
+
+# ---------------------------------------------------------------- a GPU's graph
+
+class Graph:
+    """One input shape's steps as a CUDA graph over a static input. Graphs of a plan share ``pool``, so they run one at a time."""
+
+    def __init__(self, program: Program, x: Tensor, pool: Any) -> None:
+        self._static = x.clone(memory_format=torch.preserve_format)
+        side = torch.cuda.Stream(x.device)
+        side.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(side):
+            program(self._static)  # lazy handles and workspaces come into being outside the capture
+        torch.cuda.current_stream(x.device).wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            self._answer = program(self._static)
+
+    def replay(self, x: Tensor) -> Any:
+        """Copies of the answer: it lies in the graph's own memory, which the next replay writes."""
+        self._static.copy_(x)
+        self._graph.replay()
+        return copied(self._answer)
+
+
+def copied(result: Any) -> Any:
+    """The nested result with every tensor cloned."""
+    if isinstance(result, Tensor):
+        return result.clone()
+    if isinstance(result, dict):
+        return type(result)((k, copied(v)) for k, v in result.items())
+    return type(result)(map(copied, result)) if isinstance(result, (tuple, list)) else result
