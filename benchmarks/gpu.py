@@ -58,7 +58,10 @@ class Run:
         return Found(self.ledger.rows)
 
     def kernels(self) -> list[str]:
-        return [row["case"] for row in self.ledger.of("inventory") if row["status"] == "here"]
+        """The kernels that can run here; those of an extension made of other sources are not this checkout's."""
+        stale = not self.rehearse and prebuilt() != sources()
+        return [row["case"] for row in self.ledger.of("inventory")
+                if row["status"] == "here" and not (stale and row["case"].startswith("native"))]
 
     def proved(self) -> list[str]:
         """The kernels proved in the dtype that is timed."""
@@ -68,15 +71,23 @@ class Run:
 # ---------------------------------------------------------------- the stages: each returns None, or a sentence
 
 def environment(run: Run, deadline: float) -> str | None:
+    """What machine this is, and its ceilings."""
     trouble = run.job("environment", Job("machine", "environment", run.args()), deadline)
     row = run.found.one("environment", "machine")
     if row is None or row["status"] != "here":
         raise NoGpu(trouble or row["reason"])
-    return run.job("ceilings", Job("ceilings", "ceilings", run.args()), deadline)
+    return trouble
 
 
 def build(run: Run, deadline: float) -> str | None:
-    """The extension for this GPU, unless the one that is there was made of these sources."""
+    """The extension, and with it the list of kernels."""
+    said = extension(run, deadline)
+    trouble = run.job("inventory", Job("inventory", "inventory", run.args()), max(deadline, time.monotonic() + 30))
+    return "; ".join(filter(None, (said, trouble))) or None
+
+
+def extension(run: Run, deadline: float) -> str | None:
+    """Build it for this GPU, unless the one that is there was made of these sources."""
     if run.rehearse:
         return "left out of a rehearsal"
     if not (ROOT / "csrc").is_dir():
@@ -120,9 +131,6 @@ def prebuilt() -> str | None:
 
 def check(run: Run, deadline: float) -> str | None:
     """A process of its own for each kernel, many at once, as nothing is timed; the dtype that will be timed first."""
-    trouble = run.job("inventory", Job("inventory", "inventory", run.args()), deadline)
-    if trouble:
-        return trouble
     cores = os.cpu_count() or 1
     memory = run.found.one("environment", "machine").get("memory_bytes", 0)
     workers = max(1, min(cores - 2, memory // PROCESS_BYTES)) if memory else 1
@@ -150,7 +158,8 @@ def each(run: Run, stage: str, jobs: list[Job], deadline: float, workers: int = 
         except KeyboardInterrupt:
             run.watchdog.stop()
             raise
-    return "; ".join(f"{name}: {trouble}" for name, trouble in found if trouble) or None
+    troubles = [f"{name}: {trouble}" for name, trouble in found if trouble]
+    return "; ".join([*troubles[:3], *([f"and {len(troubles) - 3} more"] if len(troubles) > 3 else [])]) or None
 
 
 def layers(run: Run, deadline: float) -> str | None:
@@ -171,31 +180,39 @@ def tables(run: Run, deadline: float) -> str | None:
     return run.job("tables", Job("tables", "fill_tables", args), deadline)
 
 
-def network(run: Run, stage: str, mode: str, providers: list[str], deadline: float, silence: float) -> str | None:
+PLAYERS = ("eager-nchw", "eager", "folded", "ours", "ours-plan")
+
+
+def network(run: Run, stage: str, name: str, deadline: float, silence: float, *more: str, mode: str = "infer",
+            batches: tuple[int, ...] = (256, 1)) -> str | None:
     """Whole networks, ours by the tables that this run has filled."""
-    batches = [5] if run.rehearse else [256] if mode == "train" else [256, 1]
-    args = run.args(mode=mode, batches=batches, peers=providers, folder=str(run.folder))
+    args = run.args(mode=mode, batches=(5,) if run.rehearse else batches, peers=[*PLAYERS, *more],
+                    folder=str(run.folder))
     env = {"RESNET_FAST_TABLES": str(run.folder)}
-    return run.job(stage, Job(stage, "whole_network", args, env=env, silence=silence, restarts=1), deadline)
+    return run.job(stage, Job(name, "whole_network", args, env=env, silence=silence, restarts=1), deadline)
 
 
 def headline(run: Run, deadline: float) -> str | None:
-    return network(run, "headline", "infer", ["eager-nchw", "eager", "folded", "ours", "ours-plan"], deadline, 60)
+    return network(run, "headline", "networks", deadline, 90)
 
 
 def peers(run: Run, deadline: float) -> str | None:
-    """Again, beside what takes minutes to compile."""
-    compiled = ["compile"] if run.rehearse else ["compile", "compile-best"]
-    everyone = ["eager-nchw", "eager", "folded", *compiled, "ours", "ours-plan"]
-    return network(run, "peers", "infer", everyone, deadline, 400)
+    """Again, beside torch.compile: its default first, since its best mode takes minutes."""
+    trouble = network(run, "peers", "compile", deadline, 300, "compile")
+    if trouble or run.rehearse:
+        return trouble
+    return network(run, "peers", "compile-best", deadline, 400, "compile", "compile-best")
 
 
 def train(run: Run, deadline: float) -> str | None:
-    return network(run, "train", "train", ["eager-nchw", "eager", "ours"], deadline, 120)
+    """The oracle is the whole iteration in float64: about 0.3 GB an image."""
+    memory = run.found.one("environment", "machine").get("memory_bytes", 0)
+    return network(run, "train", "training", deadline, 120, mode="train", batches=(256 if memory > 120e9 else 32,))
 
 
 def large(run: Run, deadline: float) -> str | None:
-    args = run.args(kernels=[id for id in run.proved() if ours(id)])
+    checked = run.proved() if run.ledger.of("check") else run.kernels()
+    args = run.args(kernels=[id for id in checked if ours(id)])
     return run.job("large", Job("large", "large", args, silence=60), deadline)
 
 
@@ -209,12 +226,12 @@ def sanitizer(run: Run, deadline: float) -> str | None:
         report = run.folder / "sanitizer.txt"
         report.unlink(missing_ok=True)
         job = Job(id, "memory", run.args(kernel=id), restarts=0, silence=60,
-                  under=(tool, "--tool", "memcheck", "--log-file", str(report)),
+                  under=(tool, "--tool", "memcheck", "--report-api-errors", "no", "--log-file", str(report)),
                   env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})  # or overruns end in the allocator's own memory
         trouble.append(run.job("sanitizer", job, deadline))
         text = report.read_text(errors="replace") if report.is_file() else ""
         report.unlink(missing_ok=True)
-        if "not supported" in text:
+        if "device not supported" in text.lower():
             return f"left out: {SANITIZER} does not support this machine: {last_words(text)}"
         if time.monotonic() < deadline:
             run.ledger.add({"stage": "sanitizer", "job": id, "case": "memcheck", **memory_verdict(text)})
@@ -247,9 +264,9 @@ class Stage:
         return self.work.__name__
 
 
-STAGES = (Stage(environment, 10, 75), Stage(build, 5, 150), Stage(check, 40, 150), Stage(layers, 25, 70),
-          Stage(tables, 10, 40), Stage(headline, 35, 80), Stage(peers, 60, 170, True), Stage(train, 25, 60, True),
-          Stage(large, 15, 40, True), Stage(sanitizer, 20, 60, True))
+STAGES = (Stage(environment, 10, 75), Stage(build, 20, 150), Stage(check, 40, 150), Stage(layers, 30, 90),
+          Stage(tables, 15, 60), Stage(headline, 40, 90), Stage(large, 20, 40, True), Stage(peers, 60, 200, True),
+          Stage(sanitizer, 20, 60, True), Stage(train, 30, 60, True))
 
 
 # ---------------------------------------------------------------- the run
@@ -298,11 +315,12 @@ def open_run(results: Path, rehearse: bool) -> Run:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--stages", help=f"only these, comma-separated, of {', '.join(s.name for s in STAGES)}")
+    names = ",".join(stage.name for stage in STAGES[2:])
+    parser.add_argument("--stages", help=f"only these, after environment and build: {names}")
     parser.add_argument("--seconds", type=float, default=TOTAL, help="for the whole run (default %(default)s)")
     parser.add_argument("--rehearse", action="store_true", help="the same program on a CPU at toy sizes")
     args = parser.parse_args(argv)
-    wanted = None if args.stages is None else {*args.stages.split(","), "environment"}
+    wanted = None if args.stages is None else {*args.stages.split(","), "environment", "build"}
     stages = tuple(stage for stage in STAGES if wanted is None or stage.name in wanted)
     results = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
     run = open_run(results, args.rehearse)

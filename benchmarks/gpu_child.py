@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import sys
 import threading
@@ -18,8 +19,8 @@ from gpu_scale import REHEARSAL, Cases, Scale
 
 BROKEN = 3  # exit code after a fault that this process cannot outlive
 
-TASKS = {"environment": "gpu_measure", "ceilings": "gpu_measure", "inventory": "gpu_check", "check": "gpu_check",
-         "memory": "gpu_check", "large": "gpu_check", "layer_times": "gpu_measure", "fill_tables": "gpu_measure",
+TASKS = {"environment": "gpu_measure", "inventory": "gpu_check", "check": "gpu_check", "memory": "gpu_check",
+         "large": "gpu_check", "layer_times": "gpu_measure", "fill_tables": "gpu_measure",
          "whole_network": "gpu_measure"}
 
 
@@ -30,8 +31,17 @@ class Events:
         self._file = Path(path).open("a", encoding="utf-8", buffering=1)
 
     def send(self, **event) -> None:
-        self._file.write(json.dumps(event, ensure_ascii=False, default=str) + "\n")
+        self._file.write(json.dumps(finite(event), default=str) + "\n")  # ASCII: the reader may see half a line
         self._file.flush()
+
+
+def finite(value: object) -> object:
+    """The same without NaN and infinities, which JSON does not have: None in their place."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def perform(cases: Cases, skip: set[str], events: Events, alive: Callable[[], bool]) -> None:

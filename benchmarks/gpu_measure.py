@@ -11,7 +11,7 @@ from math import ceil
 from pathlib import Path
 
 import torch
-from gpu_check import of_network, place
+from gpu_check import graph, of_network, place
 from gpu_scale import Alive, Cases, Scale
 
 from resnet_fast import autotune, folded, info, roofline, tables, testing
@@ -25,23 +25,26 @@ from resnet_fast.report.ledger import Machine, here
 from resnet_fast.timing import Timing, interleaved
 
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-CACHE = Path("compile_cache.bin")
+CACHE = "compile_cache.bin"
 
 
 def environment(scale: Scale, alive: Alive) -> Cases:
-    """The machine, or that there is no GPU."""
+    """The machine, or that there is no GPU; then its ceilings."""
     def look() -> dict:
         if scale.device == "cuda" and not torch.cuda.is_available():
             return {"status": "no gpu", "reason": f"torch {torch.__version__} sees no CUDA device"}
         facts = {"status": "here", "machine": asdict(machine(scale.device)), "versions": tables.versions()}
         if scale.device == "cuda":
-            found = torch.cuda.get_device_properties()
+            found, known = torch.cuda.get_device_properties(), known_ceilings("cuda")
             facts |= {"capability": [found.major, found.minor], "sms": found.multi_processor_count,
                       "l2_bytes": found.L2_cache_size, "memory_bytes": found.total_memory,
-                      "cudnn": torch.backends.cudnn.version()}
+                      "cudnn": torch.backends.cudnn.version(),
+                      "known": known and {"copy": known.copy, "bfloat16": known.rates[torch.bfloat16]}}
         return facts
 
     yield "machine", look
+    if scale.device == "cpu" or torch.cuda.is_available():
+        yield from ceilings(scale)
 
 
 def machine(device: str) -> Machine:
@@ -61,21 +64,30 @@ def seconds(work: Callable[[], object], scale: Scale) -> float:
     return interleaved({"": work}, device=scale.device, min_rounds=5, max_rounds=30, max_seconds=0.5)[""].median
 
 
-def ceilings(scale: Scale, alive: Alive) -> Cases:
+def ceilings(scale: Scale) -> Cases:
     """Copy bandwidth, cache bandwidth, matrix rate of each dtype, the cost of a launch; on random data."""
-    yield "copy", lambda: copy(scale, scale.copy_bytes, 1)
-    yield "cache", lambda: copy(scale, scale.cache_copy_bytes, 50)
+    yield "copy", lambda: copy(scale)
+    yield "cache", lambda: cache(scale)
     for name in ("bfloat16", "float16", "float32", "tf32", "int8", "float8_e4m3fn"):
         yield name, lambda name=name: matmul(scale, name)
     yield "launch", lambda: launch(scale)
 
 
-def copy(scale: Scale, size: int, times: int) -> dict:
-    """Bytes read and written a second, copying ``size`` bytes over and over."""
-    source = torch.randn(size // 2, device=scale.device, dtype=torch.bfloat16)
+def copy(scale: Scale) -> dict:
+    """Bytes read and written a second, in a copy of much more than any cache holds."""
+    source = torch.randn(scale.copy_bytes // 2, device=scale.device, dtype=torch.bfloat16)
     target = torch.empty_like(source)
-    took = seconds(lambda: [target.copy_(source) for _ in range(times)], scale)
-    return {"status": "measured", "value": 2 * size * times / took, "unit": "B/s"}
+    took = seconds(lambda: target.copy_(source), scale)
+    return {"status": "measured", "value": 2 * source.nbytes / took, "unit": "B/s"}
+
+
+def cache(scale: Scale, times: int = 50) -> dict:
+    """Bytes read and written a second by a kernel whose operands stay in the cache; many in a graph, for the launches."""
+    source = torch.randn(scale.cache_copy_bytes // 2, device=scale.device, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    torch.mul(source, 2, out=target)
+    replay, _ = graph(lambda: [torch.mul(source, 2, out=target) for _ in range(times)], scale.device)
+    return {"status": "measured", "value": 2 * source.nbytes * times / seconds(replay, scale), "unit": "B/s"}
 
 
 def matmul(scale: Scale, name: str) -> dict:
@@ -83,7 +95,7 @@ def matmul(scale: Scale, name: str) -> dict:
     n, device = scale.matmul, scale.device
     a, b = (torch.randn(n, n, device=device) for _ in range(2))
     if name == "int8":
-        a, b = ((m * 40).to(torch.int8) for m in (a, b))
+        a, b = ((m * 40).clamp(-127, 127).to(torch.int8) for m in (a, b))
         work = lambda: torch._int_mm(a, b.t())  # noqa: E731 three ways to spell one product
     elif name == "float8_e4m3fn":
         a, b, one = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn), torch.ones((), device=device)
@@ -153,8 +165,8 @@ def layer(problem: Problem, name: str, count: int, proved: list[str], machine: a
             runs[id] = lambda each=each: [call() for call in each]
             try:
                 runs[id]()
-            except RuntimeError as error:
-                failed[id] = autotune.first_line(error)
+            except Exception as error:  # a proved kernel may still fail at this size, in its compiler's own way
+                failed[id] = f"{type(error).__name__}: {autotune.first_line(error)}"
                 del runs[id]
             machine.settle()
         graphs, reasons = machine.capture(runs)
@@ -207,23 +219,23 @@ def tuned(problem: Problem, proved: list[str], machine: autotune.Device, folder:
 # ---------------------------------------------------------------- networks
 
 def whole_network(scale: Scale, alive: Alive, mode: str, batches: list[int], peers: list[str], folder: str) -> Cases:
-    """A whole network by these providers; one that raises is named, and the others keep their figures. ``folder`` keeps the compiler's cache."""
+    """A whole network by these providers; ``folder`` keeps the compiler's cache, and one put beside it is used."""
     for batch in batches:
         case = Case(mode, scale.model, SHORT[scale.dtypes[0]], batch, scale.size, scale.device)
         yield case.name, lambda case=case: network(case, peers, scale, alive, Path(folder))
 
 
 def network(case: Case, peers: list[str], scale: Scale, alive: Alive, folder: Path) -> dict:
+    alive("starting")
     compiles = any(id.startswith("compile") for id in peers)
-    cache = folder / CACHE
-    if compiles and cache.is_file():
-        torch.compiler.load_cache_artifacts(cache.read_bytes())
+    brought = [path for path in (folder / CACHE, folder.parent / CACHE) if path.is_file()]
+    if compiles and brought:
+        torch.compiler.load_cache_artifacts(brought[0].read_bytes())
     found = measure(case, [PROVIDERS[id] for id in peers], max_seconds=scale.model_seconds, say=alive,
                     progress=lambda n: alive(f"round {n}"))
     artifacts = torch.compiler.save_cache_artifacts() if compiles else None
     if artifacts is not None:
-        cache.write_bytes(artifacts[0])
-    return {"status": "measured",
-            "rows": [asdict(o.row) for o in found.values() if o.row],
+        (folder / CACHE).write_bytes(artifacts[0])
+    return {"status": "measured", "rows": [asdict(o.row) for o in found.values() if o.row],
             "skipped": {id: o.skipped for id, o in found.items() if o.skipped},
             "wrong": {id: o.wrong for id, o in found.items() if o.wrong}}

@@ -37,13 +37,12 @@ class Ledger:
             self._file.write("\n")
 
     def add(self, row: dict) -> None:
-        """Remember a row, with the time of day, and put it on disk before returning."""
+        """Remember a row, with the time of day; in the file before this returns, so that no kill of ours loses it."""
         row = {**row, "at": time.strftime("%H:%M:%S")}
         with self._lock:
             self.rows.append(row)
             self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
             self._file.flush()
-            os.fsync(self._file.fileno())
 
     def of(self, stage: str, job: str | None = None) -> list[dict]:
         """The rows of a stage, or of one of its jobs."""
@@ -195,7 +194,7 @@ class Sensors:
     FIELDS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
     THROTTLE = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")  # the second in older drivers
 
-    def __init__(self, every: float = 3.0, program: str = "nvidia-smi") -> None:
+    def __init__(self, every: float = 5.0, program: str = "nvidia-smi") -> None:
         self.readings: list[tuple[float, list[str]]] = []
         self._every, self._program, self._stop = every, program, threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)

@@ -23,7 +23,7 @@ class Scale:
     families: tuple[str, ...] = ()  # of kernels; none named: all
     every: int = 1  # of the nasty problems
     copy_bytes: int = 4 << 30
-    cache_copy_bytes: int = 8 << 20
+    cache_copy_bytes: int = 16 << 20  # twice that stays in the cache
     matmul: int = 8192
     large: int = 2**31  # elements to be exceeded
     seconds: float = 0.5  # of timing a layer

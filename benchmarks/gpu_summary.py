@@ -48,6 +48,10 @@ class Found:
     def machine(self) -> dict:
         return self.one("environment", "machine")["machine"]
 
+    @property
+    def ceilings(self) -> list[dict]:
+        return [row for row in self.of("environment") if row["case"] != "machine"]
+
     def proved(self, dtype: str) -> list[str]:
         """Kernels of which nothing was left out in this dtype, and nothing found wrong."""
         def clean(rows: list[dict]) -> bool:
@@ -58,14 +62,16 @@ class Found:
                 if clean([row for row in rows if dtype_of(row["case"]) == dtype])]
 
     def bad(self) -> list[dict]:
-        """Every row that says that a kernel of ours is wrong, failed, hung or died."""
-        return [row for stage in ("check", "large", "sanitizer") for row in self.of(stage)
-                if row["status"] in BAD and ours(kernel_of(row))]
+        """Every row that says that a kernel of ours is wrong, failed, hung or died, or that a network of ours is wrong."""
+        kernels = [row for stage in ("check", "large", "sanitizer") for row in self.of(stage)
+                   if row["status"] in BAD and ours(kernel_of(row))]
+        return kernels + [{"stage": "networks", "job": id, "case": case, "status": "wrong", "reason": why}
+                          for case, row in self.networks().items() for id, why in row["wrong"].items()]
 
     def networks(self) -> dict[str, dict]:
         """Case → its row; the later stage, which has more providers, stands for both if it was completed."""
         return {row["case"]: row for stage in ("headline", "peers", "train") for row in self.of(stage)
-                if row["status"] in ("measured", "wrong") and row.get("rows")}
+                if row["status"] == "measured" and row["rows"]}
 
 
 def kernel_of(row: dict) -> str:
@@ -101,8 +107,7 @@ def _ceilings(found: Found) -> str:
         amount, unit = (row["value"] * 1e6, "µs") if row["unit"] == "s" else (row["value"] / 1e12, "T" + row["unit"])
         return f"{row['case']} {amount:.3g} {unit}"
 
-    rows = found.of("ceilings")
-    return "CEILINGS  " + ", ".join(map(value, rows)) if rows else ""
+    return "CEILINGS  " + ", ".join(map(value, found.ceilings)) if found.ceilings else ""
 
 
 def _kernels(found: Found) -> str:
@@ -197,6 +202,7 @@ def decisions(found: Found) -> list[str]:
 
 def _about_kernels(found: Found) -> list[str]:
     lines, seen = [], {}
+    here = dict.fromkeys([*(row["case"] for row in found.of("inventory") if row["status"] == "here"), *found.checks])
     for row in found.bad():
         seen.setdefault(kernel_of(row), []).append(row)
     for kernel, rows in seen.items():
@@ -208,8 +214,8 @@ def _about_kernels(found: Found) -> list[str]:
         if row["case"].startswith("nan ") and row["status"] == "wrong":
             lines.append(f"cuDNN's fused ReLU does not keep NaN as eager does ({row['reason']}): a bar, out of tables")
             break
-    missing = [kernel for kernel, rows in found.checks.items() if ours(kernel)
-               and not complete([row for row in rows if dtype_of(row["case"]) == DTYPES[0]])]
+    missing = [kernel for kernel in here if ours(kernel) and not complete(
+        [row for row in found.checks.get(kernel, []) if dtype_of(row["case"]) == DTYPES[0]])]
     if missing:
         lines.append(f"check again with more time: {', '.join(missing)} (stopped before the end)")
     return lines
@@ -217,9 +223,14 @@ def _about_kernels(found: Found) -> list[str]:
 
 def _about_ceilings(found: Found) -> list[str]:
     lines = []
-    copy, cache = found.one("ceilings", "copy"), found.one("ceilings", "cache")
-    if copy and cache and "value" in copy and "value" in cache:
-        times = cache["value"] / copy["value"]
+    values = {row["case"]: row["value"] for row in found.ceilings if row["status"] == "measured"}
+    known = (found.one("environment", "machine") or {}).get("known") or {}
+    for name, value in known.items():
+        if name in values and abs(values[name] / value - 1) > 0.05:
+            lines.append(f"roofline.py says {value / 1e12:g} T/s for {name} on this card, it did {values[name] / 1e12:.3g}: "
+                         "see the clocks, then correct it")
+    if {"copy", "cache"} <= values.keys():
+        times = values["cache"] / values["copy"]
         lines.append(f"the cache moves {times:.1f} × what DRAM does: a 3×3 that loads its input nine times from it "
                      + ("still hides behind DRAM" if times > 9 else "is bound by it: load halos once"))
     return lines
@@ -257,7 +268,7 @@ def write(found: Found, folder: Path, results: Path) -> list[Path]:
     """summary.json beside the rows, and the run in the ledger's own format if anything was timed."""
     path = folder / "summary.json"
     record = {"machine": found.machine, "proved": {d: found.proved(d) for d in DTYPES}, "decisions": decisions(found),
-              "bad": found.bad(), "stages": found.of("stages"), "ceilings": found.of("ceilings")}
+              "bad": found.bad(), "stages": found.of("stages"), "ceilings": found.ceilings}
     path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     rows = [r for row in found.networks().values() for r in row["rows"]] + list(layer_rows(found))
     return [path, _write_ledger(rows, found.machine, results)] if rows else [path]

@@ -79,7 +79,7 @@ def dog(tmp_path):
     return Watchdog([sys.executable, str(child)], ledger, tmp_path / "log.txt")
 
 
-def job(*cases: str, silence: float = 1.0, **args) -> Job:
+def job(*cases: str, silence: float = 2.0, **args) -> Job:
     more = {key: args.pop(key) for key in ("restarts", "start", "under") if key in args}
     return Job("kernel", "fake", {"cases": cases, **args}, silence=silence, **more)
 
@@ -112,7 +112,7 @@ def test_a_job_that_goes_well(dog, tmp_path) -> None:
 def test_a_hung_case_is_marked_and_the_rest_goes_on(dog) -> None:
     assert dog.run("check", job("a", "hang", "b"), soon()) is None
     assert found(dog) == [("a", "right"), ("hang", "hung"), ("b", "right")]
-    assert dog.ledger.rows[1]["reason"].startswith("silent for 1 s")
+    assert dog.ledger.rows[1]["reason"].startswith("silent for 2 s")
     assert dog.ledger.rows[0]["pid"] != dog.ledger.rows[2]["pid"]
 
 
@@ -136,7 +136,7 @@ def test_a_device_that_did_not_survive_costs_the_child(dog, tmp_path) -> None:
 
 
 def test_signs_of_life_keep_a_long_case(dog) -> None:
-    assert dog.run("check", job("long"), soon()) is None
+    assert dog.run("check", job("long", silence=1.0), soon()) is None
     assert found(dog) == [("long", "right")]
 
 
@@ -270,7 +270,7 @@ def test_without_a_gpu_one_sentence_and_exit_code_2(tmp_path) -> None:
 @pytest.mark.parametrize("setup, trouble", [
     ("", None), ("import sys; sys.exit('nvcc fatal: no')", "failed: nvcc fatal: no"),
     ("import time; time.sleep(60)", "stopped at its deadline: the kernels of csrc")])
-def test_build(tmp_path, monkeypatch, setup, trouble) -> None:
+def test_building_the_extension(tmp_path, monkeypatch, setup, trouble) -> None:
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc" / "a.cu").write_text("kernel")
@@ -279,7 +279,7 @@ def test_build(tmp_path, monkeypatch, setup, trouble) -> None:
     run = a_run(tmp_path)
     run.rehearse = False
     run.ledger.add({"stage": "environment", "job": "machine", "case": "machine", "capability": [9, 0]})
-    said = gpu.build(run, soon(3))
+    said = gpu.extension(run, soon(3))
     assert said is None if trouble is None else said.startswith(trouble)
     assert (tmp_path / "seen").read_text() == "9.0a"
 
@@ -296,9 +296,20 @@ def test_a_prebuilt_extension_is_taken_if_it_is_of_these_sources(tmp_path, monke
     (tmp_path / "resnet_fast" / "_C.this.so").touch()
     run = a_run(tmp_path)
     run.rehearse = False
-    assert gpu.build(run, soon()) == "prebuilt"
+    assert gpu.extension(run, soon()) == "prebuilt"
     (tmp_path / "csrc" / "a.cu").write_text("another kernel")
     assert gpu.prebuilt() != gpu.sources()
+
+
+def test_kernels_of_an_extension_made_of_other_sources_do_not_take_part(tmp_path, monkeypatch) -> None:
+    run = a_run(tmp_path)
+    run.rehearse = False
+    for id in ("native.conv", "triton.conv"):
+        run.ledger.add({"stage": "inventory", "job": "inventory", "case": id, "status": "here"})
+    monkeypatch.setattr(gpu, "prebuilt", gpu.sources)
+    assert run.kernels() == ["native.conv", "triton.conv"]
+    monkeypatch.setattr(gpu, "prebuilt", lambda: "other")
+    assert run.kernels() == ["triton.conv"]
 
 
 def test_sources_are_hashed_as_the_build_hashes_them() -> None:
@@ -334,8 +345,9 @@ def test_memory_verdict(text, status, reason) -> None:
 ])
 def test_sanitizer_stage(dog, tmp_path, monkeypatch, text, rows, said) -> None:
     tool = tmp_path / "compute-sanitizer"
-    tool.write_text(f"#!{sys.executable}\nimport subprocess, sys\nopen(sys.argv[4], 'w').write({text!r})\n"
-                    "sys.exit(subprocess.run(sys.argv[5:]).returncode or 1)\n")
+    tool.write_text(f"#!{sys.executable}\nimport subprocess, sys\ni = sys.argv.index('--log-file')\n"
+                    f"open(sys.argv[i + 1], 'w').write({text!r})\n"
+                    "sys.exit(subprocess.run(sys.argv[i + 2:]).returncode or 1)\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(gpu.Run, "args", lambda self, **more: {"cases": ["a"]})
@@ -413,10 +425,13 @@ def network_row(provider: str, seconds: float, ours: bool = False, **over: float
 def a_whole_run() -> list[dict]:
     case = "infer/resnet50/bf16/256"
     return [
-        {"stage": "environment", "job": "machine", "case": "machine", "status": "here", "machine": MACHINE},
-        {"stage": "ceilings", "job": "c", "case": "copy", "status": "measured", "value": 4.3e12, "unit": "B/s"},
-        {"stage": "ceilings", "job": "c", "case": "cache", "status": "measured", "value": 6.5e12, "unit": "B/s"},
-        {"stage": "ceilings", "job": "c", "case": "int8", "status": "failed", "reason": "unsupported"},
+        {"stage": "environment", "job": "machine", "case": "machine", "status": "here", "machine": MACHINE,
+         "known": {"copy": 4.3e12, "bfloat16": 790e12}},
+        {"stage": "environment", "job": "machine", "case": "bfloat16", "status": "measured", "value": 700e12, "unit": "FLOP/s"},
+        {"stage": "inventory", "job": "inventory", "case": "triton.idle", "status": "here", "reason": None},
+        {"stage": "environment", "job": "machine", "case": "copy", "status": "measured", "value": 4.3e12, "unit": "B/s"},
+        {"stage": "environment", "job": "machine", "case": "cache", "status": "measured", "value": 6.5e12, "unit": "B/s"},
+        {"stage": "environment", "job": "machine", "case": "int8", "status": "failed", "reason": "unsupported"},
         {"stage": "inventory", "job": "i", "case": "native.conv", "status": "absent", "reason": "it is not built"},
         *WHOLE, *rows_of("aten.cudnn_fused 1/1 bfloat16", ("nan conv_bn_act bfloat16 2x8", "wrong")),
         {"stage": "check", "job": "triton.bad 1/1 bfloat16", "case": "edge conv_bn_act bfloat16 2x63",
@@ -446,7 +461,9 @@ def test_summary_is_short_and_says_what_to_do_next() -> None:
     assert advice[0].startswith("mend triton.bad before anything else: 1 bad, first wrong: edge conv_bn_act")
     assert "the last channel" in advice[0]
     assert any("does not keep NaN" in line for line in advice)
-    assert any(line.startswith("check again with more time: triton.bad") for line in advice)
+    assert any(line.startswith("check again with more time: triton.idle, triton.bad") for line in advice)
+    assert any(line.startswith("roofline.py says 790 T/s for bfloat16 on this card, it did 700") for line in advice)
+    assert not any("for copy on this card" in line for line in advice)
     assert any("bound by it: load halos once" in line for line in advice)
     assert any("loses to the prefolded bar; worst layer1.0.conv2 at batch 256: 0.83×" in line for line in advice)
     assert any("work on layer1.0.conv2 at batch 256 next: 3 × 25 µs above" in line for line in advice)
@@ -559,23 +576,25 @@ def test_layers_are_timed_beside_the_bars_and_tables_filled(tmp_path) -> None:
 
 
 def test_ceilings_of_whatever_this_is() -> None:
-    rows = run_task(gpu_measure.ceilings(TINY, print))
+    rows = run_task(gpu_measure.ceilings(TINY))
     assert {"copy", "cache", "bfloat16", "float32", "tf32", "int8", "launch"} <= set(rows)
     assert all(row["value"] > 0 for row in rows.values())
 
 
 def test_environment_names_the_machine() -> None:
-    row = run_task(gpu_measure.environment(TINY, print))["machine"]
+    row = next(iter(gpu_measure.environment(TINY, print)))[1]()
     assert row["status"] == "here" and row["machine"]["device"] == "cpu"
     if not torch.cuda.is_available():
-        assert run_task(gpu_measure.environment(Scale(), print))["machine"]["status"] == "no gpu"
+        assert {case: row["status"] for case, row in run_task(gpu_measure.environment(Scale(), print)).items()} \
+            == {"machine": "no gpu"}
 
 
-def test_ours_failing_leaves_the_others_figures(monkeypatch, tmp_path) -> None:
+def test_a_network_by_everyone_and_one_that_is_wrong(monkeypatch, tmp_path) -> None:
     from resnet_fast import providers
     broken = providers.Provider("ours", "broken", lambda *a: 1 / 0, ours=True)
     monkeypatch.setitem(gpu_measure.PROVIDERS, "ours", broken)
     case = gpu_measure.Case("infer", "resnet18", "fp32", 1, 32, "cpu")
     row = gpu_measure.network(case, ["eager-nchw", "eager", "ours"], TINY, lambda text: None, tmp_path)
-    assert row["wrong"]["ours"].startswith("failed: ZeroDivisionError")
-    assert [r["provider"] for r in row["rows"]] == ["eager-nchw", "eager"]
+    assert [r["provider"] for r in row["rows"]] == ["eager-nchw", "eager"] and "ZeroDivisionError" in row["wrong"]["ours"]
+    row |= {"stage": "headline", "job": "networks", "case": case.name}
+    assert [(bad["job"], bad["status"]) for bad in Found([row]).bad()] == [("ours", "wrong")]
