@@ -28,8 +28,8 @@ from resnet_fast.problem import Problem
 
 @dataclass(frozen=True)
 class Cubin:
-    """One launch's machine code: SASS instructions by their full name, registers a thread, bytes spilled, dynamic
-    shared memory.
+    """One launch's machine code: SASS instructions by full name, registers a thread, bytes spilled, dynamic shared
+    memory, and the kernel's pointers to which a 32-bit offset is added.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Cubin:
     registers: int
     stack: int
     shared: int
+    narrow: frozenset[str]
 
     def count(self, pattern: str) -> int:
         """How many instructions match a regular expression from their start."""
@@ -118,9 +119,18 @@ def _read(name: str, compiled) -> Cubin:
     instructions = Counter(re.findall(line, sass, re.MULTILINE))
     registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
     assert instructions, f"no machine code found in what cuobjdump printed for {name}"
-    return Cubin(name, instructions, registers, stack, compiled.metadata.shared)
+    return Cubin(name, instructions, registers, stack, compiled.metadata.shared, _narrow(compiled.asm["ttir"]))
+
+
+def _narrow(ttir: str) -> frozenset[str]:
+    """The pointer arguments to which, as they are or splatted, a 32-bit offset is added first."""
+    splats = dict(re.findall(r"(%[\w.]+) = tt\.splat (%[\w.]+) : !tt\.ptr", ttir))
+    found = re.findall(r"tt\.addptr (%[\w.]+), \S+ : .*, (?:tensor<[\dx]+xi32>|i32)\b", ttir)
+    assert "tt.addptr" in ttir
+    return frozenset(splats.get(pointer, pointer).lstrip("%") for pointer in found)
 
 
 def _cuobjdump(flag: str, path: str) -> str:
     """cuobjdump ships inside the Triton wheel."""
-    return subprocess.run([triton.knobs.nvidia.cuobjdump.path, flag, path], capture_output=True, text=True, check=True).stdout
+    command = [triton.knobs.nvidia.cuobjdump.path, flag, path]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -130,8 +130,7 @@ def test_batch_norm_merges_many_partials(op: str, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("config", [RowsConfig(4, 8, 10, 4), RowsConfig(4, 8, 1, 38)], ids=["tiles", "blocks"])
 def test_variance_survives_a_large_mean(config: RowsConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At μ = 1000σ, E[x²] − μ² in float32 would lose σ² entirely, and partial means rounded at 1000 four digits of it.
-    """
+    """At μ = 1000σ, E[x²] − μ² in float32 would lose all of σ², and partial means rounded at 1000 some digits."""
     _small_tiles(monkeypatch, config, MergeConfig(16, 8, 3))
     x = (torch.randn(3, 6, 5, 10) + 1000).contiguous(memory_format=torch.channels_last)
     args = (x, torch.randn(6), torch.randn(6), None, 1e-5, "none")
@@ -226,8 +225,8 @@ def test_gradients_may_come_in_any_layout(residual: bool) -> None:
 
 
 def test_saved_input_of_a_gate_may_be_nchw() -> None:
-    args = list(make_args(Problem(op="add_act_backward", device="cpu", dtype=torch.float32, x=(2, 6, 4, 5), layout="nhwc",
-                                  act="relu", residual="nhwc", gate=True)))
+    args = list(make_args(Problem(op="add_act_backward", device="cpu", dtype=torch.float32, x=(2, 6, 4, 5),
+                                  layout="nhwc", act="relu", residual="nhwc", gate=True)))
     want = find("triton.add_act_backward").fn(*args)
     args[2] = args[2].contiguous()
     for a, b in zip(find("triton.add_act_backward").fn(*args), want, strict=True):

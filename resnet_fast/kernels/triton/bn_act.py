@@ -39,19 +39,19 @@ def chan(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
 
 
 @triton.jit
-def pivot(x, c, C: tl.constexpr):
-    """The first row's values (0 for what is not finite): statistics of x − pivot keep all bits of σ² where |μ| ≫ σ."""
-    first = tl.load(x + c, mask=c < C, other=0.0).to(tl.float32)
-    return tl.where(tl.abs(first) < float("inf"), first, 0.0)
+def pivot(first, c, C: tl.constexpr):
+    """The first row's values, 0 where not finite: statistics of x − pivot keep all bits of σ² where |μ| ≫ σ."""
+    value = tl.load(first + c, mask=c < C, other=0.0).to(tl.float32)
+    return tl.where(tl.abs(value) < float("inf"), value, 0.0)
 
 
 @triton.jit(do_not_specialize=["M"])
-def _statistics(x, means, m2s, M, trips, C: tl.constexpr, STAGES: tl.constexpr,
+def _statistics(x, first, means, m2s, M, trips, C: tl.constexpr, STAGES: tl.constexpr,
                 BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     """Mean and M2 of x − pivot over trips · BLOCK_M rows into means[block, c], m2s[block, c]."""
     blocks_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     block, c = tl.program_id(0) // blocks_c, (tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
-    base = pivot(x, c, C)
+    base = pivot(first, c, C)
     n, mean, m2 = 0.0, tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     for i in tl.range(trips, num_stages=STAGES):
         m = (block * trips + i) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -67,8 +67,8 @@ def _statistics(x, means, m2s, M, trips, C: tl.constexpr, STAGES: tl.constexpr,
 
 
 @triton.jit(do_not_specialize=["M", "partials", "rows"])
-def _merge_statistics(x, means, m2s, mean_out, var_out, M, partials, rows, trips, C: tl.constexpr, STAGES: tl.constexpr,
-                      BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+def _merge_statistics(first, means, m2s, mean_out, var_out, M, partials, rows, trips, C: tl.constexpr,
+                      STAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """μ and biased σ² of each channel from ``partials`` sets of ``rows`` rows (the last may be shorter)."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     n, mean, m2 = 0.0, tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
@@ -82,7 +82,7 @@ def _merge_statistics(x, means, m2s, mean_out, var_out, M, partials, rows, trips
         spread = tl.load(m2s + p[:, None] * C + c[None, :], mask=inside, other=0.0)
         off = part - mid[None, :]
         n, mean, m2 = chan(n, mean, m2, total, mid, tl.sum(spread + off * count[:, None] * off, axis=0))
-    tl.store(mean_out + c, pivot(x, c, C) + mean, mask=c < C)
+    tl.store(mean_out + c, pivot(first, c, C) + mean, mask=c < C)
     tl.store(var_out + c, m2 / M, mask=c < C)
 
 
@@ -128,8 +128,8 @@ def statistics(x: Tensor, m: int, config: RowsConfig) -> tuple[Tensor, Tensor]:
     means, m2s = torch.empty(2, config.partials, c, dtype=torch.float32, device=x.device)
     mean, var = torch.empty(2, c, dtype=torch.float32, device=x.device)
     grid = (config.partials * triton.cdiv(c, config.block_c),)
-    _statistics[grid](x, means, m2s, m, config.trips, C=c, STAGES=3, BLOCK_M=config.block_m, BLOCK_C=config.block_c,
-                      num_warps=config.num_warps, num_stages=1, **launch.OPTIONS)
+    _statistics[grid](x, x, means, m2s, m, config.trips, C=c, STAGES=3, BLOCK_M=config.block_m,
+                      BLOCK_C=config.block_c, num_warps=config.num_warps, num_stages=1, **launch.OPTIONS)
     merge = merge_config(config.partials, c)
     _merge_statistics[(triton.cdiv(c, merge.block_c),)](
         x, means, m2s, mean, var, m, config.partials, config.trips * config.block_m, merge.trips, C=c, STAGES=2,

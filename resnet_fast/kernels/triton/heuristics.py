@@ -143,7 +143,7 @@ def registers(g: Gemm, c: GemmConfig) -> int:
 
     Accumulators; the residual's values beside them; address and coordinates of each row it loads under a filter, or of each
     product where taps and channels are one axis; out of tensor memory a thread gets whole rows and the affine takes as many
-    again; with groups a second set of accumulators and a mask for each weight.
+    again; with groups two more sets of accumulators and an address and mask for each weight.
     """
     threads = 32 * c.num_warps
     own, products = c.block_m * c.block_n // threads, c.block_m * c.block_k // threads
@@ -151,7 +151,7 @@ def registers(g: Gemm, c: GemmConfig) -> int:
     if g.taps > 1:
         total += 4 * (products if g.flat else products * g.itemsize // 16)
     if g.groups > 1:
-        total += own + 4 * c.block_k * c.block_n // threads
+        total += 2 * own + 8 * c.block_k * c.block_n // threads
     return total
 
 

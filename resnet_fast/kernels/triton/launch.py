@@ -20,8 +20,9 @@ if INTERPRETED:
     from .interpreter import mend
     mend()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Device code counts rows (pixels) and the offsets inside one image in 32 bits; offsets of whole tensors are 64-bit.
-INDEX_LIMIT = 2**31 - 2**16
+# Device code counts rows (pixels) and the offsets inside one image in 32 bits; offsets of whole tensors are 64-bit. The
+# margin is what a block may count past the last row: under 2²⁴ for any tensor that fits a GPU.
+INDEX_LIMIT = 2**31 - 2**24
 # FP fusion (a·b+c rounded once) is off so that the GPU rounds as the interpreter does; Triton's own default is about
 # to change. The matrix instructions are not touched by it, and the pointwise arithmetic hides behind memory.
 OPTIONS = {"enable_fp_fusion": False}
