@@ -252,8 +252,8 @@ def test_threads_train_apart() -> None:
     model = wide(twins()[0]).train()
     expected = gradients(copy.deepcopy(model), images(3, 40, torch.float64))
     found: list[dict] = []
-    workers = [threading.Thread(target=lambda m=copy.deepcopy(model): found.append(gradients(m, images(3, 40, torch.float64))))
-               for _ in range(3)]
+    copies = [copy.deepcopy(model) for _ in range(3)]
+    workers = [threading.Thread(target=lambda m=m: found.append(gradients(m, images(3, 40, torch.float64)))) for m in copies]
     for worker in workers:
         worker.start()
     for worker in workers:

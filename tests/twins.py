@@ -53,6 +53,17 @@ def wide(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).double()
 
 
+def wide_twins(name: str = "small", **kwargs) -> list[nn.Module]:
+    """The twins in float64."""
+    return [wide(model) for model in twins(name, **kwargs)]
+
+
+def both(models, run) -> None:
+    """``run`` of ours and of torchvision's is the same structure with the same values; the models are in float64."""
+    found = [run(model) for model in models]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
+
+
 def assert_agree(ours: nn.Module, theirs: nn.Module, x: Tensor, what: str = "answer") -> None:
     """The same answer by the error rule, with the same strides, without gradients."""
     with torch.no_grad():
