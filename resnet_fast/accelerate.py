@@ -25,6 +25,7 @@ from .nodes import is_norm, touched
 from .path import is_frozen_bn, why_plain
 from .schedule import Schedule, schedule
 from .tracing import Untraceable
+from .whole import at_once, unseen
 
 _OUR_BLOCKS = (BasicBlock.forward, Bottleneck.forward)
 _OURS = (*_OUR_BLOCKS, ResNet.forward)
@@ -148,7 +149,15 @@ class Forward:
         owner = self.owner()
         if torch.compiler.is_compiling() or kwargs or not args or type(args[0]) is not Tensor:
             return type(owner).forward(owner, *args, **kwargs)
-        if self.nhwc.get(owner.training) and why_plain(args[0], ()) is None and wants_nhwc(owner, args[0]):
+        if not self.nhwc.get(owner.training) or why_plain(args[0], ()) is not None:
+            return self._run(owner, args)
+        inside = unseen(owner) if len(args) == 1 else None
+        if inside is None:
+            return self._in_nhwc(owner, args)
+        return at_once(owner, lambda x: self._in_nhwc(owner, (x,)), args[0], inside)
+
+    def _in_nhwc(self, owner: nn.Module, args: tuple) -> Any:
+        if wants_nhwc(owner, args[0]):
             return to_nchw(self._run(owner, (to_nhwc(args[0]), *args[1:])))
         return self._run(owner, args)
 

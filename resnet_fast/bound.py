@@ -160,7 +160,7 @@ def _bind_conv(step: Step, slots: dict[str, int], owner: nn.Module) -> Callable[
         if type(residual) is Tensor and residual.dtype is _result_dtype(x):
             key = x.shape, residual.shape
             if key not in fitting:
-                fitting[key] = residual.shape == _output_shape(conv, x)
+                fitting[key] = residual.shape == output_shape(conv, x)
             if fitting[key]:
                 return fused(conv, bn, x, residual, act)
         out = fused(conv, bn, x, None, "none") + residual  # an addition that broadcasts or promotes is torch's
@@ -188,7 +188,8 @@ def _result_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _output_shape(conv: nn.Conv2d, x: Tensor) -> tuple[int, ...]:
+def output_shape(conv: nn.Conv2d, x: Tensor) -> tuple[int, ...]:
+    """The shape of ``conv(x)``."""
     sizes = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, p, d, k, s in
              zip(x.shape[2:], conv.padding, conv.dilation, conv.kernel_size, conv.stride, strict=True)]
     return (x.shape[0], conv.out_channels, *sizes)

@@ -1,21 +1,18 @@
-"""When a plan's values die, whose memory a step may write to, and how many images go through a CPU at a time.
+"""When a plan's values die, whose memory a step may write to, and whether each image is computed by itself.
 
-oneDNN's convolutions make their own outputs, so an arena has nowhere to be used; what costs is the allocator. glibc keeps freed
-blocks of up to 32 MB for the next call and gives larger ones back, to be faulted in again page by page. A batch therefore goes
-through in pieces whose largest activation stays below that (ResNet-50, batch 16, one core of an AVX2 EPYC: eager 322,834 page faults
-a call and 1.00, folded in one piece 25,090 and 1.60, in pieces of 4 none and 1.79; November 2026).
+oneDNN's convolutions make their own outputs, so an arena has nowhere to be used; what costs is the allocator (see ``whole``).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from .schedule import Step, Value, names, references
 
 if TYPE_CHECKING:
     from .planned import Lowered
 
-BLOCK = 16 << 20  # bytes of the largest activation in a piece
 _F = "torch.nn.functional."
 _POOLS = (f"{_F}max_pool2d", f"{_F}avg_pool2d", f"{_F}adaptive_avg_pool2d")
 # Functions that compute each image by itself, whatever their other arguments.
@@ -50,19 +47,19 @@ def own_memory(lowered: Lowered) -> set[str]:
     return found
 
 
-def batchwise(lowered: Lowered) -> bool:
-    """Whether each image is computed by itself, so that a batch may go through in pieces."""
+def imagewise(steps: Sequence[Step], output: Any) -> bool:
+    """Whether each image is computed by itself, so that a batch may go through in pieces; of steps that are functions, not modules."""
     shapes: set[str] = set()  # values that are a tensor's shape
     sizes: set[str] = set()  # values that are the number of images
-    for step in lowered.steps:
+    for step in steps:
         if step.target == "builtins.getattr" and step.args[1] == "shape":
             shapes.add(step.output)
         elif step.target == "operator.getitem" and isinstance(step.args[0], Value) and step.args[0].name in shapes:
             sizes |= {step.output} if step.args[1] == 0 else set()
         elif not _imagewise(step, sizes):
             return False
-    computed = {step.output for step in lowered.steps} - shapes - sizes
-    results = names(lowered.output)
+    computed = {step.output for step in steps} - shapes - sizes
+    results = names(output)
     return bool(results) and set(results) <= computed
 
 
@@ -76,14 +73,3 @@ def _imagewise(step: Step, sizes: set[str]) -> bool:
     if step.target in ("torch.flatten", "Tensor.flatten", "torch.cat"):
         return isinstance(given, int) and given > 0
     return step.target == "Tensor.reshape" and isinstance(given, Value) and given.name in sizes
-
-
-def pieces(images: int, largest: int) -> list[int]:
-    """Into how many images each a batch is cut whose largest activation has ``largest`` bytes an image; never a lone one,
-    whose weights would be packed otherwise.
-    """
-    most = max(2, BLOCK // max(1, largest))
-    count = -(-images // most)
-    if images // count < 2:
-        count = max(1, images // 2)
-    return [images // count + (i < images % count) for i in range(count)]

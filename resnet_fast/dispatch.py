@@ -221,6 +221,11 @@ def rejected(problem: Problem) -> dict[str, str]:
             for k in kernels(problem.op) if k is not chosen}
 
 
+def undisturbed() -> bool:
+    """Whether nobody forces a kernel or wants to see what is chosen."""
+    return not _forced and not _recorders and ENV not in os.environ
+
+
 @contextmanager
 def record() -> Iterator[list[Choice]]:
     """Collect every selection made while the context is open, in all threads."""

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import starmap
 
 import torch
 from torch import Tensor
@@ -31,34 +35,69 @@ def fold(weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor | None, var:
 
 
 class _Packed:
-    """What one (weight, BN) pair was when it was packed, and its packs: one for batch 1, one for larger batches."""
+    """What one (weight, BN) was, byte for byte, when it was packed, and its packs: one for batch 1, one for larger batches."""
 
-    def __init__(self, key: tuple[int, int], tensors: tuple[Tensor, ...], eps: float) -> None:
+    def __init__(self, key: tuple, tensors: tuple[Tensor, ...]) -> None:
         # Gone with whichever memory is freed first. Of storages, because a tensor with a weak reference cannot be swapped
         # (torch.utils.swap_tensors, which modules use under torch.__future__'s flag).
-        forget = _packed.pop
-        self.memory = [weakref.ref(t.untyped_storage(), lambda _: forget(key, None)) for t in tensors[:2]]
-        self.snapshot = tuple(t.detach().clone(memory_format=torch.preserve_format) for t in tensors)
-        self.eps = eps
+        forget, storages = _packed.pop, [t.untyped_storage() for t in tensors]
+        self._memory = [(weakref.ref(s, lambda _: forget(key, None)), s.data_ptr(), s.nbytes()) for s in storages]
+        self._snapshot = [t.detach().clone(memory_format=torch.preserve_format) for t in tensors]
+        self._places = [(t.data_ptr(), s.data_ptr(), t.nbytes) for t, s in zip(tensors, self._snapshot, strict=True)]
         self.packs: dict[tuple, tuple[Tensor, Tensor]] = {}
 
-    def holds(self, tensors: tuple[Tensor, ...], eps: float) -> bool:
-        """Byte for byte the same parameters as at packing."""
-        return self.eps == eps and len(tensors) == len(self.snapshot) and all(map(_same_bytes, tensors, self.snapshot))
+    def holds(self) -> bool:
+        """Whether the bytes are the same as at packing; for a caller who holds the tensors that are there now."""
+        return not any(starmap(_libc.memcmp, self._places))
+
+    def still_holds(self) -> bool:
+        """``holds()`` for a caller who has no tensors: their memory may have been freed, moved or resized since."""
+        storages = [ref() for ref, _, _ in self._memory]
+        return all(s is not None and s.data_ptr() == start and s.nbytes() == size
+                   for s, (_, start, size) in zip(storages, self._memory, strict=True)) and self.holds()
 
 
-_packed: dict[tuple[int, int], _Packed] = {}  # by the addresses of weight and scale
+_packed: dict[tuple, _Packed] = {}
+
+
+class Pass(threading.local):
+    """One thread's pass through a network into which nobody looks: what its last pass used is compared in one go, before.
+
+    Between convolutions the comparison streams twice the weights through the cache that holds the activations.
+    """
+
+    def __init__(self) -> None:
+        self.proved: set[tuple] | None = None  # what was compared in this pass; None outside of one
+        self.met: set[tuple] = set()  # what it used
+        self.largest = 0  # bytes of its largest activation
+
+    @contextmanager
+    def over(self, last: Iterable[tuple]) -> Iterator[None]:
+        """Compare what the last pass proved; inside, nothing is compared twice."""
+        self.proved = {key for key in last if (entry := _packed.get(key)) is not None and entry.still_holds()}
+        self.met, self.largest = set(), 0
+        try:
+            yield
+        finally:
+            self.proved = None
+
+
+running = Pass()
 
 
 def packed(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor | None, var: Tensor | None, eps: float,
            stride, padding, dilation, groups: int) -> tuple[Tensor, Tensor]:
     """The folded weight in oneDNN's blocked layout and the bias, made now or proved to be still true."""
     tensors = (weight, scale, shift) if mean is None else (weight, scale, shift, mean, var)
-    key = weight.data_ptr(), scale.data_ptr()
-    entry = _packed.get(key)
-    if entry is None or not entry.holds(tensors, eps):
+    key = (eps, weight.shape, weight.stride(), *[t.dtype for t in tensors], *[t.data_ptr() for t in tensors])
+    entry, proved = _packed.get(key), running.proved
+    if entry is None or not (proved is not None and key in proved or entry.holds()):
         with torch.inference_mode(False), torch.no_grad():
-            entry = _packed[key] = _Packed(key, tensors, eps)
+            entry = _packed[key] = _Packed(key, tensors)
+    if proved is not None:
+        proved.add(key)
+        running.met.add(key)
+        running.largest = max(running.largest, x.nbytes, x.nbytes // x.shape[1] * weight.shape[0] // (stride[0] * stride[1]))
     # oneDNN's blocked layout depends on the batch: a pack for batch ≥ 2 is slower than eager at batch 1, and the other way round.
     case = (x.shape[0] > 1, tuple(stride), tuple(padding), tuple(dilation), groups)
     pack = entry.packs.get(case)
@@ -68,11 +107,6 @@ def packed(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor
             pack = torch.ops.mkldnn._reorder_convolution_weight(folded.contiguous(), padding, stride, dilation, groups, x.shape), bias
         entry.packs[case] = pack
     return pack
-
-
-def _same_bytes(a: Tensor, b: Tensor) -> bool:
-    return (a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
-            and _libc.memcmp(a.data_ptr(), b.data_ptr(), a.nbytes) == 0)
 
 
 def packable(weight: Tensor, *vectors: Tensor | None) -> bool:

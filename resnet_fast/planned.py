@@ -106,14 +106,11 @@ def lower(found: Schedule, model: nn.Module, dtype: torch.dtype, device: torch.d
             if step.op == "conv_bn_act":
                 conv, bn = (model.get_submodule(path) if path else None for path in step.modules[:2])
                 filters[step.output] = _filter(conv, bn, dtype, device)
-            if step.op == "module":
-                step = _as_function(step, model.get_submodule(step.target))
-            if step.op == "function":
-                step = _pure(step)
+            step = as_function(step, model)
             if step.op == "module":
                 modules[step.target] = _copy(model.get_submodule(step.target)).to(device, dtype)
-            for path in _attributes((step.args, step.kwargs)):
-                tensor = _attribute(model, path).detach().to(device, copy=True)
+            for path in attributes((step.args, step.kwargs)):
+                tensor = attribute(model, path).detach().to(device, copy=True)
                 tensors[path] = tensor.to(dtype) if tensor.is_floating_point() else tensor
             steps.append(step)
     return Lowered(tuple(steps), found.inputs, found.output, filters, tensors, modules)
@@ -186,8 +183,15 @@ _FUNCTIONS: dict[type, Callable[[Any, str], _Call]] = {
 }
 
 
-def _as_function(step: Step, m: nn.Module) -> Step:
-    """A layer of torch's as a call of its function, which is data; anything else, or anything touched, stays a module."""
+def as_function(step: Step, model: nn.Module) -> Step:
+    """The step as data where it can be: a layer of torch's as a call of its function, a function in its form that writes to nothing."""
+    if step.op == "module":
+        step = _layer_as_function(step, model.get_submodule(step.target))
+    return _pure(step) if step.op == "function" else step
+
+
+def _layer_as_function(step: Step, m: nn.Module) -> Step:
+    """Anything but an untouched layer of torch's stays a module."""
     make = _FUNCTIONS.get(type(m))
     if make is None or len(step.args) != 1 or step.kwargs or touched(m) or getattr(m, "padding_mode", "zeros") != "zeros":
         return step
@@ -221,16 +225,18 @@ def _pure(step: Step) -> Step:
     return replace(step, target=target, args=args, kwargs=kwargs)
 
 
-def _attributes(structure: Any) -> list[str]:
+def attributes(structure: Any) -> list[str]:
+    """The paths of all tensors of the model that a nested structure refers to."""
     if isinstance(structure, Attribute):
         return [structure.path]
     if isinstance(structure, dict):
         structure = tuple(structure.values())
     if isinstance(structure, (tuple, list)) and not isinstance(structure, Value):
-        return [path for part in structure for path in _attributes(part)]
+        return [path for part in structure for path in attributes(part)]
     return []
 
 
-def _attribute(model: nn.Module, path: str) -> Tensor:
+def attribute(model: nn.Module, path: str) -> Tensor:
+    """The tensor at that path."""
     owner, _, name = path.rpartition(".")
     return getattr(model.get_submodule(owner), name)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .buffers import batchwise, pieces
+from .buffers import imagewise
 from .compared import Comparison, compare
 from .console import table
 from .explain import Explanation, Line
@@ -23,6 +23,7 @@ from .planned import Lowered, lower, refused
 from .program import Graph, PlanStep, Program
 from .schedule import Schedule, schedule
 from .tracing import Untraceable
+from .whole import joined, pieces
 
 SHAPES = 8  # programs (and CUDA graphs) kept at a time, oldest out: a service that sees every shape must not grow without end
 Normalize = tuple[Sequence[float], Sequence[float]]
@@ -90,7 +91,7 @@ class Plan:
 
     def _forget(self) -> None:
         """Everything that follows from weights and device."""
-        self._batchwise = self.device.type == "cpu" and batchwise(self._lowered)
+        self._imagewise = self.device.type == "cpu" and imagewise(self._lowered.steps, self._lowered.output)
         self._programs: OrderedDict[tuple[int, ...], Program] = OrderedDict()
         self._last: Program | None = None
         self._made_for: tuple[int, ...] | None = None
@@ -105,7 +106,7 @@ class Plan:
             sizes = self._pieces(x)
             if len(sizes) == 1:
                 return self._finish(self._run(x))
-            return self._finish(_joined([self._run(piece) for piece in x.split(sizes)]))
+            return self._finish(joined([self._run(piece) for piece in x.split(sizes)]))
 
     def build(self, example: Tensor) -> None:
         """Choose kernels and pack weights for such an input by running it (on a CPU, two images of it) once."""
@@ -130,7 +131,7 @@ class Plan:
 
     def _pieces(self, x: Tensor) -> list[int]:
         """How many images go through at a time; an image size that is new is tried with two."""
-        if not self._batchwise or len(x) < 3:
+        if not self._imagewise or len(x) < 3:
             return [len(x)]
         key = (2, *x.shape[1:])
         if key not in self._programs:
@@ -289,16 +290,6 @@ def _quiet(device: torch.device) -> Iterator[None]:
     """No gradients, and no autocast: it would cast what the plan has in its dtype already."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
-
-
-def _joined(parts: list[Any]) -> Any:
-    """The pieces' nested results as one batch's."""
-    first = parts[0]
-    if isinstance(first, Tensor):
-        return torch.cat(parts)
-    if isinstance(first, dict):
-        return type(first)((key, _joined([part[key] for part in parts])) for key in first)
-    return type(first)(_joined(list(group)) for group in zip(*parts, strict=True))
 
 
 def _own(result: Any, x: Tensor, lowered: Lowered) -> Any:

@@ -21,6 +21,7 @@ from .schedule import Attribute, Step, Value, references
 
 Values = dict[str, Any]
 Run = Callable[[Values], Any]
+Binder = Callable[[Lowered, Step, Values, set[str], bool], tuple[Run, str, str, Problem | None]]
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,10 @@ class PlanStep:
 class Program:
     """Built by running it once: ``answer`` is what that gave. ``largest``: bytes of its largest value; ``peak``: bytes alive at most.
 
-    With ``keep`` no value dies and ``values`` holds each with the seconds that it took, the least of three runs.
+    ``binder`` replaces :func:`bind`. With ``keep`` no value dies and ``values`` holds each with the seconds that it took, the least of three runs.
     """
 
-    def __init__(self, lowered: Lowered, x: Tensor, *, graph: bool = False, keep: bool = False) -> None:
+    def __init__(self, lowered: Lowered, x: Tensor, *, graph: bool = False, keep: bool = False, binder: Binder | None = None) -> None:
         self._lowered = lowered
         self._calls: list[tuple[Step, Run, frozenset[str]]] = []
         self.steps: list[PlanStep] = []
@@ -80,7 +81,7 @@ class Program:
             if keep:
                 dead = set()
             writable = dead & own - ({step.args[0].name} if step.op == "conv_bn_act" else set())
-            run, kernel, why, problem = _bind(lowered, step, values, writable, graph)
+            run, kernel, why, problem = (binder or bind)(lowered, step, values, writable, graph)
             reads = tuple(tuple(v.shape) for name in references(step) if isinstance(v := values[name], Tensor))
             out = values[step.output] = _named(step, run, values)
             shape = tuple(out.shape) if isinstance(out, Tensor) else ()
@@ -149,8 +150,8 @@ def _fill(structure: Any, values: Values, tensors: dict[str, Tensor]) -> Any:
 
 # ---------------------------------------------------------------- binding a step for the shapes that it meets
 
-def _bind(lowered: Lowered, step: Step, values: Values, writable: set[str], graph: bool) -> tuple[Run, str, str, Problem | None]:
-    """(callable over the values, kernel, why it, problem); ``writable`` are the values whose memory the step may take for its own."""
+def bind(lowered: Lowered, step: Step, values: Values, writable: set[str], graph: bool) -> tuple[Run, str, str, Problem | None]:
+    """(callable over the values, kernel, why it, problem) of a step; ``writable`` are the values whose memory the step may take for its own."""
     if step.op == "conv_bn_act":
         return _bind_conv(lowered.filters[step.output], step, values, writable, graph)
     if step.op == "add_act":
@@ -184,7 +185,7 @@ def _bind_conv(f: Filter, step: Step, values: Values, writable: set[str], graph:
     if onednn_takes(x, f.weight):
         # One pixel or one channel is NCHW and NHWC at once: torch 2.11 cannot fuse the add then.
         in_place = in_place and not residual.is_contiguous()
-        return _bind_onednn(f, step, x, in_place), "aten (oneDNN)", why, problem
+        return bind_onednn(step, f.packed(x), f.bias, f.geometry, in_place), "aten (oneDNN)", why, problem
     return _bind_torch(f, step, in_place), "aten", why, problem
 
 
@@ -218,11 +219,11 @@ def _bind_cudnn(f: Filter, step: Step) -> Run:
     return lambda v: torch.cudnn_convolution_add_relu(v[x], f.weight, v[residual], 1.0, f.bias, *f.geometry)
 
 
-def _bind_onednn(f: Filter, step: Step, example: Tensor, in_place: bool) -> Run:
+def bind_onednn(step: Step, packed: Tensor, bias: Tensor, geometry: tuple, in_place: bool) -> Run:
     """Bias and add fused (the add in the residual's memory where nobody reads it again); our own ReLU, in place, keeps NaN."""
     x, residual, relu = _names(step)
-    stride, padding, dilation, groups = f.geometry
-    filters = f.packed(example), f.bias, padding, stride, dilation, groups
+    stride, padding, dilation, groups = geometry
+    filters = packed, bias, padding, stride, dilation, groups
     conv, conv_ = torch.ops.mkldnn._convolution_pointwise.default, torch.ops.mkldnn._convolution_pointwise_.binary
 
     def run(v: Values) -> Tensor:

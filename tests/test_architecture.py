@@ -16,7 +16,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 ONLY = {
     "reference": set(), "problem": set(), "_library": set(),
     "fold": {"reference"}, "dispatch": {"problem"}, "tables": {"problem"},
-    "ops": {"reference", "_library", "dispatch"}, "path": {"ops"}, "blocks": {"path"}, "models": {"blocks", "path"},
+    "ops": {"reference", "_library", "dispatch"}, "path": {"ops"}, "blocks": {"path"}, "whole": {"dispatch", "fold"},
+    "models": {"blocks", "path", "whole"},
     "layers": {"models", "problem"}, "checkpoint": set(), "testing": {"reference", "dispatch", "layers", "problem"},
     "kernels": {"dispatch", "problem", "fold", "reference"},
 }

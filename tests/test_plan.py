@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 import resnet_fast
-from resnet_fast import load_plan, plan
+from resnet_fast import load_plan, plan, whole
 from resnet_fast.dispatch import use
 from resnet_fast.planning import SHAPES
 from resnet_fast.testing import assert_rule
+from resnet_fast.whole import PIECE, pieces
 
 torchvision = pytest.importorskip("torchvision")
 timm = pytest.importorskip("timm")
@@ -396,26 +397,24 @@ def test_a_replaced_module_is_seen_by_refresh(model):
 # ---------------------------------------------------------------- pieces of a batch
 
 def test_a_large_batch_goes_through_in_pieces(model, monkeypatch):
-    from resnet_fast import buffers
     x = images(7)
-    whole = plan(model, x, features=("layer2", "fc"))
-    wanted = whole(x)
-    assert (7, 3, 64, 64) in whole._programs
-    monkeypatch.setattr(buffers, "BLOCK", 3 * 64 * 32 * 32 * 4)
+    one = plan(model, x, features=("layer2", "fc"))
+    wanted = one(x)
+    assert (7, 3, 64, 64) in one._programs
+    monkeypatch.setattr(whole, "PIECE", 3 * 64 * 32 * 32 * 4)
     cut = plan(model, x, features=("layer2", "fc"))
     got = cut(x)
     assert (7, 3, 64, 64) not in cut._programs and (3, 3, 64, 64) in cut._programs
-    assert cut.activation_bytes < 0.6 * whole.activation_bytes
+    assert cut.activation_bytes < 0.6 * one.activation_bytes
     for name, value in wanted.items():
         torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_pieces():
-    from resnet_fast.buffers import BLOCK, pieces
-    assert pieces(16, BLOCK // 4) == [4, 4, 4, 4] and pieces(17, BLOCK // 8) == [6, 6, 5] and pieces(5, 1) == [5]
+    assert pieces(16, PIECE // 4) == [4, 4, 4, 4] and pieces(17, PIECE // 8) == [6, 6, 5] and pieces(5, 1) == [5]
     for n in range(2, 40):
         for fit in (1, 2, 3, 7):
-            found = pieces(n, BLOCK // fit)
+            found = pieces(n, PIECE // fit)
             assert sum(found) == n and min(found) > 1 and max(found) <= max(3, fit)
 
 
@@ -426,8 +425,7 @@ def test_pieces():
     lambda self, x: self.bn(self.conv(x))[:1],
 ], ids=range(4))
 def test_what_mixes_images_is_not_cut(forward, monkeypatch):
-    from resnet_fast import buffers
-    monkeypatch.setattr(buffers, "BLOCK", 1)
+    monkeypatch.setattr(whole, "PIECE", 1)
     model, x = block(forward), images(6, 12, 12)
     with torch.no_grad():
         torch.testing.assert_close(plan(model, x)(x), model(x), rtol=1e-4, atol=1e-5)
@@ -463,4 +461,4 @@ def test_timm_networks_save_and_load(kwargs, tmp_path):
     run.save(tmp_path / "net.plan")
     again = load_plan(tmp_path / "net.plan")
     judge(again(images(5)), net, images(5))
-    assert run._batchwise and again._batchwise
+    assert run._imagewise and again._imagewise
