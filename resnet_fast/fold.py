@@ -86,8 +86,8 @@ running = Pass()
 
 
 def packed(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor | None, var: Tensor | None, eps: float,
-           stride, padding, dilation, groups: int) -> tuple[Tensor, Tensor]:
-    """The folded weight in oneDNN's blocked layout and the bias, made now or proved to be still true."""
+           stride, padding, dilation, groups: int) -> tuple[Tensor, Tensor] | None:
+    """The folded weight in oneDNN's blocked layout and the bias, made now or proved to be still true; None if unfoldable."""
     tensors = (weight, scale, shift) if mean is None else (weight, scale, shift, mean, var)
     key = (eps, weight.shape, weight.stride(), *[t.dtype for t in tensors], *[t.data_ptr() for t in tensors])
     entry, proved = _packed.get(key), running.proved
@@ -100,13 +100,27 @@ def packed(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor
         running.largest = max(running.largest, x.nbytes, x.nbytes // x.shape[1] * weight.shape[0] // (stride[0] * stride[1]))
     # oneDNN's blocked layout depends on the batch: a pack for batch ≥ 2 is slower than eager at batch 1, and the other way round.
     case = (x.shape[0] > 1, tuple(stride), tuple(padding), tuple(dilation), groups)
-    pack = entry.packs.get(case)
-    if pack is None:
+    if case not in entry.packs:
         with torch.inference_mode(False), torch.no_grad():
-            folded, bias = fold(*(t.detach() for t in tensors[:3]), mean, var, eps)
-            pack = torch.ops.mkldnn._reorder_convolution_weight(folded.contiguous(), padding, stride, dilation, groups, x.shape), bias
-        entry.packs[case] = pack
-    return pack
+            entry.packs[case] = _pack(entry.snapshot, eps, case, x)
+    return entry.packs[case]
+
+
+def _pack(snapshot: tuple[Tensor, ...], eps: float, case: tuple, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """From the snapshot, never from the live tensors: an edit in another thread after the comparison, taken back later
+    (a moving average swapped in and out), would stay in the pack for good.
+    """
+    vectors = snapshot[1:] if len(snapshot) == 5 else (*snapshot[1:], None, None)
+    if not foldable(*vectors, eps):
+        return None
+    _, stride, padding, dilation, groups = case
+    folded, bias = fold(snapshot[0], *vectors, eps)
+    return torch.ops.mkldnn._reorder_convolution_weight(folded.contiguous(), padding, stride, dilation, groups, x.shape), bias
+
+
+def foldable(scale: Tensor, shift: Tensor, mean: Tensor | None, var: Tensor | None, eps: float) -> bool:
+    """Whether every factor is finite: Σ x·(w·∞) is NaN wherever the products' signs differ, (Σ x·w)·∞ as in eager is not."""
+    return bool(affine(scale, shift, mean, var, eps)[0].isfinite().all())
 
 
 def packable(weight: Tensor, *vectors: Tensor | None) -> bool:

@@ -155,6 +155,27 @@ def test_aliases_share_a_pack(folds) -> None:
     assert not folds
 
 
+def test_an_edit_while_packing_and_back(monkeypatch) -> None:
+    """Another thread swaps a moving average in just before the fold and out again later: the pack must be what was compared."""
+    ours, theirs = twins()
+    weight, original, rounds = ours.layer2[1].conv2.weight, fold.fold, []
+
+    def raced(w, *rest):
+        rounds.append(w)
+        with torch.no_grad():
+            weight.mul_(2)
+        try:
+            return original(w, *rest)
+        finally:
+            with torch.no_grad():
+                weight.mul_(0.5)
+
+    monkeypatch.setattr(fold, "fold", raced)
+    assert_agree(ours, theirs, X)
+    assert rounds
+    assert_agree(ours, theirs, X)
+
+
 def test_double_and_back() -> None:
     ours, theirs = twins()
     warm(ours)
