@@ -116,14 +116,20 @@ def _check_vectors(op: str, channels: int, **vectors: Tensor | None) -> None:
             _require(tuple(v.shape) == (channels,), op, f"{name} shape", list(v.shape), [channels])
 
 
-def check_conv_bn_act(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> None:
+def check_convolution(x: Tensor, weight: Tensor, groups: int, **others: Tensor | None) -> None:
+    """Whether ``weight`` can filter ``x``; also asked where a training block calls torch's convolution. Raises RuntimeError."""
     op = "conv_bn_act"
-    _check_act(op, act)
-    _check_images(op, x, weight=weight, scale=scale, shift=shift, residual=residual, mean=mean, var=var)
+    _check_images(op, x, weight=weight, **others)
     _require(weight.dim() == 4, op, "weight", f"{weight.dim()}-D shape {list(weight.shape)}", "4-D [K, C/groups, R, S]")
     _require(weight.dtype == x.dtype, op, "x dtype", x.dtype, f"{weight.dtype} (that of weight)")
     _require(x.shape[1] == weight.shape[1] * groups, op, "x channels", x.shape[1],
              f"{weight.shape[1] * groups} (weight is {list(weight.shape)}, groups {groups})")
+
+
+def check_conv_bn_act(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> None:
+    op = "conv_bn_act"
+    _check_act(op, act)
+    check_convolution(x, weight, groups, scale=scale, shift=shift, residual=residual, mean=mean, var=var)
     _require((mean is None) == (var is None), op, "mean and var", "one of them", "both or neither")
     _check_vectors(op, weight.shape[0], scale=scale, shift=shift, mean=mean, var=var)
     if residual is not None:

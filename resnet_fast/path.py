@@ -129,10 +129,19 @@ def uses_batch_statistics(bn: nn.Module) -> bool:
 def conv_bn_act(conv: nn.Conv2d, bn: nn.Module, x: Tensor, residual: Tensor | None = None, act: str = "none") -> Tensor:
     """One fused step over the modules that own the state: ``ops.conv_bn_act`` with fixed statistics, conv + ``ops.bn_act`` in training."""
     if uses_batch_statistics(bn):
+        _require_fit(x, conv)
         z = conv._conv_forward(x, _with_own_strides(conv.weight), None)
         return batch_norm_act(bn, z, residual, act)
     return ops.conv_bn_act(x, conv.weight, bn.weight, bn.bias, residual, mean=bn.running_mean, var=bn.running_var, eps=bn.eps,
                            stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups, act=act)
+
+
+def _require_fit(x: Tensor, conv: nn.Conv2d) -> None:
+    """The sentence of ``ops.conv_bn_act`` for a wrong input, in training too, where the convolution is torch's own."""
+    weight = conv.weight
+    fits = x.dim() == 4 and x.dtype is weight.dtype and x.device == weight.device and x.shape[1] == weight.shape[1] * conv.groups
+    if not fits and not torch.is_autocast_enabled(x.device.type):  # autocast makes the dtypes meet
+        ops.check_convolution(x, weight, conv.groups)
 
 
 def _with_own_strides(weight: Tensor) -> Tensor:
