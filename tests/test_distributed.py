@@ -18,10 +18,11 @@ pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avai
 
 
 def _train(model: nn.Module, rank: int) -> None:
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    """Two steps, sixteen values a channel in the last stage: over three of them batch norm blows an ulp up to 1e-7."""
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for step in range(2):
         optimiser.zero_grad()
-        model(images(3, 32, torch.float64, seed=10 * step + rank)).square().mean().backward()
+        model(images(4, 64, torch.float64, seed=10 * step + rank)).square().mean().backward()
         optimiser.step()
 
 
