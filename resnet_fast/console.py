@@ -49,6 +49,8 @@ def default_device() -> str:
 
 def device_or_error(name: str) -> torch.device:
     """The device, or ValueError with what to do when this machine has none of it."""
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device: got {name}, expected cpu or cuda")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: this machine shows no CUDA device to torch {torch.__version__}; use --device cpu")

@@ -31,6 +31,7 @@ def test_every_command_explains_itself(capsys):
     (["check", "--kernel", "absent.py"], "does not exist"),
     (["bench", "--providers", "nothing"], "unknown"),
     (["explain", "resnet18", "--device", "cuda"], "no CUDA device"),
+    (["explain", "resnet18", "--device", "tpu"], "--device: got tpu, expected cpu or cuda"),
 ])
 def test_a_mistake_is_one_sentence(argv, words, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
