@@ -1,13 +1,15 @@
-"""Two plans of one model beside each other: what each value's distance is, and what it took each plan to get there."""
+"""Two plans of one model beside each other: how far apart each value is, which of the two errs, and what it took each to get there."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from .console import table
+from .schedule import references
 
 if TYPE_CHECKING:
     from .program import Program
@@ -15,37 +17,73 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """A value that both plans compute: its distance from the other's (RMS over the other's RMS) and both times since the last, in ms."""
+    """A value that both plans compute, and how they came to it from other such values.
+
+    ``steps`` and ``ms`` of the one plan, ``other_steps`` and ``other_ms`` of the other; ``distance``: RMS of the difference over the
+    other's RMS. With a third, exact plan ``error`` and ``other_error`` are each one's distance from it, and ``broken`` is the sentence
+    that says how the error rule is broken, taking the other for eager; else all three are None.
+    """
 
     value: str
-    target: str
+    name: str
+    steps: int
+    other_steps: int
     distance: float
     ms: float
     other_ms: float
+    error: float | None = None
+    other_error: float | None = None
+    broken: str | None = None
 
 
 class Comparison(list):
     """The rows in the order of the steps; prints as a table with the sums below."""
 
     def __str__(self) -> str:
-        rows = [(r.value, r.target, f"{r.distance:.1e}", f"{r.ms:.2f}", f"{r.other_ms:.2f}") for r in self]
-        rows.append(("total", "", "", f"{sum(r.ms for r in self):.2f}", f"{sum(r.other_ms for r in self):.2f}"))
-        return table(("value", "step", "distance", "ms", "other's ms"), rows, right=(2, 3, 4))
+        judged, wrong = any(r.error is not None for r in self), any(r.broken for r in self)
+        header = ["step", "steps", "other's", "distance", *(["error", "other's"] if judged else []), "ms", "other's", "speed"]
+
+        def line(name: str, rows: list[Row], errors: Iterable[float | None]) -> list[str]:
+            ms, other_ms = sum(r.ms for r in rows), sum(r.other_ms for r in rows)
+            return [name, str(sum(r.steps for r in rows)), str(sum(r.other_steps for r in rows)),
+                    *("" if e is None else f"{e:.1e}" for e in errors), f"{ms:.2f}", f"{other_ms:.2f}", f"{other_ms / ms:.2f}×" if ms else "",
+                    *(["WRONG" if any(r.broken for r in rows) else ""] if wrong else [])]
+
+        rows = [line(r.name, [r], (r.distance, *((r.error, r.other_error) if judged else ()))) for r in self]
+        rows.append(line("total", list(self), (None,) * (3 if judged else 1)))
+        return table([*header, "rule"] if wrong else header, rows, right=range(1, len(header)))
 
 
-def compare(mine: Program, theirs: Program) -> Comparison:
-    """A row for each tensor that both hold by the same name; a step that only one has counts towards the next row."""
-    from .testing import error
-    targets = {step.output: step.target for step in mine.steps}
-    order = {name: i for i, name in enumerate(theirs.values)}
-    times = [seconds for _, seconds in theirs.values.values()]
-    rows, spent, done = Comparison(), 0.0, 0
-    for name, (value, seconds) in mine.values.items():
-        spent += seconds
-        if name not in order or not isinstance(value, Tensor) or not value.is_floating_point():
+def compare(mine: Program, theirs: Program, exact: Program | None = None) -> Comparison:
+    """A row for each tensor that both (and ``exact``) hold by the same name; other steps count towards the first row that needs them."""
+    from .testing import broken_rule, error
+    names = {step.output: step.name for step in mine.steps}
+    spent, other_spent = _spender(mine), _spender(theirs)
+    rows = Comparison()
+    for name, (value, _) in mine.values.items():
+        other = theirs.values.get(name, (None,))[0]
+        if not isinstance(value, Tensor) or not isinstance(other, Tensor) or not value.is_floating_point():
             continue
-        until = max(done, order[name] + 1)
-        distance = error(value, theirs.values[name][0].double()).rms
-        rows.append(Row(name, targets[name], distance, spent * 1e3, sum(times[done:until]) * 1e3))
-        spent, done = 0.0, until
+        judged = {}
+        if exact is not None and name in exact.values:
+            oracle = exact.values[name][0].double().cpu()
+            judged = {"error": error(value, oracle).rms, "other_error": error(other, oracle).rms, "broken": broken_rule(value, other, oracle)}
+        (steps, ms), (other_steps, other_ms) = spent(name), other_spent(name)
+        rows.append(Row(name, names[name], steps, other_steps, error(value, other.double()).rms, ms, other_ms, **judged))
     return rows
+
+
+def _spender(program: Program) -> Callable[[str], tuple[int, float]]:
+    """A function: value → how many steps that no earlier value asked for lead to it, and their ms."""
+    reads = {step.output: references(step) for step in program._lowered.steps}
+
+    def spend(value: str) -> tuple[int, float]:
+        steps, ms, waiting = 0, 0.0, [value]
+        while waiting:
+            name = waiting.pop()
+            if name in reads:  # neither an input nor counted already
+                waiting += reads.pop(name)
+                steps, ms = steps + 1, ms + program.values[name][1] * 1e3
+        return steps, ms
+
+    return spend

@@ -237,9 +237,12 @@ class Plan:
                 program = self._programs[tuple(x.shape)]
             return Explanation(Line(s.target, s.op, s.kernel, s.why, s.problem) for s in program.steps)
 
-    def compare(self, other: Plan, x: Tensor) -> Comparison:
-        """Both plans step by step on one input, by distance and time; ``other`` is of the same model, say with ``fuse=False``."""
-        return compare(self._kept(x), other._kept(x))
+    def compare(self, other: Plan, x: Tensor, exact: Plan | None = None) -> Comparison:
+        """Both plans step by step on one input, by distance and time; ``other`` is of the same model, say with ``fuse=False``.
+
+        ``exact``: a third plan of it, say in float64, from which both are measured: then by each one's error too.
+        """
+        return compare(self._kept(x), other._kept(x), None if exact is None else exact._kept(x))
 
     def _kept(self, x: Tensor) -> Program:
         with _quiet(self.device):

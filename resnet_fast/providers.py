@@ -66,11 +66,7 @@ class Provider:
 # ---------------------------------------------------------------- what every provider shares
 
 def reference_model(name: str, device: str | torch.device = "cpu", seed: int = 0) -> nn.Module:
-    """The eager model that all providers share: torchvision's if installed, else our plain modules; eval, fp32, NCHW.
-
-    γ and β are random and the running statistics are those of random images, so that activations stay in range and no
-    affine is trivial.
-    """
+    """The eager model that all providers share: torchvision's if installed, else our plain modules; settled, eval, fp32, NCHW."""
     torch.manual_seed(seed)
     if importlib.util.find_spec("torchvision") is None:
         model = plain(create_model(name))
@@ -78,6 +74,11 @@ def reference_model(name: str, device: str | torch.device = "cpu", seed: int = 0
         import torchvision
         model = torchvision.models.get_model(name)
     model.architecture = name
+    return settle(model).eval().to(device)
+
+
+def settle(model: nn.Module) -> nn.Module:
+    """Random γ and β, and the statistics of random images: nothing is trivial and activations stay in range. Leaves it in train."""
     for bn in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
         nn.init.uniform_(bn.weight, 0.5, 1.0)
         nn.init.normal_(bn.bias, std=0.2)
@@ -87,7 +88,7 @@ def reference_model(name: str, device: str | torch.device = "cpu", seed: int = 0
     for bn in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
         bn.momentum = 0.1
         bn.num_batches_tracked.zero_()
-    return model.eval().to(device)
+    return model
 
 
 def plain(model: nn.Module) -> nn.Module:

@@ -32,6 +32,8 @@ def test_every_command_explains_itself(capsys):
     (["bench", "--providers", "nothing"], "unknown"),
     (["explain", "resnet18", "--device", "cuda"], "no CUDA device"),
     (["explain", "resnet18", "--device", "tpu"], "--device: got tpu, expected cpu or cuda"),
+    (["explain", "resnet51", "--diff"], "expected one of resnet18"),
+    (["explain", "resnet18", "--diff", "--rejected"], "--rejected goes with the plain table only"),
 ])
 def test_a_mistake_is_one_sentence(argv, words, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -108,6 +110,45 @@ def test_explain_rejected(capsys):
     assert main(["explain", "resnet18", "--size", "32", "--rejected"]) == 0
     said = capsys.readouterr().out
     assert "triton.conv" in said and "native.conv" in said and "aten.cudnn_fused" in said
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_explain_diff(capsys, monkeypatch, dtype):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main(["explain", "resnet50", "--diff", "--batch", "3", "--size", "33", "--dtype", dtype]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"resnet50, {dtype}, 3×3×33×33 on cpu: 57 fused steps, other: 175 unfused ones"
+    assert max(map(len, said)) <= 100 and not any("…" in line for line in said)
+    total = next(line.split() for line in said if line.startswith("total"))
+    assert total[1:3] == ["57", "175"] and float(total[3]) > 0 and float(total[4]) > 0
+
+
+def test_explain_diff_as_json(capsys):
+    assert main(["explain", "resnet18", "--diff", "--batch", "2", "--size", "32", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["model"] == "resnet18" and found["batch"] == 2 and len(found["rows"]) == 24
+    assert all(0 <= row["error"] < 1e-4 and row["ms"] > 0 and row["broken"] is None for row in found["rows"])
+
+
+def test_explain_diff_exits_1_when_the_fused_schedule_is_wrong(capsys, monkeypatch):
+    from resnet_fast import planned
+    fold = planned._filter
+
+    def off(conv, bn, dtype, device):
+        found = fold(conv, bn, dtype, device)
+        found.bias.mul_(1.01)
+        return found
+
+    monkeypatch.setattr(planned, "_filter", off)
+    assert main(["explain", "resnet18", "--diff", "--size", "32"]) == 1
+    said = capsys.readouterr()
+    assert "WRONG conv1: rms error" in said.err and "WRONG" in said.out
+
+
+def test_explain_as_json(capsys):
+    assert main(["explain", "resnet18", "--size", "32", "--json"]) == 0
+    lines = json.loads(capsys.readouterr().out)
+    assert lines[0]["layer"] == "conv1" and lines[0]["kernel"] == "aten.conv_bn_act" and lines[0]["problem"].startswith("conv_bn_act")
 
 
 def test_explain_lines_print():

@@ -279,6 +279,25 @@ def test_fused_beside_unfused(model):
     assert 0 < fused.compare(exact, images())[-1].distance < 1e-4
 
 
+def test_each_step_of_both_schedules_counts_once_and_for_the_row_that_needs_it(model):
+    fused, plain = plan(model, images()), plan(model, images(), fuse=False)
+    rows = {r.name: r for r in fused.compare(plain, images())}
+    assert sum(r.steps for r in rows.values()) == len(fused.steps) and sum(r.other_steps for r in rows.values()) == len(plain.steps)
+    assert rows["layer2.0.downsample.0"].other_steps == 2  # convolution, batch norm; not the other branch, which stands before them
+    assert rows["layer2.0.conv2"].other_steps == 4 and rows["conv1"].other_steps == 3
+
+
+def test_beside_an_exact_plan_each_error_is_judged(model):
+    fused, plain, exact = (plan(model, images(), fuse=fuse, dtype=dtype) for fuse, dtype in
+                           ((True, torch.float32), (False, torch.float32), (False, torch.float64)))
+    rows = fused.compare(plain, images(), exact)
+    assert all(r.broken is None and 0 < r.error < 1e-4 and 0 < r.other_error < 1e-4 for r in rows) and "WRONG" not in str(rows)
+    off = plan(ready(copy.deepcopy(model)), images())  # filters of its own
+    off._lowered.filters["layer1_1_relu_1"].bias.add_(1e-3)
+    rows = off.compare(plain, images(), exact)
+    assert next(r for r in rows if r.broken).name == "layer1.1.conv2" and "WRONG" in str(rows)
+
+
 def test_it_prints_and_explains(model):
     run = plan(model, images())
     assert "layer4.1.conv2" in str(run) and "24 steps" in str(run)
@@ -448,7 +467,8 @@ def test_steps_know_kernel_shapes_and_flops(model):
 def test_refusals_of_another_size_name_the_one_it_was_made_for():
     net = ready(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 5)))
     run = plan(net, images(2, 8, 8))
-    with pytest.raises(ValueError, match=r"got \[2, 3, 9, 9\] \(the plan was made for \[2, 3, 8, 8\]\): plan: step .* \(torch.nn.functional.linear\)"):
+    sentence = r"got \[2, 3, 9, 9\] \(the plan was made for \[2, 3, 8, 8\]\): plan: step .* \(torch.nn.functional.linear\)"
+    with pytest.raises(ValueError, match=sentence):
         run(images(2, 9, 9))
 
 
