@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .schedule import Step, Value, names, references
+from .schedule import Attribute, Step, Value, names, references
 
 if TYPE_CHECKING:
     from .planned import Lowered
@@ -59,8 +59,16 @@ def imagewise(steps: Sequence[Step], output: Any) -> bool:
         elif not _imagewise(step, sizes):
             return False
     computed = {step.output for step in steps} - shapes - sizes
-    results = names(output)
-    return bool(results) and set(results) <= computed
+    return _all_in(output, computed)
+
+
+def _all_in(output: Any, computed: set[str]) -> bool:
+    """Whether a nested output holds such values and nothing else, which pieces of a batch could not be joined to."""
+    if isinstance(output, Value):
+        return output.name in computed
+    if isinstance(output, dict):
+        output = tuple(output.values())
+    return isinstance(output, (tuple, list)) and not isinstance(output, Attribute) and all(_all_in(part, computed) for part in output)
 
 
 def _imagewise(step: Step, sizes: set[str]) -> bool:

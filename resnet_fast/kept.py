@@ -19,7 +19,7 @@ from .nodes import is_norm, touched
 from .planned import Lowered, as_function, attribute, attributes, refused
 from .problem import Problem
 from .program import Program, Run, Values, bind, bind_onednn
-from .schedule import Step, schedule
+from .schedule import Step, Value, schedule
 from .tracing import Untraceable
 
 SHAPES = 8  # programs kept for each network, oldest out
@@ -38,8 +38,8 @@ class Kept:
             steps = tuple(as_function(step, owner) for step in found.steps)
         except (Untraceable, ValueError) as reason:
             raise Unfit(str(reason)) from None
-        if len(found.inputs) != 1 or refused(owner, found):
-            raise Unfit("a plan of it would be refused")
+        if len(found.inputs) != 1 or not isinstance(found.output, Value) or refused(owner, found):
+            raise Unfit("a plan of it would be refused, or it answers with something else than one value")
         self._parts = [(m, Part(m, False)) for m in inside]
         self._held = [(tensors, key, t, _place(t)) for m in (owner, *inside) for tensors in (m._parameters, m._buffers)
                       for key, t in tensors.items() if t is not None]

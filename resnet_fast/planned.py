@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -36,19 +37,29 @@ class Filter:
 
     def same(self, other: Filter) -> bool:
         """Whether another plan's filter may serve here too."""
-        return (self.geometry == other.geometry and self.weight.shape == other.weight.shape
-                and self.weight.device == other.weight.device and self.weight.dtype == other.weight.dtype
-                and torch.equal(self.weight, other.weight) and torch.equal(self.bias, other.bias))
+        return self.geometry == other.geometry and torch.equal(self.weight, other.weight) and torch.equal(self.bias, other.bias)
 
 
-_filters: weakref.WeakSet[Filter] = weakref.WeakSet()
+# What living plans hold, by shape: for each a dict of weak references, so that a thread may look while another adds.
+_held: dict[tuple, weakref.WeakValueDictionary[int, Filter | Tensor]] = {}
+_holding = threading.Lock()
+
+
+def _shared(mine: Filter | Tensor) -> Any:
+    """What a living plan holds with the very same values, else ``mine``, which later plans then find."""
+    whole = mine.weight if isinstance(mine, Filter) else mine
+    same = Filter.same if isinstance(mine, Filter) else torch.equal
+    with _holding:
+        alike = _held.setdefault((type(mine), whole.shape, whole.dtype, whole.device), weakref.WeakValueDictionary())
+        found = next((other for other in list(alike.values()) if same(mine, other)), mine)
+        alike[id(found)] = found
+    return found
 
 
 @dataclass
 class Lowered:
     """Steps that refer to nothing but ``filters`` (by step output), ``tensors`` (by path) and copies of ``modules`` that stay one call.
 
-    Filters that a living plan holds with the very same values are taken from it: plans of one model share their weights.
     """
 
     steps: tuple[Step, ...]
@@ -58,17 +69,17 @@ class Lowered:
     tensors: dict[str, Tensor]
     modules: dict[str, nn.Module]
 
-    def __post_init__(self) -> None:
-        for name, mine in self.filters.items():
-            self.filters[name] = next((other for other in list(_filters) if other.same(mine)), mine)
-            _filters.add(self.filters[name])
+    def shared(self) -> Lowered:
+        """The same, but what a living plan holds with the very same values is taken from it: plans of one model share weights."""
+        return replace(self, filters={name: _shared(mine) for name, mine in self.filters.items()},
+                       tensors={path: _shared(mine) for path, mine in self.tensors.items()})
 
     def to(self, device: torch.device) -> Lowered:
         """The same over weights on that device."""
         filters = {k: Filter(f.weight.to(device), f.bias.to(device), f.geometry) for k, f in self.filters.items()}
         tensors = {k: t.to(device) for k, t in self.tensors.items()}
         modules = {k: copy.deepcopy(m).to(device) for k, m in self.modules.items()}
-        return replace(self, filters=filters, tensors=tensors, modules=modules)
+        return replace(self, filters=filters, tensors=tensors, modules=modules).shared()
 
 
 # ---------------------------------------------------------------- what cannot be planned
@@ -109,11 +120,11 @@ def lower(found: Schedule, model: nn.Module, dtype: torch.dtype, device: torch.d
             step = as_function(step, model)
             if step.op == "module":
                 modules[step.target] = _copy(model.get_submodule(step.target)).to(device, dtype)
-            for path in attributes((step.args, step.kwargs)):
-                tensor = attribute(model, path).detach().to(device, copy=True)
-                tensors[path] = tensor.to(dtype) if tensor.is_floating_point() else tensor
             steps.append(step)
-    return Lowered(tuple(steps), found.inputs, found.output, filters, tensors, modules)
+        for path in dict.fromkeys(attributes((found.output, *((step.args, step.kwargs) for step in steps)))):
+            tensor = attribute(model, path).detach().to(device, copy=True)
+            tensors[path] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return Lowered(tuple(steps), found.inputs, found.output, filters, tensors, modules).shared()
 
 
 def _filter(conv: nn.Conv2d, bn: nn.Module | None, dtype: torch.dtype, device: torch.device) -> Filter:
