@@ -32,15 +32,18 @@ Normalize = tuple[Sequence[float], Sequence[float]]
 def make(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None, cuda_graph: bool | None, tune: bool, fuse: bool,
          features: Sequence[str] | None, normalize: Normalize | None, softmax: bool, topk: int | None) -> Plan:
     """See :func:`resnet_fast.plan`."""
+    normalize = _numbers(normalize)
     _check_example(example, normalize)
     if dtype is None:
         dtype = example.dtype if example.is_floating_point() else torch.float32
+    _check_options(model, dtype, cuda_graph and example.device.type != "cuda", topk, features if softmax or topk else None)
     found = _schedule(model, fuse, features)
     made = Plan(lower(found, model, dtype, example.device), dtype, example.device, cuda_graph=cuda_graph, normalize=normalize,
                 softmax=softmax, topk=topk, source=(weakref.ref(model), fuse, features))
     if tune:
         made.tune(example)
     made.build(example)
+    made.check_classes()
     return made
 
 
@@ -72,9 +75,36 @@ def _check_example(example: Tensor, normalize: Any) -> None:
     if not isinstance(example, Tensor) or example.dim() != 4:
         shape = list(example.shape) if isinstance(example, Tensor) else type(example).__name__
         raise ValueError(f"plan: example: got {shape}, expected one 4-D tensor [N, C, H, W]")
-    if (normalize is not None) != (example.dtype == torch.uint8):
+    right = example.dtype == torch.uint8 if normalize is not None else example.is_floating_point()
+    if not right:
         raise ValueError(f"plan: example: got {example.dtype} with normalize={normalize}, expected uint8 [N, H, W, 3] with "
                          "normalize=(mean, std), or a floating dtype without")
+
+
+def _numbers(normalize: Any) -> Normalize | None:
+    """(mean, std) of whatever kind as plain numbers."""
+    if normalize is None:
+        return None
+    try:
+        mean, std = (tuple(float(c) for c in v) for v in normalize)
+    except (TypeError, ValueError):
+        mean = std = ()
+    if len(mean) != 3 or len(std) != 3 or not all(std):
+        raise ValueError(f"plan: normalize: got {normalize!r}, expected (mean, std), three numbers each, no std 0")
+    return mean, std
+
+
+def _check_options(model: nn.Module, dtype: torch.dtype, graph_nowhere: bool | None, topk: int | None, features: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"plan: model: got {type(model).__name__}, expected an nn.Module")
+    if dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        raise ValueError(f"plan: dtype: got {dtype}, expected torch.float32, float64, float16 or bfloat16")
+    if graph_nowhere:
+        raise ValueError("plan: cuda_graph: got True for an example that is not on CUDA, expected None or False")
+    if topk is not None and topk < 1:
+        raise ValueError(f"plan: topk: got {topk}, expected at least 1, or None")
+    if features is not None:
+        raise ValueError("plan: features: softmax and topk are of the classes; make two plans, they share their weights")
 
 
 class Plan:
@@ -114,6 +144,15 @@ class Plan:
             x = self._prepared(example)
             if len(self._pieces(x)) == 1:
                 self._run(x)
+
+    def check_classes(self) -> None:
+        """Raise ValueError if softmax or top-k is asked for and the built program does not answer with that many classes."""
+        if (self.softmax or self.topk) and self._last is not None:
+            shapes = {step.output: step.shape for step in self._last.steps}
+            shape = shapes.get(getattr(self._lowered.output, "name", None), ())
+            if len(shape) != 2 or (self.topk or 1) > shape[1]:
+                raise ValueError(f"plan: softmax={self.softmax}, topk={self.topk}: expected a network that answers [N, classes] with at least "
+                                 f"{self.topk or 1} classes, got {list(shape) or 'no single tensor'}")
 
     def _prepared(self, x: Tensor) -> Tensor:
         """The input as the first step wants it: checked, normalised, in the plan's dtype, NHWC."""

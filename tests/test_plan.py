@@ -156,7 +156,7 @@ def test_features(model):
 def test_bytes_in_with_the_normalisation_inside(model):
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     photos = torch.randint(0, 256, (2, 40, 56, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    run = plan(model, photos, normalize=(mean, std))
+    run = plan(model, photos, normalize=(mean, torch.tensor(std)))
     x = (photos.permute(0, 3, 1, 2).float() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     torch.testing.assert_close(run(photos), model(x).detach(), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="uint8"):
@@ -230,6 +230,26 @@ def test_refusals_come_before_anything_is_built():
         plan(net, torch.zeros(3, 4))
 
 
+@pytest.mark.parametrize(("how", "words"), [
+    (dict(topk=0), "topk: got 0"), (dict(topk=1001), "at least 1001 classes, got .2, 1000."), (dict(dtype=torch.int8), "dtype: got torch.int8"),
+    (dict(topk=2, features=("layer1",)), "features: softmax and topk are of the classes"), (dict(cuda_graph=True), "not on CUDA"),
+    (dict(normalize=((0, 0, 0), (1, 1, 1))), "expected uint8"), (dict(normalize=((0, 0), (1, 1))), "three numbers each"),
+    (dict(normalize=((0, 0, 0), (1, 0, 1))), "no std 0"), (dict(normalize="imagenet"), "three numbers each"),
+])
+def test_options_that_make_no_sense_are_refused(model, how, words):
+    with pytest.raises(ValueError, match=f"plan: .*{words}"):
+        plan(model, images(), **how)
+
+
+def test_what_is_no_model_or_answers_no_classes_is_refused(model):
+    with pytest.raises(ValueError, match="model: got Plan, expected an nn.Module"):
+        plan(plan(model, images()), images())
+    with pytest.raises(ValueError, match=r"softmax=True.*got \[2, 3, 64, 64\]"):
+        plan(block(lambda self, x: self.bn(self.conv(x))), images(), softmax=True)
+    with pytest.raises(ValueError, match="got torch.int64"):
+        plan(model, images().long())
+
+
 def test_bad_input_is_one_sentence(model):
     run = plan(model, images())
     with pytest.raises(ValueError, match="step relu .conv1. does not fit"):
@@ -262,9 +282,26 @@ def test_threads(model):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_plans_can_be_made_in_threads(model):
+    nets, failed = [ready(resnet_fast.resnet18(), seed=i) for i in range(3)], []
+
+    def work(i):
+        try:
+            for _ in range(3):
+                plan(nets[i % 3], images(1, 32, 32))
+        except RuntimeError as problem:
+            failed.append(problem)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    [t.start() for t in workers]
+    [t.join() for t in workers]
+    assert not failed
+
+
 def test_plans_of_one_model_share_weights(model):
-    a, b = plan(model, images()), plan(model, images(), features=("layer1",))
+    a, b, c = plan(model, images()), plan(model, images(), features=("layer1",)), plan(model, images(), topk=3)
     assert a._lowered.filters["relu"] is b._lowered.filters["relu"]
+    assert a._lowered.tensors["fc.weight"] is c._lowered.tensors["fc.weight"] is not model.fc.weight
     assert plan(ready(resnet_fast.resnet18(), seed=5), images())._lowered.filters["relu"] is not a._lowered.filters["relu"]
 
 
@@ -449,6 +486,17 @@ def test_what_mixes_images_is_not_cut(forward, monkeypatch):
     model, x = block(forward), images(6, 12, 12)
     with torch.no_grad():
         torch.testing.assert_close(plan(model, x)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_no_batch_in_an_answer_is_neither_cut_nor_lent(monkeypatch):
+    from resnet_fast import buffers
+    monkeypatch.setattr(buffers, "BLOCK", 1)
+    model, x = block(lambda self, x: {"y": self.conv(x), "weight": self.bn.weight, "input": x, "level": 3, "none": None}), images(6, 12, 12)
+    run = plan(model, x)
+    got = run(x)
+    assert torch.equal(got["weight"], model.bn.weight) and torch.equal(got["input"], x) and got["level"] == 3 and got["none"] is None
+    got["weight"].zero_(), got["input"].zero_()
+    assert torch.equal(run(x)["weight"], model.bn.weight) and x.any() and got["y"].shape == (6, 3, 12, 12)
 
 
 # ---------------------------------------------------------------- what it says of itself
