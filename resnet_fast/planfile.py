@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import threading
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .console import DTYPES
 from .nodes import function
-from .planned import Filter, Lowered
+from .planned import Filter, Lowered, attributes
 from .planning import Plan
-from .schedule import Attribute, Step, Value
+from .schedule import Attribute, Step, Value, names, references
 
 VERSION = 1
 # A file may name these functions and no others: a name is looked up and called.
-_SAFE = ("Tensor.", "torch.nn.functional.", "operator.")
+_SAFE = ("Tensor", "torch.nn.functional", "operator")
 _SAFE_TORCH = {f"torch.{name}" for name in (
-    "flatten", "relu", "add", "mul", "mean", "sum", "sigmoid", "tanh", "cat", "squeeze", "unsqueeze", "reshape", "softmax", "transpose",
-    "permute", "matmul", "_assert")}
-_UNSAFE = {"operator.attrgetter", "operator.methodcaller", "operator.call", "operator.itemgetter"}
+    "flatten", "relu", "add", "sub", "mul", "div", "mean", "sum", "sigmoid", "tanh", "cat", "stack", "split", "chunk", "squeeze", "unsqueeze",
+    "reshape", "softmax", "transpose", "permute", "matmul", "conv2d", "_assert")}
+_UNSAFE = {f"operator.{name}" for name in (
+    "attrgetter", "methodcaller", "call", "itemgetter", "setitem", "delitem", "iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul",
+    "imod", "imul", "ior", "ipow", "irshift", "isub", "itruediv", "ixor")}
 _SAFE_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
 
 
@@ -38,30 +41,67 @@ def save(plan: Plan, path: str | Path) -> None:
         "dtype": str(plan.dtype).removeprefix("torch."), "normalize": _encode(plan.normalize), "softmax": plan.softmax, "topk": plan.topk,
     }
     path = Path(path)
-    part = tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False)  # noqa: SIM115
+    part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")  # opened as any file: the umask decides who may read
     try:
-        with part:
-            torch.save(record, part)
-        os.replace(part.name, path)
-    except BaseException:
-        os.unlink(part.name)
-        raise
+        with open(part, "xb") as file:
+            torch.save(record, file)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load(path: str | Path, device: torch.device | str, cuda_graph: bool | None) -> Plan:
-    """The plan in a file, on a device. Raises ValueError for what is no plan, another version, or names a function no plan calls."""
-    record = torch.load(path, map_location=device, weights_only=True)
+    """The plan in a file, on a device. Raises ValueError for what is no plan, another version, damaged, or names a function no plan calls."""
+    with open(path, "rb") as file:  # a path that cannot be read is an OSError
+        try:
+            record = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as problem:  # a foreign or torn file makes torch's reader and its safe unpickler raise anything
+            raise ValueError(f"plan: {path}: not a plan, or damaged ({type(problem).__name__})") from problem
     version = record.get("resnet_fast_plan") if isinstance(record, dict) else None
+    if version is None:
+        raise ValueError(f"plan: {path}: not a plan: Plan.save writes them")
     if version != VERSION:
         raise ValueError(f"plan: {path}: got version {version}, expected {VERSION}: make and save the plan anew")
-    steps = tuple(Step(**_decode(step)) for step in record["steps"])
-    for step in steps:
+    try:
+        steps = tuple(Step(**_decode(step)) for step in record["steps"])
+        filters = {k: _filter(f) for k, f in record["filters"].items()}
+        lowered = Lowered(steps, tuple(record["inputs"]), _decode(record["output"]), filters, record["tensors"], {}).shared()
+        dtype, ends = DTYPES[record["dtype"]], {"normalize": _decode(record["normalize"]), "softmax": record["softmax"], "topk": record["topk"]}
+        wrong = _wrong(lowered)
+    except (LookupError, TypeError, ValueError, AttributeError) as problem:
+        raise ValueError(f"plan: {path}: damaged ({type(problem).__name__}: {problem})") from problem
+    if wrong is not None:
+        raise ValueError(f"plan: {path}: {wrong}")
+    device = torch.device(device)
+    return Plan(lowered if device.type == "cpu" else lowered.to(device), dtype, device, cuda_graph=cuda_graph, **ends)
+
+
+def _filter(record: dict) -> Filter:
+    """One convolution's; raises ValueError for shapes that a kernel would take on trust."""
+    weight, bias, geometry = record["weight"], record["bias"], tuple(map(_decode, record["geometry"]))
+    pairs, groups = geometry[:3], geometry[3]
+    if weight.dim() != 4 or bias.shape != weight.shape[:1] or weight.dtype != bias.dtype or not weight.is_floating_point():
+        raise ValueError(f"weight {list(weight.shape)} and bias {list(bias.shape)} of no convolution")
+    if len(geometry) != 4 or not all(len(pair) == 2 and min(pair) >= 0 for pair in pairs) or groups < 1 or len(weight) % groups:
+        raise ValueError(f"geometry {geometry} of no convolution")
+    return Filter(weight.contiguous(memory_format=torch.channels_last), bias, geometry)
+
+
+def _wrong(lowered: Lowered) -> str | None:
+    """What a step calls, or reads, that it may not; None if all is well."""
+    known = set(lowered.inputs)
+    if len(known) != 1:
+        return f"got {len(known)} inputs, expected one"
+    for step in lowered.steps:
         if not _is_safe(step):
-            raise ValueError(f"plan: {path}: step {step.output} wants to call {step.target}, which no saved plan does")
-    filters = {k: Filter(f["weight"], f["bias"], tuple(map(_decode, f["geometry"]))) for k, f in record["filters"].items()}
-    lowered = Lowered(steps, tuple(record["inputs"]), _decode(record["output"]), filters, record["tensors"], {})
-    return Plan(lowered, getattr(torch, record["dtype"]), torch.device(device), cuda_graph=cuda_graph,
-                normalize=_decode(record["normalize"]), softmax=record["softmax"], topk=record["topk"])
+            return f"step {step.output} wants to call {step.target}, which no saved plan does"
+        absent = (set(references(step)) - known or set(attributes((step.args, step.kwargs))) - lowered.tensors.keys()
+                  or ({step.output} - lowered.filters.keys() if step.op == "conv_bn_act" else set()))
+        if absent:
+            return f"step {step.output} reads {min(absent)}, which is not there"
+        known.add(step.output)
+    absent = set(names(lowered.output)) - known or set(attributes(lowered.output)) - lowered.tensors.keys()
+    return f"the answer is {min(absent)}, which is not there" if absent else None
 
 
 def _is_safe(step: Step) -> bool:
@@ -70,9 +110,11 @@ def _is_safe(step: Step) -> bool:
     name = step.target
     if name == "builtins.getattr":
         return len(step.args) == 2 and isinstance(step.args[0], Value) and step.args[1] in _SAFE_ATTRIBUTES
-    if step.op != "function" or name in _UNSAFE or "__" in name:
+    space, _, short = name.rpartition(".")
+    writes = short.endswith("_") and space != "operator"  # into weights that other plans share
+    if step.op != "function" or name in _UNSAFE or writes or short.startswith("_") and name not in _SAFE_TORCH:
         return False
-    return (name.startswith(_SAFE) or name in _SAFE_TORCH) and callable(function(name))
+    return (space in _SAFE or name in _SAFE_TORCH) and callable(function(name))
 
 
 def _encode(value: Any) -> Any:

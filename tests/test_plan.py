@@ -185,7 +185,8 @@ def test_a_file_can_call_no_other_function(model, tmp_path):
     run = plan(model, images())
     run.save(tmp_path / "net.plan")
     record = torch.load(tmp_path / "net.plan", weights_only=True)
-    for bad in ("torch.load", "builtins.getattr", "operator.methodcaller", "torch.nn.functional.__builtins__"):
+    for bad in ("torch.load", "builtins.getattr", "operator.methodcaller", "torch.nn.functional.__builtins__", "Tensor.zero_", "operator.imul",
+                "Tensor._make_subclass", "torch.nn.functional.importlib.import_module"):
         for step in record["steps"]:
             if step["dict"]["op"] == "function":
                 step["dict"]["target"] = bad
@@ -196,6 +197,44 @@ def test_a_file_can_call_no_other_function(model, tmp_path):
     torch.save(record, tmp_path / "bad.plan")
     with pytest.raises(ValueError, match="version 99"):
         load_plan(tmp_path / "bad.plan")
+
+
+def test_foreign_and_torn_files_are_refused_in_a_sentence(model, tmp_path):
+    plan(model, images()).save(tmp_path / "net.plan")
+    whole = (tmp_path / "net.plan").read_bytes()
+    torch.save(model, tmp_path / "pickled")
+    torch.save(model.state_dict(), tmp_path / "state")
+    for name, content in {"empty": b"", "text": b"hello", "torn": whole[:-2000], "flipped": whole[:300] + b"XXXX" + whole[304:]}.items():
+        (tmp_path / name).write_bytes(content)
+    for name in ("empty", "text", "torn", "flipped", "pickled", "state"):
+        with pytest.raises(ValueError, match=f"plan: .*{name}: not a plan"):
+            load_plan(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        load_plan(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(("spoil", "words"), [
+    (lambda r: r.pop("filters"), "damaged .KeyError: 'filters'"), (lambda r: r.update(dtype="load"), "damaged .KeyError: 'load'"),
+    (lambda r: r["filters"].pop("relu"), "step relu reads relu, which is not there"),
+    (lambda r: r["tensors"].pop("fc.bias"), "step fc reads fc.bias, which is not there"),
+    (lambda r: r["steps"].pop(1), "reads maxpool, which is not there"), (lambda r: r["steps"].pop(), "the answer is fc, which is not there"),
+    (lambda r: r["filters"]["relu"].update(bias=torch.zeros(3)), "of no convolution"),
+    (lambda r: r["filters"]["relu"].update(geometry=[{"tuple": [1, 1]}] * 3 + [5]), "geometry .* of no convolution"),
+    (lambda r: r["steps"][0]["dict"].update(extra=1), "damaged .TypeError"), (lambda r: r.update(output={}), "damaged .ValueError"),
+])
+def test_tampered_files_are_refused_in_a_sentence(model, tmp_path, spoil, words):
+    plan(model, images()).save(tmp_path / "net.plan")
+    record = torch.load(tmp_path / "net.plan", weights_only=True)
+    spoil(record)
+    torch.save(record, tmp_path / "net.plan")
+    with pytest.raises(ValueError, match=f"plan: .*net.plan: .*{words}"):
+        load_plan(tmp_path / "net.plan")
+
+
+def test_a_saved_plan_may_be_read_by_whom_the_umask_allows(model, tmp_path):
+    (tmp_path / "ordinary").touch()
+    plan(model, images()).save(tmp_path / "net.plan")
+    assert (tmp_path / "net.plan").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
 
 
 class Odd(nn.Module):
@@ -521,8 +560,9 @@ def test_refusals_of_another_size_name_the_one_it_was_made_for():
         run(images(2, 9, 9))
 
 
-@pytest.mark.parametrize("kwargs", [dict(block_args=dict(attn_layer="eca")), dict(block_args=dict(attn_layer="se")), dict(stem_type="deep")],
-                         ids=["eca", "se", "deep stem"])
+@pytest.mark.parametrize("kwargs", [
+    dict(block_args=dict(attn_layer="eca")), dict(block_args=dict(attn_layer="se")), dict(stem_type="deep"), dict(aa_layer=timm.layers.BlurPool2d),
+], ids=["eca", "se", "deep stem", "blur pool"])
 def test_timm_networks_save_and_load(kwargs, tmp_path):
     resnet = timm.models.resnet
     net = ready(resnet.ResNet(resnet.Bottleneck, (1, 1, 1, 1), num_classes=10, **kwargs))
@@ -530,4 +570,4 @@ def test_timm_networks_save_and_load(kwargs, tmp_path):
     run.save(tmp_path / "net.plan")
     again = load_plan(tmp_path / "net.plan")
     judge(again(images(5)), net, images(5))
-    assert run._imagewise and again._imagewise
+    assert run._imagewise == again._imagewise == ("aa_layer" not in kwargs)
