@@ -76,7 +76,7 @@ def _from_file(name: str, path: str) -> Weights:
     except (ImportError, OSError):
         raise
     except Exception as error:  # a foreign file makes torch's safe unpickler raise anything
-        raise ValueError(f"--weights {path}: not a checkpoint that can be read safely: {error}") from error
+        raise ValueError(f"--weights {path}: not a checkpoint of tensors that can be read safely ({type(error).__name__})") from error
     state = _clean(_unwrap(found))
     classes = {"num_classes": len(state["fc.weight"])} if "fc.weight" in state else {}
     return Weights(load_checkpoint(create_model(name, **classes), state).eval())
