@@ -1,4 +1,7 @@
-"""``bench``: ours against every way to run the same network here, interleaved, with the error beside each time."""
+"""``bench``: ours against every way to run the same network here, interleaved, with the error beside each time.
+
+With ``--kernel`` it is single ops that are compared, which is ``bench_kernel``'s.
+"""
 
 from __future__ import annotations
 
@@ -28,30 +31,37 @@ def add_parser(commands) -> None:
                                         "eager NCHW and the error against float64. One of ours whose error breaks the rule gets no time.")
     p.add_argument("model", nargs="?", default="resnet50", help="an architecture (default %(default)s)")
     p.add_argument("--mode", choices=MODES, default="infer", help="infer, or train: forward + backward + SGD step (default %(default)s)")
-    p.add_argument("--batch", type=positive, nargs="+", default=[1, 16], help="batch sizes (default 1 16)")
+    p.add_argument("--batch", type=positive, nargs="+", help="batch sizes (default 1 16; with --kernel 256 on a GPU, 1 on a CPU)")
     p.add_argument("--size", type=positive, default=224, help="height and width in pixels (default %(default)s)")
-    p.add_argument("--dtype", choices=DTYPES, default="fp32", help="(default %(default)s)")
+    p.add_argument("--dtype", choices=DTYPES, help="(default fp32; with --kernel bf16 on a GPU)")
     p.add_argument("--device", default=default_device(), help="cpu or cuda (default here: %(default)s)")
-    p.add_argument("--providers", nargs="+", metavar="ID", default=list(DEFAULT), help=f"of {', '.join(PROVIDERS)} or kernel:ID")
-    p.add_argument("--kernel", action="append", default=[], metavar="ID|FILE", help="also plan() with this kernel forced")
+    p.add_argument("--providers", nargs="+", metavar="ID", default=list(DEFAULT), help=f"of {', '.join(PROVIDERS)} or kernel:ID|FILE")
+    p.add_argument("--kernel", nargs="+", action="extend", metavar="ID|FILE",
+                   help="these kernels on each distinct problem of the network, beside aten and its rivals: time, share of the roofline, "
+                        "registers, occupancy and likely causes; without a GPU what the machine code says")
+    p.add_argument("--layers", nargs="+", metavar="PATTERN", default=["*"], help="with --kernel: layers, as in layer3.*.conv3 (default all)")
+    p.add_argument("--gpu", metavar="GPU", default="h200", help="with --kernel, without a GPU: the model to compile for (default %(default)s)")
     p.add_argument("--photos", action="store_true", help="real photographs (package scikit-image) instead of random images")
     p.add_argument("--cold", action="store_true", help="also time the first answer of a fresh process, and its peak memory")
-    p.add_argument("--seconds", type=float, default=40.0, help="at most this long timing each case (default %(default)s)")
+    p.add_argument("--seconds", type=float, help="at most this long timing each case (default 40; with --kernel 4)")
     p.add_argument("--json", action="store_true", help="print the ledger rows as JSON instead of the table")
     p.add_argument("--save", nargs="?", const="", metavar="FILE", help="write the run to FILE, or into benchmarks/results")
     p.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    device = device_or_error(args.device)
-    chosen = [provider(id) for id in dict.fromkeys(["eager-nchw", *args.providers, *_kernel_providers(args.kernel)])]
+    if args.kernel:
+        from . import bench_kernel
+        return bench_kernel.run(args)
+    device, dtype = device_or_error(args.device), args.dtype or "fp32"
+    chosen = [provider(id) for id in dict.fromkeys(["eager-nchw", *args.providers])]
     machine = here(args.device)
-    _say(f"{args.mode} {args.model}, {args.dtype}, {args.size}², on {where(machine)}")
+    _say(f"{args.mode} {args.model}, {dtype}, {args.size}², on {where(machine)}")
     rows: list[Row] = []
     wrong = False
-    for batch in args.batch:
-        case = Case(args.mode, args.model, args.dtype, batch, args.size, device.type)
-        outcomes = measure(case, chosen, x=_photos(args, batch, device), max_seconds=args.seconds, cold=args.cold,
+    for batch in args.batch or (1, 16):
+        case = Case(args.mode, args.model, dtype, batch, args.size, device.type)
+        outcomes = measure(case, chosen, x=_photos(args, batch, device, DTYPES[dtype]), max_seconds=args.seconds or 40.0, cold=args.cold,
                            say=lambda line: _say(f"  {line}"), progress=_progress)
         _say("")
         found = [outcome.row for outcome in outcomes.values() if outcome.row is not None]
@@ -67,12 +77,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(LEGEND + "\nWeights: random, seeded, the same for all; no pretrained ones are at hand, so no accuracy is claimed.")
     return 1 if wrong else 0
-
-
-def _kernel_providers(names: list[str]) -> list[str]:
-    """Provider ids for the kernels that --kernel names; a file is imported and brings its own."""
-    from .check import wanted
-    return [f"kernel:{kernel.id}" for kernel in (wanted(names) if names else [])]
 
 
 def where(machine) -> str:
@@ -103,11 +107,11 @@ def _refusals(outcomes: dict[str, Outcome]) -> str:
                    for o in outcomes.values() if o.row is None)
 
 
-def _photos(args: argparse.Namespace, batch: int, device: torch.device) -> Tensor | None:
+def _photos(args: argparse.Namespace, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
     if not args.photos:
         return None
     from . import photos
-    return photos.batch(batch, args.size).to(device, DTYPES[args.dtype])
+    return photos.batch(batch, args.size).to(device, dtype)
 
 
 def _progress(done: int) -> None:

@@ -40,11 +40,16 @@ def op_problems(model: str, batch: int, size: int, dtype: torch.dtype, device: s
     convs = [layer.problem for layer in layers(model, batch, size, dtype, device, capability)]
     found |= dict.fromkeys(convs)
     for conv in convs:
-        x = (conv.x[0], conv.weight[0], *conv.out_hw)
-        after = Problem("bn_act", device, dtype, x, "nhwc", residual=conv.residual, act=conv.act, capability=capability)
-        ops = ["bn_act", "bn_act_backward"] + (["add_act", "add_act_backward"] if conv.residual else [])
-        found |= dict.fromkeys(replace(after, op=op) for op in ops)
+        found |= dict.fromkeys(filter(None, (after(conv, op) for op in BASELINES if op != "conv_bn_act")))
     return list(found)
+
+
+def after(conv: Problem, op: str) -> Problem | None:
+    """The batch norm or residual add that follows a convolution in training, or its derivative; None where nothing is added."""
+    if op.startswith("add_act") and not conv.residual:
+        return None
+    return Problem(op, conv.device, conv.dtype, (conv.x[0], conv.weight[0], *conv.out_hw), "nhwc", residual=conv.residual, act=conv.act,
+                   capability=conv.capability)
 
 
 def measure_op(problem: Problem, kernels: Iterable[Kernel], *, max_seconds: float = 5.0, max_rounds: int = 100,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import engines, folded
 from .accelerate import accelerate
-from .dispatch import find, use
+from .dispatch import named, use
 from .models import create_model
 from .plan import plan
 
@@ -248,11 +248,11 @@ PROVIDERS = {p.id: p for p in (
 
 
 def provider(id: str) -> Provider:
-    """The provider of that id, or "kernel:ID": our plan with it forced where it applies. Raises LookupError."""
+    """The provider of that id, or "kernel:ID" or "kernel:FILE": our plan with it forced where it applies. Raises LookupError."""
     if id.startswith("kernel:"):
         return _forced(id.removeprefix("kernel:"))
     if id not in PROVIDERS:
-        raise LookupError(f"provider {id!r} is unknown; known: {', '.join(PROVIDERS)}, kernel:ID")
+        raise LookupError(f"provider {id!r} is unknown; known: {', '.join(PROVIDERS)}, kernel:ID|FILE")
     return PROVIDERS[id]
 
 
@@ -261,5 +261,5 @@ def _forced(kernel: str) -> Provider:
         with use(kernel):
             return _plan(model, example, dtype)
 
-    return Provider(f"kernel:{kernel}", f"plan() with {kernel}", build, unavailable=lambda: find(kernel).available(),
-                    ours=True)
+    return Provider(f"kernel:{kernel}", f"plan() with {kernel}", build, ours=True,
+                    unavailable=lambda: next(filter(None, (k.available() for k in named(kernel))), None))

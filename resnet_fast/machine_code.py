@@ -1,0 +1,83 @@
+"""What a compiler made of a kernel, read without a GPU: registers, stack, shared memory and instructions, by cuobjdump."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+MATRIX = r"\w*MMA"  # mma.sync is HMMA, wgmma HGMMA, tcgen05 UTCHMMA in SASS
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel. Registers and stack (spills, or arrays that are indexed dynamically) are a thread's, ``shared`` bytes a
+    block's; ``threads`` of a block and ``blocks`` of the grid are None where only the code is known, ``instructions`` (SASS, by full
+    name) where only the launch is; ``narrow`` are the pointers to which a 32-bit offset is added, known of Triton only.
+    """
+
+    name: str
+    registers: int
+    stack: int
+    shared: int
+    threads: int | None = None
+    blocks: int | None = None
+    instructions: Counter = field(default_factory=Counter, repr=False)
+    narrow: frozenset[str] = frozenset()
+
+    def count(self, pattern: str) -> int:
+        """How many instructions match a regular expression from their start."""
+        return sum(n for name, n in self.instructions.items() if re.match(pattern, name))
+
+
+def main(launches: Iterable[Launch]) -> Launch:
+    """The launch that does most: the one with matrix instructions, or else with the most threads."""
+    return max(launches, key=lambda one: (one.count(MATRIX) > 0, (one.threads or 0) * (one.blocks or 0)))
+
+
+def cuobjdump() -> str | None:
+    """The program's path: it ships inside Triton's wheel and beside nvcc."""
+    if importlib.util.find_spec("triton") is not None:
+        import triton
+        if triton.knobs.nvidia.cuobjdump:
+            return triton.knobs.nvidia.cuobjdump.path
+    return shutil.which("cuobjdump")
+
+
+def read(path: Path) -> list[Launch]:
+    """Every kernel in a cubin or shared library; raises LookupError without cuobjdump, ValueError if it finds no kernel."""
+    tool = cuobjdump()
+    if tool is None:
+        raise LookupError("machine code: cuobjdump is in Triton's wheel and in the CUDA toolkit, and neither is here")
+
+    def dump(flag: str) -> str:
+        return subprocess.run([tool, flag, str(path)], capture_output=True, text=True, check=True).stdout
+
+    usage = re.findall(r"Function (\S+?):?\n\s*(REG:.*)", dump("-res-usage"))
+    code = _instructions(dump("-sass"))
+    if not usage or not all(code.get(name) for name, _ in usage):
+        raise ValueError(f"machine code: cuobjdump found none in {path}")
+    return [Launch(readable(name), *(int(re.search(rf"\b{key}:(\d+)", line)[1]) for key in ("REG", "STACK", "SHARED")),
+                   instructions=code[name]) for name, line in usage]
+
+
+def readable(name: str) -> str:
+    """A kernel's name without its mangling, namespaces and parameters, where c++filt is at hand."""
+    if shutil.which("c++filt") is None:
+        return name
+    plain = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip()
+    return re.sub(r"^void |\b_GLOBAL__N_\w+::|\(.*", "", plain.replace("(anonymous namespace)::", ""))
+
+
+def _instructions(sass: str) -> dict[str, Counter]:
+    """Kernel → its instructions, from a disassembly."""
+    found = {}
+    for part in re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:]:
+        name, _, body = part.partition("\n")
+        found[name.strip()] = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)", body, re.MULTILINE))
+    return found
