@@ -22,6 +22,7 @@ from .problem import IDENTITY, KEYS, Problem, describe
 
 FAMILIES = ("aten", "native", "triton", "experimental")
 ENV = "RESNET_FAST_KERNEL"
+FILES = (".py", ".cu")  # what a user's own kernel is written in
 MEMO_LIMIT = 4096
 
 
@@ -111,8 +112,8 @@ def find(id: str, op: str | None = None) -> Kernel:
 
 
 def named(name: str) -> list[Kernel]:
-    """The kernels that a user names: those of a Python file, of a family, or the one of that id."""
-    if name.endswith(".py"):
+    """The kernels that a user names: those of a .py or .cu file, of a family, or the one of that id."""
+    if name.endswith(FILES):
         return load_file(name)
     if name in FAMILIES:
         return [k for k in kernels() if k.id.startswith(f"{name}.")]
@@ -130,7 +131,7 @@ class use:
     """
 
     def __init__(self, *ids: str, strict: bool = False) -> None:
-        self._uses = [_Use(k, strict) for id in ids for k in (load_file(id) if id.endswith(".py") else [find(id)])]
+        self._uses = [_Use(k, strict) for id in ids for k in (load_file(id) if id.endswith(FILES) else [find(id)])]
         for entry in self._uses:
             reason = entry.kernel.available()
             if reason:
@@ -240,10 +241,13 @@ def record() -> Iterator[list[Choice]]:
 
 
 def load_file(path: str | Path) -> list[Kernel]:
-    """Import a Python file that registers kernels (one's own experiment) and return the kernels it brought."""
+    """Import a Python file that registers kernels, or build a .cu file that is one, and return the kernels it brought."""
     path = Path(path).resolve()
     if not path.is_file():
         raise FileNotFoundError(f"kernel file {path} does not exist")
+    if path.suffix == ".cu":
+        from .kernels import runtime
+        return runtime.load_file(path)
     spec = importlib.util.spec_from_file_location(f"resnet_fast_user_{path.stem}", path)
     if spec is None:
         raise ValueError(f"kernel file {path} is not a Python file")

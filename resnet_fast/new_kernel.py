@@ -15,7 +15,7 @@ def add_parser(commands) -> None:
     p.add_argument("name", help="a Python identifier; the kernel will be experimental.NAME")
     kind = p.add_mutually_exclusive_group(required=True)
     kind.add_argument("--triton", dest="kind", action="store_const", const="triton", help="one .py file")
-    kind.add_argument("--cuda", dest="kind", action="store_const", const="cuda", help="a .cu file, and a .py file that registers it")
+    kind.add_argument("--cuda", dest="kind", action="store_const", const="cuda", help="one .cu file")
     p.add_argument("--folder", type=Path, default=Path("."), help="where to write (default: here)")
     p.set_defaults(run=run)
 
@@ -24,10 +24,9 @@ def run(args: argparse.Namespace) -> int:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", args.name):
         raise ValueError(f"name: got {args.name!r}, expected lower-case letters, digits and underscores, such as fast_pointwise")
     written = write(args.name, args.kind, args.folder)
-    main = next(path for path in written if path.suffix == ".py")
+    main, = written
     interpret = "TRITON_INTERPRET=1 " if args.kind == "triton" else ""
-    print("\n".join(f"wrote {path}" for path in written))
-    print(f"\nnext:\n  {interpret}python -m resnet_fast check --kernel {main}" + ("    (without a GPU)" if interpret else "")
+    print(f"wrote {main}\n\nnext:\n  {interpret}python -m resnet_fast check --kernel {main}" + ("    (without a GPU)" if interpret else "")
           + f"\n  python -m resnet_fast bench --kernel {main}")
     return 0
 
