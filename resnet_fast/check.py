@@ -21,7 +21,7 @@ def add_parser(commands) -> None:
     p = commands.add_parser("check", help="every kernel here against float64",
                             description="Check kernels against the float64 reference by the error rule (at most twice eager's own error, three "
                                         "times for gradients) in poisoned memory. Exit code 1 if a kernel is wrong.")
-    p.add_argument("--kernel", action="append", metavar="ID|FILE", help="only this kernel, or those of a .py or .cu file")
+    p.add_argument("--kernel", nargs="+", action="extend", metavar="ID|FILE", help="only this kernel, or those of a .py or .cu file")
     p.add_argument("--dtype", action="append", choices=DTYPES, help="default: float32, float16, bfloat16")
     p.add_argument("--model", help="also the distinct convolutions of this architecture, at 224² and batch 2")
     p.add_argument("--device", default=default_device(), help="cpu or cuda (default here: %(default)s)")

@@ -1,0 +1,133 @@
+"""What each step of the tutorial costs without a clock: bytes, counted in Triton's interpreter; machine code, compiled for an H200.
+
+``python examples/tutorial/count.py`` prints the two tables of the page, ``--write`` puts them there. It takes half a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from resnet_fast.bench_kernel import fresh
+from resnet_fast.dispatch import load_file
+from resnet_fast.machine_code import MATRIX, main
+from resnet_fast.occupancy import occupancy
+from resnet_fast.problem import Problem
+from resnet_fast.roofline import problem_step
+from resnet_fast.testing import make_args
+
+HERE = Path(__file__).parent
+STEPS = sorted(HERE.glob("step*.py"))
+PAGE = HERE / "README.md"
+# layer3.1.conv3 of ResNet-50 at batch 256; bytes are counted on two images of 128², 128 pixels, which all tiles of all steps divide.
+PROBLEM = Problem("conv_bn_act", "cuda", torch.bfloat16, (256, 256, 14, 14), "nhwc", weight=(1024, 256, 1, 1), residual="nhwc", bn=True,
+                  act="relu", capability=(9, 0))
+SMALL = replace(PROBLEM, x=(2, 256, 8, 8))
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Bytes for 128 pixels: what the step's own blocks load and store, and what torch's ops around it read and write."""
+
+    loaded: int
+    stored: int
+    torch: int
+
+
+@dataclass(frozen=True)
+class Code:
+    """Launches (and how many are torch's), and of the step's own kernel: matrix and all instructions, registers, KiB, warps of an SM."""
+
+    launches: int
+    torchs: int
+    matrix: int
+    instructions: int
+    registers: int
+    shared: int
+    occupancy: float
+
+
+def loaded_and_stored() -> dict[str, tuple[int, int]]:
+    """In a process that interprets: bytes that all blocks of each step together load and store."""
+    from triton.runtime.interpreter import InterpreterBuilder
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    bytes = [0, 0]
+
+    def counted_load(self, pointers, mask, *rest):
+        bytes[0] += int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
+        return load(self, pointers, mask, *rest)
+
+    def counted_store(self, pointers, value, mask, *rest):
+        bytes[1] += int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
+        return store(self, pointers, value, mask, *rest)
+
+    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = counted_load, counted_store
+    found = {}
+    for step in STEPS:
+        kernel, = load_file(step)
+        bytes[:] = 0, 0
+        kernel.fn(*make_args(replace(SMALL, device="cpu", capability=None)))
+        found[step.stem] = bytes[0], bytes[1]
+    return found
+
+
+def compiled() -> dict[str, tuple[int, Code]]:
+    """In a process that compiles: bytes that torch's ops move for the small problem, and the machine code for the batch."""
+    from resnet_fast.ahead import compile_call
+    found = {}
+    for step in STEPS:
+        kernel, = load_file(step)
+        call = compile_call(kernel, PROBLEM)
+        one = main(call.launches)
+        torchs = call.torch_ops.total()
+        share = occupancy(one.registers, one.shared, one.threads, PROBLEM.capability).share
+        code = Code(len(call.launches) + torchs, torchs, one.count(MATRIX), one.instructions.total(), one.registers, one.shared // 1024, share)
+        found[step.stem] = compile_call(kernel, SMALL).torch_bytes, code
+    return found
+
+
+def moved_table(rows: dict[str, Moved]) -> str:
+    lines = ["| step | its blocks load | store | torch's ops move | together |", "|---|---:|---:|---:|---:|"]
+    lines += [f"| {name} | {_mega(row.loaded)} | {_mega(row.stored)} | {_mega(row.torch)} | {_mega(row.loaded + row.stored + row.torch)} |"
+              for name, row in rows.items()]
+    return "\n".join([*lines, f"| *floor: each operand once* | | | | {_mega(problem_step(SMALL).bytes)} |"])
+
+
+def code_table(rows: dict[str, Code]) -> str:
+    lines = ["| step | launches | of torch's | matrix instructions | instructions | registers | shared | occupancy |",
+             "|---|---:|---:|---:|---:|---:|---:|---:|"]
+    lines += [f"| {name} | {row.launches} | {row.torchs} | {row.matrix} | {row.instructions} | {row.registers} | {row.shared} KiB | "
+              f"{row.occupancy:.0%} |" for name, row in rows.items()]
+    return "\n".join(lines)
+
+
+def _mega(n: int) -> str:
+    return f"{n / 1e6:.2f} MB"
+
+
+def tables() -> dict[str, str]:
+    """Marker → table, as they are now."""
+    code, bytes = fresh(False, compiled), fresh(True, loaded_and_stored)
+    rows = {name: Moved(*pair, code[name][0]) for name, pair in bytes.items()}
+    return {"moved": moved_table(rows), "code": code_table({name: row for name, (_, row) in code.items()})}
+
+
+def section(page: str, name: str) -> str:
+    """What stands between the page's markers of that name."""
+    return page.split(f"<!-- {name}:begin -->\n")[1].split(f"\n<!-- {name}:end -->")[0]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="put the tables into README.md beside this file")
+    write = parser.parse_args().write
+    page = PAGE.read_text(encoding="utf-8")
+    for name, found in tables().items():
+        print(f"{found}\n")
+        begin = f"<!-- {name}:begin -->\n"
+        page = page.replace(begin + section(page, name), begin + found)
+    if write:
+        PAGE.write_text(page, encoding="utf-8")

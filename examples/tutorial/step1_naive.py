@@ -1,0 +1,54 @@
+"""Step 1, naive: a 1×1 convolution as Σ_c x[m, c] · w[k, c], one block for each pixel and 256 filters; torch does the rest.
+
+    conv[m, k] = Σ_c x[m, c] · w[k, c]          m: pixels of an NHWC tensor; then torch's batch norm, add and ReLU
+
+Check it:  TRITON_INTERPRET=1 python -m resnet_fast check --kernel examples/tutorial/step1_naive.py
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from resnet_fast import kernel
+from resnet_fast.kernels.triton import launch
+
+
+@triton.jit
+def _naive(x, w, conv, C, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TRIPS: tl.constexpr):
+    m = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_N,), tl.float32)
+    for i in range(TRIPS):
+        c = i * BLOCK_K + tl.arange(0, BLOCK_K)
+        a = tl.load(x + m * C + c, mask=c < C, other=0.0).to(tl.float32)
+        b = tl.load(w + k[:, None] * C + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+        acc += tl.sum(a[None, :] * b, axis=1)
+    tl.store(conv + m * K + k, acc.to(conv.dtype.element_ty), mask=k < K)
+
+
+def supports(problem):
+    """None, or the sentence that says why this problem is not for this kernel."""
+    if not problem.pointwise or problem.groups != 1 or problem.stride != (1, 1):
+        return "it is a 1×1 convolution of stride 1, without padding or groups"
+    if 0 in problem.x:
+        return "the input is empty"
+    return launch.declines(problem)
+
+
+def unfused(out, scale, shift, residual, mean, var, eps, act):
+    """Batch norm, residual and activation as torch's modules run them: each reads and writes the whole tensor."""
+    if mean is None:
+        mean, var, eps = torch.zeros_like(scale), torch.ones_like(scale), 1e-30
+    out = torch.nn.functional.batch_norm(out, mean, var, scale, shift, False, 0.0, eps)
+    out = out if residual is None else out + residual
+    return torch.relu(out) if act == "relu" else out
+
+
+@kernel("experimental.step1_naive", op="conv_bn_act", supports=supports, available=launch.available)
+def step1_naive(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act):
+    n, c, h, w = x.shape
+    k = weight.shape[0]
+    out, finished = launch.conv_result(x, weight, (h, w))
+    grid = (n * h * w, triton.cdiv(k, 256))
+    _naive[grid](x, weight.reshape(k, c).contiguous(), out, c, k, BLOCK_N=256, BLOCK_K=32, TRIPS=triton.cdiv(c, 32), **launch.OPTIONS)
+    return finished(unfused(out, scale, shift, residual, mean, var, eps, act))
