@@ -42,8 +42,8 @@ class _Packed:
         # (torch.utils.swap_tensors, which modules use under torch.__future__'s flag).
         forget, storages = _packed.pop, [t.untyped_storage() for t in tensors]
         self._memory = [(weakref.ref(s, lambda _: forget(key, None)), s.data_ptr(), s.nbytes()) for s in storages]
-        self._snapshot = [t.detach().clone(memory_format=torch.preserve_format) for t in tensors]
-        self._places = [(t.data_ptr(), s.data_ptr(), t.nbytes) for t, s in zip(tensors, self._snapshot, strict=True)]
+        self.snapshot = [t.detach().clone(memory_format=torch.preserve_format) for t in tensors]
+        self._places = [(t.data_ptr(), s.data_ptr(), t.nbytes) for t, s in zip(tensors, self.snapshot, strict=True)]
         self.packs: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def holds(self) -> bool:

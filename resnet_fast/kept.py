@@ -87,6 +87,8 @@ class Kept:
             raise Unfit(f"the residual of {step.target} broadcasts or promotes")
         geometry = conv.stride, conv.padding, conv.dilation, conv.groups
         packs = fold.packed(x, weight, *vectors, bn.eps, *geometry)
+        if packs is None:
+            raise Unfit(f"a factor of {step.target} is not finite")
         in_place = residual is not None and step.residual.name in writable and not residual.is_contiguous()
         return bind_onednn(step, *packs, geometry, in_place), "aten (oneDNN)", "", None
 
