@@ -41,17 +41,19 @@ class Comparison(list):
 
     def __str__(self) -> str:
         judged, wrong = any(r.error is not None for r in self), any(r.broken for r in self)
-        header = ["step", "steps", "other's", "distance", *(["error", "other's"] if judged else []), "ms", "other's", "speed"]
+        # The verdict stands beside the name, since a narrow terminal cuts a table's right side.
+        header = ["step", *(["rule"] if wrong else []), "steps", "other's", "distance", *(["error", "other's"] if judged else []),
+                  "ms", "other's", "speed"]
 
         def line(name: str, rows: list[Row], errors: Iterable[float | None]) -> list[str]:
             ms, other_ms = sum(r.ms for r in rows), sum(r.other_ms for r in rows)
-            return [name, str(sum(r.steps for r in rows)), str(sum(r.other_steps for r in rows)),
-                    *("" if e is None else f"{e:.1e}" for e in errors), f"{ms:.2f}", f"{other_ms:.2f}", f"{other_ms / ms:.2f}×" if ms else "",
-                    *(["WRONG" if any(r.broken for r in rows) else ""] if wrong else [])]
+            return [name, *(["WRONG" if any(r.broken for r in rows) else ""] if wrong else []),
+                    str(sum(r.steps for r in rows)), str(sum(r.other_steps for r in rows)),
+                    *("" if e is None else f"{e:.1e}" for e in errors), f"{ms:.2f}", f"{other_ms:.2f}", f"{other_ms / ms:.2f}×" if ms else ""]
 
         rows = [line(r.name, [r], (r.distance, *((r.error, r.other_error) if judged else ()))) for r in self]
         rows.append(line("total", list(self), (None,) * (3 if judged else 1)))
-        return table([*header, "rule"] if wrong else header, rows, right=range(1, len(header)))
+        return table(header, rows, right=range(1, len(header)))
 
 
 def compare(mine: Program, theirs: Program, exact: Program | None = None) -> Comparison:

@@ -528,8 +528,7 @@ def test_what_mixes_images_is_not_cut(forward, monkeypatch):
 
 
 def test_what_is_no_batch_in_an_answer_is_neither_cut_nor_lent(monkeypatch):
-    from resnet_fast import buffers
-    monkeypatch.setattr(buffers, "BLOCK", 1)
+    monkeypatch.setattr(whole, "PIECE", 1)
     model, x = block(lambda self, x: {"y": self.conv(x), "weight": self.bn.weight, "input": x, "level": 3, "none": None}), images(6, 12, 12)
     run = plan(model, x)
     got = run(x)
