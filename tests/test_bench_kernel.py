@@ -128,6 +128,7 @@ def mine(tmp_path):
 
 @TRITON
 def test_triton_without_a_gpu_is_checked_and_compiled(mine, capsys, registry, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow terminal would cut the reason
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["bench", "--kernel", str(mine), "--layers", "layer3.0.conv1", "conv1"]) == 0
     said = capsys.readouterr().out

@@ -72,6 +72,7 @@ def cache(tmp_path, monkeypatch):
 @NVCC
 def test_a_cu_file_is_a_kernel_by_itself(tmp_path, cache, registry, monkeypatch, capsys):
     """Built, named, asked what it takes, its code read; without a GPU it is not run, and that is said."""
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow terminal would cut the reason
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     file, = new_kernel.write("built", "cuda", tmp_path)
     kernel, = named(str(file))
