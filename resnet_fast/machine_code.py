@@ -18,7 +18,8 @@ MATRIX = r"\w*MMA"  # mma.sync is HMMA, wgmma HGMMA, tcgen05 UTCHMMA in SASS
 class Launch:
     """One launch of a kernel. Registers and stack (spills, or arrays that are indexed dynamically) are a thread's, ``shared`` bytes a
     block's; ``threads`` of a block and ``blocks`` of the grid are None where only the code is known, ``instructions`` (SASS, by full
-    name) where only the launch is; ``narrow`` are the pointers to which a 32-bit offset is added, known of Triton only.
+    name) where only the launch is; ``operands`` are those of wgmma as written, without register numbers; ``narrow`` are the pointers to
+    which a 32-bit offset is added, known of Triton only.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Launch:
     threads: int | None = None
     blocks: int | None = None
     instructions: Counter = field(default_factory=Counter, repr=False)
+    operands: frozenset[str] = frozenset()
     narrow: frozenset[str] = frozenset()
 
     def count(self, pattern: str) -> int:
@@ -59,11 +61,11 @@ def read(path: Path) -> list[Launch]:
         return subprocess.run([tool, flag, str(path)], capture_output=True, text=True, check=True).stdout
 
     usage = re.findall(r"Function (\S+?):?\n\s*(REG:.*)", dump("-res-usage"))
-    code = _instructions(dump("-sass"))
-    if not usage or not all(code.get(name) for name, _ in usage):
+    code = _code(dump("-sass"))
+    if not usage or not all(_instructions(code.get(name, "")) for name, _ in usage):
         raise ValueError(f"machine code: cuobjdump found none in {path}")
     return [Launch(readable(name), *(int(re.search(rf"\b{key}:(\d+)", line)[1]) for key in ("REG", "STACK", "SHARED")),
-                   instructions=code[name]) for name, line in usage]
+                   instructions=_instructions(code[name]), operands=_operands(code[name])) for name, line in usage]
 
 
 def readable(name: str) -> str:
@@ -74,10 +76,15 @@ def readable(name: str) -> str:
     return re.sub(r"^void |\b_GLOBAL__N_\w+::|\(.*", "", plain.replace("(anonymous namespace)::", ""))
 
 
-def _instructions(sass: str) -> dict[str, Counter]:
-    """Kernel → its instructions, from a disassembly."""
-    found = {}
-    for part in re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:]:
-        name, _, body = part.partition("\n")
-        found[name.strip()] = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)", body, re.MULTILINE))
-    return found
+def _code(sass: str) -> dict[str, str]:
+    """Kernel → its part of a disassembly."""
+    parts = (part.partition("\n") for part in re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:])
+    return {name.strip(): body for name, _, body in parts}
+
+
+def _instructions(code: str) -> Counter:
+    return Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)", code, re.MULTILINE))
+
+
+def _operands(code: str) -> frozenset[str]:
+    return frozenset(re.sub(r"\d+", "", listed) for listed in re.findall(r"HGMMA\S* +([^;]*?) *;", code))
