@@ -6,6 +6,7 @@ whether modules and tensors are still the objects that it was made of; ``whole``
 
 from __future__ import annotations
 
+from operator import is_
 from typing import Any
 
 import torch
@@ -40,12 +41,13 @@ class Kept:
             raise Unfit(str(reason)) from None
         if len(found.inputs) != 1 or not isinstance(found.output, Value) or refused(owner, found):
             raise Unfit("a plan of it would be refused, or it answers with something else than one value")
-        self._parts = [(m, Part(m, False)) for m in inside]
-        self._held = [(tensors, key, t, _place(t)) for m in (owner, *inside) for tensors in (m._parameters, m._buffers)
-                      for key, t in tensors.items() if t is not None]
+        self._inside, modules = inside, (owner, *inside)
+        self._parts = [(m, Part(m, False)) for m in modules]
+        self._forwards = [(m.__dict__, m.__dict__.get("forward")) for m in inside]
+        self._held = [(tensors, key, t, _place(t)) for m in modules for tensors in (m._parameters, m._buffers) for key, t in tensors.items()]
         tensors = {path: attribute(owner, path) for step in steps for path in attributes((step.args, step.kwargs))}
-        modules = {step.target: owner.get_submodule(step.target) for step in steps if step.op == "module"}
-        self._lowered = Lowered(steps, found.inputs, found.output, {}, tensors, modules)
+        called = {step.target: owner.get_submodule(step.target) for step in steps if step.op == "module"}
+        self._lowered = Lowered(steps, found.inputs, found.output, {}, tensors, called)
         self._pairs = {step.output: tuple(owner.get_submodule(path) for path in step.modules[:2])
                        for step in steps if step.op == "conv_bn_act"}
         self.imagewise = imagewise(steps, found.output)
@@ -53,7 +55,9 @@ class Kept:
 
     def describes(self, inside: list[nn.Module]) -> bool:
         """Whether these are still the modules, made as they were, over the same tensors in the same places."""
-        return (len(inside) == len(self._parts) and all(m is mine and part.holds(m) for m, (mine, part) in zip(inside, self._parts, strict=True))
+        return (len(inside) == len(self._inside) and all(map(is_, inside, self._inside))
+                and all(part.holds(m) for m, part in self._parts)
+                and all(attributes.get("forward") is forward for attributes, forward in self._forwards)
                 and all(tensors.get(key) is t and _place(t) == place for tensors, key, t, place in self._held))
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -97,6 +101,6 @@ def _leaf(path: str, m: nn.Module) -> bool:
     return touched(m) or is_norm(m) or type(m).__module__.startswith("torch.nn.") and type(m) is not nn.Sequential
 
 
-def _place(t: Tensor) -> tuple[Any, ...]:
-    return t.data_ptr(), t.stride(), t.dtype
+def _place(t: Tensor | None) -> tuple[Any, ...] | None:
+    return None if t is None else (t.data_ptr(), t.stride(), t.dtype)
 
