@@ -44,8 +44,9 @@ def _visit(path: str, m: nn.Module, training: bool, fused: set, found: dict, see
         return
     seen.add(m)
     convs = {c for c in m.modules() if isinstance(c, nn.Conv2d)}
-    # Converting and bringing back costs two copies: one block's three convolutions do not win them back.
-    if len(convs) < 4:
+    # Converting and bringing back costs two copies: one block's three convolutions do not win them back. And where nothing is
+    # fused, NHWC alone would change how answers round.
+    if len(convs) < 4 or not convs & fused:
         return
     # A convolution that is not fused would give its weight a gradient in NHWC.
     alone = training and any(c.kernel_size != (1, 1) for c in convs - fused)
