@@ -42,7 +42,8 @@ class Kept:
         if len(found.inputs) != 1 or not isinstance(found.output, Value) or refused(owner, found):
             raise Unfit("a plan of it would be refused, or it answers with something else than one value")
         self._inside, modules = inside, (owner, *inside)
-        self._parts = [(m, Part(m, False)) for m in modules]
+        self._own = Part(owner, False)  # not the owner itself, with which this is to die
+        self._parts = [(m, Part(m, False)) for m in inside]
         self._forwards = [(m.__dict__, m.__dict__.get("forward")) for m in inside]
         self._held = [(tensors, key, t, _place(t)) for m in modules for tensors in (m._parameters, m._buffers) for key, t in tensors.items()]
         tensors = {path: attribute(owner, path) for step in steps for path in attributes((step.args, step.kwargs))}
@@ -53,9 +54,9 @@ class Kept:
         self.imagewise = imagewise(steps, found.output)
         self._programs: dict[tuple, Program] = {}
 
-    def describes(self, inside: list[nn.Module]) -> bool:
+    def describes(self, owner: nn.Module, inside: list[nn.Module]) -> bool:
         """Whether these are still the modules, made as they were, over the same tensors in the same places."""
-        return (len(inside) == len(self._inside) and all(map(is_, inside, self._inside))
+        return (self._own.holds(owner) and len(inside) == len(self._inside) and all(map(is_, inside, self._inside))
                 and all(part.holds(m) for m, part in self._parts)
                 and all(attributes.get("forward") is forward for attributes, forward in self._forwards)
                 and all(tensors.get(key) is t and _place(t) == place for tensors, key, t, place in self._held))

@@ -73,7 +73,7 @@ def at_once(owner: nn.Module, forward: Callable[[Tensor], Any], x: Tensor, insid
 def _kept(state: _State, owner: nn.Module, x: Tensor, inside: list[nn.Module]) -> Tensor | None:
     """The answer of the kept program, made now if two passes used the same weights; None if there is none."""
     from .kept import Kept, Unfit
-    if state.kept is not None and not state.kept.describes(inside):
+    if state.kept is not None and not state.kept.describes(owner, inside):
         return None
     if state.kept is None and not state.settled or state.unfit == inside:
         return None
