@@ -7,6 +7,7 @@ is the median of the ratios of the same round. CUDA work is timed by device even
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -47,7 +48,7 @@ class Timing:
 def interleaved(variants: dict[str, Callable[[], object]], *, device: str = "cpu", warmup: int = 2, min_rounds: int = 5,
                 max_rounds: int = 200, max_seconds: float = 20.0, confidence: float = 0.02,
                 progress: Callable[[int], None] | None = None) -> dict[str, Timing]:
-    """Time the variants in interleaved rounds.
+    """Time the variants in interleaved rounds, each round in an order of its own, or each would always run on what the same neighbour leaves.
 
     Stops after ``min_rounds`` as soon as every variant's standard error of the median is below ``confidence`` of it, at ``max_rounds``, or
     when ``max_seconds`` have passed (never before 3 rounds). ``progress`` is called with the round's number.
@@ -59,8 +60,8 @@ def interleaved(variants: dict[str, Callable[[], object]], *, device: str = "cpu
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     start = time.perf_counter()
     for done in range(1, max_rounds + 1):
-        for name, fn in variants.items():
-            seconds[name].append(clock(fn))
+        for name in random.Random(done).sample(list(variants), len(variants)):
+            seconds[name].append(clock(variants[name]))
         if progress is not None:
             progress(done)
         late = time.perf_counter() - start > max_seconds

@@ -95,10 +95,11 @@ def test_nothing_is_kept_where_somebody_looks(pair, passes) -> None:
     assert passes
 
 
-def test_a_network_that_answers_with_an_image_is_not_kept(passes) -> None:
+@pytest.mark.parametrize("last", [-2, -1], ids=["map", "one pixel"])
+def test_a_network_that_answers_with_an_image_is_not_kept(last, passes) -> None:
     """Its strides would show how it lay inside."""
     _, theirs = twins()
-    body = nn.Sequential(*list(theirs.children())[:-2])
+    body = nn.Sequential(*list(theirs.children())[:last])
     ours = resnet_fast.accelerate(copy.deepcopy(body))
     for _ in range(4):
         assert_agree(ours, body, X)
@@ -125,6 +126,33 @@ def test_a_batch_is_not_cut_where_images_see_each_other(passes, monkeypatch) -> 
     for _ in range(4):
         assert_agree(ours, theirs, x)
     assert set(passes) == {tuple(x.shape)}
+
+
+class Odd(nn.Module):
+    """Residuals that are read again, that broadcast, and that are a convolution's own input."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.convs = nn.ModuleList(nn.Conv2d(c, 8, 3, padding=1, bias=False) for c in (3, 8, 8, 8))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in self.convs)
+        self.fc = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norms[0](self.convs[0](x)))
+        y = torch.relu(self.norms[1](self.convs[1](x)) + x)
+        first = y if self.kind == "read again" else y.mean((2, 3), keepdim=True)
+        z = torch.relu(self.norms[2](self.convs[2](y)) + first)
+        z = torch.relu(self.norms[3](self.convs[3](z)) + z)
+        return self.fc(torch.cat([z.mean((2, 3)), y.mean((2, 3))], 1))
+
+
+@pytest.mark.parametrize("kind", ["read again", "broadcasts"])
+def test_residuals_that_nothing_may_write(kind) -> None:
+    theirs = shake(Odd(kind)).eval()
+    ours = resnet_fast.accelerate(copy.deepcopy(theirs))
+    for _ in range(4):
+        assert_agree(ours, theirs, X)
 
 
 # ---------------------------------------------------------------- what changes after it was kept
@@ -163,6 +191,16 @@ def _partly_training(model: nn.Module) -> None:
     model.layer2[0].bn1.train()
 
 
+def _anew(model: nn.Module) -> None:
+    """As FSDP does between passes: the storage stays, its memory does not."""
+    weight = model.layer2[0].conv2.weight.data
+    storage, held = weight.untyped_storage(), weight.clone() * 2
+    size = storage.nbytes()
+    storage.resize_(0)
+    storage.resize_(size)
+    weight.copy_(held)
+
+
 CHANGES = {
     "hook": _hook,
     "pre-hook": lambda m: m.layer1.register_forward_pre_hook(lambda m, i: (i[0] * 2,)),
@@ -183,6 +221,9 @@ CHANGES = {
     "partly in training": _partly_training,
     "float64": lambda m: m.double(),
     "strides": lambda m: setattr(m.layer1[0].conv2.weight, "data", m.layer1[0].conv2.weight.data.transpose(2, 3)),
+    "an infinite factor": lambda m: m.layer1[0].bn1.weight.data.__setitem__(0, float("inf")),
+    "an infinite weight": lambda m: m.layer1[0].conv1.weight.data.view(-1).__setitem__(0, float("inf")),
+    "memory given back and taken anew": _anew,
     "a bias": lambda m: setattr(m.layer1[0].conv2, "bias", nn.Parameter(torch.ones(m.layer1[0].conv2.out_channels))),
 }
 
