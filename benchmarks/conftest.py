@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from dataclasses import asdict
 
@@ -16,7 +15,7 @@ from resnet_fast.measure import Case, Outcome
 from resnet_fast.models import list_models
 from resnet_fast.providers import DTYPES, PROVIDERS
 from resnet_fast.report import Row, here, write_run
-from resnet_fast.report.ledger import RESULTS
+from resnet_fast.report.ledger import RESULTS, measured_by
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FULL_MODELS = ("resnet18", "resnet50", "resnet152", "resnext50_32x4d", "wide_resnet50_2")
@@ -177,6 +176,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     path, rows = session.config.getoption("--ledger"), session.config.stash.get(ROWS, [])
     if path is not None and rows:
         machine = here(session.config.getoption("--device"))
-        machine.facts["command"] = shlex.join(["python", "-m", "pytest", *session.config.invocation_params.args])
+        machine.facts["command"] = measured_by(["pytest", *session.config.invocation_params.args], "--ledger")
         written = write_run(rows, machine, path or None)
         session.config.get_terminal_writer().line(f"\nledger: {written}")

@@ -24,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code. Mistakes of the user end in one sentence and code 2, Ctrl-C in 130."""
     args = parser().parse_args(argv)
+    args.words = sys.argv[1:] if argv is None else argv
     try:
         return args.run(args)
     except KeyboardInterrupt:

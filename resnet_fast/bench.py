@@ -17,7 +17,7 @@ from torch import Tensor
 from .console import default_device, device_or_error, positive, table
 from .measure import Case, Outcome, measure
 from .providers import DTYPES, MODES, PROVIDERS, provider
-from .report.ledger import Row, here, write_run
+from .report.ledger import Row, here, measured_by, write_run
 
 DEFAULT = ("eager-nchw", "eager", "compile", "compile-best", "ours", "ours-accelerate", "ours-plan")
 LEGEND = """\
@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     device, dtype = device_or_error(args.device), args.dtype or "fp32"
     chosen = [provider(id) for id in dict.fromkeys(["eager-nchw", *args.providers])]
     machine = here(args.device)
+    machine.facts["command"] = measured_by(["resnet_fast", *args.words], "--save")
     _say(f"{args.mode} {args.model}, {dtype}, {args.size}², on {where(machine)}")
     rows: list[Row] = []
     wrong = False

@@ -230,9 +230,9 @@ def _train(prepare: Callable[[nn.Module], nn.Module], memory_format: torch.memor
 PROVIDERS = {p.id: p for p in (
     Provider("eager-nchw", "eager, NCHW", _eager_nchw, _train(copy.deepcopy, torch.contiguous_format)),
     Provider("eager", "eager, channels_last", _eager_nhwc, _train(copy.deepcopy)),
-    Provider("folded", "folded + fused (oneDNN, or cuDNN in a CUDA graph)", _folded),
+    Provider("folded", "folded + fused by torch", _folded),
     Provider("compile", "torch.compile", _compile(), _train(copy.deepcopy, compiled=dict)),
-    Provider("compile-best", "torch.compile, max-autotune (+ freezing)", _compile_best,
+    Provider("compile-best", "torch.compile, max-autotune", _compile_best,
              _train(copy.deepcopy, compiled=lambda: {"mode": "max-autotune"})),
     Provider("ours", "resnet_fast, drop-in", _dropin, _train(_ours), ours=True),
     Provider("ours-accelerate", "resnet_fast, accelerate()", _accelerate, _train(_accelerated), ours=True),
@@ -240,9 +240,9 @@ PROVIDERS = {p.id: p for p in (
     Provider("openvino", "OpenVINO", engines.openvino, None, engines.missing("openvino"), ("cpu",), ("fp32", "bf16")),
     Provider("onnxruntime", "ONNX Runtime", engines.onnxruntime, None,
              engines.missing("onnxruntime", "onnx", "onnxscript"), dtypes=("fp32", "fp16")),
-    Provider("tensorrt", "TensorRT (torch-tensorrt)", engines.tensorrt, None, engines.missing("torch_tensorrt"),
+    Provider("tensorrt", "TensorRT", engines.tensorrt, None, engines.missing("torch_tensorrt"),
              ("cuda",)),
-    Provider("cudnn-frontend", "cudnn-frontend graphs in a CUDA graph", engines.cudnn_frontend, None,
+    Provider("cudnn-frontend", "cudnn-frontend", engines.cudnn_frontend, None,
              engines.missing("cudnn"), ("cuda",), ("fp16", "bf16")),
 )}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from resnet_fast.layers import layers
 from resnet_fast.providers import DTYPES
 from resnet_fast.report import add_parser, case_name, figures, here, page, plots, read_runs, tables, write_run
-from resnet_fast.report.ledger import Machine, Row, Run, newest, parse_case, read_run
+from resnet_fast.report.ledger import Machine, Row, Run, measured_by, newest, parse_case, read_run
 from resnet_fast.report.summary import changes, geometric_mean, headlines, regressions, slower
 
 CPU = Machine("Test CPU", "cpu", "2026-01-02T00:00:00+00:00", "abc", {"torch": "2.11.0", "threads": "2"})
@@ -159,23 +160,71 @@ def test_runs_are_compared_against_their_own_eager() -> None:
         changes(a, run_of(case_rows("infer/resnet18/fp32/1")))
 
 
+@pytest.mark.parametrize(("facts", "words"), [({"threads": "4"}, "2 threads, not 4 threads"), ({"cpu isa": "AVX2"}, "AVX512, not AVX2")])
+def test_machines_of_different_kinds_are_not_compared(facts: dict[str, str], words: str) -> None:
+    here = replace(CPU, facts={"cpu isa": "AVX512", "threads": "2"})
+    there = replace(here, facts={**here.facts, **facts})
+    with pytest.raises(ValueError, match=f"not compared: run.json was measured on {words}"):
+        changes(run_of(case_rows(), here), run_of(case_rows(), there))
+    assert changes(run_of(case_rows(), here), run_of(case_rows(), replace(here, name="Other CPU")))
+    with pytest.raises(ValueError, match="cpu, not cuda"):
+        changes(run_of(case_rows()), run_of(case_rows(), GPU))
+    with pytest.raises(ValueError, match="NVIDIA H200, not NVIDIA A100"):
+        changes(run_of(case_rows(), GPU), run_of(case_rows(), replace(GPU, name="NVIDIA A100")))
+
+
+def test_gate_judges_ratios_and_never_times() -> None:
+    alone = {"ours": 10.0, "ours-plan": 12.0}
+    found = changes(run_of(case_rows(speed=alone)), run_of(case_rows(speed={"ours": 5.0, "ours-plan": 6.0})))
+    assert [c.relative for c in found] == [False, False] and found[0].speed == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="nothing to judge"):
+        slower(found, 0.05)
+
+
+def test_comparison_prefers_what_people_run_on_that_device() -> None:
+    before, after = ({**SPEED, "eager-nchw": nchw} for nchw in (5.0, 10.0))  # eager NCHW doubled, all else as it was
+    (on_cpu,) = {c.speed for c in changes(run_of(case_rows(speed=before)), run_of(case_rows(speed=after))) if c.provider == "ours"}
+    (on_gpu,) = {c.speed for c in changes(run_of(case_rows(speed=before), GPU), run_of(case_rows(speed=after), GPU)) if c.provider == "ours"}
+    assert on_cpu == pytest.approx(0.5) and on_gpu == pytest.approx(1.0)
+
+
+def test_a_run_names_its_command_without_the_file_it_wrote() -> None:
+    for words in (["bench", "--save", "/a/b.json", "--batch", "1"], ["bench", "--save=/a/b.json", "--batch", "1"],
+                  ["bench", "--save", "--batch", "1"]):
+        assert measured_by(["resnet_fast", *words], "--save") == "python -m resnet_fast bench --save --batch 1"
+
+
 # ---------------------------------------------------------------- tables, page, plots
 
 def test_model_table_shows_every_way_and_marks_the_fastest() -> None:
-    runs = [run_of([row for batch in (1, 2, 4, 8, 16, 32, 64) for row in case_rows(f"infer/resnet50/bf16/{batch}")])]
+    rows = [row for batch in (1, 2, 4, 8, 16, 32, 64) for row in case_rows(f"infer/resnet50/bf16/{batch}", peak_bytes=2**30)]
+    runs = [run_of(rows, GPU)]
     (table,) = tables.model_tables(runs)
     assert len(table.header) == 1 + 7 + 2 and len(table.rows) == len(SPEED)
     (narrow,) = tables.model_tables(runs, columns=3)
     assert narrow.header[1:4] == ("batch 1", "batch 8", "batch 64")
     text = narrow.markdown()
-    assert "**20.0 (2.00×)**" in text and "| 10.0 (1.00×)" in text and "Test CPU" in text and "2.00" in text
+    assert "**20.0 (2.00×)**" in text and "| 10.0 (1.00×)" in text and "NVIDIA H200" in text and "2.00" in text
+
+
+def test_on_a_cpu_tables_are_against_eager_nchw_and_leave_out_what_was_not_measured() -> None:
+    (table,) = tables.model_tables([run_of(case_rows(speed={**SPEED, "eager-nchw": 5.0}))])
+    assert table.header == ("img/s (× eager, NCHW)", "batch 256", "error ÷ eager's")
+    assert [cells[1] for cells in table.rows[:2]] == ["5.00 (1.00×)", "10.0 (2.00×)"]
+
+
+def test_other_image_sizes_stand_in_a_table_of_their_own() -> None:
+    cases = ("infer/resnet50/bf16/1@96", "infer/resnet50/bf16/1", "infer/resnet50/bf16/8", "infer/resnet50/bf16/1@320")
+    main, others = tables.model_tables([run_of([row for case in cases for row in case_rows(case)])])
+    assert main.heading.endswith("224²") and main.header[1:3] == ("batch 1", "batch 8")
+    assert others.header[1:3] == ("batch 1, 96²", "batch 1, 320²")
 
 
 def test_regression_table_counts_all_cases() -> None:
     faster = case_rows("infer/resnet50/bf16/1", {"eager": 1.0, "ours": 2.0})
     table = tables.regression_table([run_of(case_rows() + faster)])
     assert table.heading == "Slower than a peer: 1 of 2 cases"
-    assert table.rows == (("infer/resnet50/bf16/256", "Test CPU", "0.90×", "torch.compile, max-autotune (+ freezing)"),)
+    assert table.rows == (("infer/resnet50/bf16/256", "Test CPU", "0.900×", "torch.compile, max-autotune"),)
 
 
 def test_op_table_names_problems_for_readers() -> None:
@@ -234,7 +283,7 @@ def test_page_holds_everything_it_shows(tmp_path: Path) -> None:
     Sources().feed(text)
     assert len(Sources.found) == 2 * len(pictures) + 4
     assert all(source.startswith(("data:image/png;base64,", "#")) for source in Sources.found)
-    assert "triton.conv" in text and "0 of 1 cases" in text
+    assert "triton.conv" in text and "0 of 1 case." in text
 
 
 # ---------------------------------------------------------------- command
@@ -258,6 +307,14 @@ def test_headline_json_has_the_schema_of_the_design(report, capsys: pytest.Captu
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert list(row) == ["case", "gpu", "img_s", "vs_eager", "vs_compile", "vs_cudnn", "roofline", "error",
                          "eager_error", "date", "commit"]
+
+
+def test_what_the_newer_run_lacks_is_named(report, capsys: pytest.CaptureFixture) -> None:
+    write_run(case_rows(), CPU, "a.json")
+    write_run([row for row in case_rows() if row.provider != "ours-plan"], CPU, "b.json")
+    assert report("--compare", "a.json", "b.json", "--fail-if", "slower:5%") == 0
+    said = capsys.readouterr().out
+    assert "In A only: infer/resnet50/bf16/256 ours-plan." in said and "None of ours is slower by more than 5.0%" in said
 
 
 def test_gate_fails_only_beyond_its_tolerance(report, capsys: pytest.CaptureFixture) -> None:

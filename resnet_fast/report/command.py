@@ -91,10 +91,15 @@ def compare(before: Run, after: Run, tolerance: float | None) -> int:
     print(f"A: {before.path}: {tables.machine_line(before)}\nB: {after.path}: {tables.machine_line(after)}\n")
     print(table(("case", "provider", "A ms", "B ms", "B's speed", "compared by"), map(line, found), right=(2, 3, 4)))
     if before.machine.name != after.machine.name:
-        print("\nTwo different machines: only what is compared against eager means anything.")
+        print("\nTwo different processors: only what is compared against eager means anything.")
+    lacking = sorted({f"{row.case} {row.provider}" for row in before.rows if row.ours} - {f"{row.case} {row.provider}" for row in after.rows})
+    if lacking:
+        print(f"\nIn A only: {', '.join(lacking)}.")
     if tolerance is None:
         return 0
     lost = slower(found, tolerance)
+    if not lost:
+        print(f"\nNone of ours is slower by more than {tolerance:.1%}, by its ratio to eager.")
     for c in lost:
         print(f"SLOWER by more than {tolerance:.1%}: {c.case} {c.provider}: {c.speed - 1:+.1%}")
     return 1 if lost else 0

@@ -12,9 +12,10 @@ from ..layers import layers
 from ..models import list_models
 from ..providers import DTYPES, PROVIDERS
 from ..roofline import Ceilings, ceilings, problem_floor
+from ..testing import FACTOR, GRADIENT_FACTOR
 from .ledger import Row, Run, newest, parse_case
 from .plots import Plot, Theme, colour, short, slug
-from .summary import best_ours, case_order
+from .summary import BASE, best_ours, case_order, in_main_size
 from .tables import rate
 
 Group = dict[str, tuple[Run, list[Row]]]
@@ -47,20 +48,21 @@ def in_order(ids: Iterable[str]) -> list[str]:
 # ---------------------------------------------------------------- img/s against peers
 
 def bars(runs: list[Run]) -> list[Plot]:
-    """One picture for each network on each machine: a panel for each of up to four cases."""
+    """One picture for each network on each machine: a panel for each of up to four batches, at the size measured most."""
     found = []
     for key, group in groups(runs).items():
-        cases = list(group)
+        cases = in_main_size(group)
         if len(cases) > PANELS:
             cases = [cases[round(i * (len(cases) - 1) / (PANELS - 1))] for i in range(PANELS)]
         ids = in_order(row.provider for case in cases for row in group[case][1])
-        size = (1.6 + 2.6 * len(cases), 0.9 + 0.3 * len(ids))
-        draw = partial(_draw_bars, heading(*key), {case: group[case][1] for case in cases}, ids)
+        size = (2.4 + 2.7 * len(cases), 1.0 + 0.3 * len(ids))
+        draw = partial(_draw_bars, heading(*key), {case: group[case][1] for case in cases}, ids, group[cases[0]][0].machine.device)
         found.append(Plot(slug("bars", *key), f"Images a second: {heading(*key)}", size, draw))
     return found
 
 
-def _draw_bars(title: str, cases: dict[str, list[Row]], ids: list[str], figure, theme: Theme) -> None:
+def _draw_bars(title: str, cases: dict[str, list[Row]], ids: list[str], device: str, figure, theme: Theme) -> None:
+    base = BASE[device]
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     for axis, (case, rows) in zip(figure.subplots(1, len(cases), sharey=True, squeeze=False)[0], cases.items(),
                                   strict=True):
@@ -74,15 +76,15 @@ def _draw_bars(title: str, cases: dict[str, list[Row]], ids: list[str], figure, 
             axis.barh(i, row.img_s, 0.7, color=theme.ours if row.ours else theme.peer)
             error = [[row.img_s - row.batch / row.high], [row.batch / row.low - row.img_s]]
             axis.errorbar(row.img_s, i, xerr=error, color=theme.ink, linewidth=0.8)
-            ratio = 1.0 if id == "eager" else row.speed_over.get("eager")
+            ratio = 1.0 if id == base else row.speed_over.get(base)
             label = rate(row.img_s) + ("" if ratio is None else f" · {ratio:.2f}×")
             axis.annotate(label, (row.batch / row.low, i), (4, 0), textcoords="offset points", va="center", fontsize=8)
         axis.set_yticks(range(len(ids)), [short(id) for id in ids])
-        axis.set_xlim(0, max(row.img_s for row in rows) * 1.5)
+        axis.set_xlim(0, max(row.batch / row.low for row in rows) * 1.75)  # a label beside the longest bar
         axis.invert_yaxis() if axis is figure.axes[0] else None
         axis.set_xticks([])
         axis.spines["bottom"].set_visible(False)
-    figure.supxlabel("images a second · times eager channels_last; whiskers: quartiles", fontsize=8)
+    figure.supxlabel(f"images a second · times {short(base)}; whiskers: quartiles", fontsize=8)
 
 
 # ---------------------------------------------------------------- curves
@@ -96,8 +98,9 @@ def curves(runs: list[Run]) -> list[Plot]:
             for value in sorted({p[fixed] for p in parsed.values()}):
                 chosen = {p[index]: group[case][1] for case, p in parsed.items() if p[fixed] == value}
                 if len(chosen) >= 3:
-                    draw = partial(_draw_curve, heading(*key), name, chosen)
-                    caption = f"Throughput over {name}: {heading(*key)}"
+                    held = f"{value}²" if fixed == 4 else f"batch {value}"
+                    draw = partial(_draw_curve, f"{heading(*key)}, {held}", name, chosen)
+                    caption = f"Throughput over {name}: {heading(*key)}, {held}"
                     found.append(Plot(slug("curve", name, value, *key), caption, (7.5, 4.2), draw))
     return found
 
@@ -132,7 +135,12 @@ def _draw_curve(title: str, name: str, rows: dict[int, list[Row]], figure, theme
         ends.append((line[-1], id))
     axis.set_xscale("log", base=2)
     axis.set_xticks(sorted(rows), [str(at) for at in sorted(rows)])
-    axis.set_ylim(bottom=0)
+    speeds = [row.img_s for found in rows.values() for row in found]
+    if max(speeds) > LOG_FROM * min(speeds):
+        log_scale(axis.yaxis)
+        axis.set_ylim(min(speeds) / 1.3, max(speeds) * 1.3)
+    else:
+        axis.set_ylim(0, max(speeds) * 1.05)
     axis.set_xlabel({"image size": "height and width, pixels"}.get(name, name))
     axis.set_ylabel("images a second")
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -140,17 +148,33 @@ def _draw_curve(title: str, name: str, rows: dict[int, list[Row]], figure, theme
     label_ends(axis, ends, theme)
 
 
+LOG_FROM = 10  # a linear axis hides what is less than a tenth of the largest
 LINES = {"ours": "-", "ours-accelerate": (0, (4, 1.5)), "ours-plan": "-", "eager-nchw": (0, (1, 1))}
 
 
+def log_scale(axis) -> None:
+    """A logarithmic axis (``axes.xaxis`` or ``.yaxis``) with plain numbers at 1, 2 and 5 of each decade."""
+    from matplotlib.ticker import LogLocator, NullLocator
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+
+
 def label_ends(axis, ends: list[tuple[tuple[float, float], str]], theme: Theme) -> None:
-    """Names at the right ends of the lines, moved apart where they would overlap."""
+    """Names at the right ends of the lines, moved apart where they would overlap, within the height of the axes."""
     ends = sorted(ends, key=lambda end: end[0][1])
-    places = spread([y for (_, y), _ in ends], axis.get_ylim()[1] * 0.052)
+    axis.autoscale(False)
+    height = (axis.transData + axis.transAxes.inverted()).transform
+    wanted = [height(end)[1] for end, _ in ends]
+    gap = min(0.054, 1 / max(len(ends) - 1, 1))
+    places = spread(wanted, gap)
+    # Where many lines end low or high, the names nevertheless stay beside the picture.
+    shift = max(0.0, -places[0]) or min(0.0, 1 - places[-1])
     for ((x, y), id), at in zip(ends, places, strict=True):
         line = {"arrowstyle": "-", "color": colour(id, theme), "linewidth": 0.5, "relpos": (0, 0.5), "shrinkA": 1,
                 "shrinkB": 3}
-        axis.annotate(short(id), (x, y), (1.04, at), textcoords=("axes fraction", "data"), va="center", fontsize=8,
+        axis.annotate(short(id), (x, y), (1.04, at + shift), textcoords="axes fraction", va="center", fontsize=8,
                       color=colour(id, theme), annotation_clip=False, arrowprops=line)
 
 
@@ -266,20 +290,19 @@ def _draw_roofline(title: str, problems: list[list[Row]], limits: Ceilings, dtyp
     axis = figure.subplots()
     axis.set_title(f"Every convolution under its roof: {title}")
     peak, copy = limits.rates[dtype] / 1e12, limits.copy / 1e12
-    drawn = [row for rows in problems for row in rows]
+    shown = {"folded + fused": [_by_id(rows, "folded") for rows in problems],
+             "ours, fastest kernel": [row for row in map(best_ours, problems) if row is not None]}
+    drawn = [row for rows in shown.values() for row in rows]
     intensity = [row.tflops * 1e3 / row.gb_s for row in drawn]
     low, high = min(intensity) / 1.6, max(*intensity, peak / copy) * 1.6
     ridge = peak / copy
     axis.plot([low, ridge, high], [low * copy, peak, peak], color=theme.ink, linewidth=1.4)
     axis.fill_between([low, ridge, high], [low * copy, peak, peak], [peak * 3] * 3, color=theme.faint, alpha=0.35, lw=0)
-    for ours, marker, name in ((False, "o", "folded + fused"), (True, "D", "ours, fastest kernel")):
-        rows = [best_ours(rows) if ours else _by_id(rows, "folded") for rows in problems]
-        rows = [row for row in rows if row is not None]
+    for (name, rows), marker, tone in zip(shown.items(), "oD", (theme.peer, theme.ours), strict=True):
         axis.scatter([row.tflops * 1e3 / row.gb_s for row in rows], [row.tflops for row in rows], s=26, marker=marker,
-                     label=name, color=theme.ours if ours else theme.peer, edgecolor=theme.paper, linewidth=0.5,
-                     zorder=3 if ours else 2)
-    axis.set_xscale("log")
-    axis.set_yscale("log")
+                     label=name, color=tone, edgecolor=theme.paper, linewidth=0.5, zorder=2)
+    for scale in (axis.xaxis, axis.yaxis):
+        log_scale(scale)
     axis.set_xlim(low, high)
     axis.set_ylim(min(row.tflops for row in drawn) / 1.6, peak * 1.8)
     middle = math.sqrt(low * ridge)
@@ -288,22 +311,20 @@ def _draw_roofline(title: str, problems: list[list[Row]], limits: Ceilings, dtyp
         axis.annotate(text, at, offset, textcoords="offset points", ha="right", fontsize=8)
     axis.set_xlabel("FLOP for each byte that must be moved")
     axis.set_ylabel("TFLOP/s")
-    for scale in (axis.xaxis, axis.yaxis):
-        scale.set_major_formatter(lambda value, _: f"{value:g}")
     axis.grid(which="major")
-    axis.legend(loc="lower right")
+    axis.legend(loc="upper left")  # above the roof, where no point can be
 
 
 # ---------------------------------------------------------------- errors
 
 def errors(runs: list[Run]) -> list[Plot]:
-    """Error of every row against eager's own error in the same case, with the line that the rule draws."""
+    """Error of every row as a multiple of eager's own in the same case, over eager's, with the line that the rule draws."""
     found = []
     for machine in sorted({run.machine.name for run in runs}):
         rows = [row for (name, _), (_, rows) in newest(runs).items() if name == machine for row in rows
                 if row.error and row.eager_error]
         if rows:
-            found.append(Plot(slug("errors", machine), f"Error against float64: {machine}", (5.4, 5.0),
+            found.append(Plot(slug("errors", machine), f"Error against float64: {machine}", (7.5, 3.8),
                               partial(_draw_errors, machine, rows)))
     return found
 
@@ -311,23 +332,25 @@ def errors(runs: list[Run]) -> list[Plot]:
 def _draw_errors(machine: str, rows: list[Row], figure, theme: Theme) -> None:
     axis = figure.subplots()
     axis.set_title(f"Error against float64 · {machine}")
-    values = [value for row in rows for value in (row.error, row.eager_error)]
-    low, high = min(values) / 3, max(values) * 3
-    axis.plot([low, high], [low, high], color=theme.ink, linewidth=1)
-    axis.plot([low, high], [2 * low, 2 * high], color=theme.ink, linewidth=1, linestyle=(0, (4, 3)))
+    limits = {"allowed: 2× eager's": FACTOR}
+    if any(row.case.startswith("train/") for row in rows):
+        limits["gradients: 3×"] = GRADIENT_FACTOR
     for ours, name in ((False, "peers"), (True, "ours")):
         chosen = [row for row in rows if row.ours is ours]
-        axis.scatter([row.eager_error for row in chosen], [row.error for row in chosen], s=18, label=name, alpha=0.8,
-                     color=theme.ours if ours else theme.peer, linewidth=0, zorder=3 if ours else 2)
+        axis.scatter([row.eager_error for row in chosen], [row.error / row.eager_error for row in chosen], s=20, label=name,
+                     alpha=0.75, color=theme.ours if ours else theme.peer, linewidth=0, zorder=3 if ours else 2)
+    values = [row.eager_error for row in rows]
     axis.set_xscale("log")
-    axis.set_yscale("log")
-    axis.set_xlim(low, high)
-    axis.set_ylim(low, high)
-    axis.set_aspect("equal")
+    axis.set_xlim(min(values) / 2, max(values) * 2)
+    ticks = [10.0**e * m for e in range(-20, 3) for m in (1, 2, 5) if min(values) / 2 <= 10.0**e * m <= max(values) * 2]
+    axis.set_xticks(ticks, [f"{tick:.0e}".replace("e-0", "e-") for tick in ticks], minor=False)
     axis.minorticks_off()
-    axis.annotate("twice eager's", (low * 2, low * 4), (0, 6), textcoords="offset points", rotation=45,
-                  rotation_mode="anchor", fontsize=8)
-    axis.set_xlabel("eager's relative error (RMS)")
-    axis.set_ylabel("relative error (RMS)")
-    axis.grid()
-    axis.legend(loc="lower right")
+    axis.set_ylim(0, max(*limits.values(), *(row.error / row.eager_error for row in rows)) * 1.1)
+    axis.axhline(1, color=theme.ink, linewidth=0.8)
+    for text, at in limits.items():
+        axis.axhline(at, color=theme.ink, linewidth=1, linestyle=(0, (4, 3)))
+        axis.annotate(text, (1, at), (-2, 3), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", fontsize=8)
+    axis.set_xlabel("eager's own relative error (RMS) in the same case")
+    axis.set_ylabel("error ÷ eager's error")
+    axis.grid(axis="x")
+    axis.legend(loc="upper left", ncols=2, bbox_to_anchor=(0, -0.16), borderaxespad=0)

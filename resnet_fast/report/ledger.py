@@ -10,6 +10,7 @@ import datetime
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -120,6 +121,16 @@ def commit() -> str:
 
     head, changed = ask("rev-parse", "--short=10", "HEAD"), ask("status", "--porcelain", "-uno")
     return "unknown" if head is None or changed is None else head + ("+" if changed else "")
+
+
+def measured_by(words: Iterable[str], option: str) -> str:
+    """The command line that repeats a run, without the file that ``option`` named for its result."""
+    kept: list[str] = []
+    for word in words:
+        if kept and kept[-1] == option and not word.startswith("-"):
+            continue
+        kept.append(option if word.startswith(f"{option}=") else word)
+    return shlex.join(["python", "-m", *kept])
 
 
 def write_run(rows: Iterable[Row], machine: Machine, path: Path | str | None = None) -> Path:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from .ledger import Run
+from .ledger import Run, newest
 from .plots import Plot
 from .tables import Table, device_runs, mean_lines, model_tables, op_tables, regression_table
 
@@ -49,11 +49,8 @@ def _networks(runs: list[Run], nothing: str) -> str:
         return nothing
     worse = regression_table(runs)
     parts = [_tables(tables), *mean_lines(runs), worse.markdown() if worse.rows else f"{worse.heading}."]
-    return "\n\n".join([*parts, f"Regenerate: `{_command(runs)}`, then `python -m resnet_fast report`."])
-
-
-def _command(runs: list[Run]) -> str:
-    return runs[-1].machine.facts.get("command", "pytest benchmarks/ --full --ledger")
+    shown = dict.fromkeys(run.machine.facts.get("command") for run, rows in newest(runs).values() if rows[0].level == "model")
+    return "\n\n".join([*parts, *(f"Regenerate: `{command} && python -m resnet_fast report`." for command in shown if command)])
 
 
 def _tables(tables: list[Table]) -> str:

@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .ledger import Row, Run, newest, parse_case
+from .ledger import Machine, Row, Run, newest, parse_case
 
 # The ratios of a headline and the providers that each is taken over; of several, over the fastest.
 BASELINES = {"vs_eager": ("eager",), "vs_compile": ("compile", "compile-best"), "vs_cudnn": ("folded",)}
+
+BASE = {"cpu": "eager-nchw", "cuda": "eager"}  # what tables and plots show multiples of: what people run on that device
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,14 @@ def case_order(case: str) -> tuple:
     """Sorts cases as a reader expects: batches and sizes as numbers."""
     mode, model, dtype, batch, size = parse_case(case)
     return mode, len(model), model, dtype, size, batch
+
+
+def in_main_size(cases: Iterable[str]) -> list[str]:
+    """Those of the image size with the most cases, 224² if there are several such, in order."""
+    order = sorted(cases, key=case_order)
+    sizes = [parse_case(case)[4] for case in order]
+    main = max(sorted(set(sizes)), key=lambda size: (sizes.count(size), size == 224))
+    return [case for case, size in zip(order, sizes, strict=True) if size == main]
 
 
 def geometric_mean(values: Iterable[float | None]) -> float | None:
@@ -107,21 +117,51 @@ class Change:
 
 
 def changes(before: Run, after: Run) -> list[Change]:
-    """What both runs measured, worst change first; raises ValueError if they share no case and provider."""
+    """What both runs measured, worst change first.
+
+    Raises ValueError if the machines are of different kinds, or the runs share no case and provider.
+    """
+    difference = unlike(before.machine, after.machine)
+    if difference is not None:
+        raise ValueError(f"not compared: {before.path} was measured on {difference}: even ratios to eager differ between such machines")
+    base = BASE[after.machine.device]
     old = {(row.case, row.provider): row for row in before.rows}
     found = []
     for row in after.rows:
         was = old.get((row.case, row.provider))
         if was is None:
             continue
-        relative = "eager" in row.speed_over and "eager" in was.speed_over
-        speed = row.speed_over["eager"] / was.speed_over["eager"] if relative else was.seconds / row.seconds
+        common = next((id for id in (base, "eager") if id in row.speed_over and id in was.speed_over), None)
+        relative = common is not None
+        speed = row.speed_over[common] / was.speed_over[common] if relative else was.seconds / row.seconds
         found.append(Change(row.case, row.provider, row.ours, was.seconds, row.seconds, speed, relative))
     if not found:
         raise ValueError(f"{before.path} and {after.path} have no case and provider in common")
     return sorted(found, key=lambda change: change.speed)
 
 
+def unlike(before: Machine, after: Machine) -> str | None:
+    """What makes the machines different in kind, as "AVX2, not AVX512"; None if ratios carry over from one to the other.
+
+    A CPU's kind is its instruction set and the threads used, a GPU's its model.
+    """
+    if before.device != after.device:
+        return f"{before.device}, not {after.device}"
+    if before.device == "cuda":
+        return None if before.name == after.name else f"{before.name}, not {after.name}"
+    for fact, unit in (("cpu isa", ""), ("threads", " threads")):
+        old, new = before.facts.get(fact), after.facts.get(fact)
+        if old != new:
+            return f"{old}{unit}, not {new}{unit}"
+    return None
+
+
 def slower(found: Iterable[Change], tolerance: float) -> list[Change]:
-    """Those of ours that lost more than ``tolerance`` (0.05 for 5 %) of their speed."""
-    return [change for change in found if change.ours and change.speed < 1 - tolerance]
+    """Those of ours that lost more than ``tolerance`` (0.05 for 5 %) of their speed over eager.
+
+    Raises ValueError if no row of ours can be judged by such a ratio: times of two runs measure the hour as well.
+    """
+    judged = [change for change in found if change.ours and change.relative]
+    if not judged:
+        raise ValueError("nothing to judge: no row of ours stands beside eager in both runs")
+    return [change for change in judged if change.speed < 1 - tolerance]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..providers import PROVIDERS
 from .ledger import Row, Run, newest, parse_case
-from .summary import BASELINES, best_ours, case_order, geometric_mean, regressions, speed_over
+from .summary import BASE, BASELINES, best_ours, case_order, geometric_mean, in_main_size, regressions, speed_over
 
 TITLES = {"vs_eager": "eager channels_last", "vs_compile": "the best torch.compile mode", "vs_cudnn": "folded + fused"}
 
@@ -71,32 +71,40 @@ def device_runs(runs: Iterable[Run], device: str) -> list[Run]:
 def model_tables(runs: list[Run], columns: int | None = None) -> list[Table]:
     """One table for each machine, mode, model and dtype: ways to run it down, batches across, the fastest in bold.
 
-    ``columns``: at most so many cases, evenly picked from first to last.
+    Image sizes other than the one measured most follow in a table of their own. ``columns``: at most so many cases,
+    evenly picked from first to last.
     """
     groups: dict[tuple, dict[str, tuple[Run, list[Row]]]] = {}
     for (machine, case), (run, rows) in newest(runs).items():
         if rows[0].level == "model":
             groups.setdefault((machine, *parse_case(case)[:3]), {})[case] = run, rows
-    return [_model_table(*key[1:], groups[key], columns) for key in sorted(groups)]
+    found = []
+    for key in sorted(groups, key=lambda key: (key[:2], len(key[2]), key[2:])):
+        main = in_main_size(groups[key])
+        others = sorted(groups[key].keys() - set(main), key=case_order)
+        found += [_model_table(*key[1:], {case: groups[key][case] for case in cases}, columns) for cases in (main, others) if cases]
+    return found
 
 
 def _model_table(mode: str, model: str, dtype: str, cases: dict[str, tuple[Run, list[Row]]],
                  columns: int | None) -> Table:
-    order = sorted(cases, key=case_order)
+    order = list(cases)
     if columns is not None and len(order) > columns:
         order = [order[round(i * (len(order) - 1) / (columns - 1))] for i in range(columns)]
     by_provider = {case: {row.provider: row for row in cases[case][1]} for case in order}
     known = list(PROVIDERS)
     ids = sorted({id for found in by_provider.values() for id in found},
                  key=lambda id: known.index(id) if id in known else len(known))
+    base = BASE[cases[order[0]][0].machine.device]
+    sizes = {parse_case(case)[4] for case in order}
+    header = [f"img/s (× {title(base)})", *(_column(case, len(sizes) > 1) for case in order), "error ÷ eager's", "peak memory"]
     rows = []
     for id in ids:
         mine = [by_provider[case].get(id) for case in order]
-        cells = [_cell(row, by_provider[case]) for row, case in zip(mine, order, strict=True)]
+        cells = [_cell(row, by_provider[case], base) for row, case in zip(mine, order, strict=True)]
         rows.append((title(id), *cells, _worst_error(mine), _largest([row and row.peak_bytes for row in mine])))
-    sizes = {parse_case(case)[4] for case in order}
-    names = [_column(case, len(sizes) > 1) for case in order]
-    header = ["img/s (× eager channels_last)", *names, "error ÷ eager's", "peak memory"]
+    if all(row[-1] == "–" for row in rows):  # on a CPU memory is measured by cold starts only
+        header, rows = header[:-1], [row[:-1] for row in rows]
     places = dict.fromkeys(machine_line(cases[case][0]) for case in order)
     verb = {"infer": "inference", "train": "training step"}[mode]
     size = "" if len(sizes) > 1 else f", {sizes.pop()}²"
@@ -108,10 +116,10 @@ def _column(case: str, with_size: bool) -> str:
     return f"batch {batch}" + (f", {size}²" if with_size else "")
 
 
-def _cell(row: Row | None, others: dict[str, Row]) -> str:
+def _cell(row: Row | None, others: dict[str, Row], base: str) -> str:
     if row is None:
         return "–"
-    ratio = 1.0 if row.provider == "eager" else row.speed_over.get("eager")
+    ratio = 1.0 if row.provider == base else row.speed_over.get(base)
     text = rate(row.img_s) + ("" if ratio is None else f" ({ratio:.2f}×)")
     return f"**{text}**" if row.seconds == min(other.seconds for other in others.values()) else text
 
@@ -140,8 +148,9 @@ def mean_lines(runs: list[Run]) -> list[str]:
             best.setdefault(machine, []).append(ours)
     lines = []
     for machine, ours in best.items():
-        means = {name: geometric_mean(speed_over(row, ids) for row in ours) for name, ids in BASELINES.items()}
-        parts = [f"{mean:.2f}× {TITLES[name]}" for name, mean in means.items() if mean is not None]
+        means = {title: geometric_mean(speed_over(row, BASELINES[name]) for row in ours) for name, title in TITLES.items()}
+        means = {"eager NCHW": geometric_mean(speed_over(row, ("eager-nchw",)) for row in ours), **means}
+        parts = [f"{mean:.2f}× {title}" for title, mean in means.items() if mean is not None]
         cases = f"{len(ours)} case" + "s" * (len(ours) != 1)
         lines.append(f"{machine}, fastest of ours, geometric mean over {cases}: {', '.join(parts)}.")
     return lines
@@ -153,9 +162,9 @@ def regression_table(runs: list[Run]) -> Table:
     worse: dict[tuple[str, str], list] = {}
     for r in regressions(runs):
         worse.setdefault((r.machine, r.case), []).append(r)
-    rows = [(case, machine, f"{found[0].speed:.2f}×", ", ".join(title(r.peer) for r in found))
+    rows = [(case, machine, f"{found[0].speed:.3f}×", ", ".join(title(r.peer) for r in found))
             for (machine, case), found in worse.items()]
-    return Table(f"Slower than a peer: {len(worse)} of {total} cases",
+    return Table(f"Slower than a peer: {len(worse)} of {total} case{'s' * (total != 1)}",
                  ("case", "machine", "ours over the fastest", "peers that are faster"), tuple(rows), words=(0, 1, 3))
 
 
