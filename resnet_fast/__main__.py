@@ -6,14 +6,22 @@ import argparse
 import importlib
 import importlib.util
 import sys
+from typing import NoReturn
 
 # Command modules, in the order in which a user meets them; each has add_parser(subparsers) and imports what is heavy only when it runs.
 COMMANDS = ("listing", "info", "explain", "check", "bench", "predict.command", "tune", "report.command", "new_kernel")
 
 
+class Parser(argparse.ArgumentParser):
+    """Says a mistake in one sentence and where the help is, not all options over again."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog.removeprefix('python -m ')}: {message} (see `{self.prog} --help`)\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(prog="python -m resnet_fast", description="ResNets at the speed the machine allows.",
+    top = Parser(prog="python -m resnet_fast", description="ResNets at the speed the machine allows.",
                                   epilog="`python -m resnet_fast COMMAND --help` tells more of each.")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:

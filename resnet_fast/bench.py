@@ -16,40 +16,54 @@ from torch import Tensor
 
 from .console import default_device, device_or_error, positive, table
 from .measure import Case, Outcome, measure
+from .models import list_models
 from .providers import DTYPES, MODES, PROVIDERS, provider
 from .report.ledger import Row, here, measured_by, write_run
 
-DEFAULT = ("eager-nchw", "eager", "compile", "compile-best", "ours", "ours-accelerate", "ours-plan")
+DEFAULT = ("eager-nchw", "eager", "folded", "compile", "compile-best", "ours", "ours-accelerate", "ours-plan", "openvino", "onnxruntime")
 LEGEND = """\
 ratio: speed over eager NCHW, the median of same-round ratios; spread: interquartile range over median;
 error: relative RMS against float64; first s: build, compilation and first call."""
 
+DESCRIPTION = """\
+Time every way to run a network in interleaved rounds, and print medians,
+same-round ratios to eager NCHW and the error against float64. One of ours
+whose error breaks the rule gets no time, and the exit code is 1."""
+EPILOG = "providers:\n" + "\n".join(f" {'*' if p.id in DEFAULT else ' '}{p.id:15}  {p.title}" for p in PROVIDERS.values()) + """
+  kernel:ID|FILE   plan() with that kernel wherever it applies
+What is not installed is skipped with the sentence that says what to install."""
+
 
 def add_parser(commands) -> None:
-    p = commands.add_parser("bench", help="ours against eager, channels_last, torch.compile …",
-                            description="Time every way to run the network in interleaved rounds and print medians, same-round ratios to "
-                                        "eager NCHW and the error against float64. One of ours whose error breaks the rule gets no time.")
-    p.add_argument("model", nargs="?", default="resnet50", help="an architecture (default %(default)s)")
-    p.add_argument("--mode", choices=MODES, default="infer", help="infer, or train: forward + backward + SGD step (default %(default)s)")
-    p.add_argument("--batch", type=positive, nargs="+", help="batch sizes (default 1 16; with --kernel 256 on a GPU, 1 on a CPU)")
-    p.add_argument("--size", type=positive, default=224, help="height and width in pixels (default %(default)s)")
-    p.add_argument("--dtype", choices=DTYPES, help="(default fp32; with --kernel bf16 on a GPU)")
-    p.add_argument("--device", default=default_device(), help="cpu or cuda (default here: %(default)s)")
-    p.add_argument("--providers", nargs="+", metavar="ID", default=list(DEFAULT), help=f"of {', '.join(PROVIDERS)} or kernel:ID|FILE")
-    p.add_argument("--kernel", nargs="+", action="extend", metavar="ID|FILE",
-                   help="these kernels on each distinct problem of the network, beside aten and its rivals: time, share of the roofline, "
-                        "registers, occupancy and likely causes; without a GPU what the machine code says")
-    p.add_argument("--layers", nargs="+", metavar="PATTERN", default=["*"], help="with --kernel: layers, as in layer3.*.conv3 (default all)")
-    p.add_argument("--gpu", metavar="GPU", default="h200", help="with --kernel, without a GPU: the model to compile for (default %(default)s)")
-    p.add_argument("--photos", action="store_true", help="real photographs (package scikit-image) instead of random images")
-    p.add_argument("--cold", action="store_true", help="also time the first answer of a fresh process, and its peak memory")
-    p.add_argument("--seconds", type=float, help="at most this long timing each case (default 40; with --kernel 4)")
-    p.add_argument("--json", action="store_true", help="print the ledger rows as JSON instead of the table")
-    p.add_argument("--save", nargs="?", const="", metavar="FILE", help="write the run to FILE, or into benchmarks/results")
+    p = commands.add_parser("bench", help="ours against eager, channels_last, torch.compile …", formatter_class=argparse.RawDescriptionHelpFormatter,
+                            usage="%(prog)s [MODEL] [options]", description=DESCRIPTION, epilog=EPILOG)
+    p.add_argument("model", metavar="MODEL", nargs="?", default="resnet50", help="an architecture (default %(default)s)")
+    case = p.add_argument_group("what is run")
+    case.add_argument("--mode", choices=MODES, default="infer", help="infer, or train: forward, backward, SGD step (default %(default)s)")
+    case.add_argument("--batch", type=positive, nargs="+", metavar="N", help="batch sizes (default 1 16; with --kernel 1, on a GPU 256)")
+    case.add_argument("--size", type=positive, default=224, metavar="N", help="height and width in pixels (default %(default)s)")
+    case.add_argument("--dtype", choices=DTYPES, help="(default fp32; with --kernel on a GPU bf16)")
+    case.add_argument("--device", default=default_device(), help="cpu or cuda (default here: %(default)s)")
+    case.add_argument("--photos", action="store_true", help="real photographs (extra bench) instead of random images")
+    compared = p.add_argument_group("what is compared")
+    compared.add_argument("--providers", nargs="+", metavar="ID", default=list(DEFAULT),
+                          help="ways to run it, of the list below (default: those with *)")
+    compared.add_argument("--seconds", type=float, help="at most this long timing each case (default 40; with --kernel 4)")
+    compared.add_argument("--cold", action="store_true", help="also the first answer of a fresh process, and its peak memory")
+    single = p.add_argument_group("single ops instead of networks")
+    single.add_argument("--kernel", nargs="+", action="extend", metavar="ID|FILE",
+                        help="these kernels on each distinct problem of MODEL, beside aten and rivals; without a GPU what the machine code says")
+    single.add_argument("--layers", nargs="+", metavar="PATTERN", default=["*"], help="only these, as in 'layer3.*.conv3' (default all)")
+    single.add_argument("--gpu", metavar="GPU", default="h200", help="without a GPU: the model to compile for (default %(default)s)")
+    output = p.add_argument_group("where it goes")
+    output.add_argument("--json", action="store_true", help="print the ledger rows as JSON instead of the table")
+    output.add_argument("--save", nargs="?", const="", metavar="FILE", help="write the run to FILE, or into benchmarks/results")
     p.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.model not in list_models():
+        raise ValueError(f"got {args.model!r}, expected one of {', '.join(list_models())}")
     if args.kernel:
         from . import bench_kernel
         return bench_kernel.run(args)

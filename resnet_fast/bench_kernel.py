@@ -36,7 +36,7 @@ from .occupancy import CHIPS, occupancy
 from .problem import Problem
 from .profiled import profiled
 from .providers import DTYPES
-from .report.ledger import Row, here, write_run
+from .report.ledger import Row, here, measured_by, write_run
 from .report.tables import short_problem
 from .testing import check_kernel, make_args, nasty_problems
 
@@ -80,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
         json.dump({"machine": asdict(here(args.device)), "rows": [asdict(row) for row in rows]}, sys.stdout, indent=1)
         print()
     if args.save is not None and rows:
-        print(f"written: {write_run(rows, here(args.device), Path(args.save) if args.save else None)}", file=sys.stderr)
+        machine = here(args.device)
+        machine.facts["command"] = measured_by(["resnet_fast", *args.words], "--save")
+        print(f"written: {write_run(rows, machine, Path(args.save) if args.save else None)}", file=sys.stderr)
     return 1 if red else 0
 
 

@@ -36,10 +36,9 @@ def add_problem_options(parser: argparse.ArgumentParser, *, batch: int = 1) -> N
 
 def positive(text: str) -> int:
     """A whole number above 0, as an argparse type."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {value}, expected a whole number above 0")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a whole number above 0")
+    return int(text)
 
 
 def default_device() -> str:

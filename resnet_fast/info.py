@@ -13,7 +13,8 @@ import torch
 
 from .console import table
 
-EXTRAS = {"torchvision": "vision", "timm": "timm", "safetensors": "io", "matplotlib": "report", "pytest_benchmark": "bench"}
+EXTRAS = {"torchvision": "vision", "timm": "timm", "safetensors": "io", "matplotlib": "report", "pytest_benchmark": "bench",
+          "openvino": "bench", "onnxruntime": "bench"}
 
 
 def add_parser(commands) -> None:

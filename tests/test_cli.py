@@ -30,6 +30,8 @@ def test_every_command_explains_itself(capsys):
     (["check", "--kernel", "nobody.knows"], "unknown"),
     (["check", "--kernel", "absent.py"], "does not exist"),
     (["bench", "--providers", "nothing"], "unknown"),
+    (["bench", "resnet51"], "bench: got 'resnet51', expected one of resnet18"),
+    (["report", "--compare", "a.json", "b.json"], "a.json is not a file"),
     (["explain", "resnet18", "--device", "cuda"], "no CUDA device"),
     (["explain", "resnet18", "--device", "tpu"], "--device: got tpu, expected cpu or cuda"),
     (["explain", "resnet51", "--diff"], "expected one of resnet18"),
@@ -46,7 +48,18 @@ def test_a_mistake_is_one_sentence(argv, words, capsys, monkeypatch):
 def test_sizes_are_whole_numbers_above_zero(value, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["explain", "resnet18", "--batch", value])
-    assert stop.value.code == 2 and "--batch" in capsys.readouterr().err
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (f"resnet_fast explain: argument --batch: got {value}, expected a whole number above 0 "
+                                       "(see `python -m resnet_fast explain --help`)\n")
+
+
+def test_help_of_bench_fits_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    assert all(id in said.split("providers:")[1] for id in PROVIDERS)
 
 
 def test_list(capsys):

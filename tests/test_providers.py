@@ -26,8 +26,8 @@ from resnet_fast.providers import DTYPES, PROVIDERS, example_input, provider, re
 from resnet_fast.testing import broken_rule
 
 ROOT = Path(__file__).parents[1]
-# Compilers take tens of seconds and other engines are not ours to test; the suites in benchmarks/ run them.
-QUICK = [p for p in PROVIDERS.values() if p.id not in ("compile", "compile-best", "openvino", "onnxruntime")]
+# Compilers take tens of seconds; the suites in benchmarks/ run them.
+QUICK = [p for p in PROVIDERS.values() if p.id not in ("compile", "compile-best")]
 CASE = Case("infer", "resnet18", "fp32", 2, 64)
 
 
@@ -101,12 +101,16 @@ def test_a_provider_says_why_not() -> None:
     assert PROVIDERS["folded"].why_not("train", "cpu", "fp32").endswith("does not train")
     assert PROVIDERS["cudnn-frontend"].why_not("infer", "cuda", "fp32").endswith("takes fp16, bf16, not fp32")
     absent = replace(PROVIDERS["eager"], unavailable=providers.engines.missing("no_such_module_here", "torch"))
-    monkey = {"no_such_module_here": "no-such-package"}
+    both = providers.engines.missing("no_such_module_here", "nor_this")
+    monkey = dict.fromkeys(("no_such_module_here", "nor_this"), "no-such-package")
     providers.engines.PACKAGES.update(monkey)
     try:
         assert absent.why_not("infer", "cpu", "fp32") == "not installed: pip install no-such-package"
+        assert both() == "not installed: pip install no-such-package"  # named once
     finally:
-        del providers.engines.PACKAGES["no_such_module_here"]
+        for name in monkey:
+            del providers.engines.PACKAGES[name]
+    assert all("resnet_fast[bench]" in providers.engines.PACKAGES[name] for name in ("openvino", "onnxruntime", "onnx", "onnxscript"))
     with pytest.raises(LookupError, match="'fastest' is unknown; known: eager-nchw"):
         provider("fastest")
 

@@ -244,6 +244,12 @@ def test_markers_are_filled_again_and_again_and_strictly() -> None:
         page.fill(text.replace("end cpu", "end gpu"), {"cpu": lambda: ""})
 
 
+def test_tables_name_the_command_that_measured_them() -> None:
+    said = replace(CPU, facts={"command": "python -m resnet_fast bench --save"})
+    cpu = page.sections([run_of(case_rows(), said), run_of(op_rows(), CPU, "ops.json")], [], "plots")["cpu"]()
+    assert cpu.endswith("\n\nRegenerate: `python -m resnet_fast bench --save && python -m resnet_fast report`.")
+
+
 def test_sections_say_when_there_is_nothing() -> None:
     sections = page.sections([run_of(case_rows())], [], "plots")
     assert "18.0" in sections["cpu"]() and "geometric mean" in sections["cpu"]()

@@ -43,9 +43,12 @@ def run(args: argparse.Namespace) -> int:
     if args.fail_if is not None and args.compare is None:
         raise ValueError("--fail-if needs --compare A B")
     if args.compare is not None:
+        for path in args.compare:
+            if not path.is_file():
+                raise FileNotFoundError(f"--compare: {path} is not a file; `bench --save FILE` writes one")
         return compare(*map(read_run, args.compare), args.fail_if)
     if not args.ledger.exists():
-        raise FileNotFoundError(f"no ledger at {args.ledger}: measure with `pytest benchmarks/ --ledger`")
+        raise FileNotFoundError(f"no ledger at {args.ledger}: measure with `python -m resnet_fast bench --save` or `pytest benchmarks/ --ledger`")
     runs = read_runs(args.ledger)
     if args.headline:
         return headline(runs, args.json)

@@ -129,7 +129,7 @@ def changes(before: Run, after: Run) -> list[Change]:
     found = []
     for row in after.rows:
         was = old.get((row.case, row.provider))
-        if was is None:
+        if was is None or row.provider == base:  # its ratio is always 1
             continue
         common = next((id for id in (base, "eager") if id in row.speed_over and id in was.speed_over), None)
         relative = common is not None
