@@ -20,7 +20,7 @@ SHOWN = 10  # wrong problems that are told in full
 def add_parser(commands) -> None:
     p = commands.add_parser("check", help="every kernel here against float64",
                             description="Check kernels against the float64 reference by the error rule (at most twice eager's own error, three "
-                                        "times for gradients) in poisoned memory. Exit code 1 if a kernel is wrong.")
+                                        "times for gradients) in poisoned memory. Exit code 1 if a kernel is wrong, 2 if none named could run.")
     p.add_argument("--kernel", nargs="+", action="extend", metavar="ID|FILE", help="only this kernel, or those of a .py or .cu file")
     p.add_argument("--dtype", action="append", choices=DTYPES, help="default: float32, float16, bfloat16")
     p.add_argument("--model", help="also the distinct convolutions of this architecture, at 224² and batch 2")
@@ -58,10 +58,12 @@ def run(args: argparse.Namespace) -> int:
     device = device_or_error(args.device)
     dtypes = [DTYPES[d] for d in args.dtype or ("float32", "float16", "bfloat16")]
     rows, wrong, ran = [], [], 0
+    absent: dict[str, list[str]] = {}
     for kernel in wanted(args.kernel):
         reason = kernel.available()
         if reason is not None:
-            rows.append((kernel.id, kernel.op, "", "", "", f"cannot run here: {reason}"))
+            rows.append((kernel.id, kernel.op, "", "", "", "cannot run here"))
+            absent.setdefault(reason, []).append(kernel.id)
             continue
         print(f"checking {kernel.id} …", file=sys.stderr, flush=True)
         verdicts, declined = check(kernel, dtypes, device, args.model)
@@ -72,9 +74,13 @@ def run(args: argparse.Namespace) -> int:
         verdict = f"{len(bad)} WRONG" if bad else "right" if verdicts else f"declines all: {declined[0]}"
         rows.append((kernel.id, kernel.op, len(verdicts), len(declined), f"{worst:.2f}", verdict))
     print(table(("kernel", "op", "checked", "declined", "error/eager", "verdict"), rows, right=(2, 3, 4)))
+    for reason, ids in absent.items():  # in full, and once: a table's last column is cut
+        print(f"cannot run here: {', '.join(ids)}: {reason}")
     for v in wrong[:SHOWN]:
         print(f"WRONG {v.kernel}: {v.problem.key}: {v.reason}\n      {diagnose(find(v.kernel), v.problem)}")
     if len(wrong) > SHOWN:
         print(f"… and {len(wrong) - SHOWN} more")
     print(f"{ran} checks on {device.type}, {len(wrong)} wrong")
+    if args.kernel and not ran:
+        raise ValueError("nothing was checked of what --kernel named")
     return 1 if wrong else 0

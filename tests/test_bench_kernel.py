@@ -135,7 +135,7 @@ def test_triton_without_a_gpu_is_checked_and_compiled(mine, capsys, registry, mo
     assert "experimental.mine is right on 10 problems in Triton's interpreter" in said
     line = next(line for line in said.splitlines() if line.startswith("layer3.0.conv1"))
     assert "1×1 512→256" in line and "12544×128" in line and "%" in line
-    assert "conv1: it is a 1×1 convolution of stride 1" in said
+    assert "conv1: it takes only 1×1 convolutions of stride 1" in said
     assert "7 launches (6 of torch's own:" in said and "No time is given" in said and "NVIDIA H200" in said
 
 

@@ -88,6 +88,18 @@ def test_check_passes_what_is_right(capsys):
     assert "0 wrong" in capsys.readouterr().out
 
 
+def test_check_of_a_kernel_that_cannot_run_is_no_success(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    absent = Kernel("test.absent", "add_act", aten.add_act, lambda p: None,
+                    lambda: "it needs a machine of a kind that nobody has, and a long sentence")
+    monkeypatch.setattr(check, "wanted", lambda names: [absent])
+    assert main(["check", "--kernel", "test.absent"]) == 2
+    said = capsys.readouterr()
+    assert "cannot run here: test.absent: it needs a machine of a kind that nobody has, and a long sentence" in said.out
+    assert said.err == "check: nothing was checked of what --kernel named\n"
+    assert main(["check"]) == 0
+
+
 def test_check_fails_what_is_wrong(capsys, monkeypatch):
     def swapped(x, y, gate, act):
         return aten.add_act(x, -y, gate, act)

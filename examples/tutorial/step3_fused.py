@@ -41,7 +41,7 @@ def _fused(x, w, scale, shift, mean, var, eps, residual, out, M, C, K, RELU: tl.
 def supports(problem):
     """None, or the sentence that says why this problem is not for this kernel."""
     if not problem.pointwise or problem.groups != 1 or problem.stride != (1, 1):
-        return "it is a 1×1 convolution of stride 1, without padding or groups"
+        return "it takes only 1×1 convolutions of stride 1, without padding or groups"
     if 0 in problem.x:
         return "the input is empty"
     return launch.declines(problem)

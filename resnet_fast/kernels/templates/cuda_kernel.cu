@@ -30,7 +30,7 @@ __global__ void my_kernel(const T* x, const T* filter, const float* scale, const
 }
 
 const char* supports(const Conv& conv) {
-  if (!conv.pointwise() || conv.stride_h != 1 || conv.stride_w != 1) return "it is a 1×1 convolution of stride 1, without padding or groups";
+  if (!conv.pointwise() || conv.stride_h != 1 || conv.stride_w != 1) return "it takes only 1×1 convolutions of stride 1, without padding or groups";
   if (conv.pixels() == 0) return "the input is empty";
   return nullptr;
 }
