@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .atomic import replacing
+
 # What a training script may have put the weights under; the raw weights go before their moving average.
 _WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema")
 # DDP and AveragedModel, torch.compile, FSDP, activation checkpointing.
@@ -50,15 +52,11 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
     if path.suffix not in _SUFFIXES:
         raise ValueError(f"save_checkpoint: suffix: got {path.suffix!r}, expected one of {', '.join(_SUFFIXES)}")
     state = _own_memory({_bare(name): t for name, t in model.state_dict().items()})
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as part:
         if path.suffix == ".safetensors":
             _safetensors().save_file(state, part, metadata={"format": "pt"})
         else:
             torch.save(state, part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _read(path: Path, weights_only: bool) -> Any:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .atomic import replacing
 from .console import DTYPES
 from .nodes import function
 from .planned import Filter, Lowered, attributes
@@ -40,14 +39,8 @@ def save(plan: Plan, path: str | Path) -> None:
         "filters": {k: {"weight": f.weight, "bias": f.bias, "geometry": list(map(_encode, f.geometry))} for k, f in held.filters.items()},
         "dtype": str(plan.dtype).removeprefix("torch."), "normalize": _encode(plan.normalize), "softmax": plan.softmax, "topk": plan.topk,
     }
-    path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")  # opened as any file: the umask decides who may read
-    try:
-        with open(part, "xb") as file:
-            torch.save(record, file)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(Path(path)) as part:
+        torch.save(record, part)
 
 
 def load(path: str | Path, device: torch.device | str, cuda_graph: bool | None) -> Plan:

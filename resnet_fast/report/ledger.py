@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import re
 import shlex
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
+
+from ..atomic import replacing
 
 SCHEMA = 1
 RESULTS = Path("benchmarks/results")
@@ -143,9 +143,8 @@ def write_run(rows: Iterable[Row], machine: Machine, path: Path | str | None = N
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"schema": SCHEMA, "machine": asdict(machine), "rows": [asdict(row) for row in rows]}
     text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as part:
-        part.write(text)
-    os.replace(part.name, path)  # a reader sees the old file or the new one, never half of it
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
     return path
 
 

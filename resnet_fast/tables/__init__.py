@@ -15,7 +15,6 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from ..atomic import replacing
 from ..problem import Problem
 
 SHIPPED = Path(__file__).parent
@@ -149,9 +149,8 @@ def update(gpu: str, edit: Callable[[dict[str, dict]], None], folder: Path | Non
         sections = read(path, gpu)
         edit(sections)
         text = json.dumps({"gpu": gpu, **sections}, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as part:
-            part.write(text + "\n")
-        os.replace(part.name, path)
+        with replacing(path) as part:
+            part.write_text(text + "\n", encoding="utf-8")
     load.cache_clear()
     return path
 
