@@ -1,6 +1,6 @@
 """resnet_fast: ResNets at the speed the machine allows. A drop-in for torchvision's, fused kernels inside, eager PyTorch's answers."""
 
-from . import ops
+from . import fused, ops
 from .accelerate import accelerate, accelerated, restore
 from .blocks import BasicBlock, Bottleneck
 from .checkpoint import load_checkpoint, save_checkpoint
@@ -26,7 +26,7 @@ from .plan import load_plan, plan
 __version__ = "0.1.0"
 
 __all__ = [
-    "BasicBlock", "Bottleneck", "ResNet", "accelerate", "accelerated", "create_model", "explain", "kernel",
+    "BasicBlock", "Bottleneck", "ResNet", "accelerate", "accelerated", "create_model", "explain", "fused", "kernel",
     "list_models", "load_checkpoint", "load_plan", "ops", "plan", "resnet18", "resnet34", "resnet50", "resnet101",
     "resnet152", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "restore", "save_checkpoint", "use",
     "wide_resnet50_2", "wide_resnet101_2",

@@ -52,7 +52,8 @@ def locate(got: Tensor, exact: Tensor, problem: Problem) -> str | None:
 def _pattern(wrong: Tensor, got: Tensor, exact: Tensor, problem: Problem) -> str:
     if wrong.dim() == 4:
         return _pattern_images(wrong, got, exact, problem)
-    return f"channels {_ranges(wrong.flatten())}: a reduction's partials or its divisor"
+    channels = wrong.any(0) if wrong.dim() == 2 else wrong
+    return f"channels {_ranges(channels.flatten())}: a reduction's partials or its divisor"
 
 
 def _pattern_images(wrong: Tensor, got: Tensor, exact: Tensor, problem: Problem) -> str:

@@ -31,8 +31,8 @@ def conv_bn_act(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residua
     Raises RuntimeError (ValueError for ``act``) with the op's name, what it got and what it expected. Source: the usual inference
     folding (Jacob et al. 2018, eq. 14; cuDNN's ConvBiasAddActivation).
     """
-    args = (x, weight, scale, shift, residual, mean, var, eps, _pair(stride), _pair(padding), _pair(dilation), groups, act)
-    if _composite():
+    args = (x, weight, scale, shift, residual, mean, var, eps, pair(stride), pair(padding), pair(dilation), groups, act)
+    if composite():
         return reference.conv_bn_act(*args)
     if _direct(x, weight):
         return select("conv_bn_act", args, check_conv_bn_act)(*args)
@@ -49,7 +49,7 @@ def bn_act(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = No
     shapes and dtypes. Source: Ioffe and Szegedy 2015; torch.nn.BatchNorm2d.
     """
     args = (x, weight, bias, residual, eps, act)
-    if not _composite():
+    if not composite():
         return BN_ACT(*args)
     y, mean, var = reference.bn_act(*args)
     return y, mean.detach(), var.detach()
@@ -61,10 +61,10 @@ def add_act(x: Tensor, y: Tensor, gate: Tensor | None = None, *, act: str = "rel
     x, y: [N, C, H, W] of one dtype; gate: [N, C, 1, 1] of that dtype. Raises RuntimeError naming what it got and expected.
     Source: He et al. 2016; Hu et al. 2018 for the gate.
     """
-    return reference.add_act(x, y, gate, act) if _composite() else ADD_ACT(x, y, gate, act)
+    return reference.add_act(x, y, gate, act) if composite() else ADD_ACT(x, y, gate, act)
 
 
-def _composite() -> bool:
+def composite() -> bool:
     """Under functorch, forward-mode AD and dispatch modes an op is its own formula: ATen has every rule for it.
 
     So FlopCounterMode counts it without a formula of ours, whose registration would import Triton (155 ms) with the package.
@@ -80,13 +80,13 @@ def _direct(x: Tensor, weight: Tensor) -> bool:
             and torch._C._get_tracing_state() is None and not torch.autograd._profiler_enabled())
 
 
-def _pair(value: Pair) -> tuple[int, int]:
+def pair(value: Pair) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
 # ---------------------------------------------------------------- checks: once for each new combination of shapes, dtypes and devices
 
-def _require(ok: bool, op: str, what: str, got, expected) -> None:
+def require(ok: bool, op: str, what: str, got, expected) -> None:
     if not ok:
         raise RuntimeError(f"{op}: {what}: got {got}, expected {expected}")
 
@@ -96,33 +96,33 @@ def _check_act(op: str, act: str) -> None:
         raise ValueError(f"{op}: act: got {act!r}, expected one of {', '.join(map(repr, reference.ACTIVATIONS))}")
 
 
-def _check_images(op: str, x: Tensor, **others: Tensor | None) -> None:
-    _require(x.dim() == 4, op, "x", f"{x.dim()}-D shape {list(x.shape)}", "4-D [N, C, H, W]")
-    _require(x.is_floating_point(), op, "x dtype", x.dtype, "a floating dtype")
+def check_images(op: str, x: Tensor, **others: Tensor | None) -> None:
+    require(x.dim() == 4, op, "x", f"{x.dim()}-D shape {list(x.shape)}", "4-D [N, C, H, W]")
+    require(x.is_floating_point(), op, "x dtype", x.dtype, "a floating dtype")
     for name, t in others.items():
         if t is not None:
-            _require(t.device == x.device, op, f"{name} device", t.device, f"{x.device} (that of x)")
+            require(t.device == x.device, op, f"{name} device", t.device, f"{x.device} (that of x)")
 
 
-def _check_like(op: str, name: str, t: Tensor | None, shape, dtype: torch.dtype) -> None:
+def check_like(op: str, name: str, t: Tensor | None, shape, dtype: torch.dtype) -> None:
     if t is not None:
-        _require(tuple(t.shape) == tuple(shape), op, f"{name} shape", list(t.shape), list(shape))
-        _require(t.dtype == dtype, op, f"{name} dtype", t.dtype, f"{dtype} (that of x)")
+        require(tuple(t.shape) == tuple(shape), op, f"{name} shape", list(t.shape), list(shape))
+        require(t.dtype == dtype, op, f"{name} dtype", t.dtype, f"{dtype} (that of x)")
 
 
-def _check_vectors(op: str, channels: int, **vectors: Tensor | None) -> None:
+def check_vectors(op: str, channels: int, **vectors: Tensor | None) -> None:
     for name, v in vectors.items():
         if v is not None:
-            _require(tuple(v.shape) == (channels,), op, f"{name} shape", list(v.shape), [channels])
+            require(tuple(v.shape) == (channels,), op, f"{name} shape", list(v.shape), [channels])
 
 
 def check_convolution(x: Tensor, weight: Tensor, groups: int, **others: Tensor | None) -> None:
     """Whether ``weight`` can filter ``x``; also asked where a training block calls torch's convolution. Raises RuntimeError."""
     op = "conv_bn_act"
-    _check_images(op, x, weight=weight, **others)
-    _require(weight.dim() == 4, op, "weight", f"{weight.dim()}-D shape {list(weight.shape)}", "4-D [K, C/groups, R, S]")
-    _require(weight.dtype == x.dtype, op, "x dtype", x.dtype, f"{weight.dtype} (that of weight)")
-    _require(x.shape[1] == weight.shape[1] * groups, op, "x channels", x.shape[1],
+    check_images(op, x, weight=weight, **others)
+    require(weight.dim() == 4, op, "weight", f"{weight.dim()}-D shape {list(weight.shape)}", "4-D [K, C/groups, R, S]")
+    require(weight.dtype == x.dtype, op, "x dtype", x.dtype, f"{weight.dtype} (that of weight)")
+    require(x.shape[1] == weight.shape[1] * groups, op, "x channels", x.shape[1],
              f"{weight.shape[1] * groups} (weight is {list(weight.shape)}, groups {groups})")
 
 
@@ -130,20 +130,20 @@ def check_conv_bn_act(x, weight, scale, shift, residual, mean, var, eps, stride,
     op = "conv_bn_act"
     _check_act(op, act)
     check_convolution(x, weight, groups, scale=scale, shift=shift, residual=residual, mean=mean, var=var)
-    _require((mean is None) == (var is None), op, "mean and var", "one of them", "both or neither")
-    _check_vectors(op, weight.shape[0], scale=scale, shift=shift, mean=mean, var=var)
+    require((mean is None) == (var is None), op, "mean and var", "one of them", "both or neither")
+    check_vectors(op, weight.shape[0], scale=scale, shift=shift, mean=mean, var=var)
     if residual is not None:
         sizes = [(i + 2 * p - d * (k - 1) - 1) // s + 1 for i, p, d, k, s in
                  zip(x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True)]
-        _check_like(op, "residual", residual, (x.shape[0], weight.shape[0], *sizes), x.dtype)
+        check_like(op, "residual", residual, (x.shape[0], weight.shape[0], *sizes), x.dtype)
 
 
 def check_bn_act(x, weight, bias, residual, eps, act) -> None:
     op = "bn_act"
     _check_act(op, act)
-    _check_images(op, x, weight=weight, bias=bias, residual=residual)
-    _check_vectors(op, x.shape[1], weight=weight, bias=bias)
-    _check_like(op, "residual", residual, x.shape, x.dtype)
+    check_images(op, x, weight=weight, bias=bias, residual=residual)
+    check_vectors(op, x.shape[1], weight=weight, bias=bias)
+    check_like(op, "residual", residual, x.shape, x.dtype)
     if x.shape[0] * x.shape[2] * x.shape[3] == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()} (bn_act)")
 
@@ -151,9 +151,9 @@ def check_bn_act(x, weight, bias, residual, eps, act) -> None:
 def check_add_act(x, y, gate, act) -> None:
     op = "add_act"
     _check_act(op, act)
-    _check_images(op, x, y=y, gate=gate)
-    _check_like(op, "y", y, x.shape, x.dtype)
-    _check_like(op, "gate", gate, (*x.shape[:2], 1, 1), x.dtype)
+    check_images(op, x, y=y, gate=gate)
+    check_like(op, "y", y, x.shape, x.dtype)
+    check_like(op, "gate", gate, (*x.shape[:2], 1, 1), x.dtype)
 
 
 def _unchecked(*args) -> None:
@@ -164,12 +164,12 @@ def _unchecked(*args) -> None:
 
 def _fake_conv_bn_act(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
     # Also the Meta kernel, which the dispatcher calls for a mix of real and meta tensors: without a check it would answer.
-    _check_images("conv_bn_act", x, weight=weight, scale=scale, shift=shift, residual=residual, mean=mean, var=var)
+    check_images("conv_bn_act", x, weight=weight, scale=scale, shift=shift, residual=residual, mean=mean, var=var)
     return F.conv2d(x, weight, None, stride, padding, dilation, groups)
 
 
 def _fake_bn_act(x, weight, bias, residual, eps, act) -> tuple[Tensor, Tensor, Tensor]:
-    _check_images("bn_act", x, weight=weight, bias=bias, residual=residual)
+    check_images("bn_act", x, weight=weight, bias=bias, residual=residual)
     wide = torch.promote_types(x.dtype, torch.float32)
     stats = (torch.empty(x.shape[1], dtype=wide, device=x.device) for _ in range(2))
     return torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)[0], *stats
@@ -181,7 +181,7 @@ def _fake_bn_act_backward(dy, x, y, weight, mean, var, eps, act, residual) -> tu
 
 
 def _fake_add_act(x, y, gate, act) -> Tensor:
-    _check_images("add_act", x, y=y, gate=gate)
+    check_images("add_act", x, y=y, gate=gate)
     return x + y if gate is None else torch.addcmul(y, x, gate)
 
 
@@ -193,17 +193,19 @@ def _fake_add_act_backward(dout, out, x, gate, act) -> tuple[Tensor, Tensor, Ten
 
 # ---------------------------------------------------------------- derivatives
 
-def _differentiable(formula, saved: tuple, grad: Tensor) -> tuple:
-    """First derivatives that can be differentiated again: autograd on the reference up to the activation, whose own second derivative is 0.
+def differentiable(formula, saved: tuple, grad: Tensor | tuple[Tensor, ...]) -> tuple:
+    """First derivatives, under ``create_graph`` such that can be differentiated again: autograd on a formula, say the reference up to
+    the activation, whose own second derivative is 0.
 
     On aliases, or a tensor passed twice would be counted twice.
     """
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
         inputs = [a.view_as(a) if isinstance(a, Tensor) else a for a in saved]
         wanted = [a for a in inputs if isinstance(a, Tensor) and a.requires_grad]
         if not wanted:  # only the residual needs a gradient
             return (None,) * len(inputs)
-        found = iter(torch.autograd.grad(formula(*inputs), wanted, grad, create_graph=True, allow_unused=True))
+        found = iter(torch.autograd.grad(formula(*inputs), wanted, grad, create_graph=again, allow_unused=True))
     return tuple(next(found) if isinstance(a, Tensor) and a.requires_grad else None for a in inputs)
 
 
@@ -232,7 +234,7 @@ class _ConvBnAct(torch.autograd.Function):
         need = ctx.needs_input_grad
         if torch.is_grad_enabled():
             dz = reference.relu_mask(dy, out, act)
-            *first, dmean, dvar = _differentiable(_linear_conv, (x, weight, scale, shift, mean, var, *ctx.rest[:-1]), dz)[:6]
+            *first, dmean, dvar = differentiable(_linear_conv, (x, weight, scale, shift, mean, var, *ctx.rest[:-1]), dz)[:6]
             return *first, dz if need[4] else None, dmean, dvar, *[None] * 6
         dz = torch.ops.aten.threshold_backward(dy, out, 0) if act == "relu" else dy
         s, _ = reference.affine(scale, shift, mean, var, eps)
@@ -287,7 +289,7 @@ class _BnAct(torch.autograd.Function):
         eps, act = ctx.rest
         if torch.is_grad_enabled():
             dz = reference.relu_mask(dy, y, act)
-            return *_differentiable(_linear_bn, (x, weight, bias, eps), dz)[:3], dz if ctx.needs_input_grad[3] else None, None, None
+            return *differentiable(_linear_bn, (x, weight, bias, eps), dz)[:3], dz if ctx.needs_input_grad[3] else None, None, None
         y = dy if y is None else y  # without an activation there is no mask to take from it
         dx, dweight, dbias, dresidual = below_autograd(BN_ACT_BACKWARD, dy, x, y, weight, mean, var, eps, act,
                                                        ctx.needs_input_grad[3])
@@ -314,7 +316,7 @@ class _AddAct(torch.autograd.Function):
 
 # ---------------------------------------------------------------- registration
 
-def _dispatch(op: str, check):
+def dispatched(op: str, check):
     """The op's implementation: look the kernel up, checking the arguments the first time such a combination is seen."""
     def run(*args):
         return select(op, args, check)(*args)
@@ -325,17 +327,17 @@ def _dispatch(op: str, check):
 CONV_BN_ACT = define(
     "conv_bn_act(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor? mean, Tensor? var, float eps, "
     "int[2] stride, int[2] padding, int[2] dilation, int groups, str act) -> Tensor",
-    impl=_dispatch("conv_bn_act", check_conv_bn_act), fake=_fake_conv_bn_act, function=_ConvBnAct, lowered=(0, 1, 4))
+    impl=dispatched("conv_bn_act", check_conv_bn_act), fake=_fake_conv_bn_act, function=_ConvBnAct, lowered=(0, 1, 4))
 BN_ACT = define(
     "bn_act(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps, str act) -> (Tensor, Tensor, Tensor)",
-    impl=_dispatch("bn_act", check_bn_act), fake=_fake_bn_act, function=_BnAct)
+    impl=dispatched("bn_act", check_bn_act), fake=_fake_bn_act, function=_BnAct)
 BN_ACT_BACKWARD = define(
     "bn_act_backward(Tensor dy, Tensor x, Tensor y, Tensor weight, Tensor mean, Tensor var, float eps, str act, bool residual) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    impl=_dispatch("bn_act_backward", _unchecked), fake=_fake_bn_act_backward, function=None)
+    impl=dispatched("bn_act_backward", _unchecked), fake=_fake_bn_act_backward, function=None)
 ADD_ACT = define(
     "add_act(Tensor x, Tensor y, Tensor? gate, str act) -> Tensor",
-    impl=_dispatch("add_act", check_add_act), fake=_fake_add_act, function=_AddAct)
+    impl=dispatched("add_act", check_add_act), fake=_fake_add_act, function=_AddAct)
 ADD_ACT_BACKWARD = define(
     "add_act_backward(Tensor dout, Tensor out, Tensor? x, Tensor? gate, str act) -> (Tensor, Tensor, Tensor)",
-    impl=_dispatch("add_act_backward", _unchecked), fake=_fake_add_act_backward, function=None)
+    impl=dispatched("add_act_backward", _unchecked), fake=_fake_add_act_backward, function=None)

@@ -16,6 +16,10 @@ class Problem:
     ``x`` is the NCHW shape of the main input, ``weight`` the KCRS shape of the filter; ``layout`` is how ``x`` lies in memory: "nhwc",
     "nchw" or "strided" (neither); ``residual`` is the residual's layout, or None; ``bn`` says that the affine comes as the four BN
     vectors; ``capability`` is the GPU's, (9, 0) for Hopper, None on a CPU.
+
+    The ops over several convolutions: ``weight``, ``stride`` and ``padding`` are the first one's, ``chain`` the shapes of the further
+    filters in the order of the arguments, () for one that is not given; ``second`` is height and width of the second input, of which
+    ``stride`` and ``residual``, its layout, speak then; ``bytes`` says that ``x`` is uint8 (``dtype`` is the filter's).
     """
 
     op: str
@@ -33,11 +37,14 @@ class Problem:
     gate: bool = False
     act: str = "none"
     capability: tuple[int, int] | None = None
+    chain: tuple[tuple[int, ...], ...] = ()
+    second: tuple[int, int] | None = None
+    bytes: bool = False
 
     @cached_property
     def out_hw(self) -> tuple[int, int]:
-        """Output height and width (the input's own, for the pointwise ops)."""
-        if self.weight is None:
+        """Height and width that the first convolution gives (the input's own, for the pointwise ops)."""
+        if self.weight is None or self.second is not None or self.op == "pointwise_pair":
             return self.x[2], self.x[3]
         return tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, p, d, k, s in
                      zip(self.x[2:], self.padding, self.dilation, self.weight[2:], self.stride, strict=True))
@@ -54,8 +61,10 @@ class Problem:
         if self.weight is not None:
             parts += ["w" + "x".join(map(str, self.weight)), f"s{self.stride[0]}x{self.stride[1]}",
                       f"p{self.padding[0]}x{self.padding[1]}", f"d{self.dilation[0]}x{self.dilation[1]}", f"g{self.groups}"]
+        parts += ["w" + "x".join(map(str, shape)) if shape else "w-none" for shape in self.chain]
+        parts += [f"second-{self.second[0]}x{self.second[1]}"] if self.second else []
         parts += [f"res-{self.residual}"] if self.residual else []
-        parts += [name for name in ("bn", "gate") if getattr(self, name)]
+        parts += [name for name in ("bn", "gate", "bytes") if getattr(self, name)]
         return " ".join([*parts, self.act])
 
 
@@ -99,15 +108,48 @@ def _describe_add_backward(dout, out, x, gate, act) -> Problem:
     return Problem(op="add_act_backward", residual=layout(out), gate=gate is not None, act=act, **_place(dout))
 
 
-DESCRIBE = {"conv_bn_act": _describe_conv, "bn_act": _describe_bn, "bn_act_backward": _describe_bn_backward,
-            "add_act": _describe_add, "add_act_backward": _describe_add_backward}
+def _describe_pair(x, weight, x2, weight2, bias, stride2) -> Problem:
+    return Problem(op="pointwise_pair", weight=tuple(weight.shape), chain=(tuple(weight2.shape),), stride=tuple(stride2),
+                   second=tuple(x2.shape[2:]), residual=layout(x2), act="relu", **_place(x))
 
-# Which flat argument tells the layer in explain(): the filter, the BN weight, or the input.
-IDENTITY = {"conv_bn_act": 1, "bn_act": 1, "bn_act_backward": 3, "add_act": 0, "add_act_backward": 0}
+
+def _describe_tail(x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1) -> Problem:
+    chain = tuple(weight3.shape), () if projection is None else tuple(projection.shape), tuple(weight1.shape)
+    return Problem(op="conv_tail", weight=tuple(weight2.shape), chain=chain, padding=(1, 1), residual=layout(residual), act="relu",
+                   **_place(x))
+
+
+def _describe_conv_pool(x, weight, bias, mean, std) -> Problem:
+    place = _place(x) | {"dtype": weight.dtype}
+    return Problem(op="conv_pool", weight=tuple(weight.shape), stride=(2, 2), padding=(weight.shape[2] // 2, weight.shape[3] // 2),
+                   bytes=x.dtype == torch.uint8, act="relu", **place)
+
+
+def _describe_pointwise_pool(x, weight, bias, residual) -> Problem:
+    return Problem(op="pointwise_pool", weight=tuple(weight.shape), residual=layout(residual), act="relu", **_place(x))
+
+
+DESCRIBE = {"conv_bn_act": _describe_conv, "bn_act": _describe_bn, "bn_act_backward": _describe_bn_backward,
+            "add_act": _describe_add, "add_act_backward": _describe_add_backward, "pointwise_pair": _describe_pair,
+            "conv_tail": _describe_tail, "conv_pool": _describe_conv_pool, "pointwise_pool": _describe_pointwise_pool}
+
+# The ops over several convolutions: what only a plan, which knows a value's readers, may put in place of single ones.
+ACROSS = ("pointwise_pair", "conv_tail", "conv_pool", "pointwise_pool")
+
+# Which flat argument tells the layer in explain(): the (first) filter, the BN weight, or the input.
+IDENTITY = {"conv_bn_act": 1, "bn_act": 1, "bn_act_backward": 3, "add_act": 0, "add_act_backward": 0, **dict.fromkeys(ACROSS, 1)}
 
 
 def _strides(t: Tensor | None):
     return None if t is None else t.stride()
+
+
+def _whole(op: str):
+    """A key of everything there is to know of an op's tensors without their data."""
+    def key(*args) -> tuple:
+        return (op, *((a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else None if a is None else tuple(a) for a in args))
+
+    return key
 
 
 KEYS = {
@@ -128,4 +170,5 @@ KEYS = {
         None if gate is None else (gate.shape, gate.stride(), gate.dtype, gate.device), act),
     "add_act_backward": lambda dout, out, x, gate, act: (
         "add_act_backward", dout.shape, dout.stride(), out.stride(), _strides(x), dout.dtype, dout.device, _strides(gate), act),
+    **{op: _whole(op) for op in ACROSS},
 }

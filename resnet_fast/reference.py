@@ -91,6 +91,39 @@ def add_act_backward(dout: Tensor, out: Tensor, x: Tensor | None, gate: Tensor |
     return dy, (dy.to(wide) * gate).to(dout.dtype), dgate.to(gate.dtype)
 
 
+def pointwise_pair(x: Tensor, weight: Tensor, x2: Tensor, weight2: Tensor, bias: Tensor, stride2=(1, 1)) -> Tensor:
+    """relu(conv(x, weight) + conv(x2, weight2) + bias), both 1×1, the second with a stride."""
+    z = F.conv2d(x, weight) + F.conv2d(x2, weight2, None, stride2)
+    return torch.relu(z + bias.view(1, -1, 1, 1)).to(x.dtype)
+
+
+def conv_tail(x: Tensor, weight2: Tensor, bias2: Tensor, weight3: Tensor, bias3: Tensor, residual: Tensor, projection: Tensor | None,
+              weight1: Tensor, bias1: Tensor) -> tuple[Tensor, Tensor]:
+    """m = relu(conv3×3(x) + b₂);  y = relu(conv1×1(m) + b₃ + r);  z = relu(conv1×1(y) + b₁);  r the residual or its projection."""
+    middle = torch.relu(F.conv2d(x, weight2, padding=1) + bias2.view(1, -1, 1, 1)).to(x.dtype)
+    shortcut = residual if projection is None else F.conv2d(residual, projection)
+    y = torch.relu(F.conv2d(middle, weight3) + shortcut + bias3.view(1, -1, 1, 1)).to(x.dtype)
+    return y, torch.relu(F.conv2d(y, weight1) + bias1.view(1, -1, 1, 1)).to(x.dtype)
+
+
+def normalized(x: Tensor, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(x − mean)/std for each channel, in ``dtype``; x itself without them."""
+    return x if mean is None or std is None else ((x - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)).to(dtype)
+
+
+def conv_pool(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
+    """The 3×3 maximum of stride 2 of relu(conv(x', weight) + bias), a convolution of stride 2; x' = x or (x − mean)/std."""
+    padding = weight.shape[2] // 2, weight.shape[3] // 2
+    z = F.conv2d(normalized(x, mean, std, weight.dtype), weight, None, 2, padding) + bias.view(1, -1, 1, 1)
+    return F.max_pool2d(torch.relu(z), 3, 2, 1).to(weight.dtype)
+
+
+def pointwise_pool(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    """The mean over height and width of relu(conv1×1(x, weight) + bias + residual)."""
+    z = F.conv2d(x, weight) + bias.view(1, -1, 1, 1) + residual
+    return torch.relu(z).mean((2, 3)).to(x.dtype)
+
+
 def relu_mask(dout: Tensor, out: Tensor, act: str) -> Tensor:
     """The gradient before the activation, from the output: eager's rule, which lets a NaN output's gradient through."""
     return dout.clone() if act == "none" else torch.where(out <= 0, 0, dout)

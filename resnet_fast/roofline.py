@@ -13,8 +13,8 @@ from math import prod
 import torch
 
 from . import console
-from .problem import Problem
-from .traffic import INFERENCE, Step, conv_flops, network, touched
+from .problem import ACROSS, Problem
+from .traffic import INFERENCE, Step, across_step, conv_flops, network, touched
 from .traffic_training import TRAINING
 
 # What explain and reports measure a network against: each convolution one kernel, stem and head fused too.
@@ -84,8 +84,8 @@ def predict(steps: Iterable[Step], limits: Ceilings, dtype: torch.dtype) -> list
 
 
 def flops(problem: Problem) -> int:
-    """Two FLOPs for each multiply-add of the convolution; the pointwise ops count none."""
-    return conv_flops(problem)
+    """Two FLOPs for each multiply-add of the convolutions; the pointwise ops count none."""
+    return across_step(problem).flops if problem.op in ACROSS else conv_flops(problem)
 
 
 def problem_step(problem: Problem) -> Step:
@@ -94,6 +94,8 @@ def problem_step(problem: Problem) -> Step:
     x = prod(problem.x) * width
     residual = {} if problem.residual is None else {"residual": x}
     relu = problem.act == "relu"
+    if problem.op in ACROSS:
+        return across_step(problem)
     if problem.op == "conv_bn_act":
         y = problem.x[0] * problem.weight[0] * prod(problem.out_hw) * width
         reads = {"x": touched(problem) * width, "w": prod(problem.weight) * width}

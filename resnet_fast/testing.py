@@ -18,11 +18,12 @@ from torch import Tensor
 from . import reference
 from .dispatch import Kernel
 from .layers import distinct, layers
-from .problem import Problem
+from .problem import ACROSS, Problem
 
 FACTOR, GRADIENT_FACTOR = 2.0, 3.0
 # An eager result can be exact by luck; no kernel is asked for better than a few roundings of its own dtype.
 FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _BACKWARD = ("bn_act_backward", "add_act_backward")
 
 
@@ -129,6 +130,8 @@ def make_args(problem: Problem, seed: int = 0, device: str | torch.device | None
         y, mean, var = reference.bn_act(*forward)
         dy = normal(*problem.x, layout=problem.layout)
         return dy, forward[0], _lay(y, problem.layout), forward[1], mean, var, 1e-5, problem.act, problem.residual is not None
+    if problem.op in ACROSS:
+        return _across_args(problem, normal, vectors)
     x, y = normal(*problem.x, layout=problem.layout), normal(*problem.x, layout=problem.residual or problem.layout)
     gate = torch.sigmoid(normal(*problem.x[:2], 1, 1)) if problem.gate else None
     if problem.op == "add_act":
@@ -146,6 +149,36 @@ def _conv_args(problem: Problem, normal: Callable, vectors: Callable) -> tuple:
     residual = _maybe(problem.residual, normal, (problem.x[0], k, *problem.out_hw))
     four = (mean, var, 1e-5) if problem.bn else (None, None, 0.0)
     return (x, weight, scale, shift, residual, *four, problem.stride, problem.padding, problem.dilation, problem.groups, problem.act)
+
+
+def _across_args(problem: Problem, normal: Callable, vectors: Callable) -> tuple:
+    """Filters that keep the variance, biases as a folded batch norm has them."""
+    def conv(shape: tuple[int, ...]) -> Tensor:
+        return normal(*shape, std=(2.0 / (shape[1] * shape[2] * shape[3])) ** 0.5)
+
+    def bias(shape: tuple[int, ...]) -> Tensor:
+        return vectors(shape[0])[1]
+
+    wide = torch.promote_types(problem.dtype, torch.float32)
+    n, (k, *_), first = problem.x[0], problem.weight, conv(problem.weight)
+    x = normal(*problem.x, layout=problem.layout, **({"dtype": wide} if problem.bytes else {}))
+    if problem.op == "pointwise_pair":
+        second, = problem.chain
+        sizes = problem.second or tuple(size * s for size, s in zip(problem.x[2:], problem.stride, strict=True))
+        x2 = normal(n, second[1], *sizes, layout=problem.residual or "nhwc")
+        return x, first, x2, conv(second), bias(second), problem.stride
+    if problem.op == "conv_tail":
+        third, projection, after = problem.chain
+        residual = normal(n, projection[1] if projection else third[0], *problem.x[2:], layout=problem.residual or "nhwc")
+        return (x, first, bias(problem.weight), conv(third), bias(third), residual, conv(projection) if projection else None,
+                conv(after), bias(after))
+    if problem.op == "conv_pool":
+        if not problem.bytes:
+            return x, first, bias(problem.weight), None, None
+        mean, std = (torch.tensor(v, dtype=wide, device=x.device).repeat(problem.x[1])[:problem.x[1]] * 255 for v in IMAGENET)
+        pixels = _lay((x * 64 + 128).clamp(0, 255).to(torch.uint8), problem.layout)
+        return pixels, first, bias(problem.weight), mean, std
+    return x, first, bias(problem.weight), normal(n, k, *problem.x[2:], layout=problem.residual or "nhwc")
 
 
 def _maybe(layout: str | None, normal: Callable, shape: tuple[int, ...]) -> Tensor | None:
@@ -176,10 +209,12 @@ def oracle(op: str, args: tuple) -> tuple[Tensor, ...]:
 def eager(op: str, args: tuple) -> tuple[Tensor, ...]:
     """What a user has without this package, in the arguments' dtype: torch's convolution and batch norm one after the other.
 
-    The other ops are their reference, which rounds once where torch's modules round twice: a stricter bar.
+    The pointwise ops are their reference, which rounds once where torch's modules round twice: a stricter bar.
     """
     if op == "bn_act":
         return _eager_bn(*args)
+    if op in ACROSS:
+        return _tuple(_EAGER_ACROSS[op](*args))
     if op != "conv_bn_act":
         return _tuple(getattr(reference, op)(*args))
     x, weight, scale, shift, residual, mean, var, eps, *geometry, act = args
@@ -198,6 +233,37 @@ def _eager_bn(x, weight, bias, residual, eps, act) -> tuple[Tensor, Tensor, Tens
     out = out if residual is None else out + residual
     n = x.numel() // x.shape[1]
     return torch.relu(out) if act == "relu" else out, mean, var * ((n - 1) / n)
+
+
+def _eager_block(x, weight, bias, residual, padding=0) -> Tensor:
+    """Folded convolution, residual, ReLU, each rounded."""
+    out = torch.nn.functional.conv2d(x, weight, bias.to(weight.dtype), padding=padding)
+    return torch.relu(out if residual is None else out + residual)
+
+
+def _eager_pair(x, weight, x2, weight2, bias, stride2) -> Tensor:
+    return _eager_block(x, weight, bias, torch.nn.functional.conv2d(x2, weight2, None, stride2))
+
+
+def _eager_tail(x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1) -> tuple[Tensor, Tensor]:
+    shortcut = residual if projection is None else torch.nn.functional.conv2d(residual, projection)
+    y = _eager_block(_eager_block(x, weight2, bias2, None, 1), weight3, bias3, shortcut)
+    return y, _eager_block(y, weight1, bias1, None)
+
+
+def _eager_conv_pool(x, weight, bias, mean, std) -> Tensor:
+    padding = weight.shape[2] // 2, weight.shape[3] // 2
+    x = reference.normalized(x, mean, std, weight.dtype)
+    out = torch.nn.functional.conv2d(x, weight, bias.to(weight.dtype), 2, padding)
+    return torch.nn.functional.max_pool2d(torch.relu(out), 3, 2, 1)
+
+
+def _eager_pointwise_pool(x, weight, bias, residual) -> Tensor:
+    return _eager_block(x, weight, bias, residual).mean((2, 3))
+
+
+_EAGER_ACROSS = {"pointwise_pair": _eager_pair, "conv_tail": _eager_tail, "conv_pool": _eager_conv_pool,
+                 "pointwise_pool": _eager_pointwise_pool}
 
 
 def check_kernel(kernel: Kernel, problem: Problem, seed: int = 0) -> Verdict:
@@ -235,6 +301,8 @@ def nasty_problems(op: str, dtype: torch.dtype = torch.float32, device: str = "c
     place = {"op": op, "device": device, "dtype": dtype, "capability": capability}
     if op == "conv_bn_act":
         return [Problem(layout="nhwc", **place, **case) for case in _nasty_convs()]
+    if op in ACROSS:
+        return [Problem(**{"layout": "nhwc", "act": "relu", **place, **case}) for case in _NASTY_ACROSS[op]()]
     shapes = [(2, c, 5, 7) for c in (1, 3, 8, 63, 64, 65, 129)] + [(1, 64, 1, 9), (4, 128, 14, 14), (0, 8, 4, 4)]
     if op.startswith("bn_act"):
         shapes = shapes[:-1]  # an empty batch has no statistics
@@ -266,3 +334,47 @@ def _nasty_convs() -> Iterator[dict]:
     yield case(1, 8, 6, 6, 8, 3, padding=0)
     yield case(0, 16, 8, 8, 24, 3, residual="nhwc")
     yield case(3, 32, 5, 5, 200, 1, act="none", residual="nhwc")
+
+
+def _nasty_pairs() -> Iterator[dict]:
+    """n, c, h, w → k filters; c2 channels at height and width h2, w2."""
+    cases = [(2, 64, 7, 5, 256, 64, 7, 5, 1), (2, 128, 4, 6, 512, 256, 8, 12, 2), (2, 128, 4, 3, 512, 256, 7, 5, 2),
+             (1, 1, 3, 3, 3, 129, 5, 6, 2), (2, 65, 5, 4, 63, 3, 5, 4, 1), (3, 8, 1, 1, 130, 8, 2, 1, 2), (1, 72, 9, 1, 8, 1, 17, 1, 2),
+             (0, 16, 4, 4, 24, 8, 8, 8, 2), (4, 64, 7, 7, 64, 32, 13, 13, 2)]
+    for n, c, h, w, k, c2, h2, w2, stride in cases:
+        yield {"x": (n, c, h, w), "weight": (k, c, 1, 1), "chain": ((k, c2, 1, 1),), "second": (h2, w2), "stride": (stride, stride),
+               "residual": "nhwc"}
+    yield {"x": (2, 8, 5, 5), "weight": (16, 8, 1, 1), "chain": ((16, 4, 1, 1),), "second": (9, 10), "stride": (2, 2), "layout": "nchw",
+           "residual": "nchw"}
+
+
+def _nasty_tails() -> Iterator[dict]:
+    """c channels → c2 by 3×3 → k, + residual (of cr channels, projected) → k1."""
+    cases = [(2, 64, 9, 7, 64, 256, 0, 64), (2, 64, 8, 8, 64, 256, 64, 64), (1, 128, 14, 5, 128, 512, 0, 128), (2, 3, 5, 4, 8, 65, 0, 129),
+             (1, 63, 1, 1, 64, 64, 1, 8), (3, 16, 1, 6, 24, 40, 0, 1), (2, 8, 17, 3, 1, 3, 130, 65), (0, 16, 4, 4, 16, 64, 0, 16),
+             (2, 64, 6, 6, 64, 256, 0, 128)]
+    for n, c, h, w, c2, k, cr, k1 in cases:
+        chain = (k, c2, 1, 1), (k, cr, 1, 1) if cr else (), (k1, k, 1, 1)
+        yield {"x": (n, c, h, w), "weight": (c2, c, 3, 3), "padding": (1, 1), "chain": chain, "residual": "nhwc"}
+    yield {"x": (2, 8, 5, 5), "weight": (8, 8, 3, 3), "padding": (1, 1), "chain": ((16, 8, 1, 1), (), (8, 16, 1, 1)), "layout": "nchw",
+           "residual": "nchw"}
+
+
+def _nasty_stems() -> Iterator[dict]:
+    sizes = [(2, 3, 32, 32, 64, 7), (1, 3, 33, 47, 64, 7), (2, 3, 224, 5, 64, 7), (1, 3, 1, 1, 64, 7), (2, 3, 2, 3, 8, 7), (3, 3, 9, 10, 65, 7),
+             (0, 3, 16, 16, 64, 7), (1, 4, 21, 22, 64, 7), (2, 1, 12, 13, 3, 5), (1, 3, 19, 18, 32, 3)]
+    for n, c, h, w, k, r in sizes:
+        for byte in (False, True) if c == 3 else (False,):
+            yield {"x": (n, c, h, w), "weight": (k, c, r, r), "stride": (2, 2), "padding": (r // 2, r // 2), "bytes": byte}
+    for byte in (False, True):
+        yield {"x": (2, 3, 20, 18), "weight": (64, 3, 7, 7), "stride": (2, 2), "padding": (3, 3), "layout": "nchw", "bytes": byte}
+
+
+def _nasty_pointwise_pools() -> Iterator[dict]:
+    cases = [(2, 512, 7, 7, 2048), (1, 64, 1, 1, 64), (3, 65, 5, 9, 63), (2, 8, 14, 13, 129), (5, 1, 3, 1, 3), (0, 16, 4, 4, 24), (2, 130, 2, 8, 72)]
+    for n, c, h, w, k in cases:
+        yield {"x": (n, c, h, w), "weight": (k, c, 1, 1), "residual": "nhwc"}
+    yield {"x": (2, 8, 5, 5), "weight": (16, 8, 1, 1), "layout": "nchw", "residual": "nchw"}
+
+
+_NASTY_ACROSS = {"pointwise_pair": _nasty_pairs, "conv_tail": _nasty_tails, "conv_pool": _nasty_stems, "pointwise_pool": _nasty_pointwise_pools}

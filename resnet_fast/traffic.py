@@ -119,6 +119,26 @@ def touched(problem: Problem) -> int:
     return n * c * prod(problem.out_hw if problem.pointwise else hw)
 
 
+def across_step(problem: Problem) -> Step:
+    """One call of an op over several convolutions: what is between them is neither read nor written."""
+    n, width = problem.x[0], problem.dtype.itemsize
+    chain = [shape for shape in problem.chain if shape]
+    pixels, k = n * prod(problem.out_hw), problem.weight[0]
+    weights = prod(problem.weight) + sum(map(prod, chain))
+    reads = {"x": prod(problem.x) * (1 if problem.bytes else width), "w": weights * width}
+    step = functools.partial(Step, problem.key, flops=2 * pixels * weights)
+    if problem.op == "pointwise_pair":  # of the second input, what its stride leaves
+        return step({**reads, "x2": pixels * chain[0][1] * width}, {"y": pixels * k * width})
+    if problem.op == "conv_tail":
+        third, projection, after = problem.chain
+        shortcut = pixels * (projection[1] if projection else third[0]) * width
+        return step({**reads, "shortcut": shortcut}, {"y": pixels * third[0] * width, "next": pixels * after[0] * width})
+    if problem.op == "conv_pool":
+        pooled = n * k * prod((size + 1) // 2 for size in problem.out_hw)
+        return step(reads, {"out": pooled * width})
+    return step({**reads, "residual": pixels * k * width}, {"pooled": n * k * width})
+
+
 @functools.lru_cache(maxsize=16)
 def network(model: str, batch: int, size: int, dtype: torch.dtype) -> Net:
     """The operands of an architecture at [batch, 3, size, size] in ``dtype``."""

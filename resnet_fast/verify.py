@@ -20,7 +20,7 @@ from .testing import FACTOR, FLOOR, GRADIENT_FACTOR, Error, Verdict
 
 # Which flat arguments hold one entry for each image, and which outputs are sums over the batch.
 IMAGES = {"conv_bn_act": (0, 4), "bn_act": (0, 3), "bn_act_backward": (0, 1, 2), "add_act": (0, 1, 2),
-          "add_act_backward": (0, 1, 2, 3)}
+          "add_act_backward": (0, 1, 2, 3), "pointwise_pair": (0, 2), "conv_tail": (0, 5), "conv_pool": (0,), "pointwise_pool": (0, 3)}
 SUMS = {"bn_act_backward": (1, 2)}
 ORACLE_IMAGES = 4
 CHUNK = 2**25  # elements compared at once, in float64
@@ -91,7 +91,7 @@ def _repeats(t: Tensor, small: Tensor, copies: int) -> bool:
 def _judge(got: Tensor, bar: Tensor, exact: Tensor, copies: int, *, total: bool,
            gradient: bool) -> tuple[Error, str | None]:
     """The worst error of any repetition and how it breaks the rule, or None."""
-    images = exact.dim() == 4
+    images = exact.dim() > 1
     if total:
         got = got.double() / copies
     shape = (copies * exact.shape[0], *exact.shape[1:]) if images else exact.shape

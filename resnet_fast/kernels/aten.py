@@ -137,3 +137,41 @@ def add_act_backward(dout, out, x, gate, act) -> tuple[Tensor, Tensor, Tensor]:
     if gate is None:
         return dy, dout.new_empty(0), dout.new_empty(0)
     return dy, dy * gate, (dy * x).sum((2, 3), keepdim=True)
+
+
+# ---------------------------------------------------------------- over several convolutions: one after the other, as a plan runs them
+
+def _biased(x: Tensor, weight: Tensor, bias: Tensor, stride=1, padding=0) -> Tensor:
+    return F.conv2d(x, weight, bias.to(weight.dtype), stride, padding)
+
+
+def _laid(out: Tensor) -> Tensor:
+    """NHWC strides, also where one pixel or one channel would pass for it with others."""
+    n, c, h, w = out.shape
+    out = out.contiguous(memory_format=torch.channels_last)
+    return out.as_strided(out.shape, (max(h * w * c, 1), 1, max(w * c, 1), max(c, 1)))
+
+
+@kernel("aten.pointwise_pair", op="pointwise_pair", supports=_everything)
+def pointwise_pair(x, weight, x2, weight2, bias, stride2) -> Tensor:
+    return _laid(_biased(x, weight, bias).add_(F.conv2d(x2, weight2, None, stride2)).relu_())
+
+
+@kernel("aten.conv_tail", op="conv_tail", supports=_everything)
+def conv_tail(x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1) -> tuple[Tensor, Tensor]:
+    middle = _biased(x, weight2, bias2, padding=1).relu_()
+    shortcut = residual if projection is None else F.conv2d(residual, projection)
+    y = _biased(middle, weight3, bias3).add_(shortcut).relu_()
+    return _laid(y), _laid(_biased(y, weight1, bias1).relu_())
+
+
+@kernel("aten.conv_pool", op="conv_pool", supports=_everything)
+def conv_pool(x, weight, bias, mean, std) -> Tensor:
+    padding = weight.shape[2] // 2, weight.shape[3] // 2
+    out = _biased(reference.normalized(x, mean, std, weight.dtype), weight, bias, 2, padding).relu_()
+    return _laid(F.max_pool2d(out, 3, 2, 1))
+
+
+@kernel("aten.pointwise_pool", op="pointwise_pool", supports=_everything)
+def pointwise_pool(x, weight, bias, residual) -> Tensor:
+    return _biased(x, weight, bias).add_(residual).relu_().mean((2, 3))
