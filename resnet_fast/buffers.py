@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .schedule import Attribute, Step, Value, names, references
+from .schedule import Attribute, Group, Step, Value, names, outputs, references
 
 if TYPE_CHECKING:
     from .planned import Lowered
@@ -26,7 +26,7 @@ _REDUCTIONS = {f"{space}.{name}" for space in ("Tensor", "torch") for name in ("
 
 def deaths(lowered: Lowered) -> list[set[str]]:
     """For each step, the values that nothing reads after it."""
-    last = {name: i for i, step in enumerate(lowered.steps) for name in (step.output, *references(step))}
+    last = {name: i for i, step in enumerate(lowered.steps) for name in (*outputs(step), *references(step))}
     kept = set(names(lowered.output))
     found: list[set[str]] = [set() for _ in lowered.steps]
     for name, i in last.items():
@@ -38,9 +38,9 @@ def deaths(lowered: Lowered) -> list[set[str]]:
 def own_memory(lowered: Lowered) -> set[str]:
     """Values in memory nobody else can see: results of fused steps and pools that only fused steps and pools read."""
     def simple(step: Step) -> bool:
-        return step.op in ("conv_bn_act", "add_act") or step.target in _POOLS
+        return step.op in ("conv_bn_act", "add_act") or isinstance(step, Group) or step.target in _POOLS
 
-    found = {step.output for step in lowered.steps if simple(step)} - set(names(lowered.output))
+    found = {name for step in lowered.steps if simple(step) for name in outputs(step)} - set(names(lowered.output))
     for step in lowered.steps:
         if not simple(step):
             found -= set(references(step))
@@ -58,7 +58,7 @@ def imagewise(steps: Sequence[Step], output: Any) -> bool:
             sizes |= {step.output} if step.args[1] == 0 else set()
         elif not _imagewise(step, sizes):
             return False
-    computed = {step.output for step in steps} - shapes - sizes
+    computed = {name for step in steps for name in outputs(step)} - shapes - sizes
     return _all_in(output, computed)
 
 
@@ -72,7 +72,7 @@ def _all_in(output: Any, computed: set[str]) -> bool:
 
 
 def _imagewise(step: Step, sizes: set[str]) -> bool:
-    if step.op in ("conv_bn_act", "add_act") or step.target in _IMAGEWISE:
+    if step.op in ("conv_bn_act", "add_act") or isinstance(step, Group) or step.target in _IMAGEWISE:
         return step.op != "module"
     given = step.args[1] if len(step.args) > 1 else step.kwargs.get("dim", step.kwargs.get("start_dim"))
     if step.target in _REDUCTIONS:

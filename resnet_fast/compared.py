@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from .console import table
-from .schedule import references
+from .schedule import outputs, references
 
 if TYPE_CHECKING:
     from .program import Program
@@ -59,7 +59,7 @@ class Comparison(list):
 def compare(mine: Program, theirs: Program, exact: Program | None = None) -> Comparison:
     """A row for each tensor that both (and ``exact``) hold by the same name; other steps count towards the first row that needs them."""
     from .testing import broken_rule, error
-    names = {step.output: step.name for step in mine.steps}
+    names = {name: shown.name for step, shown in zip(mine._lowered.steps, mine.steps, strict=True) for name in outputs(step)}
     spent, other_spent = _spender(mine), _spender(theirs)
     rows = Comparison()
     for name, (value, _) in mine.values.items():
@@ -77,14 +77,15 @@ def compare(mine: Program, theirs: Program, exact: Program | None = None) -> Com
 
 def _spender(program: Program) -> Callable[[str], tuple[int, float]]:
     """A function: value → how many steps that no earlier value asked for lead to it, and their ms."""
-    reads = {step.output: references(step) for step in program._lowered.steps}
+    steps_left = {step.output: references(step) for step in program._lowered.steps}
+    made_by = {name: step.output for step in program._lowered.steps for name in outputs(step)}
 
     def spend(value: str) -> tuple[int, float]:
         steps, ms, waiting = 0, 0.0, [value]
         while waiting:
-            name = waiting.pop()
-            if name in reads:  # neither an input nor counted already
-                waiting += reads.pop(name)
+            name = made_by.get(waiting.pop())
+            if name in steps_left:  # neither an input nor counted already
+                waiting += steps_left.pop(name)
                 steps, ms = steps + 1, ms + program.values[name][1] * 1e3
         return steps, ms
 

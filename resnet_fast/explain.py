@@ -86,6 +86,8 @@ def add_parser(commands) -> None:
     what.add_argument("--train", action="store_true", help="explain a training forward")
     what.add_argument("--diff", action="store_true", help="compare the fused schedule with the unfused one, step by step on the same input")
     what.add_argument("--model-gpu", metavar="GPU", help="no run: predict each layer's floor on that GPU (h200, …) from the roofline model")
+    p.add_argument("--across", nargs="+", metavar="OP", default=(), help="explain plan(model, across=OP…), fused across convolutions by these "
+                   "ops: pointwise_pair, conv_tail, conv_pool, pointwise_pool; with --diff that is the fused schedule")
     p.add_argument("--rejected", action="store_true", help="say for each distinct problem why every other kernel was not chosen")
     p.add_argument("--json", action="store_true", help="print JSON instead of the table")
     p.set_defaults(run=run)
@@ -95,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
     from .models import create_model
     if args.model_gpu and args.json or args.rejected and (args.model_gpu or args.diff or args.json):
         raise ValueError("--rejected goes with the plain table only, --json not with --model-gpu")
+    if args.across and (args.model_gpu or args.train):
+        raise ValueError("--across is of plans, which neither train nor run on a GPU that is not here")
     if args.model_gpu:
         from .roofline import table as roofline_table
         print(roofline_table(args.model, args.batch, args.size, DTYPES[args.dtype], args.model_gpu))
@@ -105,7 +109,11 @@ def run(args: argparse.Namespace) -> int:
     example = torch.randn(args.batch, 3, args.size, args.size).to(device, dtype)
     if args.diff:
         return _diff(args, model, example)
-    found = explain(model.to(device, dtype).train(args.train), example)
+    model = model.to(device, dtype).train(args.train)
+    if args.across:
+        from .plan import plan
+        model = plan(model.eval(), example, across=args.across)
+    found = explain(model, example)
     if args.json:
         print(json.dumps([{"layer": x.module, "op": x.op, "problem": x.problem and x.problem.key, "kernel": x.kernel, "why": x.why}
                           for x in found], indent=1))
@@ -130,7 +138,7 @@ def _diff(args: argparse.Namespace, model: nn.Module, example: Tensor) -> int:
     from .plan import plan
     from .providers import settle
     model = settle(model).eval().to(example.device)
-    fused, plain, exact = (plan(model, example, dtype=dtype, fuse=fuse, cuda_graph=False)
+    fused, plain, exact = (plan(model, example, dtype=dtype, fuse=fuse, cuda_graph=False, across=args.across if fuse else ())
                            for dtype, fuse in ((example.dtype, True), (example.dtype, False), (torch.float64, False)))
     found = fused.compare(plain, example, exact)
     broken = {row.name: row.broken for row in found if row.broken is not None}

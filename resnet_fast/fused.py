@@ -46,7 +46,7 @@ def conv_pool(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None = Non
     """The stem: the 3×3 maximum (stride 2, padding 1) of relu(conv(x', weight, stride 2) + bias).
 
     weight: [K, C, R, S], R and S odd, padded by R//2 and S//2: 7×7 in a ResNet. x: [N, C, H, W], x' = x; or uint8 with mean and std [C]
-    float32 (float64 with float64 filters) in units of uint8: x' = (x − mean)/std in weight's dtype, padded by zeros after that. Result
+    float32 in units of uint8: x' = (x − mean)/std in weight's dtype, padded by zeros after that. Result
     [N, K, …] in weight's dtype. Raises RuntimeError with what it got and expected. Source: He et al. 2016, table 1.
     """
     args = (x, weight, bias, mean, std)
@@ -129,7 +129,7 @@ def check_conv_pool(x, weight, bias, mean, std) -> None:
     _check_bias(op, "bias", bias, weight)
     for name, v in () if mean is None else (("mean", mean), ("std", std)):
         require(tuple(v.shape) == (x.shape[1],), op, f"{name} shape", list(v.shape), [x.shape[1]])
-        require(v.dtype == bias.dtype, op, f"{name} dtype", v.dtype, f"{bias.dtype} (that of bias)")
+        require(v.dtype in (torch.float32, bias.dtype), op, f"{name} dtype", v.dtype, "torch.float32")
 
 
 def check_pointwise_pool(x, weight, bias, residual) -> None:

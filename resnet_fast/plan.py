@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def plan(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None = None, cuda_graph: bool | None = None, tune: bool = False,
          fuse: bool = True, features: Sequence[str] | None = None, normalize: tuple[Sequence[float], Sequence[float]] | None = None,
-         softmax: bool = False, topk: int | None = None) -> Plan:
+         softmax: bool = False, topk: int | None = None, across: Sequence[str] = ()) -> Plan:
     """A callable snapshot of ``model`` in eval, made for ``example``'s device and tried on it; the model is left unchanged.
 
     ``model``: ours, torchvision's, timm's, accelerated or any whose forward can be traced, of one input [N, C, H, W]; other batch
@@ -30,11 +30,13 @@ def plan(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None = None,
     kernels for the plan's problems first (CUDA). ``fuse=False``: the same network step by step, for :meth:`Plan.compare`.
     ``features``: return these modules' results as a dict instead of the forward's own. ``normalize``: (mean, std) of RGB in [0, 1]; the
     input is then uint8 [N, H, W, 3]. ``softmax``: probabilities; ``topk``: (probabilities, classes) of the k likeliest.
+    ``across``: ops over several convolutions to use wherever the network has their form: "pointwise_pair", "conv_tail", "conv_pool",
+    "pointwise_pool" (see :mod:`resnet_fast.fused`); none by default, and with ``tune`` those that make the whole network faster.
     Raises ValueError, before anything is built, with what cannot be planned and why.
     """
     from .planning import make
     return make(model, example, dtype=dtype, cuda_graph=cuda_graph, tune=tune, fuse=fuse, features=features, normalize=normalize,
-                softmax=softmax, topk=topk)
+                softmax=softmax, topk=topk, across=across)
 
 
 def load_plan(path: str | Path, device: torch.device | str = "cpu", *, cuda_graph: bool | None = None) -> Plan:

@@ -10,12 +10,13 @@ import torch
 
 from .atomic import replacing
 from .console import DTYPES
+from .fusion import known
 from .nodes import function
 from .planned import Filter, Lowered, attributes
 from .planning import Plan
 from .schedule import Attribute, Step, Value, names, references
 
-VERSION = 1
+VERSION = 2
 # A file may name these functions and no others: a name is looked up and called.
 _SAFE = ("Tensor", "torch.nn.functional", "operator")
 _SAFE_TORCH = {f"torch.{name}" for name in (
@@ -29,7 +30,7 @@ _SAFE_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
 
 def save(plan: Plan, path: str | Path) -> None:
     """Write whole or not at all. Raises ValueError naming the modules and functions that are not plain data."""
-    held = plan._lowered
+    held = plan._plain
     code = [step.target for step in held.steps if not _is_safe(step)]
     if code:
         raise ValueError(f"plan: cannot be saved: {', '.join(code)} would have to travel as code")
@@ -38,6 +39,7 @@ def save(plan: Plan, path: str | Path) -> None:
         "inputs": list(held.inputs), "output": _encode(held.output), "tensors": dict(held.tensors),
         "filters": {k: {"weight": f.weight, "bias": f.bias, "geometry": list(map(_encode, f.geometry))} for k, f in held.filters.items()},
         "dtype": str(plan.dtype).removeprefix("torch."), "normalize": _encode(plan.normalize), "softmax": plan.softmax, "topk": plan.topk,
+        "across": list(plan.across),
     }
     with replacing(Path(path)) as part:
         torch.save(record, part)
@@ -60,13 +62,14 @@ def load(path: str | Path, device: torch.device | str, cuda_graph: bool | None) 
         filters = {k: _filter(f) for k, f in record["filters"].items()}
         lowered = Lowered(steps, tuple(record["inputs"]), _decode(record["output"]), filters, record["tensors"], {}).shared()
         dtype, ends = DTYPES[record["dtype"]], {"normalize": _decode(record["normalize"]), "softmax": record["softmax"], "topk": record["topk"]}
+        across = known(record["across"])
         wrong = _wrong(lowered)
     except (LookupError, TypeError, ValueError, AttributeError) as problem:
         raise ValueError(f"plan: {path}: damaged ({type(problem).__name__}: {problem})") from problem
     if wrong is not None:
         raise ValueError(f"plan: {path}: {wrong}")
     device = torch.device(device)
-    return Plan(lowered if device.type == "cpu" else lowered.to(device), dtype, device, cuda_graph=cuda_graph, **ends)
+    return Plan(lowered if device.type == "cpu" else lowered.to(device), dtype, device, cuda_graph=cuda_graph, across=across, **ends)
 
 
 def _filter(record: dict) -> Filter:

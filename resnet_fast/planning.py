@@ -18,6 +18,7 @@ from .buffers import imagewise
 from .compared import Comparison, compare
 from .console import table
 from .explain import Explanation, Line
+from .fusion import group, known, takes_bytes
 from .nodes import is_norm, touched
 from .planned import Lowered, lower, refused
 from .program import Graph, PlanStep, Program
@@ -30,8 +31,9 @@ Normalize = tuple[Sequence[float], Sequence[float]]
 
 
 def make(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None, cuda_graph: bool | None, tune: bool, fuse: bool,
-         features: Sequence[str] | None, normalize: Normalize | None, softmax: bool, topk: int | None) -> Plan:
+         features: Sequence[str] | None, normalize: Normalize | None, softmax: bool, topk: int | None, across: Sequence[str]) -> Plan:
     """See :func:`resnet_fast.plan`."""
+    across = known(across)
     normalize = _numbers(normalize)
     _check_example(example, normalize)
     if dtype is None:
@@ -39,7 +41,7 @@ def make(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None, cuda_g
     _check_options(model, dtype, cuda_graph and example.device.type != "cuda", topk, features if softmax or topk else None)
     found = _schedule(model, fuse, features)
     made = Plan(lower(found, model, dtype, example.device), dtype, example.device, cuda_graph=cuda_graph, normalize=normalize,
-                softmax=softmax, topk=topk, source=(weakref.ref(model), fuse, features))
+                softmax=softmax, topk=topk, across=across, source=(weakref.ref(model), fuse, features))
     if tune:
         made.tune(example)
     made.build(example)
@@ -111,16 +113,21 @@ class Plan:
     """A network as steps over folded weights. Call it with images; print it for its steps. Outputs are the caller's own. Thread-safe."""
 
     def __init__(self, lowered: Lowered, dtype: torch.dtype, device: torch.device, *, cuda_graph: bool | None, normalize: Any,
-                 softmax: bool, topk: int | None, source: tuple | None = None) -> None:
-        self._lowered, self.dtype, self.device = lowered, dtype, _indexed(device)
-        self.cuda_graph, self.normalize, self.softmax, self.topk = cuda_graph, normalize, softmax, topk
+                 softmax: bool, topk: int | None, across: Sequence[str] = (), source: tuple | None = None) -> None:
+        self._plain, self.dtype, self.device = lowered, dtype, _indexed(device)  # its steps before any is part of a group
+        self.cuda_graph, self.normalize, self.softmax, self.topk, self.across = cuda_graph, normalize, softmax, topk, tuple(across)
         self._source = source  # a weak reference to the model, and how its schedule was made
         self._lock, self._replaying = threading.RLock(), threading.Lock()
         self.notes: list[str] = []
         self._forget()
 
     def _forget(self) -> None:
-        """Everything that follows from weights and device."""
+        """Everything that follows from weights, device and the groups to form."""
+        self._lowered = group(self._plain, self.across, self.normalize)
+        self._bytes = takes_bytes(self._lowered)
+        formed = {step.op for step in self._lowered.steps}
+        absent = [f"across: this network has no {kind}" for kind in self.across if kind not in formed]
+        self.notes += [note for note in absent if note not in self.notes]
         self._imagewise = self.device.type == "cpu" and imagewise(self._lowered.steps, self._lowered.output)
         self._programs: OrderedDict[tuple[int, ...], Program] = OrderedDict()
         self._last: Program | None = None
@@ -162,6 +169,8 @@ class Plan:
         if self.normalize is not None:
             if x.dtype != torch.uint8 or x.shape[3] != 3:
                 raise ValueError(f"plan: got {x.dtype} {list(x.shape)}, expected uint8 [N, H, W, 3]: the plan normalises by itself")
+            if self._bytes:
+                return x.contiguous().permute(0, 3, 1, 2)
             mean, std = (torch.tensor(v, dtype=torch.float32, device=x.device) * 255 for v in self.normalize)
             return ((x - mean) / std).to(self.dtype).permute(0, 3, 1, 2)
         if not x.is_floating_point():
@@ -298,22 +307,31 @@ class Plan:
 
     def to(self, device: torch.device | str) -> Plan:
         """Move the weights to another device, in place."""
-        return self._replace(self._lowered.to(_indexed(device)), _indexed(device))
+        return self._replace(self._plain.to(_indexed(device)), _indexed(device))
 
     def _replace(self, lowered: Lowered, device: torch.device) -> Plan:
         with self._lock:
-            self._lowered, self.device = lowered, device
+            self._plain, self.device = lowered, device
             self._forget()
         return self
 
     def tune(self, example: Tensor) -> None:
-        """Measure the kernels for this plan's problems on this GPU, and use what won; see ``autotune``."""
+        """Measure this plan's kernels, and whole networks with and without groups, on this GPU, and use what won; see ``plan_tuning``."""
         if self.device.type != "cuda":
             raise ValueError(f"plan: tune measures GPU kernels, this plan is on {self.device}")
-        from . import autotune
-        problems = [line.problem for line in self.explain(example) if line.problem is not None]
-        autotune.tune(list(dict.fromkeys(problems)))
+        from . import plan_tuning
+        plan_tuning.tune(self, example, plan_tuning.Device.current())
+
+    def variant(self, across: Sequence[str]) -> Plan:
+        """The same plan over the same weights with other groups."""
+        return Plan(self._plain, self.dtype, self.device, cuda_graph=self.cuda_graph, normalize=self.normalize, softmax=self.softmax,
+                    topk=self.topk, across=known(across), source=self._source)
+
+    def use_across(self, across: Sequence[str], why: Sequence[str] = ()) -> None:
+        """Form these groups from now on, in place; ``notes`` say why."""
         with self._lock:
+            self.across = known(across)
+            self.notes = [*(note for note in self.notes if not note.startswith("across:")), *why]
             self._forget()
 
     def save(self, path: str | Path) -> None:

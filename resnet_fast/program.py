@@ -13,11 +13,12 @@ from torch import Tensor
 
 from .buffers import deaths, own_memory
 from .dispatch import Kernel, choose, describe, find
+from .groups import EXTERNAL, Members, flat
 from .kernels.aten import onednn_takes
 from .nodes import function
 from .planned import Filter, Lowered
 from .problem import Problem
-from .schedule import Attribute, Step, Value, references
+from .schedule import Attribute, Group, Step, Value, outputs, references
 
 Values = dict[str, Any]
 Run = Callable[[Values], Any]
@@ -28,6 +29,7 @@ Binder = Callable[[Lowered, Step, Values, set[str], bool], tuple[Run, str, str, 
 class PlanStep:
     """One step as it runs: ``output`` names its value, ``target`` its convolution, module or function, ``modules`` all that it stands for.
 
+    ``others``: of a group of steps the further convolutions.
     For the input shape that was last built: ``kernel`` and ``why`` it was chosen, shapes read and returned, two FLOPs for each multiply-add
     (convolutions and linear layers only), and the convolution's ``problem``.
     """
@@ -38,6 +40,7 @@ class PlanStep:
     modules: tuple[str, ...]
     residual: str | None
     act: str
+    others: tuple[str, ...] = ()
     kernel: str = ""
     why: str = ""
     reads: tuple[tuple[int, ...], ...] = ()
@@ -47,19 +50,23 @@ class PlanStep:
 
     @property
     def name(self) -> str:
-        """The module that it stands for, or the function's name."""
-        return self.modules[0] if self.modules else self.target
+        """The module that it stands for (of several the first), or the function's name."""
+        return self.target if self.others else self.modules[0] if self.modules else self.target
 
     @property
     def what(self) -> str:
         """What it does in a word or two."""
         short = self.target.rpartition(".")[2] if self.op == "function" else self.op
-        return " ".join([short, *(["+", self.residual] if self.residual else []), *([self.act] if self.act != "none" else [])])
+        others = ["with", ", ".join(self.others)] if self.others else []
+        return " ".join([short, *others, *(["+", self.residual] if self.residual else []), *([self.act] if self.act != "none" else [])])
 
     @classmethod
     def of(cls, step: Step, **ran: Any) -> PlanStep:
         residual = step.residual.name if step.residual else None
-        return cls(step.output, step.op, step.target, step.modules, residual, step.act, **ran)
+        block = step.target.rpartition(".")[0] + "."
+        others = tuple(m.target.removeprefix(block) for m in step.members
+                       if m.op == "conv_bn_act" and m.target != step.target) if isinstance(step, Group) else ()
+        return cls(step.output, step.op, step.target, step.modules, residual, step.act, others, **ran)
 
 
 class Program:
@@ -83,14 +90,18 @@ class Program:
             writable = dead & own - ({step.args[0].name} if step.op == "conv_bn_act" else set())
             run, kernel, why, problem = (binder or bind)(lowered, step, values, writable, graph)
             reads = tuple(tuple(v.shape) for name in references(step) if isinstance(v := values[name], Tensor))
-            out = values[step.output] = _named(step, run, values)
+            result = _named(step, run, values)
+            _leave(step, result, values)
+            out = values[step.output]
             shape = tuple(out.shape) if isinstance(out, Tensor) else ()
             self.steps.append(PlanStep.of(step, kernel=kernel, why=why, reads=reads, shape=shape, problem=problem,
-                                          flops=_flops(lowered, step, shape)))
+                                          flops=_flops(lowered, step, shape, problem)))
             if keep:
-                self.values[step.output] = out, min(_seconds(step, run, values) for _ in range(3))
+                seconds = min(_seconds(step, run, values) for _ in range(3))
+                self.values |= {name: (values[name], seconds if name == step.output else 0.0) for name in outputs(step)}
             alive = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in values.values() if isinstance(v, Tensor)}
-            self.largest, self.peak = max(self.largest, *alive.values()), max(self.peak, sum(alive.values()))
+            inside = run.largest if isinstance(run, Members) else 0
+            self.largest, self.peak = max(self.largest, inside, *alive.values()), max(self.peak, inside + sum(alive.values()))
             for name in dead:
                 values.pop(name, None)
             self._calls.append((step, run, frozenset(dead)))
@@ -100,10 +111,17 @@ class Program:
         """The steps one by one; what fails is named."""
         values: Values = {self._lowered.inputs[0]: x}
         for step, run, dead in self._calls:
-            values[step.output] = _named(step, run, values)
+            _leave(step, _named(step, run, values), values)
             for name in dead:
                 del values[name]
         return _fill(self._lowered.output, values, self._lowered.tensors)
+
+
+def _leave(step: Step, result: Any, values: Values) -> None:
+    if isinstance(step, Group) and step.also:
+        values.update(zip(outputs(step), result, strict=True))
+    else:
+        values[step.output] = result
 
 
 def _named(step: Step, run: Run, values: Values) -> Any:
@@ -124,7 +142,10 @@ def _seconds(step: Step, run: Run, values: Values) -> float:
     return now() - start
 
 
-def _flops(lowered: Lowered, step: Step, shape: tuple[int, ...]) -> int:
+def _flops(lowered: Lowered, step: Step, shape: tuple[int, ...], problem: Problem | None) -> int:
+    if isinstance(step, Group):
+        weights = sum(lowered.filters[part].weight.numel() for part in step.parts if part)
+        return 0 if problem is None else 2 * problem.x[0] * problem.out_hw[0] * problem.out_hw[1] * weights
     filter_ = lowered.filters.get(step.output)
     if filter_ is not None and len(shape) == 4:
         return 2 * shape[0] * shape[2] * shape[3] * filter_.weight.numel()
@@ -152,6 +173,8 @@ def _fill(structure: Any, values: Values, tensors: dict[str, Tensor]) -> Any:
 
 def bind(lowered: Lowered, step: Step, values: Values, writable: set[str], graph: bool) -> tuple[Run, str, str, Problem | None]:
     """(callable over the values, kernel, why it, problem) of a step; ``writable`` are the values whose memory the step may take for its own."""
+    if isinstance(step, Group):
+        return _bind_group(lowered, step, values, writable, graph)
     if step.op == "conv_bn_act":
         return _bind_conv(lowered.filters[step.output], step, values, writable, graph)
     if step.op == "add_act":
@@ -189,6 +212,22 @@ def _bind_conv(f: Filter, step: Step, values: Values, writable: set[str], graph:
     return _bind_torch(f, step, in_place), "aten", why, problem
 
 
+def _bind_group(lowered: Lowered, step: Group, values: Values, writable: set[str], graph: bool) -> tuple[Run, str, str, Problem | None]:
+    """The op's kernel if one is forced or was measured to win; else the members one by one, each by its own choice."""
+    args, misfit = flat(lowered, step, values)
+    problem = None if misfit else describe(step.op, args)
+    if problem is not None:
+        chosen, why = _choose(problem, graph)
+        if chosen.id != f"aten.{step.op}" or why.startswith("forced"):
+            names = {i: value.name for i, value in zip(EXTERNAL[step.op], step.args, strict=True)}
+            return (lambda v: chosen.fn(*(v[names[i]] if i in names else a for i, a in enumerate(args)))), chosen.id, why, problem
+    members = Members(step, lowered, values)
+    told = [members.bind(m, *bind(lowered, m, members.values, members.writable(m, writable), graph)) for m in step.members]
+    kernels = " + ".join(dict.fromkeys(kernel for kernel in told if kernel != "torch"))
+    members.forget()
+    return members, kernels, f"one by one: {misfit or why}", problem
+
+
 def _choose(problem: Problem, graph: bool) -> tuple[Kernel, str]:
     """As every op chooses; inside a CUDA graph, where host time is nothing, by the times measured there."""
     chosen, why = choose(problem)
@@ -197,7 +236,7 @@ def _choose(problem: Problem, graph: bool) -> tuple[Kernel, str]:
     from . import tables
     entry = tables.lookup(problem, graph=True)
     if entry is None or find(entry["kernel"]).reason(problem) is not None:
-        return find("aten", "conv_bn_act"), "default"
+        return find("aten", problem.op), "default"
     return find(entry["kernel"]), f"measured in a graph on {tables.gpu_name()}"
 
 

@@ -54,6 +54,19 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Group(Step):
+    """Several steps as one op across convolutions, which ``op`` names: it leaves ``output`` and the values ``also``.
+
+    ``members``: the steps in the order in which they may run one by one; ``parts``: the outputs that name its filters, in the order of
+    the op's arguments, "" for one that is not there.
+    """
+
+    also: tuple[str, ...] = ()
+    members: tuple[Step, ...] = ()
+    parts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Schedule:
     """The steps of one forward, from ``inputs`` to the nested ``output``.
 
@@ -113,6 +126,11 @@ def _return(traced: Traced, outputs: Iterable[str]) -> None:
     for node in list(reversed(graph.nodes))[1:]:
         if not node.users and node.op != "placeholder":
             graph.erase_node(node)
+
+
+def outputs(step: Step) -> tuple[str, ...]:
+    """The values that a step leaves."""
+    return (step.output, *step.also) if isinstance(step, Group) else (step.output,)
 
 
 def references(step: Step) -> list[str]:
