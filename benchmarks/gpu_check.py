@@ -15,7 +15,7 @@ from resnet_fast import testing
 from resnet_fast.diagnose import diagnose
 from resnet_fast.dispatch import Kernel, find, kernels
 from resnet_fast.measure_op import op_problems
-from resnet_fast.problem import Problem
+from resnet_fast.problem import ACROSS, Problem
 from resnet_fast.testing import Verdict, check_kernel, nasty_problems
 from resnet_fast.verify import ORACLE_IMAGES, verify
 
@@ -109,7 +109,8 @@ def told(verdict: Verdict) -> dict:
 
 def special_values(kernel: Kernel, dtype: torch.dtype, scale: Scale) -> Cases:
     """NaN and both infinities in the input of problems with and without residual and activation."""
-    kinds = {(p.residual is not None, p.act): p for p in edges(kernel, dtype, scale) if prod(p.x[2:]) > 3}
+    kinds = {(p.residual is not None, p.act): p for p in edges(kernel, dtype, scale)
+             if prod(p.x[2:]) > 3 and not p.bytes}
     for problem in kinds.values():
         yield f"nan {problem.key}", lambda p=problem: nonfinite(kernel, p)
 
@@ -189,9 +190,19 @@ def huge(op: str, dtype: torch.dtype, scale: Scale) -> list[Problem]:
     images = ORACLE_IMAGES * (ceil(scale.large / (ORACLE_IMAGES * 64 * 56 * 56)) + 1)
     base = Problem(op, device, dtype, (images, 64, 56, 56), "nhwc", act="relu", capability=capability,
                    residual="nhwc" if op.startswith("add_act") else None)
+    if op in ACROSS:
+        return [_huge_across(replace(base, weight=(64, 64, 1, 1)))]
     if op != "conv_bn_act":
         return [base]
     return [replace(base, weight=(64, 64, r, r), padding=(r // 2, r // 2), bn=True) for r in (1, 3)]
+
+
+def _huge_across(base: Problem) -> Problem:
+    one = base.weight
+    return {"pointwise_pair": replace(base, chain=(one,), second=base.x[2:], residual="nhwc"),
+            "conv_tail": replace(base, weight=(64, 64, 3, 3), padding=(1, 1), chain=(one, (), one), residual="nhwc"),
+            "conv_pool": replace(base, x=(base.x[0], 4, 224, 224), weight=(64, 4, 7, 7), stride=(2, 2), padding=(3, 3)),
+            "pointwise_pool": replace(base, residual="nhwc")}[base.op]
 
 
 def enormous(kernel: Kernel, problem: Problem, alive: Alive) -> dict:

@@ -28,12 +28,12 @@ from .check import wanted
 from .console import device_or_error, table
 from .diagnose import diagnose
 from .dispatch import Kernel, kernels
-from .layers import layers
+from .layers import across, layers
 from .machine_code import main, read
 from .measure import Outcome, known_ceilings
 from .measure_op import CHECK_BATCH, after, measure_op
 from .occupancy import CHIPS, occupancy
-from .problem import Problem
+from .problem import ACROSS, Problem
 from .profiled import profiled
 from .providers import DTYPES
 from .report.ledger import Row, here, measured_by, write_run
@@ -102,8 +102,9 @@ def problems(op: str, args: argparse.Namespace, device: str, capability: tuple[i
     dtype = DTYPES[args.dtype or ("bf16" if device == "cuda" else "fp32")]
     found: dict[Problem, str] = {}
     for images in batch:
-        for layer in layers(args.model, images, args.size, dtype, device, capability):
-            problem = layer.problem if op == "conv_bn_act" else after(layer.problem, op)
+        single = layers(args.model, images, args.size, dtype, device, capability)
+        for layer in [group for group in across(single) if group.problem.op == op] if op in ACROSS else single:
+            problem = layer.problem if op in ("conv_bn_act", *ACROSS) else after(layer.problem, op)
             if problem is not None and any(fnmatch(layer.name, pattern) for pattern in args.layers):
                 found.setdefault(problem, layer.name)
     if not found:

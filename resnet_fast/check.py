@@ -11,7 +11,7 @@ import torch
 from .console import DTYPES, default_device, device_or_error, table
 from .diagnose import diagnose
 from .dispatch import Kernel, find, kernels, named
-from .problem import Problem
+from .problem import ACROSS, Problem
 from .testing import Verdict, check_kernel, model_problems, nasty_problems
 
 SHOWN = 10  # wrong problems that are told in full
@@ -23,7 +23,7 @@ def add_parser(commands) -> None:
                                         "times for gradients) in poisoned memory. Exit code 1 if a kernel is wrong, 2 if none named could run.")
     p.add_argument("--kernel", nargs="+", action="extend", metavar="ID|FILE", help="only this kernel, or those of a .py or .cu file")
     p.add_argument("--dtype", action="append", choices=DTYPES, help="default: float32, float16, bfloat16")
-    p.add_argument("--model", help="also the distinct convolutions of this architecture, at 224² and batch 2")
+    p.add_argument("--model", help="also the distinct convolutions of this architecture (and groups of them), at 224² and batch 2")
     p.add_argument("--device", default=default_device(), help="cpu or cuda (default here: %(default)s)")
     p.set_defaults(run=run)
 
@@ -37,8 +37,8 @@ def problems(kernel: Kernel, dtype: torch.dtype, device: torch.device, model: st
     """The grid for one kernel."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     yield from nasty_problems(kernel.op, dtype, device.type, capability)
-    if model and kernel.op == "conv_bn_act":
-        yield from model_problems(model, 2, 224, dtype, device.type, capability)
+    if model and kernel.op in ("conv_bn_act", *ACROSS):
+        yield from model_problems(model, 2, 224, dtype, device.type, capability, kernel.op)
 
 
 def check(kernel: Kernel, dtypes: list[torch.dtype], device: torch.device, model: str | None) -> tuple[list[Verdict], list[str]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,11 +51,44 @@ def layers(model: str, batch: int, size: int = 224, dtype: torch.dtype = torch.b
     return found
 
 
-def distinct(found: list[Layer]) -> list[Layer]:
-    """One layer for each different problem (ResNet-50 at one size has 23), the first of its kind."""
-    seen: dict[Problem, Layer] = {}
+@dataclass(frozen=True)
+class Across:
+    """One call of an op across convolutions, and the convolutions that it stands for, by itself named as its first."""
+
+    name: str
+    problem: Problem
+    members: tuple[Problem, ...]
+
+
+def across(found: list[Layer]) -> list[Across]:
+    """Where a network has the form of each op across convolutions, of :func:`layers`' convolutions; ``plan`` finds the same."""
+    problems = {layer.name: layer.problem for layer in found}
+    blocks = list(dict.fromkeys(name.rpartition(".")[0] for name in problems if name.count(".") == 2))
+    groups: list[Across] = []
+
+    def add(op: str, name: str, members: list[Problem | None], **facts: Any) -> None:
+        groups.append(Across(name, replace(problems[name], op=op, bn=False, **facts), tuple(filter(None, members))))
+
+    add("conv_pool", "conv1", [problems["conv1"]])
+    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+        last, projection = problems.get(f"{block}.conv3"), problems.get(f"{block}.downsample.0")
+        if last is None:
+            continue
+        second, first = problems[f"{block}.conv2"], problems.get(f"{following}.conv1")
+        if projection is not None:
+            add("pointwise_pair", f"{block}.conv3", [last, projection], chain=(projection.weight,), stride=projection.stride,
+                second=projection.x[2:])
+        if first is None:
+            add("pointwise_pool", f"{block}.conv3", [last])
+        elif second.groups == 1 and second.stride == (1, 1):
+            chain = last.weight, projection.weight if projection is not None else (), first.weight
+            add("conv_tail", f"{block}.conv2", [second, last, projection, first], chain=chain, residual="nhwc")
+    return groups
+
+
+def distinct(found: list) -> list:
+    """One layer (or group) for each different problem (ResNet-50 at one size has 23 convolutions), the first of its kind."""
+    seen: dict[Problem, Any] = {}
     for layer in found:
         seen.setdefault(layer.problem, layer)
     return list(seen.values())
-
-

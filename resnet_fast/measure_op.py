@@ -15,9 +15,9 @@ from torch import Tensor
 from . import folded, roofline
 from .dispatch import Kernel
 from .fold import fold
-from .layers import layers
+from .layers import across, layers
 from .measure import Outcome, known_ceilings
-from .problem import Problem
+from .problem import ACROSS, Problem
 from .providers import DTYPES, fair
 from .report.ledger import Row
 from .testing import check_kernel, eager, make_args
@@ -30,17 +30,19 @@ CHECK_BATCH = 2  # the oracle is float64 on the CPU
 # What stands beside the kernels: torch's ops one by one, and for convolutions the bar of ``folded``.
 _EAGER = ("eager",)
 BASELINES = {"conv_bn_act": ("eager", "folded"), "bn_act": _EAGER, "bn_act_backward": _EAGER, "add_act": _EAGER,
-             "add_act_backward": _EAGER}
+             "add_act_backward": _EAGER, **dict.fromkeys(ACROSS, _EAGER)}
 
 
 def op_problems(model: str, batch: int, size: int, dtype: torch.dtype, device: str,
                 capability: tuple[int, int] | None = None) -> list[Problem]:
-    """Every distinct problem of a network: its convolutions, then the batch norms and adds of its training step."""
+    """Every distinct problem of a network: its convolutions, the batch norms and adds of its training step, its groups of convolutions."""
     found: dict[Problem, None] = {}
-    convs = [layer.problem for layer in layers(model, batch, size, dtype, device, capability)]
+    single = layers(model, batch, size, dtype, device, capability)
+    convs = [layer.problem for layer in single]
     found |= dict.fromkeys(convs)
     for conv in convs:
-        found |= dict.fromkeys(filter(None, (after(conv, op) for op in BASELINES if op != "conv_bn_act")))
+        found |= dict.fromkeys(filter(None, (after(conv, op) for op in BASELINES if op not in ("conv_bn_act", *ACROSS))))
+    found |= dict.fromkeys(group.problem for group in across(single))
     return list(found)
 
 

@@ -13,6 +13,7 @@ from math import prod
 import torch
 
 from . import console
+from .layers import Across, across, layers
 from .problem import ACROSS, Problem
 from .traffic import INFERENCE, Step, across_step, conv_flops, network, touched
 from .traffic_training import TRAINING
@@ -146,12 +147,49 @@ def total(model: str, batch: int, size: int, dtype: torch.dtype, limits: Ceiling
 
 
 @dataclass(frozen=True)
+class Saving:
+    """All of a network's groups of one op across convolutions: the floors of their members one by one, and of the op."""
+
+    op: str
+    count: int
+    alone: Floor
+    together: Floor
+
+
+def savings(groups: Iterable[Across], limits: Ceilings) -> list[Saving]:
+    """What each op across convolutions would save; ops that want the same convolutions are counted as if each were used alone."""
+    found: dict[str, list[Across]] = {}
+    for group in groups:
+        found.setdefault(group.problem.op, []).append(group)
+    return [Saving(op, len(each), _sum(f"{op}, alone", [f for group in each for f in _alone(group, limits)]),
+                   _sum(op, [problem_floor(group.problem, limits) for group in each])) for op, each in found.items()]
+
+
+def _alone(group: Across, limits: Ceilings) -> list[Floor]:
+    """The convolutions one by one, and the pool that follows."""
+    floors = [problem_floor(member, limits) for member in group.members]
+    if group.problem.op in ("conv_pool", "pointwise_pool"):
+        read, = problem_step(group.members[-1]).writes.values()
+        pool = Step(f"{group.name} pool", {"x": read}, problem_step(group.problem).writes)
+        floors.append(floor(pool, limits, group.problem.dtype))
+    return floors
+
+
+def _sum(name: str, floors: list[Floor]) -> Floor:
+    bound = max(("memory", "compute"), key=lambda bound: sum(f.seconds for f in floors if f.bound == bound))
+    return Floor(name, sum(f.bytes for f in floors), sum(f.flops for f in floors), sum(f.seconds for f in floors), bound)
+
+
+@dataclass(frozen=True)
 class Table:
-    """``rows``: each kernel, with convolutions, stem and head fused; ``totals``: every level of fusion."""
+    """``rows``: each kernel, with convolutions, stem and head fused; ``totals``: every level of fusion; ``groups``: what ``plan(across=…)``
+    may use.
+    """
 
     heading: str
     rows: list[Floor]
     totals: list[Total]
+    groups: list[Saving]
 
     def __str__(self) -> str:
         kernels = [(f.name, f"{f.bytes / 1e6:.2f}", f"{f.flops / 1e9:.2f}", f"{f.seconds * 1e6:.2f}", f.bound)
@@ -159,9 +197,13 @@ class Table:
         levels = [(t.mode, t.level, t.kernels, f"{t.bytes / t.batch / 1e6:.1f}", f"{t.seconds * 1e3:.3f}",
                    f"{t.img_s:,.0f}") for t in self.totals]
         header = "", "level of fusion", "kernels", "MB/img", "floor ms", "img/s"
+        groups = [(g.op, g.count, f"{g.alone.bytes / 1e6:.1f}", f"{g.together.bytes / 1e6:.1f}", f"{g.alone.seconds * 1e6:.1f}",
+                   f"{g.together.seconds * 1e6:.1f}") for g in self.groups]
         return "\n".join([
             self.heading, "", console.table(("kernel", "MB", "GFLOP", "floor µs", "bound"), kernels, right=(1, 2, 3)),
-            "", console.table(header, levels, right=(2, 3, 4, 5))])
+            "", console.table(header, levels, right=(2, 3, 4, 5)),
+            "", console.table(("across convolutions", "groups", "MB alone", "together", "floor µs alone", "together"), groups,
+                              right=(1, 2, 3, 4, 5))])
 
 
 def table(model: str, batch: int, size: int, dtype: torch.dtype, gpu: str) -> Table:
@@ -170,7 +212,8 @@ def table(model: str, batch: int, size: int, dtype: torch.dtype, gpu: str) -> Ta
     net = network(model, batch, size, dtype)
     levels = [("infer", level) for level in INFERENCE] + [("train", level) for level in TRAINING if dtype in FLOATING]
     rows = predict(INFERENCE[LEVEL](net), limits, dtype)
+    groups = savings(across(layers(model, batch, size, dtype)), limits)
     rate = limits.rates[dtype] / 1e12
     heading = (f"{model}, batch {batch}, {size}², {str(dtype).removeprefix('torch.')}: the least time physics allows\n"
                f"{limits.title} at {limits.copy / 1e12:g} TB/s and {rate:g} TFLOP/s: {limits.source}")
-    return Table(heading, rows, [total(model, batch, size, dtype, limits, level, mode) for mode, level in levels])
+    return Table(heading, rows, [total(model, batch, size, dtype, limits, level, mode) for mode, level in levels], groups)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import reference
 from .dispatch import Kernel
-from .layers import distinct, layers
+from .layers import across, distinct, layers
 from .problem import ACROSS, Problem
 
 FACTOR, GRADIENT_FACTOR = 2.0, 3.0
@@ -290,9 +290,11 @@ def _tuple(value) -> tuple[Tensor, ...]:
 # ---------------------------------------------------------------- grids
 
 def model_problems(model: str = "resnet50", batch: int = 2, size: int = 224, dtype: torch.dtype = torch.float32,
-                   device: str = "cpu", capability: tuple[int, int] | None = None) -> list[Problem]:
-    """Every distinct convolution of a model."""
-    return [layer.problem for layer in distinct(layers(model, batch, size, dtype, device, capability))]
+                   device: str = "cpu", capability: tuple[int, int] | None = None, op: str = "conv_bn_act") -> list[Problem]:
+    """Every distinct convolution of a model, or group of convolutions that ``op`` could take."""
+    single = layers(model, batch, size, dtype, device, capability)
+    found = single if op == "conv_bn_act" else [group for group in across(single) if group.problem.op == op]
+    return [layer.problem for layer in distinct(found)]
 
 
 def nasty_problems(op: str, dtype: torch.dtype = torch.float32, device: str = "cpu",

@@ -30,11 +30,12 @@ def run(args: argparse.Namespace) -> int:
     from . import tables
     from .autotune import Device, DeviceLost, tune
     from .measure_op import op_problems
+    from .problem import ACROSS
     device = Device.current()
     capability = torch.cuda.get_device_capability()
     problems = [problem for batch in args.batch
                 for problem in op_problems(args.model, batch, args.size, DTYPES[args.dtype], "cuda", capability)
-                if (problem.op != "conv_bn_act") == args.train]
+                if (problem.op not in ("conv_bn_act", *ACROSS)) == args.train]
     path = tables.user_folder() / tables.file_name(device.name)
     try:
         outcomes = tune(problems, kernels=args.kernels, device=device, say=say)

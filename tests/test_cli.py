@@ -131,6 +131,19 @@ def test_explain_of_training_leaves_the_statistics_alone():
     assert model.bn1.num_batches_tracked.item() == 0 and not model.bn1.running_mean.any()
 
 
+def test_explain_across(capsys):
+    """The plan's groups with their kernel, beside the unfused steps too; not where there is no plan."""
+    assert main(["explain", "resnet50", "--size", "32", "--across", "pointwise_pair", "conv_pool"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("pointwise_pair") == 4 and said.count("conv_pool") == 1 and "one by one" in said
+    assert main(["explain", "resnet18", "--size", "32", "--diff", "--across", "conv_pool", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert sum(row["steps"] for row in rows) == 23 and rows[0]["other_steps"] == 4  # conv, batch norm, ReLU, pool
+    for wrong in (["--across", "conv_pools"], ["--across", "conv_pool", "--train"], ["--across", "conv_pool", "--model-gpu", "h200"]):
+        assert main(["explain", "resnet18", "--size", "32", *wrong]) == 2
+        assert "across" in capsys.readouterr().err
+
+
 def test_explain_rejected(capsys):
     assert main(["explain", "resnet18", "--size", "32", "--rejected"]) == 0
     said = capsys.readouterr().out

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.library import opcheck
 
-from resnet_fast import dispatch, fused, ops, roofline, testing, verify
+from resnet_fast import create_model, dispatch, fused, ops, plan, roofline, testing, verify
 from resnet_fast.fused import CONV_POOL, CONV_TAIL, POINTWISE_PAIR, POINTWISE_POOL
+from resnet_fast.layers import across, distinct, layers
+from resnet_fast.measure_op import op_problems
 from resnet_fast.problem import ACROSS, Problem, describe
 
 OPS = {"pointwise_pair": POINTWISE_PAIR, "conv_tail": CONV_TAIL, "conv_pool": CONV_POOL, "pointwise_pool": POINTWISE_POOL}
@@ -240,6 +242,33 @@ def test_ops_agree_with_single_convolutions() -> None:
     x, weight, bias, *_ = testing.make_args(SMALL["conv_pool"])
     stem = ops.conv_bn_act(x, weight, torch.ones_like(bias), bias, stride=2, padding=(2, 1))
     torch.testing.assert_close(fused.conv_pool(x, weight, bias), F.max_pool2d(stem, 3, 2, 1))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
+def test_the_groups_of_an_architecture_are_those_that_a_plan_finds(name) -> None:
+    """Else a table measured for the one would not serve the other."""
+    run = plan(create_model(name), torch.randn(1, 3, 64, 64))
+    found = across(layers(name, 1, 64, torch.float32, "cpu"))
+    square = run.variant(ACROSS).explain(torch.randn(1, 3, 64, 64))
+    singles = [run.variant((op,)).explain(torch.randn(1, 3, 64, 64)) for op in ACROSS]
+    assert {(g.name, g.problem) for g in found} == {(line.module, line.problem) for lines in singles for line in lines if line.op in ACROSS}
+    assert {line.problem for line in square if line.op in ACROSS} <= {g.problem for g in found}
+    assert [p for p in op_problems(name, 1, 64, torch.float32, "cpu") if p.op in ACROSS] == [g.problem for g in distinct(found)]
+
+
+def test_what_a_group_saves_is_what_is_between_its_members() -> None:
+    limits = roofline.ceilings("h200")
+    found = {s.op: s for s in roofline.savings(across(layers("resnet50", 256)), limits)}
+    assert {op: s.count for op, s in found.items()} == {"conv_pool": 1, "pointwise_pair": 4, "conv_tail": 12, "pointwise_pool": 1}
+    stem, head = found["conv_pool"], found["pointwise_pool"]
+    assert stem.alone.bytes - stem.together.bytes == 2 * 2 * 256 * 64 * 112 * 112  # written and read again
+    assert head.alone.bytes - head.together.bytes == 2 * 2 * 256 * 2048 * 49
+    pixels = 256 * (56 * 56 * 256 + 28 * 28 * 512 + 14 * 14 * 1024 + 7 * 7 * 2048)
+    pair = found["pointwise_pair"]
+    assert pair.alone.bytes - pair.together.bytes == 2 * 2 * pixels and pair.alone.flops == pair.together.flops
+    assert all(s.together.seconds < s.alone.seconds for s in found.values())
+    text = str(roofline.table("resnet50", 256, 224, torch.bfloat16, "h200"))
+    assert "across convolutions" in text and "conv_tail" in text
 
 
 def test_floors_count_each_operand_once() -> None:
