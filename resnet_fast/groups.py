@@ -105,7 +105,10 @@ class Members:
         stride, padding, dilation, _ = f.geometry
         sizes = ((i + 2 * p - d * (k - 1) - 1) // s + 1 for i, p, d, k, s in
                  zip(x.shape[2:], padding, dilation, f.weight.shape[2:], stride, strict=True))
-        return torch.empty((x.shape[0], f.weight.shape[0], *sizes), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        shape = torch.Size((x.shape[0], f.weight.shape[0], *sizes))
+        if member.residual is not None:
+            shape = torch.broadcast_shapes(shape, self.values[member.residual.name].shape)
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
     def forget(self) -> None:
         """Binding is over."""

@@ -219,13 +219,18 @@ def _bind_group(lowered: Lowered, step: Group, values: Values, writable: set[str
     if problem is not None:
         chosen, why = _choose(problem, graph)
         if chosen.id != f"aten.{step.op}" or why.startswith("forced"):
-            names = {i: value.name for i, value in zip(EXTERNAL[step.op], step.args, strict=True)}
-            return (lambda v: chosen.fn(*(v[names[i]] if i in names else a for i, a in enumerate(args)))), chosen.id, why, problem
+            return _bind_across(chosen, step, args), chosen.id, why, problem
     members = Members(step, lowered, values)
     told = [members.bind(m, *bind(lowered, m, members.values, members.writable(m, writable), graph)) for m in step.members]
     kernels = " + ".join(dict.fromkeys(kernel for kernel in told if kernel != "torch"))
     members.forget()
     return members, kernels, f"one by one: {misfit or why}", problem
+
+
+def _bind_across(chosen: Kernel, step: Group, args: tuple) -> Run:
+    names = {i: value.name for i, value in zip(EXTERNAL[step.op], step.args, strict=True)}
+    held = tuple(None if i in names else a for i, a in enumerate(args))  # the activations of this call are not kept
+    return lambda v: chosen.fn(*(v[names[i]] if i in names else a for i, a in enumerate(held)))
 
 
 def _choose(problem: Problem, graph: bool) -> tuple[Kernel, str]:

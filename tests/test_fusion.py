@@ -8,7 +8,7 @@ from test_plan import images, judge, ready
 from torch import nn
 
 import resnet_fast
-from resnet_fast import autotune, fusion, load_plan, plan, plan_tuning
+from resnet_fast import autotune, dispatch, fusion, load_plan, plan, plan_tuning, program
 from resnet_fast.dispatch import use
 from resnet_fast.problem import ACROSS
 from resnet_fast.schedule import Group
@@ -101,7 +101,8 @@ class Net(nn.Module):
         self.stem, self.two, self.three, self.next = conv(3, 8, 3), conv(8, 8, kernel, stride, groups_), conv(8, 8, 1), conv(8, 8, 1)
         self.projection = conv(8, 8, 1, stride)
         self.middle, self.act, self.pool = middle, act, pool
-        self.seen = []
+        self.spy = nn.Sigmoid()
+        self.spy.register_forward_hook(lambda m, args, out: out)
 
     def forward(self, x):
         start = torch.relu(self.stem(x))
@@ -109,6 +110,7 @@ class Net(nn.Module):
         early = self.projection(start) if self.middle == "early" else None
         main = self.three(m)
         shortcut = self.projection(start) if early is None else early
+        extra = self.spy(start).mean() if self.middle == "spy" else 0
         y = main + shortcut
         y = torch.relu(y) if self.act else y
         z = torch.relu(self.next(y))
@@ -118,17 +120,19 @@ class Net(nn.Module):
             z = z + shortcut.mean()
         if self.middle == "y":
             return z, y
-        return (z + y).mean((2, 3))
+        return (z + y).mean((2, 3)) + extra
 
 
 @pytest.mark.parametrize(("how", "expected"), [
     ({}, {"pointwise_pair": 1, "conv_tail": 1}), ({"middle": "y"}, {"pointwise_pair": 1, "conv_tail": 1}),
     ({"middle": "m"}, {"pointwise_pair": 1}), ({"middle": "shortcut"}, {"conv_tail": 1}), ({"kernel": 5}, {"pointwise_pair": 1}),
     ({"kernel": 1}, {"pointwise_pair": 1}), ({"groups_": 2}, {"pointwise_pair": 1}), ({"stride": 2}, {"pointwise_pair": 1}), ({"act": False}, {}),
-    ({"middle": "early"}, {"pointwise_pair": 1}), ({"middle": "early", "stride": 2}, {"pointwise_pair": 1}),
+    ({"middle": "spy"}, {}), ({"middle": "early"}, {"pointwise_pair": 1}), ({"middle": "early", "stride": 2}, {"pointwise_pair": 1}),
 ])
 def test_formed_only_where_nobody_can_tell(how, expected) -> None:
-    """A second reader inside, another kernel size, groups, stride or no ReLU; the block's output itself may be read and returned."""
+    """A second reader inside, another kernel size, groups, stride or no ReLU, a hooked module in between, whose code nobody knows; the
+    block's output itself may be read and returned.
+    """
     net, x = ready(Net(**how)), images(h=16, w=16)
     plain = plan(net, x)
     assert {kind: n for kind in ACROSS for n in [count(plain.variant((kind,))).get(kind)] if n} == expected
@@ -154,7 +158,7 @@ def test_features_inside_a_group_stay(model) -> None:
             torch.testing.assert_close(got, wanted(x)[key])
 
 
-def test_no_group_across_a_module_whose_code_nobody_knows() -> None:
+def test_no_group_with_what_the_user_hooked() -> None:
     net, x = ready(torchvision.models.resnet50()), images(h=32, w=32)
     net.layer1[0].bn3.register_forward_hook(lambda m, a, out: out)
     found = [s.target for s in groups(plan(net, x, across=("conv_tail",)))]
@@ -174,6 +178,25 @@ def test_a_residual_that_broadcasts_runs_one_by_one() -> None:
         torch.testing.assert_close(run(x), net(x))
     step, = (s for s in run.steps if s.op == "pointwise_pair")
     assert step.problem is None and "x2 shape" in step.why
+
+
+def test_an_inner_value_that_broadcasts_keeps_its_shape(monkeypatch) -> None:
+    """The next convolution is bound for what it will get: the residual's size, not the block's own."""
+    class Squeezed(Net):
+        def forward(self, x):
+            start = torch.relu(self.stem(x))
+            small = start.mean((2, 3), keepdim=True)
+            y = torch.relu(self.three(torch.relu(self.two(small))) + start)
+            return torch.relu(self.next(y)), y
+
+    net, x = ready(Squeezed()), images(h=16, w=16)
+    asked: list = []
+    monkeypatch.setattr(program, "choose", lambda problem: (asked.append(problem), dispatch.choose(problem))[1])
+    run = plan(net, x, across=("conv_tail",))
+    with torch.no_grad():
+        for got, want in zip(run(x), net(x), strict=True):
+            torch.testing.assert_close(got, want)
+    assert count(run) == {"conv_tail": 1} and asked[-1].x == (2, 8, 16, 16)
 
 
 # ---------------------------------------------------------------- promises
@@ -244,6 +267,10 @@ def test_weights_are_shared_and_pieces_and_memory_are_as_without(model, monkeypa
     assert run._imagewise and run._programs.keys() == plain._programs.keys()
     assert all(run._programs[k].largest == p.largest for k, p in plain._programs.items())
     assert torch.equal(run(x), plain(x))
+    basic = plan(ready(resnet_fast.resnet18()), x)  # whose largest value is the stem's, inside a group
+    basic_run = basic.variant(ACROSS)
+    basic_run(x)
+    assert [p.largest for p in basic_run._programs.values()] == [p.largest for p in basic._programs.values()]
     assert sum(s.flops for s in run.steps) == sum(s.flops for s in plain.steps)
 
 
@@ -255,6 +282,19 @@ def test_values_die_in_time(model) -> None:
     assert {v.name for v in step.args} <= dead
     first = run(x)
     assert torch.equal(run(x), first)
+
+
+def test_a_bound_group_holds_weights_and_no_activations(model) -> None:
+    with use(*(f"aten.{kind}" for kind in ACROSS)):
+        run = plan(model, images(), across=ACROSS)
+    weights = {id(f.weight) for f in run._lowered.filters.values()}
+    for step, call, _ in run._last._calls:
+        if isinstance(step, Group):
+            tuples = [cell.cell_contents for cell in call.__closure__ if isinstance(cell.cell_contents, tuple)]
+            held = [t for found in tuples for t in found if isinstance(t, torch.Tensor)]
+            assert held and all(id(t) in weights for t in held if t.dim() == 4), step.op
+    single = plan(model, images(), across=ACROSS)
+    assert [call.values for step, call, _ in single._last._calls if isinstance(step, Group)] == [{}] * len(groups(single))
 
 
 def test_compare_aligns_by_the_values_that_both_make(model) -> None:
