@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,35 +24,42 @@ def tune(plan: Plan, example: Tensor, device: Device) -> None:
 
     The kinds are those that the plan was made with, or all. A variant that runs out of memory or fails is named in ``notes`` and left out.
     """
-    plain = plan.variant(())
-    found = list(_problems(plain, example))
-    kinds = [kind for kind in plan.across or ACROSS if _forms(plan.variant((kind,)), kind)]
-    for kind in kinds:
-        found += _problems(plan.variant((kind,)), example)
-        device.settle()
-    autotune.tune(list(dict.fromkeys(found)), device=device)
-    worth, told = [], []
-    for kind in kinds:
-        if _has_kernel(plan.variant((kind,)), kind, example):
-            worth.append(kind)
-        else:
-            told.append(f"across: {kind} is not used: no kernel of it won against single steps")
-        device.settle()
+    told: list[str] = []
+
+    def tried(across: tuple[str, ...], work: Callable[[Plan], Any]) -> Any:
+        """``work`` on the plan with these groups, or None with a note why not."""
+        try:
+            return work(plan.variant(across))
+        except (torch.OutOfMemoryError, RuntimeError, ValueError) as trouble:
+            told.append(f"across: {', '.join(across) or 'the plan without groups'} could not be run: {first_line(trouble)}")
+            return None
+        finally:
+            device.settle()
+
+    found = {(): _problems(plan.variant(()), example)}
+    for kind in plan.across or ACROSS:
+        if _forms(plan.variant((kind,)), kind):
+            found[(kind,)] = tried((kind,), lambda variant: _problems(variant, example))
+    found = {across: problems for across, problems in found.items() if problems is not None}
+    autotune.tune(list(dict.fromkeys(problem for problems in found.values() for problem in problems)), device=device)
+    worth = []
+    for kind, in filter(None, found):
+        wins = tried((kind,), lambda variant, kind=kind: _has_kernel(variant, kind, example))
+        worth += [kind] if wins else []
+        told += [f"across: {kind} is not used: no kernel of it won against single steps"] if wins is False else []
 
     def clock(variants: list[tuple[str, ...]]) -> dict[tuple[str, ...], Timing]:
-        ready = {}
-        for across in variants:
-            try:
-                variant = plan.variant(across)
-                variant(example)
-                ready[across] = lambda variant=variant: variant(example)
-            except (torch.OutOfMemoryError, RuntimeError, ValueError) as trouble:
-                told.append(f"across: {', '.join(across) or 'the plan without groups'} could not be run: {first_line(trouble)}")
-                device.settle()
+        ready = {across: run for across in variants if (run := tried(across, lambda variant: _built(variant, example))) is not None}
         return device.clock(ready) if ready else {}
 
     chosen, decisions = greedy(worth, clock)
-    plan.use_across(chosen, [*told, *decisions])
+    plan.use_across(chosen, list(dict.fromkeys([*told, *decisions])))
+
+
+def _built(plan: Plan, example: Tensor) -> Callable[[], Any]:
+    """The whole call, after a first one that chooses kernels and captures."""
+    plan(example)
+    return lambda: plan(example)
 
 
 def _forms(plan: Plan, kind: str) -> bool:

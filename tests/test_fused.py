@@ -230,6 +230,10 @@ def test_bytes_are_normalised_before_the_padding() -> None:
 def test_keys_tell_problems_apart(op) -> None:
     grid = testing.nasty_problems(op)
     assert len({p.key for p in grid}) == len(set(grid)) == len(grid)
+    one = grid[0]
+    others = [replace(one, chain=(*one.chain, (1, 1, 1, 1))), replace(one, chain=((), *one.chain[1:])), replace(one, second=(99, 99)),
+              replace(one, bytes=not one.bytes)]
+    assert len({p.key for p in (one, *others)}) == 5
 
 
 def test_ops_agree_with_single_convolutions() -> None:
