@@ -10,8 +10,13 @@ import triton.language as tl
 
 @triton.jit
 def affine(scale, shift, mean, var, eps, k, in_k):
-    """Per-channel (s, t): given as (scale, shift) if ``mean`` is None, else s = γ/√(σ²+ε), t = β − μ·s."""
-    s = tl.load(scale + k, mask=in_k, other=0.0).to(tl.float32)
+    """Per-channel (s, t): given as (scale, shift) if ``mean`` is None, else s = γ/√(σ²+ε), t = β − μ·s; where ``scale``
+    is None, folded weights hold it and s is 1.
+    """
+    if scale is None:
+        s = tl.full(k.shape, 1.0, tl.float32)
+    else:
+        s = tl.load(scale + k, mask=in_k, other=0.0).to(tl.float32)
     t = tl.load(shift + k, mask=in_k, other=0.0).to(tl.float32)
     if mean is not None:
         s = s * tl.rsqrt(tl.load(var + k, mask=in_k, other=1.0).to(tl.float32) + eps)
