@@ -1,0 +1,111 @@
+"""3×3 convolution, 1×1 convolution, residual add and the next block's 1×1 convolution in one kernel: a bottleneck's tail.
+
+    m = relu(b2[j] + Σ_{r,s,c} x[n, p − 1 + r, q − 1 + s, c] · w2[j, r, s, c])
+    y = relu(b3[k] + Σ_j m[j] · w3[k, j] + residual[k])      with a projection: + Σ_c residual[c] · wd[k, c]
+    z = relu(b1[l] + Σ_k y[k] · w1[l, k])
+
+x, residual, y, z: NHWC; w2: [J, 3, 3, C], w3: [K, J], wd: [K, C'], w1: [L, K]; vectors float32. m and y are rounded to
+x's dtype, as the unfused kernels store them. A block owns BLOCK_M pixels and all J channels of m, which never leave the
+SM; it walks y in blocks of BLOCK_N channels, writes each and adds its products with w1 to the L channels of z. The 3×3
+comes first, so no halo is computed twice.
+Floor: (M·(C + residual's channels + K + L) + weights) · itemsize bytes, M = N·H·W, and 2·M·(9·C·J + J·K + K·L + C'·K)
+FLOP: of the unfused three it leaves out m, written and read, and y, read again. ResNet-50's layer1 (256 images, 56²,
+64 → 64 → 256 → 64, bf16): 1027 MB, 111.8 GFLOP, on an H200 239 µs by memory (142 by its matrix units); the unfused
+three move 1644 MB in 382 µs. Each block reads all weights from L2, 139 kB for BLOCK_M pixels.
+Source: back-to-back GEMM fusion, as in CUTLASS's example 13, with the residual between.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .epilogue import activate
+from .tail_config import Tail, TailConfig, padded, tail_config
+
+
+@triton.jit
+def _three_by_three(x, w2, row, H, W, trips, C: tl.constexpr, J: tl.constexpr, EXACT: tl.constexpr,
+                    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Σ x·w2 over taps × channels at pixels ``row``: float32 [BLOCK_M, J]."""
+    blocks_c: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    p, q, j = row % (H * W) // W, row % W, tl.arange(0, J)
+    pixels = x + row.to(tl.int64) * C
+    acc = tl.zeros((BLOCK_M, J), tl.float32)
+    for i in range(trips):
+        tap, c = i // blocks_c, i % blocks_c * BLOCK_K + tl.arange(0, BLOCK_K)
+        down, right = tap // 3 - 1, tap % 3 - 1
+        inside = ((p + down >= 0) & (p + down < H) & (q + right >= 0) & (q + right < W))[:, None]
+        at = pixels[:, None] + ((down * W + right) * C + c)[None, :]
+        filters = w2 + (j * (9 * C))[None, :] + (tap * C + c)[:, None]
+        if EXACT:
+            a, b = tl.load(at, mask=inside, other=0.0), tl.load(filters)
+        else:
+            valid = c < C
+            a, b = tl.load(at, mask=inside & valid[None, :], other=0.0), tl.load(filters, mask=valid[:, None], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit(do_not_specialize=["M", "H", "W"])
+def _conv_tail(x, w2, b2, w3, b3, residual, wd, w1, b1, y, z, M, H, W, trips, wide_trips,
+               C: tl.constexpr, J: tl.constexpr, K: tl.constexpr, L: tl.constexpr, CD: tl.constexpr,
+               EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+               BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr):
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Rows beyond the end repeat the last one and are not stored.
+    row, in_m = tl.minimum(m, M - 1), (m < M)[:, None]
+    row_k = row.to(tl.int64)[:, None] * K
+    j, l = tl.arange(0, J), tl.arange(0, BLOCK_L)
+    hidden = _three_by_three(x, w2, row, H, W, trips, C, J, EXACT, BLOCK_M, BLOCK_K)
+    hidden = activate(hidden + tl.load(b2 + j)[None, :], True).to(x.dtype.element_ty)
+    if wd is not None:
+        d = tl.arange(0, BLOCK_D)
+        entry = tl.load(residual + row.to(tl.int64)[:, None] * CD + d[None, :], mask=(d < CD)[None, :], other=0.0)
+    acc = tl.zeros((BLOCK_M, BLOCK_L), tl.float32)
+    for i in range(wide_trips):
+        k = i * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_k, in_l = k < K, l < L
+        w3_block = tl.load(w3 + (k * J)[None, :] + j[:, None], mask=in_k[None, :], other=0.0)
+        out = tl.dot(hidden, w3_block, input_precision="ieee") + tl.load(b3 + k, mask=in_k, other=0.0)[None, :]
+        if wd is not None:
+            wd_block = tl.load(wd + (k * CD)[None, :] + d[:, None], mask=in_k[None, :] & (d < CD)[:, None], other=0.0)
+            out = tl.dot(entry, wd_block, out, input_precision="ieee")
+        else:
+            out += tl.load(residual + row_k + k[None, :], mask=in_k[None, :], other=0.0).to(tl.float32)
+        # Channels past the last one would pass an infinity of m on as NaN: 0 · ∞.
+        out = tl.where(in_k[None, :], activate(out, True), 0.0).to(x.dtype.element_ty)
+        tl.store(y + row_k + k[None, :], out, mask=in_m & in_k[None, :])
+        w1_block = tl.load(w1 + (l * K)[None, :] + k[:, None], mask=in_k[:, None] & in_l[None, :], other=0.0)
+        acc = tl.dot(out, w1_block, acc, input_precision="ieee")
+    in_l = l < L
+    acc = activate(acc + tl.load(b1 + l, mask=in_l, other=0.0)[None, :], True)
+    tl.store(z + row.to(tl.int64)[:, None] * L + l[None, :], acc.to(x.dtype.element_ty), mask=in_m & in_l[None, :])
+
+
+def conv_tail(x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1) -> tuple[Tensor, Tensor]:
+    n, c, h, w = x.shape
+    g = Tail(n * h * w, c, weight2.shape[0], weight3.shape[0], weight1.shape[0],
+             0 if projection is None else projection.shape[1], x.itemsize, launch.capability(x))
+    return run(x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1, g, tail_config(g))
+
+
+def run(x: Tensor, weight2: Tensor, bias2: Tensor, weight3: Tensor, bias3: Tensor, residual: Tensor,
+        projection: Tensor | None, weight1: Tensor, bias1: Tensor, g: Tail, config: TailConfig) -> tuple[Tensor, Tensor]:
+    """The tail with a given config, which is what a tuner tries."""
+    y, z = (torch.empty(x.shape[0], channels, *x.shape[2:], dtype=x.dtype, device=x.device,
+                        memory_format=torch.channels_last) for channels in (g.wide, g.next))
+    if g.m == 0:
+        return y, z
+    # Trips are run-time arguments, or LLVM unrolls whole loops and spills.
+    trips = 9 * triton.cdiv(g.channels, config.block_k), triton.cdiv(g.wide, config.block_n)
+    _conv_tail[triton.cdiv(g.m, config.block_m),](
+        x, launch.nhwc(weight2), bias2.contiguous(), launch.nhwc(weight3), bias3.contiguous(), launch.nhwc(residual),
+        launch.nhwc(projection), launch.nhwc(weight1), bias1.contiguous(), y, z, g.m, *x.shape[2:], *trips, C=g.channels,
+        J=g.middle, K=g.wide, L=g.next, CD=g.projected, EXACT=g.channels % config.block_k == 0, BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_L=padded(g.next), BLOCK_D=padded(g.projected),
+        **config.options(), **launch.OPTIONS)
+    return y, z
