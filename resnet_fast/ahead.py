@@ -25,7 +25,8 @@ from triton.runtime.jit import JITFunction
 from .dispatch import Kernel
 from .kernels.triton import launch
 from .machine_code import Launch, read
-from .problem import Problem
+from .problem import ACROSS, Problem
+from .testing import across_args
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ def meta_args(problem: Problem) -> tuple:
     def vector(n: int) -> Tensor:
         return torch.empty(n, device="meta")
 
+    if problem.op in ACROSS:
+        return across_args(problem, lambda *shape, **_: nhwc(*shape), lambda k: [vector(k)] * 4)
     x = nhwc(*problem.x)
     if problem.op == "conv_bn_act":
         k = problem.weight[0]

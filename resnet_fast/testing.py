@@ -131,7 +131,7 @@ def make_args(problem: Problem, seed: int = 0, device: str | torch.device | None
         dy = normal(*problem.x, layout=problem.layout)
         return dy, forward[0], _lay(y, problem.layout), forward[1], mean, var, 1e-5, problem.act, problem.residual is not None
     if problem.op in ACROSS:
-        return _across_args(problem, normal, vectors)
+        return across_args(problem, normal, vectors)
     x, y = normal(*problem.x, layout=problem.layout), normal(*problem.x, layout=problem.residual or problem.layout)
     gate = torch.sigmoid(normal(*problem.x[:2], 1, 1)) if problem.gate else None
     if problem.op == "add_act":
@@ -151,7 +151,7 @@ def _conv_args(problem: Problem, normal: Callable, vectors: Callable) -> tuple:
     return (x, weight, scale, shift, residual, *four, problem.stride, problem.padding, problem.dilation, problem.groups, problem.act)
 
 
-def _across_args(problem: Problem, normal: Callable, vectors: Callable) -> tuple:
+def across_args(problem: Problem, normal: Callable, vectors: Callable) -> tuple:
     """Filters that keep the variance, biases as a folded batch norm has them."""
     def conv(shape: tuple[int, ...]) -> Tensor:
         return normal(*shape, std=(2.0 / (shape[1] * shape[2] * shape[3])) ** 0.5)

@@ -22,9 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...dispatch import Problem, kernel
 from . import launch
 from .epilogue import activate
-from .tail_config import Tail, TailConfig, padded, tail_config
+from .tail_config import MIDDLES, Tail, TailConfig, padded, tail, tail_config, tail_configs
 
 
 @triton.jit
@@ -59,7 +60,8 @@ def _conv_tail(x, w2, b2, w3, b3, residual, wd, w1, b1, y, z, M, H, W, trips, wi
     # Rows beyond the end repeat the last one and are not stored.
     row, in_m = tl.minimum(m, M - 1), (m < M)[:, None]
     row_k = row.to(tl.int64)[:, None] * K
-    j, l = tl.arange(0, J), tl.arange(0, BLOCK_L)
+    j, after = tl.arange(0, J), tl.arange(0, BLOCK_L)
+    in_after = after < L
     hidden = _three_by_three(x, w2, row, H, W, trips, C, J, EXACT, BLOCK_M, BLOCK_K)
     hidden = activate(hidden + tl.load(b2 + j)[None, :], True).to(x.dtype.element_ty)
     if wd is not None:
@@ -68,7 +70,7 @@ def _conv_tail(x, w2, b2, w3, b3, residual, wd, w1, b1, y, z, M, H, W, trips, wi
     acc = tl.zeros((BLOCK_M, BLOCK_L), tl.float32)
     for i in range(wide_trips):
         k = i * BLOCK_N + tl.arange(0, BLOCK_N)
-        in_k, in_l = k < K, l < L
+        in_k = k < K
         w3_block = tl.load(w3 + (k * J)[None, :] + j[:, None], mask=in_k[None, :], other=0.0)
         out = tl.dot(hidden, w3_block, input_precision="ieee") + tl.load(b3 + k, mask=in_k, other=0.0)[None, :]
         if wd is not None:
@@ -79,17 +81,35 @@ def _conv_tail(x, w2, b2, w3, b3, residual, wd, w1, b1, y, z, M, H, W, trips, wi
         # Channels past the last one would pass an infinity of m on as NaN: 0 · ∞.
         out = tl.where(in_k[None, :], activate(out, True), 0.0).to(x.dtype.element_ty)
         tl.store(y + row_k + k[None, :], out, mask=in_m & in_k[None, :])
-        w1_block = tl.load(w1 + (l * K)[None, :] + k[:, None], mask=in_k[:, None] & in_l[None, :], other=0.0)
+        w1_block = tl.load(w1 + (after * K)[None, :] + k[:, None], mask=in_k[:, None] & in_after[None, :], other=0.0)
         acc = tl.dot(out, w1_block, acc, input_precision="ieee")
-    in_l = l < L
-    acc = activate(acc + tl.load(b1 + l, mask=in_l, other=0.0)[None, :], True)
-    tl.store(z + row.to(tl.int64)[:, None] * L + l[None, :], acc.to(x.dtype.element_ty), mask=in_m & in_l[None, :])
+    acc = activate(acc + tl.load(b1 + after, mask=in_after, other=0.0)[None, :], True)
+    tl.store(z + row.to(tl.int64)[:, None] * L + after[None, :], acc.to(x.dtype.element_ty),
+             mask=in_m & in_after[None, :])
 
 
+def supports(problem: Problem) -> str | None:
+    """A middle, and a projected residual, that a block can keep whole; in NHWC."""
+    reason = launch.declines(problem)
+    if reason is not None:
+        return reason
+    g = tail(problem)
+    if g.middle not in MIDDLES:
+        return f"a block keeps the middle channels whole: 16, 32, 64 or 128 of them, and there are {g.middle}"
+    if g.projected > MIDDLES[-1]:
+        return f"a block keeps the residual's channels before a projection whole: at most 128, and there are {g.projected}"
+    if not tail_configs(g):
+        return f"{g.middle} middle channels and {g.next} of the next convolution are more than a block's registers hold"
+    return None
+
+
+@kernel("triton.conv_tail", op="conv_tail", supports=supports, available=launch.available,
+        sources=launch.sources("epilogue", "tail_config"))
 def conv_tail(x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
-    g = Tail(n * h * w, c, weight2.shape[0], weight3.shape[0], weight1.shape[0],
-             0 if projection is None else projection.shape[1], x.itemsize, launch.capability(x))
+    projected = 0 if projection is None else projection.shape[1]
+    g = Tail(n * h * w, c, weight2.shape[0], weight3.shape[0], weight1.shape[0], projected, x.itemsize,
+             launch.capability(x))
     return run(x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1, g, tail_config(g))
 
 

@@ -14,11 +14,14 @@ Source: GEMM with split-K as in CUTLASS; the K-concatenation is that of two line
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...dispatch import Problem, kernel
 from . import launch
 from .epilogue import finish
 from .heuristics import Gemm, GemmConfig, gemm_config
@@ -60,10 +63,19 @@ def _pointwise_pair(x, w, x2, w2, bias, out, M, H, W, H2, W2, trips,
         store_partial(acc, out, split, m, k, M, K)
 
 
+def supports(problem: Problem) -> str | None:
+    """Everything in NHWC."""
+    if max(prod(problem.second or ()), *map(prod, problem.chain)) > launch.INDEX_LIMIT:
+        return "an image or filter of more than 2³¹ pixels or elements on the second side: their indices are 32-bit"
+    return launch.declines(problem)
+
+
+@kernel("triton.pointwise_pair", op="pointwise_pair", supports=supports, available=launch.available,
+        sources=launch.sources("epilogue", "split_k"))
 def pointwise_pair(x, weight, x2, weight2, bias, stride2) -> Tensor:
     n, c, h, w = x.shape
     k, c2 = weight2.shape[:2]
-    g = Gemm(n * h * w, k, c + c2, 1, 1, x.itemsize, False, launch.capability(x))
+    g = Gemm(n * h * w, k, c + c2, itemsize=x.itemsize, capability=launch.capability(x))
     return run(x, weight, x2, weight2, bias, stride2, g, gemm_config(g))
 
 

@@ -13,10 +13,11 @@ from functools import lru_cache
 from itertools import product
 from math import ceil
 
+from ...dispatch import Problem
 from . import heuristics
 from .heuristics import chip
 
-MOST_MIDDLE = 128
+MIDDLES = (16, 32, 64, 128)  # channels that are one block of a matrix instruction, and fit
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,14 @@ class TailConfig:
         """Compile options; where several blocks are to share an SM, registers are capped so that they can."""
         cap = {"maxnreg": 65536 // (self.blocks * 32 * self.num_warps) // 8 * 8} if self.blocks > 1 else {}
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **cap}
+
+
+def tail(problem: Problem) -> Tail:
+    """The tail that a ``conv_tail`` problem is."""
+    n, c, h, w = problem.x
+    (wide, middle, *_), projection, (after, *_) = problem.chain
+    return Tail(n * h * w, c, middle, wide, after, projection[1] if projection else 0, problem.dtype.itemsize,
+                problem.capability)
 
 
 def padded(channels: int) -> int:
