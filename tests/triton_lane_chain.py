@@ -1,0 +1,130 @@
+"""The interpreter lane of the kernels over several 1×1 and 3×3 convolutions; ``test_triton_interpreter.py`` runs it."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+
+from resnet_fast.dispatch import find
+from resnet_fast.kernels.triton import conv_tail, launch, pointwise_pair
+from resnet_fast.kernels.triton.heuristics import GemmConfig
+from resnet_fast.kernels.triton.tail_config import TailConfig
+from resnet_fast.problem import Problem
+from resnet_fast.testing import check_kernel, eager, make_args, nasty_problems, same_nonfinite
+
+assert launch.INTERPRETED, "this file needs TRITON_INTERPRET=1; pytest tests/test_triton_interpreter.py sets it"
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_numpy():
+    """The interpreter computes with NumPy, which warns where a GPU silently gives an infinity or a NaN."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
+        yield
+
+
+def pair(x, k, c2, second, stride=(1, 1), dtype=torch.float32) -> Problem:
+    return Problem(op="pointwise_pair", device="cpu", dtype=dtype, x=x, layout="nhwc", weight=(k, x[1], 1, 1),
+                   chain=((k, c2, 1, 1),), second=second, stride=stride, residual="nhwc", act="relu")
+
+
+def tail(x, middle, wide, after, projected=0, dtype=torch.float32) -> Problem:
+    chain = (wide, middle, 1, 1), (wide, projected, 1, 1) if projected else (), (after, wide, 1, 1)
+    return Problem(op="conv_tail", device="cpu", dtype=dtype, x=x, layout="nhwc", weight=(middle, x[1], 3, 3),
+                   padding=(1, 1), chain=chain, residual="nhwc", act="relu")
+
+
+def right(case: Problem) -> None:
+    kernel = find(f"triton.{case.op}")
+    assert kernel.reason(case) is None
+    verdict = check_kernel(kernel, case)
+    assert verdict.ok, verdict.reason
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op, least", [("pointwise_pair", 9), ("conv_tail", 6)])
+def test_nasty_grid(op: str, least: int, dtype: torch.dtype) -> None:
+    taken = [case for case in nasty_problems(op, dtype) if find(f"triton.{op}").supports(case) is None]
+    assert len(taken) >= least
+    for case in taken:
+        right(case)
+
+
+# ---------------------------------------------------------------- configs the small problems would not get by themselves
+
+# GemmConfig(block_m, block_n, block_k, split_k, warps, stages)
+PAIRS = {
+    "tails in both inputs, several tiles": (pair((3, 75, 5, 7), 50, 41, (10, 13), (2, 2)), GemmConfig(32, 16, 32, 1, 4, 2)),
+    "whole blocks, no masks": (pair((2, 32, 5, 7), 48, 64, (5, 7)), GemmConfig(16, 16, 32, 1, 4, 2)),
+    "only the second has a tail": (pair((2, 32, 5, 4), 16, 40, (9, 4), (2, 1)), GemmConfig(16, 16, 32, 1, 4, 2)),
+    "uneven strides": (pair((2, 16, 3, 4), 24, 16, (8, 10), (3, 3)), GemmConfig(16, 32, 16, 1, 4, 2)),
+    "strides of their own": (pair((2, 16, 3, 4), 24, 16, (5, 11), (2, 3)), GemmConfig(16, 32, 16, 1, 4, 2)),
+    "split-K, the seam inside a block's share": (pair((2, 48, 3, 3), 24, 80, (3, 3)), GemmConfig(16, 16, 16, 2, 4, 2)),
+    "split-K with tails, one block with nothing": (pair((2, 75, 3, 3), 24, 20, (6, 6), (2, 2)), GemmConfig(16, 16, 16, 5, 4, 2)),
+}
+# TailConfig(block_m, block_n, block_k, warps, stages)
+TAILS = {
+    "tails in all": (tail((2, 20, 5, 7), 32, 75, 50), TailConfig(16, 32, 16, 4, 2)),
+    "whole blocks": (tail((2, 32, 4, 4), 16, 64, 32), TailConfig(16, 32, 32, 4, 2)),
+    "projected, tails in all": (tail((2, 20, 5, 7), 32, 75, 50, projected=41), TailConfig(32, 32, 16, 4, 2)),
+    "projected, one image a block": (tail((3, 16, 4, 8), 16, 64, 16, projected=16), TailConfig(32, 64, 16, 4, 2)),
+    "a wide result narrower than its block": (tail((1, 16, 3, 3), 16, 20, 8), TailConfig(16, 32, 16, 4, 2)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", [*PAIRS, *TAILS])
+def test_configs(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, config = {**PAIRS, **TAILS}[name]
+    monkeypatch.setattr(pointwise_pair, "gemm_config", lambda g: config)
+    monkeypatch.setattr(conv_tail, "tail_config", lambda g: config)
+    right(dataclasses.replace(case, dtype=dtype))
+
+
+# ---------------------------------------------------------------- NaN, infinity, contracts around the arithmetic
+
+@pytest.mark.parametrize("case", [pair((3, 24, 4, 5), 20, 9, (7, 10), (2, 2)), tail((3, 16, 5, 4), 16, 40, 24),
+                                  tail((3, 16, 5, 4), 16, 40, 24, projected=9)], ids=["pair", "tail", "projected"])
+def test_nan_and_infinity_pass_as_eager_has_them(case: Problem) -> None:
+    """In every tensor, at its first and last element; what lies outside of one image is not its neighbour's. (A tap that is
+    not finite meets the padding's zeros in an implicit GEMM, cuDNN's too, but in the middle of the filter.)
+    """
+    for value in (float("nan"), float("inf"), -float("inf")):
+        args = make_args(case)
+        for t in (a for a in args if isinstance(a, torch.Tensor)):
+            middle = (slice(None), slice(None), 1, 1) if t.shape[2:] == (3, 3) else ...
+            for at in (0, -1):
+                element = t[middle][(at,) * t[middle].dim()]
+                kept = element.clone()
+                element.fill_(value)
+                outputs, bars = find(f"triton.{case.op}").fn(*args), eager(case.op, args)
+                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+                assert all(map(same_nonfinite, outputs, bars)), (list(t.shape), at, value)
+                element.copy_(kept)
+
+
+@pytest.mark.parametrize("case", [pair((2, 16, 4, 4), 24, 8, (8, 7), (2, 2)), tail((2, 16, 4, 4), 16, 40, 24, projected=8)],
+                         ids=["pair", "tail"])
+def test_filters_may_be_laid_out_otherwise_and_biases_have_gaps(case: Problem) -> None:
+    args = make_args(case)
+    plain = find(f"triton.{case.op}").fn(*args)
+
+    def moved(t):
+        if not isinstance(t, torch.Tensor):
+            return t
+        return torch.stack([t, t], 1)[:, 0] if t.dim() == 1 or t.shape[0] != case.x[0] else t
+
+    found = find(f"triton.{case.op}").fn(args[0], *map(moved, args[1:]))
+    assert all(map(torch.equal, *((o if isinstance(o, tuple) else (o,)) for o in (plain, found))))
+
+
+def test_results_are_nhwc_also_where_one_pixel_is_both() -> None:
+    for case in (pair((2, 16, 1, 1), 24, 8, (1, 1)), tail((2, 16, 1, 1), 16, 40, 24)):
+        outputs = find(f"triton.{case.op}").fn(*make_args(case))
+        for out in outputs if isinstance(outputs, tuple) else (outputs,):
+            assert out.stride() == (out.shape[1], 1, out.shape[1], out.shape[1])
