@@ -108,6 +108,14 @@ def test_nan_and_infinity_pass_as_eager_has_them(case: Problem) -> None:
                 element.copy_(kept)
 
 
+def test_an_infinite_middle_stays_out_of_channels_that_do_not_exist() -> None:
+    """Past the last wide channel the filters are zeros, and 0 · ∞ is NaN: it must not reach the next convolution."""
+    args = make_args(tail((1, 16, 3, 3), 16, 20, 8))
+    args[2][0], args[3][:] = float("inf"), -args[3].abs()  # y is then relu(−∞)
+    outputs, bars = find("triton.conv_tail").fn(*args), eager("conv_tail", args)
+    assert not outputs[0].any() and all(map(same_nonfinite, outputs, bars)) and outputs[1].isfinite().all()
+
+
 @pytest.mark.parametrize("case", [pair((2, 16, 4, 4), 24, 8, (8, 7), (2, 2)), tail((2, 16, 4, 4), 16, 40, 24, projected=8)],
                          ids=["pair", "tail"])
 def test_filters_may_be_laid_out_otherwise_and_biases_have_gaps(case: Problem) -> None:
