@@ -141,7 +141,12 @@ def _read(name: str, compiled, blocks: int) -> Launch:
 
 
 def _narrow(ttir: str) -> frozenset[str]:
-    """The pointer arguments to which, as they are or splatted, a 32-bit offset is added first."""
-    splats = dict(re.findall(r"(%[\w.]+) = tt\.splat (%[\w.]+) : !tt\.ptr", ttir))
-    found = re.findall(r"tt\.addptr (%[\w.]+), \S+ : .*, (?:tensor<[\dx]+xi32>|i32)\b", ttir)
-    return frozenset(splats.get(pointer, pointer).lstrip("%") for pointer in found)
+    """The pointer arguments to which, as they are, splatted or chosen by a scalar, a 32-bit offset is added first."""
+    made = {name: (pointer,) for name, pointer in re.findall(r"(%[\w.]+) = tt\.splat (%[\w.]+) : !tt\.ptr", ttir)}
+    made |= {name: of for name, *of in re.findall(r"(%[\w.]+) = arith\.select %[\w.]+, (%[\w.]+), (%[\w.]+) : !tt\.ptr", ttir)}
+
+    def origins(pointer: str) -> set[str]:
+        return {one for of in made[pointer] for one in origins(of)} if pointer in made else {pointer.lstrip("%")}
+
+    found = re.findall(r"tt\.addptr (%[\w.]+), \S+ : .*, (?:tensor<[\dx]+xi32>|i32\b)", ttir)
+    return frozenset(one for pointer in found for one in origins(pointer))
