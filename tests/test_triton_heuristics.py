@@ -180,4 +180,5 @@ def test_the_family_is_registered() -> None:
     ours = {k.id: k.op for k in kernels() if k.id.startswith("triton.")}
     assert ours == {"triton.conv": "conv_bn_act", "triton.pointwise": "conv_bn_act",
                     "triton.conv_tma": "conv_bn_act", "triton.pointwise_tma": "conv_bn_act",
+                    **{f"triton.{op}": op for op in ("pointwise_pair", "conv_tail")},
                     **{f"triton.{op}": op for op in ("add_act", "add_act_backward", "bn_act", "bn_act_backward")}}

@@ -10,8 +10,9 @@ import torch
 
 from resnet_fast.dispatch import find
 from resnet_fast.kernels.triton import conv_tail, launch, pointwise_pair
-from resnet_fast.kernels.triton.heuristics import GemmConfig
+from resnet_fast.kernels.triton.heuristics import Gemm, GemmConfig
 from resnet_fast.kernels.triton.tail_config import TailConfig
+from resnet_fast.kernels.triton.tail_config import tail as tail_of
 from resnet_fast.problem import Problem
 from resnet_fast.testing import check_kernel, eager, make_args, nasty_problems, same_nonfinite
 
@@ -136,3 +137,20 @@ def test_results_are_nhwc_also_where_one_pixel_is_both() -> None:
         outputs = find(f"triton.{case.op}").fn(*make_args(case))
         for out in outputs if isinstance(outputs, tuple) else (outputs,):
             assert out.stride() == (out.shape[1], 1, out.shape[1], out.shape[1])
+
+
+def test_the_host_asks_for_the_config_of_its_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shapes that a kernel asks a config for are the ones its Problem says, so that tuner and plan speak of what runs."""
+    asked = []
+
+    def noting(config):
+        return lambda g: asked.append(g) or config(g)
+
+    monkeypatch.setattr(conv_tail, "tail_config", noting(conv_tail.tail_config))
+    monkeypatch.setattr(pointwise_pair, "gemm_config", noting(pointwise_pair.gemm_config))
+    for projected in (0, 9):
+        case = tail((3, 24, 5, 4), 16, 40, 8, projected)
+        find("triton.conv_tail").fn(*make_args(case))
+        assert asked.pop() == tail_of(case)
+    find("triton.pointwise_pair").fn(*make_args(pair((2, 24, 4, 5), 20, 9, (7, 10), (2, 2))))
+    assert asked.pop() == Gemm(40, 20, 33, itemsize=4)
