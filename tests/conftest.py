@@ -29,7 +29,7 @@ def _seed() -> None:
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> dict:
     """A registry of its own: what a test registers is gone afterwards, and so is what was memoised with it."""
-    dispatch.load("aten")
+    dispatch.kernels()  # what is first imported inside would be gone with the copy, and is never imported again
     monkeypatch.setattr(dispatch, "_registry", dict(dispatch._registry))
     monkeypatch.setattr(dispatch, "_memo", {})
     return dispatch._registry
