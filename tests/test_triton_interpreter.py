@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("triton", reason="no Triton on this platform")
 
 
-@pytest.mark.parametrize("name", ["triton_lane", "triton_lane_tma", "triton_lane_chain"])
+@pytest.mark.parametrize("name", ["triton_lane", "triton_lane_tma", "triton_lane_chain", "triton_lane_pool"])
 def test_interpreter_lane(name: str) -> None:
     lane = Path(__file__).with_name(f"{name}.py")
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(lane)], text=True,

@@ -3,11 +3,15 @@ importing this package imports triton and registers them all.
 
 ``launch``: what every launch shares. ``heuristics``: problem → config, a pure function. ``epilogue`` and ``split_k``:
 device code that several kernels end in. ``tma`` and ``tma_config``: the same for descriptors. ``tail_config``: configs of
-``conv_tail``. ``interpreter``: Triton's interpreter, mended. The rest is one idea a file.
+``conv_tail``; ``pool_config``: of the kernels that end in a pooling. ``interpreter``: Triton's interpreter, mended. The
+rest is one idea a file.
 Each kernel was checked in the interpreter and compiled ahead of time for sm_80 to sm_120; no GPU has run one yet.
 """
 
-from . import add_act, bn_act, bn_act_backward, conv, conv_tail, conv_tma, pointwise, pointwise_pair, pointwise_tma
+from . import (
+    add_act, bn_act, bn_act_backward, conv, conv_tail, conv_tma, pointwise, pointwise_pair, pointwise_pool,
+    pointwise_tma,
+)
 
 __all__ = ["add_act", "bn_act", "bn_act_backward", "conv", "conv_tail", "conv_tma", "pointwise", "pointwise_pair",
-           "pointwise_tma"]
+           "pointwise_pool", "pointwise_tma"]

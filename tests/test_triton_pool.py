@@ -1,0 +1,126 @@
+"""The kernels that end in a pooling without a GPU: their configs as pure functions, what they decline, their machine code."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="no Triton on this platform")
+
+import triton
+from triton_ahead import Cubin, cubins
+
+from resnet_fast.dispatch import find
+from resnet_fast.kernels.triton import pool_config
+from resnet_fast.kernels.triton.heuristics import CHIPS
+from resnet_fast.kernels.triton.launch import INTERPRETED
+from resnet_fast.kernels.triton.pointwise_pool import head_of
+from resnet_fast.kernels.triton.pool_config import SLOTS, HeadConfig
+from resnet_fast.problem import Problem
+
+HOPPER = (9, 0)
+TENSOR = {(8, 0): "HMMA", (8, 9): "HMMA", (9, 0): "HGMMA", (10, 0): "UTCHMMA", (12, 0): "HMMA"}
+ahead = pytest.mark.skipif(
+    INTERPRETED or not triton.knobs.nvidia.cuobjdump,
+    reason="nothing is compiled under TRITON_INTERPRET=1" if INTERPRETED else "this Triton wheel brings no cuobjdump")
+
+
+def head(batch: int = 8, at: tuple[int, int] | None = HOPPER, dtype: torch.dtype = torch.bfloat16, **changes) -> Problem:
+    """ResNet-50's head at 224²."""
+    return Problem(**{"op": "pointwise_pool", "device": "cuda", "dtype": dtype, "x": (batch, 512, 7, 7), "layout": "nhwc",
+                      "weight": (2048, 512, 1, 1), "residual": "nhwc", "act": "relu", "capability": at, **changes})
+
+
+# ---------------------------------------------------------------- the head's configs
+
+@pytest.mark.parametrize("at", CHIPS, ids=lambda c: f"sm_{c[0]}{c[1]}")
+def test_every_head_fits_its_chip(at: tuple[int, int]) -> None:
+    for batch, dtype in ((batch, dtype) for batch in (1, 8, 37, 256) for dtype in (torch.bfloat16, torch.float32)):
+        for c in pool_config.head_configs(h := head_of(head(batch, at, dtype))):
+            assert c.shared(h.itemsize) <= CHIPS[at].shared and 1 <= c.images <= min(batch, SLOTS)
+
+
+def test_the_best_head_is_pure_and_wastes_few_rows() -> None:
+    """Five images of 49 pixels in 256 rows, thirteen in 640; a large map goes alone, an empty batch too."""
+    problems = [head(256), head(1), head(256, dtype=torch.float32), head(64, x=(64, 512, 10, 10))]
+    before = [pool_config.head_config(head_of(p)) for p in problems]
+    pool_config.head_configs.cache_clear()
+    assert [pool_config.head_config(head_of(p)) for p in reversed(problems)] == before[::-1]
+    many = before[0]
+    assert many.images * 49 >= 0.95 * -(-many.images * 49 // many.block_m) * many.block_m
+    assert before[1].images == 1 and pool_config.head_config(head_of(head(8, x=(8, 512, 100, 100)))).images == 1
+    assert pool_config.head_config(head_of(head(0, x=(0, 512, 7, 7)))).images == 1
+
+
+def test_the_heads_time_counts_waves_rows_and_bytes() -> None:
+    c = HeadConfig(5, 128, 128, 64, 8, 4)
+
+    def ns(batch: int, config: HeadConfig = c) -> float:
+        return pool_config.head_ns(head_of(head(batch)), config)
+
+    assert ns(40) == ns(36) < 0.6 * ns(45)  # sixteen filter tiles: eight groups fill 128 of 132 SMs
+    assert ns(40) < ns(40, replace(c, block_k=32)) and ns(40, replace(c, images=6)) > 1.4 * ns(40)
+
+
+# ---------------------------------------------------------------- refusals
+
+@pytest.mark.parametrize("id, problem, sentence, changes", [
+    ("triton.pointwise_pool", head(), "has no mean", {"x": (2, 512, 0, 7)}),
+    ("triton.pointwise_pool", head(), "the second one is nchw", {"residual": "nchw"}),
+    ("triton.pointwise_pool", head(), "the input is nchw", {"layout": "nchw"}),
+    ("triton.pointwise_pool", head(), "not float64", {"dtype": torch.float64}),
+    ("triton.pointwise_pool", head(), "need compute capability 8.0, this GPU has 7.5", {"capability": (7, 5)}),
+])
+def test_what_a_kernel_cannot_do_it_says(id: str, problem: Problem, sentence: str, changes: dict) -> None:
+    assert find(id).supports(problem) is None
+    assert sentence in find(id).supports(replace(problem, **changes))
+
+
+# ---------------------------------------------------------------- machine code
+
+def sound(cubin: Cubin, at: tuple[int, int]) -> None:
+    """Nothing spilled, shared memory within the chip's limit, 64-bit offsets into what grows with the batch."""
+    assert cubin.stack == 0 and not cubin.count("STL|LDL"), f"{cubin.name} spills {cubin.stack} bytes"
+    assert cubin.shared <= CHIPS[at].shared, f"{cubin.name} wants {cubin.shared} bytes of shared memory"
+    assert not {"x", "residual", "out"} & cubin.narrow, f"32-bit offsets into {cubin.narrow}"
+
+
+HEADS = [(at, {"batch": batch}) for at in TENSOR for batch in (1, 8)] + [(HOPPER, {"batch": 256})]
+HEADS += [(HOPPER, {"dtype": torch.float16, "x": (8, 512, 10, 10)}), (HOPPER, {"x": (8, 200, 7, 7), "weight": (100, 200, 1, 1)})]
+
+
+@ahead
+@pytest.mark.parametrize("at", TENSOR, ids=str)
+def test_no_head_spills(at: tuple[int, int]) -> None:
+    """Whatever tile is chosen for a batch, a map or channels with a remainder."""
+    shapes = [((n, 512, size, size), (2048, 512, 1, 1)) for n, size in ((1, 7), (2, 7), (4, 7), (32, 7), (1, 10))]
+    shapes += [((8, 200, 7, 7), (100, 200, 1, 1))]
+    for x, weight in shapes:
+        (cubin,) = cubins("triton.pointwise_pool", head(at=at, x=x, weight=weight))
+        sound(cubin, at)
+
+
+@ahead
+@pytest.mark.parametrize("at, changes", HEADS, ids=str)
+def test_head(at: tuple[int, int], changes: dict) -> None:
+    problem = head(**{"batch": changes.get("batch", 8), "at": at, **{k: v for k, v in changes.items() if k != "batch"}})
+    (cubin,) = cubins("triton.pointwise_pool", problem)
+    sound(cubin, at)
+    config = pool_config.head_config(head_of(problem))
+    assert cubin.shared <= config.shared(2) + 64  # tensor-memory barriers take a few bytes
+    # wgmma's rows are 64 filters; a batch of one has more use for twice the blocks.
+    assert cubin.count(rf"{TENSOR[at] if config.block_n >= 64 else 'HMMA'}\b")
+    assert cubin.count(r"LDG\.E\.128") and cubin.count(r"LDGSTS\.E.*\.128") and not cubin.count(r"LDG\.E\.U?(16|8)\b")
+    if at == HOPPER and config.block_n >= 64:
+        # The activations stay in registers between the two products.
+        assert any(listed.startswith("R, R, gdesc") for listed in cubin.operands), cubin.operands
+
+
+@ahead
+@pytest.mark.parametrize("at", [(8, 0), HOPPER, (10, 0)], ids=str)
+def test_a_float32_head_is_multiplied_in_float32(at: tuple[int, int]) -> None:
+    (cubin,) = cubins("triton.pointwise_pool", head(8, at, torch.float32))
+    sound(cubin, at)
+    assert cubin.count("FFMA") and not cubin.count("HMMA|HGMMA|UTC")  # no TF32 behind anyone's back
