@@ -94,3 +94,108 @@ def _heads(h: Head) -> Iterator[HeadConfig]:
         tile = block_m * block_n
         num_warps = 8 if tile > (64 * 64 if tensor_memory else 64 * 128 if half else 1024) else 4
         yield HeadConfig(images, block_m, block_n, block_k, num_warps, max(2, min(4, ceil(h.channels / block_k))))
+
+
+# ---------------------------------------------------------------- the stem
+
+# Estimates as in ``heuristics``: the maxima of a row of the convolution, and a block's filters on their way.
+_MAXIMA_NS, _FILTERS_NS = 150.0, 2000.0
+
+
+@dataclass(frozen=True)
+class Stem:
+    """x's shape, filters, their rows and columns, the dtype's bytes, whether x is uint8."""
+
+    images: int
+    channels: int
+    height: int
+    width: int
+    filters: int
+    r: int
+    s: int
+    itemsize: int = 2
+    bytes: bool = False
+    capability: tuple[int, int] | None = None
+
+    @property
+    def convolved(self) -> tuple[int, int]:
+        """Height and width of the convolution."""
+        return (self.height - 1) // 2 + 1, (self.width - 1) // 2 + 1
+
+    @property
+    def pooled(self) -> tuple[int, int]:
+        oh, ow = self.convolved
+        return (oh - 1) // 2 + 1, (ow - 1) // 2 + 1
+
+    @property
+    def pad(self) -> int:
+        """Pixels that a slot reads before its first, so that it begins at a multiple of four."""
+        return -(self.s // 2) % 4
+
+    @property
+    def span(self) -> int:
+        """Elements of an image row that a slot reads, for its even and its odd column."""
+        return max(16, heuristics._power_of_two((self.pad + self.s + 2) * self.channels))
+
+    @property
+    def taps(self) -> int:
+        """Rows of the filter where all are one product."""
+        return heuristics._power_of_two(self.r)
+
+    def tiles(self, block_m: int) -> int:
+        """Tiles over the columns of all images: each has one slot of the tile before."""
+        return max(1, ceil((self.images * self.pooled[1] - 1) / (block_m - 1)))
+
+
+@dataclass(frozen=True)
+class StemConfig:
+    """Pooled columns and filters of a block, pooled rows that it walks, whether its filters stay in shared memory."""
+
+    block_m: int
+    block_n: int
+    rows: int
+    resident: bool
+    num_warps: int
+    num_stages: int
+
+    def shared(self, s: Stem) -> int:
+        """Bytes of shared memory: both columns' filters, rows under way, and the odd columns that pass to the next slot."""
+        matrix_unit_waits = s.capability is not None and s.capability[0] in (9, 10, 11)
+        under_way = self.num_stages if matrix_unit_waits else self.num_stages - 1
+        depth = s.span * (s.taps if self.resident else 1)
+        return depth * s.itemsize * (2 * self.block_n + under_way * self.block_m) + 4 * self.block_m * self.block_n
+
+
+def stem_ns(s: Stem, c: StemConfig) -> float:
+    """Predicted nanoseconds: waves × (filters + rows of the convolution × (matrix units, shared by an SM's blocks, + maxima))."""
+    on = chip(s.capability)
+    blocks = ceil(s.filters / c.block_n) * ceil(s.pooled[0] / c.rows) * s.tiles(c.block_m)
+    resident = max(1, min(on.shared_sm // (c.shared(s) + heuristics._KIB), 65536 // (128 * 32 * c.num_warps)))
+    rate = on.mma if s.itemsize == 2 else on.fma
+    depth = s.span * (s.taps if c.resident else s.r)
+    row = 2 * c.block_m * 2 * c.block_n * depth / rate
+    working = min(resident, ceil(blocks / on.sms))
+    return ceil(blocks / (on.sms * resident)) * (_FILTERS_NS + (2 * c.rows + 1) * max(working * row, row + _MAXIMA_NS))
+
+
+@lru_cache(maxsize=4096)
+def stem_configs(s: Stem) -> tuple[StemConfig, ...]:
+    """Every config that fits the chip, best predicted first; ties go to more rows a block, whose last is computed twice."""
+    on, half = chip(s.capability), s.itemsize == 2
+    # Filters that stay are an operand in shared memory of wgmma and tcgen05; mma.sync would keep them all in registers.
+    # The sizes are those that ptxas spills nothing of.
+    stay = half and (s.capability is None or s.capability[0] in (9, 10, 11))
+    tensor_memory = s.capability is not None and s.capability[0] in (10, 11)
+    forms = [StemConfig(64, 64 if tensor_memory and not s.bytes else 32, 1, True, 8, 2)] if stay else []
+    forms = [c for c in forms if c.shared(s) <= on.shared] or [StemConfig(64, 32, 1, False, 4, 2) if half else StemConfig(32, 16, 1, False, 4, 2)]
+    fitting = [StemConfig(c.block_m, c.block_n, rows, *_form(c)) for c in forms for rows in range(1, s.pooled[0] + 1)]
+    return tuple(sorted(fitting, key=lambda c: (stem_ns(s, c), -c.rows)))
+
+
+def stem_config(s: Stem) -> StemConfig:
+    """The config the stem runs with when no table says otherwise."""
+    return stem_configs(s)[0]
+
+
+def _form(c: StemConfig) -> tuple:
+    return c.resident, c.num_warps, c.num_stages
