@@ -123,7 +123,7 @@ STEMS = {
     "tiles end inside an image, bands inside the map": (stem((3, 3, 22, 37), 20), StemConfig(16, 16, 2, True, 4, 2)),
     "as many columns as slots": (stem((2, 3, 14, 30)), StemConfig(16, 16, 1, True, 4, 2)),
     "one column more": (stem((1, 3, 9, 65)), StemConfig(16, 16, 3, True, 4, 2)),
-    "odd sizes": (stem((2, 3, 17, 19)), StemConfig(16, 16, 2, True, 4, 2)),
+    "odd sizes, odd rows and columns": (stem((2, 3, 17, 21)), StemConfig(16, 16, 2, True, 4, 2)),
     "sizes of 4n + 1 and 4n + 3": (stem((2, 3, 13, 23)), StemConfig(16, 16, 9, True, 4, 2)),
     "uneven filter": (stem((2, 2, 12, 15), 8, (3, 5)), StemConfig(16, 16, 2, True, 4, 2)),
     "single tap": (stem((2, 4, 11, 9), 8, (1, 1)), StemConfig(16, 16, 2, True, 4, 2)),

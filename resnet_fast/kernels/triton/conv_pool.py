@@ -1,21 +1,28 @@
 """The stem: convolution of stride 2 + bias + ReLU + 3×3 max pooling of stride 2, whose convolution stays on the chip.
 
-    out[n, i, j, k] = max over p in 2i−1…2i+1, q in 2j−1…2j+1 of relu(bias[k] + Σ_{r,s,c} x'[n, 2p − R//2 + r, 2q − S//2 + s, c] · w[k, r, s, c])
+    out[n, i, j, k] = max over p in 2i−1…2i+1, q in 2j−1…2j+1 of relu(z[n, p, q, k] + bias[k])
+    z[n, p, q, k] = Σ_{r,s,c} x'[n, 2p − R//2 + r, 2q − S//2 + s, c] · w[k, r, s, c]
 
-x: NHWC of C ≤ 4 channels, x' = x, or uint8 and x' = (x − mean)/std, divided exactly, rounded to w's dtype and zero outside the picture; w: [K, R, S, C]
-(channels_last), R, S ≤ 7; out: NHWC. A block owns BLOCK_M pooled columns, of all images one after the other, × BLOCK_N filters and walks down ``rows``
-pooled rows, one row of the convolution at a time, of which it keeps the running maxima:
-- columns 2j and 2j+1 are one product: their pixels overlap, a row's share is SPAN neighbouring elements (30 of 32 at 7×7×3), read 8 bytes at a time, and
-  the filters lie twice in shared memory, at both offsets, for as long as the block lives;
-- column 2j−1 is the odd one of the slot to the left, once every pooled row; tiles overlap by one slot for it. Row 2i+1 is kept for the next pooled row;
-- maximum, adding a bias, rounding and ReLU commute: the maxima are of raw sums, from −∞ where the convolution has no pixel.
-A zero weight times NaN or infinity is NaN: a block that meets a NaN walks again, columns apart and with only their own pixels.
+x: NHWC of C ≤ 4 channels, x' = x; or uint8, x' = (x − mean)/std, divided exactly, rounded to w's dtype and zero outside
+the picture. w: [K, R, S, C] (channels_last), R, S ≤ 7; out: NHWC. A block owns BLOCK_M pooled columns, of all images one
+after the other, × BLOCK_N filters, and walks down some pooled rows, one row of the convolution at a time, of which it
+keeps the running maxima:
+- columns 2j and 2j+1 are one product: their pixels overlap, a row's share is SPAN neighbouring elements (30 of 32 at
+  7×7×3), read 8 bytes at a time; the filters lie in shared memory at both offsets for as long as the block lives. Before
+  Hopper the operands of products are registers, which would hold them all: there each row of taps fetches them again;
+- column 2j−1 is the odd one of the slot to the left, fetched once every pooled row; tiles overlap by one slot for it. Row
+  2i+1 is kept for the next pooled row;
+- maximum commutes with adding a bias, rounding and ReLU: the maxima are of raw sums, −∞ where there is no column or row.
+A zero weight times NaN or infinity is NaN: a block that meets a NaN walks again, columns apart and with only their own
+pixels.
 
-Floor: (N·H·W·C · (1 or itemsize) + N·H'·W'·K · itemsize) bytes and 2·N·P·Q·R·S·C·K FLOP, P × Q the convolution's size. ResNet's at 224², bf16, an image:
-0.70 MB (0.55 from uint8) and 236 MFLOP; on an H200 (4.3 TB/s, 790 TFLOP/s) 0.16 µs (0.13) by memory, 0.30 by its matrix units. This form takes 8·32
-products for 7·21 and (2·rows + 1)/(2·rows) of the rows: a predicted 0.54 µs by its matrix units. The convolution and the pooling one after the other
-move 3.9 MB, 0.91 µs. Each of the nine window positions as a product of its own would be 9/4 of the work, on scattered loads of 2 bytes.
-Source: implicit GEMM, Chetlur et al. 2014; the running maxima are van Herk's, 1992, with a window of three.
+Floor: (N·H·W·C · itemsize, or · 1 from uint8, + N·H'·W'·K · itemsize) bytes and 2·N·P·Q·R·S·C·K FLOP, P × Q the
+convolution's size. ResNet's at 224², bf16, an image: 0.70 MB (0.55 from uint8) and 236 MFLOP; on an H200 (4.3 TB/s,
+790 TFLOP/s) 0.16 µs (0.13) by memory, 0.30 by its matrix units. This form takes 8·32 products for 7·21 and one row more
+a block: predicted 0.55 µs by its matrix units, 0.61 with all that ``stem_ns`` counts. The convolution and the pooling one
+after the other move 3.9 MB, 0.91 µs. A product for each window position would be 9/4 of the least work (0.67 µs) on
+scattered loads of 2 bytes.
+Source: implicit GEMM, Chetlur et al. 2014; running maxima, van Herk 1992, with a window of three.
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ def stem_configs(s: Stem) -> tuple[StemConfig, ...]:
     on, half = chip(s.capability), s.itemsize == 2
     # Filters that stay are an operand in shared memory of wgmma and tcgen05; mma.sync would keep them all in registers.
     # The sizes are those that ptxas spills nothing of.
-    stay = half and (s.capability is None or s.capability[0] in (9, 10, 11))
+    stay = s.capability is None or half and s.capability[0] in (9, 10, 11)
     tensor_memory = s.capability is not None and s.capability[0] in (10, 11)
     forms = [StemConfig(64, 64 if tensor_memory and not s.bytes else 32, 1, True, 8, 2)] if stay else []
     forms = [c for c in forms if c.shared(s) <= on.shared] or [StemConfig(64, 32, 1, False, 4, 2) if half else StemConfig(32, 16, 1, False, 4, 2)]
