@@ -8,10 +8,7 @@ rest is one idea a file.
 Each kernel was checked in the interpreter and compiled ahead of time for sm_80 to sm_120; no GPU has run one yet.
 """
 
-from . import (
-    add_act, bn_act, bn_act_backward, conv, conv_pool, conv_tail, conv_tma, pointwise, pointwise_pair,
-    pointwise_pool, pointwise_tma,
-)
+from . import add_act, bn_act, bn_act_backward, conv, conv_pool, conv_tail, conv_tma, pointwise, pointwise_pair, pointwise_pool, pointwise_tma
 
 __all__ = ["add_act", "bn_act", "bn_act_backward", "conv", "conv_pool", "conv_tail", "conv_tma", "pointwise",
            "pointwise_pair", "pointwise_pool", "pointwise_tma"]
