@@ -180,7 +180,7 @@ def tables(run: Run, deadline: float) -> str | None:
     return run.job("tables", Job("tables", "fill_tables", args), deadline)
 
 
-PLAYERS = ("eager-nchw", "eager", "folded", "ours", "ours-plan")
+PLAYERS = ("eager-nchw", "eager", "folded", "ours", "ours-plan", "ours-plan-across")
 
 
 def network(run: Run, stage: str, name: str, deadline: float, silence: float, *more: str, mode: str = "infer",

@@ -19,7 +19,7 @@ from resnet_fast.dispatch import find
 from resnet_fast.fold import fold
 from resnet_fast.layers import layers
 from resnet_fast.measure import Case, known_ceilings, measure
-from resnet_fast.problem import Problem
+from resnet_fast.problem import ACROSS, Problem
 from resnet_fast.providers import PROVIDERS
 from resnet_fast.report.ledger import Machine, here
 from resnet_fast.timing import Timing, interleaved
@@ -201,13 +201,14 @@ def bar(sets: list[tuple], problem: Problem) -> list[Callable[[], object]]:
 # ---------------------------------------------------------------- tables
 
 def fill_tables(scale: Scale, alive: Alive, proved: list[str], first: list[str], folder: str) -> Cases:
-    """``autotune`` on the named problems, most to be gained first, then on the kernels of a training step."""
+    """``autotune`` on the named problems, most to be gained first, then on ops across convolutions and a training step's."""
     dtype = getattr(torch, scale.dtypes[0])
     convs = {p.key: p for batch in scale.batches for p in listed(scale, batch)}
+    groups = [p for op in ACROSS for batch in scale.batches for p in of_network(scale.model, batch, dtype, scale, op)]
     training = [p for op in ("bn_act", "bn_act_backward", "add_act", "add_act_backward")
                 for p in of_network(scale.model, scale.batches[0], dtype, scale, op)]
     machine = device(scale)
-    for problem in [*(convs[key] for key in first), *training]:
+    for problem in [*(convs[key] for key in first), *groups, *training]:
         yield problem.key, lambda p=problem: tuned(p, proved, machine, Path(folder))
 
 

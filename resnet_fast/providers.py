@@ -20,6 +20,7 @@ from .accelerate import accelerate
 from .dispatch import named, use
 from .models import create_model
 from .plan import plan
+from .problem import ACROSS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODES = ("infer", "train")
@@ -186,6 +187,11 @@ def _plan(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[[Te
     return plan(model, example, dtype=dtype)
 
 
+def _plan_across(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Every kind of group; one of which no kernel has won on this GPU runs step by step."""
+    return plan(model, example, dtype=dtype, across=ACROSS)
+
+
 # ---------------------------------------------------------------- training
 
 class TrainStep:
@@ -237,6 +243,7 @@ PROVIDERS = {p.id: p for p in (
     Provider("ours", "resnet_fast, drop-in", _dropin, _train(_ours), ours=True),
     Provider("ours-accelerate", "resnet_fast, accelerate()", _accelerate, _train(_accelerated), ours=True),
     Provider("ours-plan", "resnet_fast, plan()", _plan, ours=True),
+    Provider("ours-plan-across", "resnet_fast, plan(across=…)", _plan_across, devices=("cuda",), ours=True),
     Provider("openvino", "OpenVINO", engines.openvino, None, engines.missing("openvino"), ("cpu",), ("fp32", "bf16")),
     Provider("onnxruntime", "ONNX Runtime", engines.onnxruntime, None,
              engines.missing("onnxruntime", "onnx", "onnxscript"), dtypes=("fp32", "fp16")),
