@@ -131,8 +131,9 @@ def test_explain_of_training_leaves_the_statistics_alone():
     assert model.bn1.num_batches_tracked.item() == 0 and not model.bn1.running_mean.any()
 
 
-def test_explain_across(capsys):
+def test_explain_across(capsys, monkeypatch):
     """The plan's groups with their kernel, beside the unfused steps too; not where there is no plan."""
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow terminal would cut the reason
     assert main(["explain", "resnet50", "--size", "32", "--across", "pointwise_pair", "conv_pool"]) == 0
     said = capsys.readouterr().out
     assert said.count("pointwise_pair") == 4 and said.count("conv_pool") == 1 and "one by one" in said

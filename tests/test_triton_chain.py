@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="no Triton on this platform")
 
 import triton
 from triton_ahead import Cubin, cubins
+from triton_interpreter import run_lane
 
 from resnet_fast.dispatch import find
 from resnet_fast.kernels.triton import tail_config
@@ -189,3 +190,7 @@ def test_tails(name: str, at: tuple[int, int], changes: dict) -> None:
     else:
         assert cubin.count(rf"{TENSOR[at]}\b") and cubin.count(r"LDGSTS\.E.*\.128")
     assert cubin.count(r"STG\.E\.128") == cubin.count("STG")
+
+
+def test_interpreter_lane() -> None:
+    run_lane("triton_lane_chain")

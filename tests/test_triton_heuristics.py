@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="no Triton on this platform")
 
+from triton_interpreter import run_lane
+
 from resnet_fast.dispatch import find, kernels
 from resnet_fast.kernels.triton import heuristics, launch
 from resnet_fast.kernels.triton.heuristics import CHIPS, Gemm, chip, gemm, gemm_config, gemm_configs, predicted_ns
@@ -180,5 +182,9 @@ def test_the_family_is_registered() -> None:
     ours = {k.id: k.op for k in kernels() if k.id.startswith("triton.")}
     assert ours == {"triton.conv": "conv_bn_act", "triton.pointwise": "conv_bn_act",
                     "triton.conv_tma": "conv_bn_act", "triton.pointwise_tma": "conv_bn_act",
-                    **{f"triton.{op}": op for op in ("pointwise_pair", "conv_tail")},
+                    **{f"triton.{op}": op for op in ("pointwise_pair", "conv_tail", "conv_pool", "pointwise_pool")},
                     **{f"triton.{op}": op for op in ("add_act", "add_act_backward", "bn_act", "bn_act_backward")}}
+
+
+def test_interpreter_lane() -> None:
+    run_lane("triton_lane")

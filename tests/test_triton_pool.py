@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="no Triton on this platform")
 
 import triton
 from triton_ahead import Cubin, cubins
+from triton_interpreter import run_lane
 
 from resnet_fast.dispatch import find
 from resnet_fast.kernels.triton import pool_config
@@ -200,3 +201,7 @@ def test_stem(at: tuple[int, int], dtype: torch.dtype, bytes: bool) -> None:
     assert cubin.count(rf"{TENSOR[at]}\b") and (bytes or cubin.count(r"LDGSTS\.E\.64"))
     if at == HOPPER and not bytes:
         assert all(listed.startswith("R, gdesc[UR], R") for listed in cubin.operands), cubin.operands
+
+
+def test_interpreter_lane() -> None:
+    run_lane("triton_lane_pool")

@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="no Triton on this platform")
 
 import triton
 from triton_ahead import cubins
+from triton_interpreter import run_lane
 
 from resnet_fast.dispatch import find
 from resnet_fast.kernels.triton import conv_tma, tma_config
@@ -211,3 +212,7 @@ def test_a_skipped_tap_costs_no_spill_and_small_batches_compile() -> None:
         p = dataclasses.replace(p, dtype=torch.float16)
         for cubin in cubins(kernel_of(p), p):
             assert cubin.stack == 0 and cubin.count("HGMMA")
+
+
+def test_interpreter_lane() -> None:
+    run_lane("triton_lane_tma")

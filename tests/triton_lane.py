@@ -1,4 +1,4 @@
-"""The interpreter lane itself: Triton's kernels against float64 on the CPU. ``test_triton_interpreter.py`` runs it."""
+"""The interpreter lane itself: Triton's kernels against float64 on the CPU. ``test_triton_heuristics.py`` runs it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from resnet_fast.kernels.triton.heuristics import GemmConfig, MergeConfig, RowsC
 from resnet_fast.problem import Problem
 from resnet_fast.testing import assert_rule, check_kernel, eager, make_args, nasty_problems, oracle, same_nonfinite
 
-assert launch.INTERPRETED, "this file needs TRITON_INTERPRET=1; pytest tests/test_triton_interpreter.py sets it"
+assert launch.INTERPRETED, "this file needs TRITON_INTERPRET=1; pytest tests/test_triton_heuristics.py sets it"
 
 KERNELS = ("triton.conv", "triton.pointwise", "triton.add_act", "triton.add_act_backward", "triton.bn_act",
            "triton.bn_act_backward")

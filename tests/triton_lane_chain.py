@@ -1,4 +1,4 @@
-"""The interpreter lane of the kernels over several 1×1 and 3×3 convolutions; ``test_triton_interpreter.py`` runs it."""
+"""The interpreter lane of the kernels over several 1×1 and 3×3 convolutions; ``test_triton_chain.py`` runs it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from resnet_fast.kernels.triton.tail_config import tail as tail_of
 from resnet_fast.problem import Problem
 from resnet_fast.testing import check_kernel, eager, make_args, nasty_problems, same_nonfinite
 
-assert launch.INTERPRETED, "this file needs TRITON_INTERPRET=1; pytest tests/test_triton_interpreter.py sets it"
+assert launch.INTERPRETED, "this file needs TRITON_INTERPRET=1; pytest tests/test_triton_chain.py sets it"
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

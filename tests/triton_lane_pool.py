@@ -1,4 +1,4 @@
-"""The interpreter lane of the kernels that end in a pooling, stem and head. ``test_triton_interpreter.py`` runs it."""
+"""The interpreter lane of the kernels that end in a pooling, stem and head. ``test_triton_pool.py`` runs it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from resnet_fast.kernels.triton.pool_config import HeadConfig, StemConfig, stem_
 from resnet_fast.problem import Problem
 from resnet_fast.testing import check_kernel, eager, make_args, nasty_problems, same_nonfinite
 
-assert launch.INTERPRETED, "this file needs TRITON_INTERPRET=1; pytest tests/test_triton_interpreter.py sets it"
+assert launch.INTERPRETED, "this file needs TRITON_INTERPRET=1; pytest tests/test_triton_pool.py sets it"
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -1,4 +1,4 @@
-"""The interpreter lane of the kernels on tensor descriptors; ``test_triton_interpreter.py`` runs it as ``triton_lane.py``.
+"""The interpreter lane of the kernels on tensor descriptors; ``test_triton_tma.py`` runs it.
 
 The interpreter reads and writes descriptors as their definition says: zero outside on either side, nothing written there.
 """
@@ -17,7 +17,7 @@ from resnet_fast.kernels.triton.tma_config import TileConfig
 from resnet_fast.problem import Problem
 from resnet_fast.testing import check_kernel, eager, make_args, nasty_problems, same_nonfinite
 
-assert launch.INTERPRETED, "this file needs TRITON_INTERPRET=1; pytest tests/test_triton_interpreter.py sets it"
+assert launch.INTERPRETED, "this file needs TRITON_INTERPRET=1; pytest tests/test_triton_tma.py sets it"
 
 MODULES = {"triton.pointwise_tma": pointwise_tma, "triton.conv_tma": conv_tma}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
