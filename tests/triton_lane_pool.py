@@ -107,7 +107,8 @@ def test_the_host_asks_for_the_head_of_its_problem(monkeypatch: pytest.MonkeyPat
 
 # ---------------------------------------------------------------- the stem
 
-@pytest.mark.parametrize("problem", grid("conv_pool"))
+# Bytes are normalised in float32 whatever the dtype: one of the halves is enough for them.
+@pytest.mark.parametrize("problem", [case for case in grid("conv_pool") if not (case.values[0].bytes and case.values[0].dtype == torch.float16)])
 def test_stem_on_the_nasty_grid(problem: Problem) -> None:
     right("triton.conv_pool", problem)
 
