@@ -39,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--dtypes", type=words, help=f"of {', '.join(DTYPES)} (default fp32; on cuda bf16)")
     group.addoption("--modes", type=words, help="infer, train (default infer; with --full both)")
     group.addoption("--providers", type=words, help="ids, or kernel:ID (default: all that are installed)")
-    group.addoption("--kernels", type=words, help="op level: these kernels only")
+    group.addoption("--kernels", type=words, help="op level: these kernels only, ids or files of your own")
     group.addoption("--full", action="store_true", help="models, batches, dtypes and modes of the published tables")
     group.addoption("--scaling", choices=SCALING, help="a curve over batch, image size or depth instead of the table")
     group.addoption("--cold", action="store_true", help="also cold starts, each in a fresh process")

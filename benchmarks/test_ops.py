@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from resnet_fast.dispatch import find, kernels
+from resnet_fast.dispatch import find, kernels, named
 from resnet_fast.measure_op import BASELINES, measure_op, op_problems
 from resnet_fast.problem import Problem
 from resnet_fast.providers import DTYPES
@@ -24,7 +24,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             for batch in get("--batches") or [256 if on_gpu else 1]:
                 for size in get("--sizes"):
                     problems |= dict.fromkeys(op_problems(model, batch, size, DTYPES[dtype], device, capability))
-    wanted = [find(id) for id in get("--kernels")] if get("--kernels") else kernels()
+    wanted = [k for name in get("--kernels") for k in named(name)] if get("--kernels") else kernels()
     whole = get("--full") or get("--kernels")
     pairs = [(p, id) for p in problems if whole or p.op == "conv_bn_act"
              for id in (*BASELINES[p.op], *(k.id for k in wanted if k.op == p.op and k.available() is None))]

@@ -217,3 +217,19 @@ def test_suites_report_through_pytest_benchmark(tmp_path: Path) -> None:
         assert benchmarks[id]["stats"]["median"] == pytest.approx(row["seconds"])
         assert benchmarks[id]["stats"]["rounds"] == row["rounds"]
         assert benchmarks[id]["extra_info"]["eager_error"] == row["eager_error"]
+
+
+def test_a_suite_refuses_a_wrong_kernel_of_ones_own(tmp_path: Path) -> None:
+    """A file is a kernel here too; what breaks the rule fails its test and gets no time."""
+    pytest.importorskip("pytest_benchmark")
+    mine, saved = tmp_path / "mine.py", tmp_path / "b.json"
+    mine.write_text("import resnet_fast\nfrom resnet_fast.dispatch import find\n"
+                    "@resnet_fast.kernel('mine.add', op='add_act', supports=lambda p: None)\n"
+                    "def add(*args):\n    return find('aten.add_act').fn(*args) * 1.01\n")
+    command = [sys.executable, "-m", "pytest", "benchmarks/test_ops.py", "-q", "-p", "no:cacheprovider", "-k", "add_act and not backward",
+               "--models", "resnet18", "--sizes", "32", "--kernels", str(mine), "--seconds", "1", "--benchmark-json", str(saved)]
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    told = [b["extra_info"] for b in json.loads(saved.read_text())["benchmarks"]]
+    assert done.returncode == 1 and "mine.add" in done.stdout, done.stdout
+    assert told and "mine.add" not in str(told)
