@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_fast.layers import layers
+from resnet_fast.layers import across, layers
 from resnet_fast.problem import Problem
 
 SNAPSHOT = Path(__file__).parent / "counts_triton.json"
@@ -23,14 +23,20 @@ HOPPER = (9, 0)
 LAYERS = ("conv1", "layer1.0.conv2", "layer2.0.conv2", "layer2.1.conv3", "layer3.1.conv1")
 AFTER = Problem("bn_act", "cuda", torch.bfloat16, (256, 256, 56, 56), "nhwc", act="relu", residual="nhwc",
                 capability=HOPPER)
+# By tensor descriptors: a 3×3, and a 1×1 that narrows.
+BY_TMA = {"layer1.0.conv2": "triton.conv_tma", "layer3.1.conv1": "triton.pointwise_tma"}
 TRITON = importlib.util.find_spec("triton")
 
 
 def cases() -> dict[str, tuple[str, Problem]]:
     """Name → (kernel, problem)."""
-    found = {layer.name: layer.problem for layer in layers("resnet50", 256, 224, torch.bfloat16, "cuda", HOPPER)}
+    single = layers("resnet50", 256, 224, torch.bfloat16, "cuda", HOPPER)
+    found = {layer.name: layer.problem for layer in single}
+    # Of each op across convolutions the network's first.
+    groups = {group.problem.op: (f"triton.{group.problem.op}", group.problem) for group in reversed(across(single))}
+    tma = {f"{name} by TMA": (kernel, found[name]) for name, kernel in BY_TMA.items()}
     named = {name: ("triton.pointwise" if found[name].pointwise else "triton.conv", found[name]) for name in LAYERS}
-    return {**named, "bn_act + residual": ("triton.bn_act", AFTER)}
+    return {**named, **tma, **groups, "bn_act + residual": ("triton.bn_act", AFTER)}
 
 
 def counts(kernel: str, problem: Problem) -> dict[str, int]:
