@@ -129,7 +129,7 @@ def test_a_batch_is_not_cut_where_images_see_each_other(passes, monkeypatch) -> 
 
 
 class Odd(nn.Module):
-    """Residuals that are read again, that broadcast, and that are a convolution's own input."""
+    """Residuals that are read again, that broadcast, that promote, and that are a convolution's own input."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -141,13 +141,13 @@ class Odd(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.norms[0](self.convs[0](x)))
         y = torch.relu(self.norms[1](self.convs[1](x)) + x)
-        first = y if self.kind == "read again" else y.mean((2, 3), keepdim=True)
-        z = torch.relu(self.norms[2](self.convs[2](y)) + first)
+        first = {"read again": y, "broadcasts": y.mean((2, 3), keepdim=True), "promotes": y.double() / 3}[self.kind]
+        z = torch.relu(self.norms[2](self.convs[2](y)) + first).to(y.dtype)
         z = torch.relu(self.norms[3](self.convs[3](z)) + z)
         return self.fc(torch.cat([z.mean((2, 3)), y.mean((2, 3))], 1))
 
 
-@pytest.mark.parametrize("kind", ["read again", "broadcasts"])
+@pytest.mark.parametrize("kind", ["read again", "broadcasts", "promotes"])
 def test_residuals_that_nothing_may_write(kind) -> None:
     theirs = shake(Odd(kind)).eval()
     ours = resnet_fast.accelerate(copy.deepcopy(theirs))

@@ -11,19 +11,13 @@ import torch
 
 pytest.importorskip("triton", reason="no Triton on this platform")
 
-import triton
-from triton_ahead import Cubin, cubins
+from triton_ahead import TENSOR, Cubin, ahead, cubins
 
 from resnet_fast.kernels.triton.heuristics import CHIPS, gemm, gemm_config
-from resnet_fast.kernels.triton.launch import INTERPRETED
 from resnet_fast.problem import Problem
 
-pytestmark = pytest.mark.skipif(
-    INTERPRETED or not triton.knobs.nvidia.cuobjdump,
-    reason="nothing is compiled under TRITON_INTERPRET=1" if INTERPRETED else "this Triton wheel brings no cuobjdump")
+pytestmark = ahead
 
-# What each generation's matrix instruction is called in SASS: mma.sync, wgmma, tcgen05.
-TENSOR = {(8, 0): "HMMA", (8, 9): "HMMA", (9, 0): "HGMMA", (10, 0): "UTCHMMA", (12, 0): "HMMA"}
 
 
 def conv(name: str, capability: tuple[int, int], dtype: torch.dtype = torch.bfloat16, batch: int = 256) -> Problem:

@@ -11,19 +11,16 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="no Triton on this platform")
 
-import triton
-from triton_ahead import Cubin, cubins
+from triton_ahead import TENSOR, Cubin, ahead, cubins
 from triton_interpreter import run_lane
 
 from resnet_fast.dispatch import find
 from resnet_fast.kernels.triton import tail_config
 from resnet_fast.kernels.triton.heuristics import CHIPS, Gemm, gemm_config
-from resnet_fast.kernels.triton.launch import INTERPRETED
 from resnet_fast.kernels.triton.tail_config import MIDDLES, Tail, TailConfig, tail
 from resnet_fast.problem import Problem
 
 HOPPER = (9, 0)
-TENSOR = {(8, 0): "HMMA", (8, 9): "HMMA", (9, 0): "HGMMA", (10, 0): "UTCHMMA", (12, 0): "HMMA"}
 # ResNet-50's ends of first blocks: conv3's channels, filters, size; the block's input and stride.
 PAIRS = {"layer1": (64, 256, 56, 64, 1), "layer2": (128, 512, 28, 256, 2), "layer3": (256, 1024, 14, 512, 2),
          "layer4": (512, 2048, 7, 1024, 2)}
@@ -138,9 +135,6 @@ def test_a_tail_says_what_a_block_cannot_keep() -> None:
 
 # ---------------------------------------------------------------- machine code
 
-ahead = pytest.mark.skipif(
-    INTERPRETED or not triton.knobs.nvidia.cuobjdump,
-    reason="nothing is compiled under TRITON_INTERPRET=1" if INTERPRETED else "this Triton wheel brings no cuobjdump")
 
 
 def sound(cubin: Cubin, at: tuple[int, int], least_shared: int) -> None:

@@ -10,23 +10,18 @@ import torch
 pytest.importorskip("triton", reason="no Triton on this platform")
 
 import triton
-from triton_ahead import Cubin, cubins
+from triton_ahead import TENSOR, Cubin, ahead, cubins
 from triton_interpreter import run_lane
 
 from resnet_fast.dispatch import find
 from resnet_fast.kernels.triton import pool_config
 from resnet_fast.kernels.triton.conv_pool import stem_of
 from resnet_fast.kernels.triton.heuristics import CHIPS
-from resnet_fast.kernels.triton.launch import INTERPRETED
 from resnet_fast.kernels.triton.pointwise_pool import head_of
 from resnet_fast.kernels.triton.pool_config import SLOTS, HeadConfig, StemConfig
 from resnet_fast.problem import Problem
 
 HOPPER = (9, 0)
-TENSOR = {(8, 0): "HMMA", (8, 9): "HMMA", (9, 0): "HGMMA", (10, 0): "UTCHMMA", (12, 0): "HMMA"}
-ahead = pytest.mark.skipif(
-    INTERPRETED or not triton.knobs.nvidia.cuobjdump,
-    reason="nothing is compiled under TRITON_INTERPRET=1" if INTERPRETED else "this Triton wheel brings no cuobjdump")
 
 
 def head(batch: int = 8, at: tuple[int, int] | None = HOPPER, dtype: torch.dtype = torch.bfloat16, **changes) -> Problem:

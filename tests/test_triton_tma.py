@@ -11,13 +11,12 @@ import torch
 pytest.importorskip("triton", reason="no Triton on this platform")
 
 import triton
-from triton_ahead import cubins
+from triton_ahead import TENSOR, ahead, cubins
 from triton_interpreter import run_lane
 
 from resnet_fast.dispatch import find
 from resnet_fast.kernels.triton import conv_tma, tma_config
 from resnet_fast.kernels.triton.heuristics import CHIPS, Gemm, gemm
-from resnet_fast.kernels.triton.launch import INTERPRETED
 from resnet_fast.kernels.triton.tma_config import TileConfig, Window
 from resnet_fast.problem import Problem
 from resnet_fast.testing import model_problems
@@ -140,10 +139,6 @@ def test_float32_has_other_sixteen_bytes() -> None:
 
 # ---------------------------------------------------------------- machine code
 
-ahead = pytest.mark.skipif(
-    INTERPRETED or not triton.knobs.nvidia.cuobjdump,
-    reason="nothing is compiled under TRITON_INTERPRET=1" if INTERPRETED else "this Triton wheel brings no cuobjdump")
-TENSOR = {(9, 0): "HGMMA", (10, 0): "UTCHMMA", (12, 0): "HMMA"}
 
 
 def layer(at: tuple[int, int], x: tuple[int, int], weight: tuple[int, int, int], stride: int = 1, residual: bool = False,

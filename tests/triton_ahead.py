@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import pytest
+import triton
+
 from resnet_fast.ahead import compile_call
 from resnet_fast.dispatch import find
+from resnet_fast.kernels.triton.launch import INTERPRETED
 from resnet_fast.machine_code import Launch as Cubin
 from resnet_fast.problem import Problem
 
-__all__ = ["Cubin", "cubins"]
+__all__ = ["TENSOR", "Cubin", "ahead", "cubins"]
+
+# What each generation's matrix instruction is called in SASS: mma.sync, wgmma, tcgen05.
+TENSOR = {(8, 0): "HMMA", (8, 9): "HMMA", (9, 0): "HGMMA", (10, 0): "UTCHMMA", (12, 0): "HMMA"}
+ahead = pytest.mark.skipif(
+    INTERPRETED or not triton.knobs.nvidia.cuobjdump,
+    reason="nothing is compiled under TRITON_INTERPRET=1" if INTERPRETED else "this Triton wheel brings no cuobjdump")
 
 
 def cubins(kernel: str, problem: Problem) -> tuple[Cubin, ...]:

@@ -12,6 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from resnet_fast.dispatch import find
+from resnet_fast.problem import Problem
+from resnet_fast.testing import check_kernel
+
 
 def run_lane(name: str) -> None:
     """Raises AssertionError with the end of what pytest printed."""
@@ -19,3 +23,10 @@ def run_lane(name: str) -> None:
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(lane)], text=True,
                           env={**os.environ, "TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout[-8000:]
+
+
+def right(id: str, problem: Problem) -> None:
+    """The kernel takes the problem and keeps the error rule on it; raises AssertionError."""
+    assert find(id).reason(problem) is None
+    verdict = check_kernel(find(id), problem)
+    assert verdict.ok, verdict.reason

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 
 import pytest
@@ -24,14 +23,6 @@ assert launch.INTERPRETED, "this file needs TRITON_INTERPRET=1; pytest tests/tes
 KERNELS = ("triton.conv", "triton.pointwise", "triton.add_act", "triton.add_act_backward", "triton.bn_act",
            "triton.bn_act_backward")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def _quiet_numpy():
-    """The interpreter computes with NumPy, which warns where a GPU silently gives an infinity or a NaN."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
-        yield
 
 
 def grid() -> list:

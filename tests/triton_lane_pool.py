@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+from triton_interpreter import right
 
 from resnet_fast.dispatch import find
 from resnet_fast.kernels.triton import conv_pool, launch, pointwise_pool
 from resnet_fast.kernels.triton.pool_config import HeadConfig, StemConfig, stem_config
 from resnet_fast.problem import Problem
-from resnet_fast.testing import check_kernel, eager, make_args, nasty_problems, same_nonfinite
+from resnet_fast.testing import eager, make_args, nasty_problems, same_nonfinite
 
 assert launch.INTERPRETED, "this file needs TRITON_INTERPRET=1; pytest tests/test_triton_pool.py sets it"
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def _quiet_numpy():
-    """The interpreter computes with NumPy, which warns where a GPU silently gives an infinity or a NaN."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
-        yield
-
-
-def right(id: str, problem: Problem) -> None:
-    assert find(id).reason(problem) is None
-    verdict = check_kernel(find(id), problem)
-    assert verdict.ok, verdict.reason
 
 
 def grid(op: str) -> list:

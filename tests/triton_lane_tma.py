@@ -6,16 +6,16 @@ The interpreter reads and writes descriptors as their definition says: zero outs
 from __future__ import annotations
 
 import dataclasses
-import warnings
 
 import pytest
 import torch
+from triton_interpreter import right
 
 from resnet_fast.dispatch import find
 from resnet_fast.kernels.triton import conv_tma, launch, pointwise_tma
 from resnet_fast.kernels.triton.tma_config import TileConfig
 from resnet_fast.problem import Problem
-from resnet_fast.testing import check_kernel, eager, make_args, nasty_problems, same_nonfinite
+from resnet_fast.testing import eager, make_args, nasty_problems, same_nonfinite
 
 assert launch.INTERPRETED, "this file needs TRITON_INTERPRET=1; pytest tests/test_triton_tma.py sets it"
 
@@ -23,24 +23,10 @@ MODULES = {"triton.pointwise_tma": pointwise_tma, "triton.conv_tma": conv_tma}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@pytest.fixture(autouse=True)
-def _quiet_numpy():
-    """The interpreter computes with NumPy, which warns where a GPU silently gives an infinity or a NaN."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
-        yield
-
-
 def problem(x, weight, dtype=torch.float32, **rest) -> Problem:
     padding = (weight[2] // 2, weight[3] // 2)
     return Problem(op="conv_bn_act", device="cpu", dtype=dtype, x=x, layout="nhwc", weight=weight,
                    **{"bn": True, "act": "relu", "residual": "nhwc", "padding": padding, **rest})
-
-
-def right(id: str, case: Problem) -> None:
-    assert find(id).reason(case) is None
-    verdict = check_kernel(find(id), case)
-    assert verdict.ok, verdict.reason
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
