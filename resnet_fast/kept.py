@@ -31,7 +31,7 @@ class Unfit(ValueError):
 
 
 class Kept:
-    """The programs of one network in inference, one for each input shape. Raises Unfit for a network or an input that has none."""
+    """The programs of one network in inference, one for each input shape. Raises Unfit for a network that has none."""
 
     def __init__(self, owner: nn.Module, inside: list[nn.Module]) -> None:
         try:
@@ -52,7 +52,7 @@ class Kept:
         self._pairs = {step.output: tuple(owner.get_submodule(path) for path in step.modules[:2])
                        for step in steps if step.op == "conv_bn_act"}
         self.imagewise = imagewise(steps, found.output)
-        self._programs: dict[tuple, Program] = {}
+        self._programs: dict[tuple, Program | None] = {}
 
     def describes(self, owner: nn.Module, inside: list[nn.Module]) -> bool:
         """Whether these are still the modules, made as they were, over the same tensors in the same places."""
@@ -61,19 +61,21 @@ class Kept:
                 and all(attributes.get("forward") is forward for attributes, forward in self._forwards)
                 and all(tensors.get(key) is t and _place(t) == place for tensors, key, t, place in self._held))
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """The answer; None for an input that has no program, or that does not fit the network, whose forward then says so in its own words."""
         x = x.contiguous(memory_format=torch.channels_last)
         key = x.shape, x.dtype
-        program = self._programs.get(key)
-        if program is not None:
-            return program(x)
+        if key in self._programs:
+            program = self._programs[key]
+            return None if program is None else program(x)
         try:
             program = Program(self._lowered, x, binder=self._bind)
-        except ValueError as problem:  # the input does not fit the network: its forward says so in its own words
-            raise Unfit(str(problem)) from problem
-        answer, program.answer = program.answer, None
-        if not isinstance(answer, Tensor) or answer.dim() > 2 or not answer.is_contiguous():
-            raise Unfit("its result's strides or structure would show how it lies inside")
+        except ValueError:  # Unfit among them
+            program = answer = None
+        else:
+            answer, program.answer = program.answer, None
+            if not isinstance(answer, Tensor) or answer.dim() > 2 or not answer.is_contiguous():
+                raise Unfit("its result's strides or structure would show how it lies inside")
         if len(self._programs) >= SHAPES:
             self._programs.pop(next(iter(self._programs)))
         self._programs[key] = program

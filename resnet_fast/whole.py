@@ -64,7 +64,8 @@ def at_once(owner: nn.Module, forward: Callable[[Tensor], Any], x: Tensor, insid
             out = _kept(state, owner, x, inside)
             if out is not None:
                 return out
-        state.kept = None
+        else:
+            state.kept = None
         out = forward(x)
         state.settled = bool(state.used) and state.used == running.met
         state.used, state.growth = running.met, running.largest / x.nbytes
@@ -75,16 +76,20 @@ def _kept(state: _State, owner: nn.Module, x: Tensor, inside: list[nn.Module]) -
     """The answer of the kept program, made now if two passes used the same weights; None if there is none."""
     from .kept import Kept, Unfit
     if state.kept is not None and not state.kept.describes(owner, inside):
+        state.kept = None
         return None
     if state.kept is None and not state.settled or state.unfit == inside:
         return None
     try:
         state.kept = kept = state.kept or Kept(owner, inside)
         sizes = pieces(len(x), int(state.growth * x[0].nbytes)) if kept.imagewise else [len(x)]
-        return kept(x) if len(sizes) == 1 else torch.cat([kept(piece) for piece in x.split(sizes)])
+        parts = [kept(piece) for piece in x.split(sizes)]
     except Unfit:
-        state.unfit = inside
+        state.kept, state.unfit = None, inside
         return None
+    if any(part is None for part in parts):
+        return None
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def pieces(images: int, largest: int) -> list[int]:
