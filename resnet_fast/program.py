@@ -99,7 +99,8 @@ class Program:
             if keep:
                 seconds = min(_seconds(step, run, values) for _ in range(3))
                 self.values |= {name: (values[name], seconds if name == step.output else 0.0) for name in outputs(step)}
-            alive = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in values.values() if isinstance(v, Tensor)}
+            alive = {v.untyped_storage().data_ptr(): v.nbytes if v is x else v.untyped_storage().nbytes()  # x may be a part of a batch
+                     for v in values.values() if isinstance(v, Tensor)}
             inside = run.largest if isinstance(run, Members) else 0
             self.largest, self.peak = max(self.largest, inside, *alive.values()), max(self.peak, inside + sum(alive.values()))
             for name in dead:

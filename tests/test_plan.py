@@ -506,6 +506,14 @@ def test_a_large_batch_goes_through_in_pieces(model, monkeypatch):
         torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
 
 
+def test_the_size_of_a_piece_does_not_depend_on_the_batch(model, monkeypatch):
+    """The first two images, by which it is found, are a part of the whole batch's memory."""
+    monkeypatch.setattr(whole, "PIECE", 4 * 64 * 32 * 32 * 4)
+    x = images(40)
+    run = plan(model, x)
+    assert run._pieces(run._prepared(x)) == pieces(40, 64 * 32 * 32 * 4) == [4] * 10
+
+
 def test_pieces():
     assert pieces(16, PIECE // 4) == [4, 4, 4, 4] and pieces(17, PIECE // 8) == [6, 6, 5] and pieces(5, 1) == [5]
     for n in range(2, 40):
