@@ -1,4 +1,6 @@
-"""Right or wrong: every kernel on every problem and dtype against float64, NaN and infinities, graphs, 2³¹ elements."""
+"""Right or wrong: every kernel on every problem and dtype against float64, NaN and infinities, graphs, one call after
+another, 2³¹ elements.
+"""
 
 from __future__ import annotations
 
@@ -53,6 +55,7 @@ def check(scale: Scale, alive: Alive, kernel: str, dtypes: list[str], share: int
         if share == 0:
             yield from special_values(found, getattr(torch, name), scale)
             yield from captures(found, getattr(torch, name), scale)
+            yield from rows(found, getattr(torch, name), scale)
         yield (f"{name} complete {share + 1}/{shares}",
                lambda declined=declined: {"status": "complete", "shares": shares, "declined": declined})
 
@@ -156,10 +159,14 @@ def captured(kernel: Kernel, problem: Problem) -> dict:
                 mine.copy_(new)
         kept = replay() or kept
         direct = outputs(kernel.fn(*args))
-    apart = max((testing.error(k, d.double()).max for k, d in zip(kept, direct, strict=True) if d.numel()), default=0.0)
+    return alike(kept, direct, problem, "a replay on new data differs from a call on it")
+
+
+def alike(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...], problem: Problem, what: str) -> dict:
+    apart = max((testing.error(g, w.double()).max for g, w in zip(got, wanted, strict=True) if w.numel()), default=0.0)
     if apart <= testing.FLOOR[problem.dtype]:
         return {"status": "right"}
-    return {"status": "wrong", "reason": f"a replay on new data differs from a call on it by {apart:.3g}"}
+    return {"status": "wrong", "reason": f"{what} by {apart:.3g}"}
 
 
 def graph(run, device: str):
@@ -170,6 +177,39 @@ def graph(run, device: str):
     with torch.cuda.graph(captured):
         kept = run()
     return captured.replay, kept
+
+
+# ---------------------------------------------------------------- one call after another
+
+CALLS = 4
+
+
+def rows(kernel: Kernel, dtype: torch.dtype, scale: Scale) -> Cases:
+    """One problem of the network, the first that the kernel takes whose result has its input's shape, several times in a row."""
+    found = of_network(scale.model, scale.check_batch, dtype, scale, kernel.op)
+    for problem in [p for p in found if kernel.supports(p) is None and same_shape(p)][:1]:
+        yield f"row {problem.key}", lambda p=problem: in_a_row(kernel, p)
+
+
+def same_shape(problem: Problem) -> bool:
+    return problem.op not in ACROSS and (not problem.weight or (problem.weight[0], *problem.out_hw) == problem.x[1:])
+
+
+def in_a_row(kernel: Kernel, problem: Problem) -> dict:
+    """Whether calls on one another's results need nobody to wait in between: a kernel may be started before the last is done."""
+    x, *rest = testing.make_args(problem)
+
+    def run(wait: bool) -> tuple[Tensor, ...]:
+        made = (x,)
+        with torch.no_grad():
+            for _ in range(CALLS):
+                made = outputs(kernel.fn(made[0], *rest))
+                if wait and problem.device == "cuda":
+                    torch.cuda.synchronize()
+        return made
+
+    wanted = run(wait=True)
+    return alike(run(wait=False), wanted, problem, f"the last of {CALLS} calls in a row differs from the same with waiting")
 
 
 # ---------------------------------------------------------------- more elements than 31 bits count

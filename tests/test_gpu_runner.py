@@ -508,7 +508,7 @@ def run_task(cases) -> dict[str, dict]:
 
 def test_check_goes_through_every_kind_of_case() -> None:
     rows = run_task(gpu_check.check(TINY, print, "aten.add_act", ["float32"]))
-    assert {case.split()[0] for case in rows} == {"edge", "small", "full", "nan", "graph", "float32"}
+    assert {case.split()[0] for case in rows} == {"edge", "small", "full", "nan", "graph", "row", "float32"}
     assert {row["status"] for row in rows.values()} == {"right", "complete"}
 
 
@@ -555,6 +555,21 @@ def test_a_kernel_that_bakes_its_first_data_in_fails_its_replay(registry) -> Non
         gpu_check.graph = original
     assert row["status"] == "wrong" and "a replay on new data differs" in row["reason"]
     assert gpu_check.captured(dispatch.find("aten", "add_act"), problem) == {"status": "right"}
+
+
+def test_a_kernel_that_starts_too_early_fails_in_a_row(registry) -> None:
+    """Pretended: once nobody waits, which is from the fifth call on, it reads what the call before was given."""
+    given = []
+
+    def early(x, y, gate, act):
+        given.append(x)
+        return torch.relu((x if len(given) <= gpu_check.CALLS else given[-2]) + y)
+
+    problem = next(p for p in testing.nasty_problems("add_act") if p.x[1] == 8 and not p.gate)
+    dispatch.kernel("experimental.early", op="add_act", supports=lambda p: None)(early)
+    row = gpu_check.in_a_row(dispatch.find("experimental.early"), problem)
+    assert row["status"] == "wrong" and "4 calls in a row differs" in row["reason"]
+    assert gpu_check.in_a_row(dispatch.find("aten", "add_act"), problem) == {"status": "right"}
 
 
 def test_more_than_the_limit_of_elements() -> None:

@@ -6,6 +6,8 @@ the chip's limit, 16-byte loads, 64-bit offsets into whole tensors.
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ pytest.importorskip("triton", reason="no Triton on this platform")
 
 from triton_ahead import TENSOR, Cubin, ahead, cubins
 
+from resnet_fast.dispatch import find
 from resnet_fast.kernels.triton.heuristics import CHIPS, gemm, gemm_config
 from resnet_fast.problem import Problem
 
@@ -72,6 +75,24 @@ def test_convolutions(name: str, capability: tuple[int, int], changes: dict) -> 
         assert first.count(rf"{TENSOR[capability]}\b")
     if name != "stem 7×7":  # three channels are six bytes a pixel
         assert first.count(r"LDG(STS)?\.E.*\.128") and not first.count(r"LDG(STS)?\.E\.U?(16|8)\b")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)], ids=lambda c: f"sm_{c[0]}{c[1]}")
+@pytest.mark.parametrize("kernel, name, batch", [
+    ("triton.conv", "layer2 conv2", 256), ("triton.conv", "layer4 conv2", 1), ("triton.pointwise", "layer1 conv3", 256),
+    ("triton.conv_tma", "layer2 conv2", 256), ("triton.pointwise_tma", "layer1 conv3", 256),
+    ("triton.pointwise_tma", "layer3 conv1", 256)])
+def test_convolutions_overlap_with_the_kernel_before_and_touch_nothing_until_it_is_done(
+        kernel: str, name: str, batch: int, capability: tuple[int, int]) -> None:
+    """griddepcontrol.wait is ACQBULK in SASS, launch_dependents PREEXIT; instructions are in the order of first appearance."""
+    problem = conv(name, capability, batch=batch)
+    for cubin in cubins(kernel, problem) if find(kernel).supports(problem) is None else ():
+        order = [re.sub(r"\..*", "", one) for one in cubin.instructions]
+        memory = min(order.index(one) for one in ("LDG", "LDGSTS", "UTMALDG", "UTMASTG", "STG") if one in order)
+        if capability < (9, 0):
+            assert "ACQBULK" not in order and "PREEXIT" not in order
+        else:
+            assert order.index("ACQBULK") < order.index("PREEXIT") < memory, cubin.name
 
 
 POINTWISE = {

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ...dispatch import Problem, kernel
 from . import launch
+from .dependent import begin
 from .epilogue import finish
 from .heuristics import Gemm, GemmConfig, gemm_config, span, steps
 from .split_k import add_partials, partials, store_partial
@@ -84,7 +85,8 @@ def _conv(x, w, scale, shift, mean, var, eps, residual, out, M, H, W, OH, OW, tr
           C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
           PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, GROUPS: tl.constexpr,
           FLAT: tl.constexpr, SPAN: tl.constexpr, EXACT: tl.constexpr, RELU: tl.constexpr, SPLIT: tl.constexpr,
-          BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+          BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr):
+    begin(PDL)
     tiles_n = tl.cdiv(K, BLOCK_N)
     split = tl.program_id(1)
     m = (tl.program_id(0) // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -122,7 +124,7 @@ def supports(problem: Problem) -> str | None:
 
 
 @kernel("triton.conv", op="conv_bn_act", supports=supports, available=launch.available,
-        sources=launch.sources("epilogue", "split_k"))
+        sources=launch.sources("dependent", "epilogue", "split_k"))
 def conv(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
     k, _, r, s = weight.shape
     oh, ow = ((size + 2 * p - d * (f - 1) - 1) // st + 1 for size, p, d, f, st in
@@ -151,7 +153,7 @@ def run(x: Tensor, weight: Tensor, vectors: tuple, residual: Tensor | None, geom
         R=weight.shape[2], S=weight.shape[3], SH=sh, SW=sw, PH=ph, PW=pw, DH=dh, DW=dw, GROUPS=g.groups, FLAT=g.flat,
         SPAN=span(g, config.block_n), EXACT=exact, RELU=relu, SPLIT=split, BLOCK_M=config.block_m,
         BLOCK_N=config.block_n, BLOCK_K=config.block_k, num_warps=config.num_warps, num_stages=config.num_stages,
-        **launch.OPTIONS)
+        **launch.options(x))
     if split > 1:
         add_partials(target, vectors, residual, out, relu)
     return finished(out)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ...dispatch import Problem, kernel
 from . import launch
+from .dependent import begin
 from .epilogue import activate
 from .tail_config import MIDDLES, Tail, TailConfig, padded, tail, tail_config, tail_configs
 
@@ -55,7 +56,8 @@ def _three_by_three(x, w2, row, H, W, trips, C: tl.constexpr, J: tl.constexpr, E
 def _conv_tail(x, w2, b2, w3, b3, residual, wd, w1, b1, y, z, M, H, W, trips, wide_trips,
                C: tl.constexpr, J: tl.constexpr, K: tl.constexpr, L: tl.constexpr, CD: tl.constexpr,
                EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-               BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr):
+               BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):
+    begin(PDL)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     # Rows beyond the end repeat the last one and are not stored.
     row, in_m = tl.minimum(m, M - 1), (m < M)[:, None]
@@ -104,7 +106,7 @@ def supports(problem: Problem) -> str | None:
 
 
 @kernel("triton.conv_tail", op="conv_tail", supports=supports, available=launch.available,
-        sources=launch.sources("epilogue", "tail_config"))
+        sources=launch.sources("dependent", "epilogue", "tail_config"))
 def conv_tail(x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
     projected = 0 if projection is None else projection.shape[1]
@@ -127,5 +129,5 @@ def run(x: Tensor, weight2: Tensor, bias2: Tensor, weight3: Tensor, bias3: Tenso
         launch.nhwc(projection), launch.nhwc(weight1), bias1.contiguous(), y, z, g.m, *x.shape[2:], *trips, C=g.channels,
         J=g.middle, K=g.wide, L=g.next, CD=g.projected, EXACT=g.channels % config.block_k == 0, BLOCK_M=config.block_m,
         BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_L=padded(g.next), BLOCK_D=padded(g.projected),
-        **config.options(), **launch.OPTIONS)
+        **config.options(), **launch.options(x))
     return y, z

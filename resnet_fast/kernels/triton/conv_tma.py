@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ...dispatch import Problem, kernel
 from . import launch, tma
+from .dependent import begin
 from .epilogue import affine
 from .heuristics import Gemm
 from .tma_config import TileConfig, Window, config, grid, tiles
@@ -65,7 +66,9 @@ def _products(x, w, n, p, q, k, H, W, C: tl.constexpr, R: tl.constexpr, S: tl.co
 def _conv(x, w, scale, shift, mean, var, eps, residual, out, count, step, tiles_h, tiles_w, H, W,
           C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE: tl.constexpr, PH: tl.constexpr,
           PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, RELU: tl.constexpr, SKIPS: tl.constexpr,
-          NB: tl.constexpr, HB: tl.constexpr, WB: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+          NB: tl.constexpr, HB: tl.constexpr, WB: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+          PDL: tl.constexpr):
+    begin(PDL)
     tiles_n: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     BLOCK_M: tl.constexpr = NB * HB * WB
     for tile in tl.range(tl.program_id(0), count, step, flatten=not SKIPS):
@@ -96,7 +99,7 @@ def supports(problem: Problem) -> str | None:
 
 
 @kernel("triton.conv_tma", op="conv_bn_act", supports=supports, available=launch.available,
-        sources=launch.sources("epilogue", "tma", "tma_config"))
+        sources=launch.sources("dependent", "epilogue", "tma", "tma_config"))
 def conv_tma(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
     geometry = stride, padding, dilation
     return run(x, weight, (scale, shift, mean, var, eps), residual, geometry, act)
@@ -138,5 +141,5 @@ def run(x: Tensor, weight: Tensor, vectors: tuple, residual: Tensor | None, geom
         tma.descriptor(out, *result_box), pixels * filters, step, triton.cdiv(seen.rows, hb),
         triton.cdiv(seen.columns, wb), h, w, C=c, K=k, R=r, S=s, STRIDE=stride, PH=ph, PW=pw, DH=dh, DW=dw,
         RELU=act == "relu", SKIPS=tile.skips, NB=nb, HB=hb, WB=wb, BLOCK_N=tile.filters, BLOCK_K=tile.channels,
-        **tile.options(), **launch.OPTIONS)
+        **tile.options(), **launch.options(x))
     return finished(out)

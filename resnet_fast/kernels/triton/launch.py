@@ -26,6 +26,7 @@ INDEX_LIMIT = 2**31 - 2**24
 # FP fusion (a·b+c rounded once) is off so that the GPU rounds as the interpreter does; Triton's own default is about
 # to change. The matrix instructions are not touched by it, and the pointwise arithmetic hides behind memory.
 OPTIONS = {"enable_fp_fusion": False}
+DEPENDENT = (9, 0)  # the first GPUs with programmatic dependent launch
 
 
 def sources(*names: str) -> tuple[str, ...]:
@@ -68,6 +69,11 @@ def declines(problem: Problem) -> str | None:
 def capability(x: Tensor) -> tuple[int, int] | None:
     """The compute capability of the GPU that holds ``x``; None in the interpreter."""
     return _capability(x.device) if x.is_cuda else None
+
+
+def options(x: Tensor) -> dict[str, bool]:
+    """The compile options of a kernel that starts with ``dependent.begin(PDL)``, launched where ``x`` is."""
+    return {**OPTIONS, "PDL": True, "launch_pdl": True} if (capability(x) or (0, 0)) >= DEPENDENT else {**OPTIONS, "PDL": False}
 
 
 _capability = functools.cache(torch.cuda.get_device_capability)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...dispatch import Problem, kernel
 from . import launch
+from .dependent import begin
 from .epilogue import finish
 from .heuristics import Gemm, GemmConfig, gemm_config
 from .split_k import add_partials, partials, store_partial
@@ -29,7 +30,8 @@ from .split_k import add_partials, partials, store_partial
 def _pointwise(x, w, scale, shift, mean, var, eps, residual, out, M, H, W, OH, OW, trips,
                C: tl.constexpr, K: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, RELU: tl.constexpr,
                EXACT: tl.constexpr, SPLIT: tl.constexpr,
-               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr):
+    begin(PDL)
     tiles_n = tl.cdiv(K, BLOCK_N)
     split = tl.program_id(1)
     m = (tl.program_id(0) // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -65,7 +67,7 @@ def supports(problem: Problem) -> str | None:
 
 
 @kernel("triton.pointwise", op="conv_bn_act", supports=supports, available=launch.available,
-        sources=launch.sources("epilogue", "split_k"))
+        sources=launch.sources("dependent", "epilogue", "split_k"))
 def pointwise(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
     n, c, h, w = x.shape
     oh, ow = (h - 1) // stride[0] + 1, (w - 1) // stride[1] + 1
@@ -88,7 +90,7 @@ def run(x: Tensor, weight: Tensor, vectors: tuple, residual: Tensor | None, stri
     _pointwise[grid](
         x, launch.nhwc(weight), *vectors, residual, target, g.m, *x.shape[2:], *out_hw, trips, C=g.channels, K=g.n,
         SH=stride[0], SW=stride[1], RELU=relu, EXACT=exact, SPLIT=split, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k, num_warps=config.num_warps, num_stages=config.num_stages, **launch.OPTIONS)
+        BLOCK_K=config.block_k, num_warps=config.num_warps, num_stages=config.num_stages, **launch.options(x))
     if split > 1:
         add_partials(target, vectors, residual, out, relu)
     return finished(out)

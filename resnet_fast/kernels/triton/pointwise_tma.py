@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ...dispatch import Problem, kernel
 from . import launch, tma
+from .dependent import begin
 from .epilogue import affine
 from .heuristics import Gemm
 from .tma_config import TileConfig, Window, config, grid, tiles
@@ -30,7 +31,8 @@ from .tma_config import TileConfig, Window, config, grid, tiles
 
 @triton.jit(do_not_specialize=["count"])
 def _streamed(x, w, scale, shift, mean, var, eps, residual, out, count, step, C: tl.constexpr, K: tl.constexpr,
-              RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+              RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr):
+    begin(PDL)
     tiles_n: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     for tile in tl.range(tl.program_id(0), count, step, flatten=True):
         m, k = tile // tiles_n * BLOCK_M, tile % tiles_n * BLOCK_N
@@ -45,7 +47,8 @@ def _streamed(x, w, scale, shift, mean, var, eps, residual, out, count, step, C:
 
 @triton.jit(do_not_specialize=["count"])
 def _resident(x, w, scale, shift, mean, var, eps, residual, out, count, step, C: tl.constexpr, K: tl.constexpr,
-              RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr):
+              RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
+    begin(PDL)
     k = tl.program_id(1) * BLOCK_N
     filters = k + tl.arange(0, BLOCK_N)
     s, t = affine(scale, shift, mean, var, eps, filters, filters < K)
@@ -65,7 +68,7 @@ def supports(problem: Problem) -> str | None:
 
 
 @kernel("triton.pointwise_tma", op="conv_bn_act", supports=supports, available=launch.available,
-        sources=launch.sources("epilogue", "tma", "tma_config"))
+        sources=launch.sources("dependent", "epilogue", "tma", "tma_config"))
 def pointwise_tma(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
     n, c, h, w = x.shape
     g = Gemm(n * h * w, weight.shape[0], c, 1, 1, x.itemsize, residual is not None, launch.capability(x))
@@ -90,8 +93,8 @@ def run(x: Tensor, weight: Tensor, vectors: tuple, residual: Tensor | None, act:
     sizes = {"C": g.channels, "K": g.n, "RELU": act == "relu", "BLOCK_M": m, "BLOCK_N": k}
     if tile.resident:
         _resident[blocks](*arguments, pixels, blocks[0], **sizes, STAGES=tile.num_stages, **tile.options(),
-                          **launch.OPTIONS)
+                          **launch.options(x))
     else:
         _streamed[blocks](*arguments, pixels * filters, blocks[0], **sizes, BLOCK_K=c, **tile.options(),
-                          **launch.OPTIONS)
+                          **launch.options(x))
     return finished(out)
