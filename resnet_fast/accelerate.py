@@ -45,15 +45,15 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> nn.Module:
     if left:
         raise RuntimeError("accelerate: left unfused: " + "; ".join(f"{path}: {why}" for path, why in left.items()))
     restore(model)
-    for unit in found:
-        if unit.fuses:
-            forward = _install(unit.module)
-            forward.unit = True
-            for training, planned in unit.schedules.items():
-                forward.programs[training] = Program(unit.module, planned, training)
+    units = [unit for unit in found if unit.fuses]
+    for unit in units:
+        _install(unit.module).unit = True
     for training in (False, True):
         for m in islands(model, training, _fused_convs(model, found, training)).values():
             _install(m).nhwc[training] = True
+    for unit in units:  # last: programs remember how modules are made
+        for training, planned in unit.schedules.items():
+            _install(unit.module).programs[training] = Program(unit.module, planned, training)
     return model
 
 
@@ -151,10 +151,9 @@ class Forward:
             return type(owner).forward(owner, *args, **kwargs)
         if not self.nhwc.get(owner.training) or why_plain(args[0], ()) is not None:
             return self._run(owner, args)
-        inside = unseen(owner) if len(args) == 1 else None
-        if inside is None:
+        if len(args) != 1:
             return self._in_nhwc(owner, args)
-        return at_once(owner, lambda x: self._in_nhwc(owner, (x,)), args[0], inside)
+        return at_once(owner, lambda x: self._in_nhwc(owner, (x,)), args[0], unseen)
 
     def _in_nhwc(self, owner: nn.Module, args: tuple) -> Any:
         if wants_nhwc(owner, args[0]):

@@ -28,10 +28,11 @@ class Part:
         plain = {k: copy.copy(v) for k, v in module.__dict__.items() if k not in _NN_STATE and _is_plain(v)}
         plain["training"] = training
         self.names, self.values = tuple(plain), tuple(plain.values())
+        self.size = len(module.__dict__)  # one attribute more may hide one of the class
 
     def holds(self, module: nn.Module) -> bool:
         attributes = module.__dict__
-        return (type(module) is self.type and self.type.forward is self.forward
+        return (type(module) is self.type and self.type.forward is self.forward and len(attributes) == self.size
                 and attributes["_modules"] == self.children and tuple(map(attributes.get, self.names)) == self.values)
 
 

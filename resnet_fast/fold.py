@@ -34,21 +34,22 @@ def fold(weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor | None, var:
     return (weight.to(s.dtype) * s.view(-1, 1, 1, 1)).to(weight.dtype), t.to(weight.dtype)
 
 
-class _Packed:
+class Packed:
     """What one (weight, BN) was, byte for byte, when it was packed, and its packs: one for batch 1, one for larger batches."""
 
-    def __init__(self, key: tuple, tensors: tuple[Tensor, ...]) -> None:
+    def __init__(self, key: tuple, tensors: tuple[Tensor, ...], eps: float) -> None:
+        self._eps = eps
         # Gone with whichever memory is freed first. Of storages, because a tensor with a weak reference cannot be swapped
         # (torch.utils.swap_tensors, which modules use under torch.__future__'s flag).
         forget, storages = _packed.pop, [t.untyped_storage() for t in tensors]
         self._memory = [(weakref.ref(s, lambda _: forget(key, None)), s.data_ptr(), s.nbytes()) for s in storages]
         self.snapshot = [t.detach().clone(memory_format=torch.preserve_format) for t in tensors]
-        self._places = [(t.data_ptr(), s.data_ptr(), t.nbytes) for t, s in zip(tensors, self.snapshot, strict=True)]
+        self.places = [(t.data_ptr(), s.data_ptr(), t.nbytes) for t, s in zip(tensors, self.snapshot, strict=True)]
         self.packs: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def holds(self) -> bool:
         """Whether the bytes are the same as at packing; for a caller who holds the tensors that are there now."""
-        return not any(starmap(_libc.memcmp, self._places))
+        return same_bytes(self.places)
 
     def still_holds(self) -> bool:
         """``holds()`` for a caller who has no tensors: their memory may have been freed, moved or resized since."""
@@ -57,7 +58,22 @@ class _Packed:
                    for s, (_, start, size) in zip(storages, self._memory, strict=True)) and self.holds()
 
 
-_packed: dict[tuple, _Packed] = {}
+    def pack(self, x: Tensor, stride, padding, dilation, groups: int) -> tuple[Tensor, Tensor] | None:
+        """The folded weight in oneDNN's blocked layout for such an input, and the bias; None if unfoldable."""
+        # The blocked layout depends on the batch: a pack for batch ≥ 2 is slower than eager at batch 1, and the other way round.
+        case = (x.shape[0] > 1, tuple(stride), tuple(padding), tuple(dilation), groups)
+        if case not in self.packs:
+            with torch.inference_mode(False), torch.no_grad():
+                self.packs[case] = _pack(self.snapshot, self._eps, case, x)
+        return self.packs[case]
+
+
+def same_bytes(places: Iterable[tuple[int, int, int]]) -> bool:
+    """Whether the bytes at two addresses are the same, for each (address, address, bytes)."""
+    return not any(starmap(_libc.memcmp, places))
+
+
+_packed: dict[tuple, Packed] = {}
 
 
 class Pass(threading.local):
@@ -88,22 +104,23 @@ running = Pass()
 def packed(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor | None, var: Tensor | None, eps: float,
            stride, padding, dilation, groups: int) -> tuple[Tensor, Tensor] | None:
     """The folded weight in oneDNN's blocked layout and the bias, made now or proved to be still true; None if unfoldable."""
+    if running.proved is not None:
+        running.largest = max(running.largest, x.nbytes, x.nbytes // x.shape[1] * weight.shape[0] // (stride[0] * stride[1]))
+    return proved(weight, scale, shift, mean, var, eps).pack(x, stride, padding, dilation, groups)
+
+
+def proved(weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor | None, var: Tensor | None, eps: float) -> Packed:
+    """What these tensors were packed from, made now or found to be the same still, in a pass once for all."""
     tensors = (weight, scale, shift) if mean is None else (weight, scale, shift, mean, var)
     key = (eps, weight.shape, weight.stride(), *[t.dtype for t in tensors], *[t.data_ptr() for t in tensors])
-    entry, proved = _packed.get(key), running.proved
-    if entry is None or not (proved is not None and key in proved or entry.holds()):
+    entry, seen = _packed.get(key), running.proved
+    if entry is None or not (seen is not None and key in seen or entry.holds()):
         with torch.inference_mode(False), torch.no_grad():
-            entry = _packed[key] = _Packed(key, tensors)
-    if proved is not None:
-        proved.add(key)
+            entry = _packed[key] = Packed(key, tensors, eps)
+    if seen is not None:
+        seen.add(key)
         running.met.add(key)
-        running.largest = max(running.largest, x.nbytes, x.nbytes // x.shape[1] * weight.shape[0] // (stride[0] * stride[1]))
-    # oneDNN's blocked layout depends on the batch: a pack for batch ≥ 2 is slower than eager at batch 1, and the other way round.
-    case = (x.shape[0] > 1, tuple(stride), tuple(padding), tuple(dilation), groups)
-    if case not in entry.packs:
-        with torch.inference_mode(False), torch.no_grad():
-            entry.packs[case] = _pack(entry.snapshot, eps, case, x)
-    return entry.packs[case]
+    return entry
 
 
 def _pack(snapshot: tuple[Tensor, ...], eps: float, case: tuple, x: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -112,17 +112,9 @@ class ResNet(nn.Module):
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            inside = self._unseen(x)
-            if inside is not None:
-                return at_once(self, self._steps, x, inside)
+            if why_plain(x, ()) is None:
+                return at_once(self, self._steps, x, _unseen)
         return self._steps(x)
-
-    @torch.jit.unused
-    def _unseen(self, x: Tensor) -> list[nn.Module] | None:
-        """The modules inside, if this is inference into which no user code looks."""
-        inside = unseen(self) if why_plain(x, ()) is None else None
-        blind = inside is not None and all(type(m) in _STRIDE_BLIND and "forward" not in m.__dict__ or is_frozen_bn(m) for m in inside)
-        return inside if blind else None
 
     def _steps(self, x: Tensor) -> Tensor:
         fused = False
@@ -161,6 +153,13 @@ class ResNet(nn.Module):
 
 _STRIDE_BLIND = {BasicBlock, Bottleneck, nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.MaxPool2d,
                  nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Identity, nn.Dropout, nn.Linear}
+
+
+def _unseen(owner: ResNet) -> list[nn.Module] | None:
+    """The modules inside, if no user code looks into their inference."""
+    inside = unseen(owner)
+    blind = inside is not None and all(type(m) in _STRIDE_BLIND and "forward" not in m.__dict__ or is_frozen_bn(m) for m in inside)
+    return inside if blind else None
 
 
 def _sees_strides(m: nn.Module | None) -> bool:

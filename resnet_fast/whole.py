@@ -10,7 +10,7 @@ ones back, to be faulted in again page by page (28,229 faults a pass uncut, 4 in
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,10 @@ from .dispatch import undisturbed
 from .fold import running
 
 PIECE = 16 << 20  # bytes of the largest activation in a piece
+
+
+class Unfit(ValueError):
+    """Why a pass cannot be kept."""
 
 
 class _State:
@@ -32,16 +36,14 @@ class _State:
         self.settled = False
         self.growth = 0.0
         self.kept: Any = None  # a kept.Kept, which is imported with the first
-        self.unfit: list[nn.Module] = []
+        self.unfit: Sequence[nn.Module] = ()
 
 
 _states: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionary()
 
 
 def unseen(owner: nn.Module) -> list[nn.Module] | None:
-    """The modules inside, if into this inference no user code looks; each then normalises with fixed statistics."""
-    if owner.training or torch.is_grad_enabled():
-        return None
+    """The modules inside, if no user code looks into their inference; each then normalises with fixed statistics."""
     found, waiting = [], [owner]
     while waiting:  # not modules(), which takes three times as long
         for m in waiting.pop()._modules.values():
@@ -53,41 +55,56 @@ def unseen(owner: nn.Module) -> list[nn.Module] | None:
     return found
 
 
-def at_once(owner: nn.Module, forward: Callable[[Tensor], Any], x: Tensor, inside: list[nn.Module]) -> Any:
-    """``forward(x)``, the forward of ``owner``, whose modules are ``inside`` and unseen."""
-    if (running.proved is not None or x.device.type != "cpu" or x.dim() != 4 or x.numel() == 0
-            or not undisturbed() or torch.autograd._profiler_enabled()):
+def at_once(owner: nn.Module, forward: Callable[[Tensor], Any], x: Tensor, look: Callable[[nn.Module], list[nn.Module] | None]) -> Any:
+    """``forward(x)``, the forward of ``owner``; ``look(owner)`` gives the modules inside if they are unseen."""
+    if (owner.training or torch.is_grad_enabled() or running.proved is not None or x.device.type != "cpu" or x.dim() != 4
+            or x.numel() == 0 or not undisturbed() or torch.autograd._profiler_enabled()):
         return forward(x)
-    state = _states.setdefault(owner, _State())
+    state = _states.get(owner) or _states.setdefault(owner, _State())
+    kept = state.kept
+    out = None if kept is None else _again(state, kept, owner, x)
+    if out is not None:
+        return out
+    inside = look(owner)
+    if inside is None:
+        return forward(x)
     with running.over(state.used):
-        if state.used and running.proved == state.used:
-            out = _kept(state, owner, x, inside)
+        if kept is None and state.settled and running.proved == state.used and state.unfit != tuple(inside):
+            out = _keep(state, owner, x, inside)
             if out is not None:
                 return out
-        else:
-            state.kept = None
         out = forward(x)
         state.settled = bool(state.used) and state.used == running.met
         state.used, state.growth = running.met, running.largest / x.nbytes
     return out
 
 
-def _kept(state: _State, owner: nn.Module, x: Tensor, inside: list[nn.Module]) -> Tensor | None:
-    """The answer of the kept program, made now if two passes used the same weights; None if there is none."""
-    from .kept import Kept, Unfit
-    if state.kept is not None and not state.kept.describes(owner, inside):
-        state.kept = None
+def _keep(state: _State, owner: nn.Module, x: Tensor, inside: list[nn.Module]) -> Tensor | None:
+    """The answer of a program that is made now, since two passes used the same weights; None if there can be none."""
+    from .kept import Kept
+    try:
+        state.kept = kept = Kept(owner, inside)
+    except Unfit:
+        state.unfit = tuple(inside)
         return None
-    if state.kept is None and not state.settled or state.unfit == inside:
+    return _again(state, kept, owner, x)
+
+
+def _again(state: _State, kept: Any, owner: nn.Module, x: Tensor) -> Tensor | None:
+    """The answer of the kept program; None if the network has changed since, or if there is no program for such an input."""
+    if kept.refuses(x):
+        return None
+    if not kept.holds(owner):
+        state.kept, state.settled = None, False
         return None
     try:
-        state.kept = kept = state.kept or Kept(owner, inside)
-        sizes = pieces(len(x), int(state.growth * x[0].nbytes)) if kept.imagewise else [len(x)]
+        sizes = pieces(len(x), int(state.growth * x.nbytes) // len(x)) if kept.imagewise else [len(x)]
         parts = [kept(piece) for piece in x.split(sizes)]
     except Unfit:
-        state.kept, state.unfit = None, inside
+        state.kept, state.unfit = None, kept.inside
         return None
     if any(part is None for part in parts):
+        kept.refuse(x)
         return None
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

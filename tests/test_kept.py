@@ -160,7 +160,9 @@ def test_residuals_that_nothing_may_write(kind, passes) -> None:
 # ---------------------------------------------------------------- what changes after it was kept
 
 class Flagged(torchvision.models.ResNet):
-    """A forward that reads an attribute of its own network."""
+    """A forward that reads attributes of its own network, one of them its class's until it is set."""
+
+    twice = False
 
     def __init__(self) -> None:
         super().__init__(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], 10, width_per_group=16)
@@ -168,11 +170,21 @@ class Flagged(torchvision.models.ResNet):
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
+        x = x * 2 if self.twice else x
         return -x if self.negate else x
 
 
-def flagged() -> tuple[nn.Module, nn.Module]:
-    theirs = shake(Flagged()).eval()
+class Outer(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+def flagged(wrap=lambda m: m) -> tuple[nn.Module, nn.Module]:
+    theirs = wrap(shake(Flagged())).eval()
     return resnet_fast.accelerate(copy.deepcopy(theirs)), theirs
 
 
@@ -203,6 +215,19 @@ def _anew(model: nn.Module) -> None:
     weight.copy_(held)
 
 
+def _narrowed(model: nn.Module) -> None:
+    """Half the channels between two convolutions: other shapes in the same place, with the same strides."""
+    block = model.layer2[1]
+    half = block.conv1.out_channels // 2
+    for t in (block.conv1.weight, *(getattr(block.bn1, name) for name in ("weight", "bias", "running_mean", "running_var"))):
+        t.data = t.data[:half]
+    block.conv2.weight.data = block.conv2.weight.data[:, :half]
+
+
+def _other_dict(m: nn.Module, holder: str, **entries) -> None:
+    m.__dict__[holder] = {**m.__dict__[holder], **entries}
+
+
 CHANGES = {
     "hook": _hook,
     "pre-hook": lambda m: m.layer1.register_forward_pre_hook(lambda m, i: (i[0] * 2,)),
@@ -226,6 +251,12 @@ CHANGES = {
     "an infinite factor": lambda m: m.layer1[0].bn1.weight.data.__setitem__(0, float("inf")),
     "an infinite weight": lambda m: m.layer1[0].conv1.weight.data.view(-1).__setitem__(0, float("inf")),
     "memory given back and taken anew": _anew,
+    "half the channels": _narrowed,
+    "parameters in another dict": lambda m: _other_dict(m.fc, "_parameters", bias=m.fc.bias.detach() + 1),
+    "buffers in another dict": lambda m: _other_dict(m.layer1[0].bn1, "_buffers", running_mean=m.layer1[0].bn1.running_mean + 1),
+    "children in another dict": lambda m: _other_dict(m.layer1[0], "_modules", relu=nn.Tanh()),
+    "everything in another dict": lambda m: setattr(m.maxpool, "__dict__", {**m.maxpool.__dict__, "kernel_size": 5, "padding": 2}),
+    "the network's children in another dict": lambda m: _other_dict(m, "_modules", maxpool=nn.Identity()),
     "a bias": lambda m: setattr(m.layer1[0].conv2, "bias", nn.Parameter(torch.ones(m.layer1[0].conv2.out_channels))),
 }
 
@@ -247,11 +278,28 @@ def test_a_change_after_it_was_kept_is_seen(pair, change, passes) -> None:
         assert_rule(got, eager, oracle, what=change)
 
 
-def test_an_attribute_of_the_network_itself_is_seen(passes) -> None:
-    ours, theirs = flagged()
+@pytest.mark.parametrize("name", ["negate", "twice"])
+@pytest.mark.parametrize("wrap", [lambda m: m, Outer], ids=["itself", "inside"])
+def test_an_attribute_that_a_forward_reads_is_seen(name, wrap, passes) -> None:
+    ours, theirs = flagged(wrap)
     warm(ours)
     assert passes
-    ours.negate = theirs.negate = True
+    for model in (ours, theirs):
+        setattr(getattr(model, "body", model), name, True)
+    for _ in range(4):
+        assert_agree(ours, theirs, X)
+
+
+@each_pair
+def test_the_order_of_blocks_is_seen(pair, passes) -> None:
+    ours, theirs = pair()
+    for model in (ours, theirs):
+        model.layer2.append(shake(copy.deepcopy(model.layer2[1]), seed=7))
+    warm(ours)
+    assert passes
+    for model in (ours, theirs):
+        blocks = model.layer2._modules
+        blocks["1"] = blocks.pop("1")
     for _ in range(4):
         assert_agree(ours, theirs, X)
 
