@@ -312,6 +312,20 @@ def test_packs_die_with_the_model() -> None:
     assert len(fold._packed) == before and alive[0]() is None
 
 
+def test_folds_leave_no_holes_among_the_packs(folds, monkeypatch) -> None:
+    """What is folded lies for the moment in memory that is not the heap's, the same for a whole pass."""
+    made, mmap = [], fold.mmap.mmap
+
+    def noted(*args):
+        made.append(weakref.ref(memory := mmap(*args)))
+        return memory
+
+    monkeypatch.setattr(fold.mmap, "mmap", noted)
+    ours, _ = twins()
+    warm(ours)
+    assert len(folds) > 15 and 0 < len(made) < 8 and all(ref() is None for ref in made)
+
+
 def test_a_filter_does_not_collect_packs_of_dead_affines() -> None:
     """Fresh affines on one long-lived filter, as functional_call in a loop makes them; likewise fresh filters."""
     x, weight, k = torch.randn(1, 4, 5, 5), torch.randn(6, 4, 1, 1), torch.ones(6)
