@@ -24,7 +24,7 @@ class Part:
 
     def __init__(self, module: nn.Module, training: bool) -> None:
         self.type, self.forward = type(module), type(module).forward
-        self.children = dict(module._modules)
+        self.children, self.order = dict(module._modules), tuple(module._modules)  # a Sequential runs in that order
         plain = {k: copy.copy(v) for k, v in module.__dict__.items() if k not in _NN_STATE and _is_plain(v)}
         plain["training"] = training
         self.names, self.values = tuple(plain), tuple(plain.values())
@@ -33,7 +33,8 @@ class Part:
     def holds(self, module: nn.Module) -> bool:
         attributes = module.__dict__
         return (type(module) is self.type and self.type.forward is self.forward and len(attributes) == self.size
-                and attributes["_modules"] == self.children and tuple(map(attributes.get, self.names)) == self.values)
+                and attributes["_modules"] == self.children and tuple(attributes["_modules"]) == self.order
+                and tuple(map(attributes.get, self.names)) == self.values)
 
 
 def _is_plain(value: Any) -> bool:

@@ -290,6 +290,30 @@ def test_an_attribute_that_a_forward_reads_is_seen(name, wrap, passes) -> None:
         assert_agree(ours, theirs, X)
 
 
+@pytest.mark.parametrize("wrap", [lambda m: m, Outer], ids=["itself", "inside"])
+def test_another_forward_of_a_class_is_seen(wrap, passes, monkeypatch) -> None:
+    ours, theirs = flagged(wrap)
+    warm(ours)
+    assert passes
+    monkeypatch.setattr(Flagged, "forward", lambda self, x: 3 * torchvision.models.ResNet.forward(self, x))
+    for _ in range(4):
+        assert_agree(ours, theirs, X)
+
+
+def test_the_order_in_another_dict_is_seen(passes) -> None:
+    torch.manual_seed(0)
+    units = [m for channels in (3, 8, 8, 8) for m in (nn.Conv2d(channels, 8, 3, bias=False), nn.BatchNorm2d(8))]
+    theirs = nn.Sequential(nn.ReLU(), *units, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Tanh())
+    ours = resnet_fast.accelerate(copy.deepcopy(shake(theirs).eval()))
+    warm(ours)
+    assert passes
+    for model in (ours, theirs):
+        relu, *middle, tanh = model._modules.items()
+        model.__dict__["_modules"] = dict([tanh, *middle, relu])
+    for _ in range(4):
+        assert_agree(ours, theirs, X)
+
+
 @each_pair
 def test_the_order_of_blocks_is_seen(pair, passes) -> None:
     ours, theirs = pair()
