@@ -97,8 +97,12 @@ def run(args: argparse.Namespace) -> int:
 def where(machine) -> str:
     """The machine in a few words."""
     facts = machine.facts
-    what = facts["gpu"] if machine.device == "cuda" else f"{facts['cpu']}, {facts['cpu isa']}, {facts['threads']} threads"
+    what = facts["gpu"] if machine.device == "cuda" else f"{facts['cpu']}, {facts['cpu isa']}, {threads(facts)}"
     return f"{what}, torch {facts['torch']}"
+
+
+def threads(facts: dict) -> str:
+    return "1 thread" if str(facts["threads"]) == "1" else f"{facts['threads']} threads"
 
 
 def show(rows: list[Row]) -> str:
