@@ -224,6 +224,13 @@ def _narrowed(model: nn.Module) -> None:
     block.conv2.weight.data = block.conv2.weight.data[:, :half]
 
 
+def _elsewhere(model: nn.Module) -> None:
+    """Another data, while the old lives on with its bytes."""
+    weight = model.layer2[1].conv2.weight
+    weight.held = weight.data
+    weight.data = weight.data * 2
+
+
 def _other_dict(m: nn.Module, holder: str, **entries) -> None:
     m.__dict__[holder] = {**m.__dict__[holder], **entries}
 
@@ -252,6 +259,7 @@ CHANGES = {
     "an infinite weight": lambda m: m.layer1[0].conv1.weight.data.view(-1).__setitem__(0, float("inf")),
     "memory given back and taken anew": _anew,
     "half the channels": _narrowed,
+    "data elsewhere": _elsewhere,
     "parameters in another dict": lambda m: _other_dict(m.fc, "_parameters", bias=m.fc.bias.detach() + 1),
     "buffers in another dict": lambda m: _other_dict(m.layer1[0].bn1, "_buffers", running_mean=m.layer1[0].bn1.running_mean + 1),
     "children in another dict": lambda m: _other_dict(m.layer1[0], "_modules", relu=nn.Tanh()),
@@ -393,6 +401,17 @@ def test_an_input_that_does_not_fit_is_refused_in_the_networks_own_words(pair, p
     passes.clear()
     warm(ours)
     assert len([shape for shape in passes if shape == tuple(X.shape)]) == 3, "one bad input must not end it"
+
+
+@each_pair
+def test_another_dtype_in_the_same_place_is_seen(pair, passes) -> None:
+    ours, _ = pair()
+    warm(ours)
+    assert passes
+    weight = ours.layer2[1].conv2.weight
+    weight.requires_grad_(False).data = weight.data.view(torch.int32)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="dtype|type"):
+        ours(X)
 
 
 @each_pair
