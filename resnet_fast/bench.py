@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .console import default_device, device_or_error, positive, table
+from .console import counted, default_device, device_or_error, positive, table
 from .measure import Case, Outcome, measure
 from .models import list_models
 from .providers import DTYPES, MODES, PROVIDERS, provider
@@ -97,12 +97,8 @@ def run(args: argparse.Namespace) -> int:
 def where(machine) -> str:
     """The machine in a few words."""
     facts = machine.facts
-    what = facts["gpu"] if machine.device == "cuda" else f"{facts['cpu']}, {facts['cpu isa']}, {threads(facts)}"
+    what = facts["gpu"] if machine.device == "cuda" else f"{facts['cpu']}, {facts['cpu isa']}, {counted(facts['threads'], 'thread')}"
     return f"{what}, torch {facts['torch']}"
-
-
-def threads(facts: dict) -> str:
-    return "1 thread" if str(facts["threads"]) == "1" else f"{facts['threads']} threads"
 
 
 def show(rows: list[Row]) -> str:

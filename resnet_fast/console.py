@@ -26,6 +26,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, right: Ite
     return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
 
 
+def counted(count: object, noun: str) -> str:
+    """As "1 thread" and "2 threads"."""
+    return f"{count} {noun}" if str(count) == "1" else f"{count} {noun}s"
+
+
 def add_problem_options(parser: argparse.ArgumentParser, *, batch: int = 1) -> None:
     """--batch, --size, --dtype, --device."""
     parser.add_argument("--batch", type=positive, default=batch, help="images in a batch (default %(default)s)")

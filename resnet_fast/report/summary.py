@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ..console import counted
 from .ledger import Machine, Row, Run, newest, parse_case
 
 # The ratios of a headline and the providers that each is taken over; of several, over the fastest.
@@ -149,10 +150,10 @@ def unlike(before: Machine, after: Machine) -> str | None:
         return f"{before.device}, not {after.device}"
     if before.device == "cuda":
         return None if before.name == after.name else f"{before.name}, not {after.name}"
-    for fact, unit in (("cpu isa", ""), ("threads", " threads")):
+    for fact, told in (("cpu isa", str), ("threads", lambda n: counted(n, "thread"))):
         old, new = before.facts.get(fact), after.facts.get(fact)
         if old != new:
-            return f"{old}{unit}, not {new}{unit}"
+            return f"{told(old)}, not {told(new)}"
     return None
 
 

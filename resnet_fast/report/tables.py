@@ -6,6 +6,7 @@ import html
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..console import counted
 from ..providers import PROVIDERS
 from .ledger import Row, Run, newest, parse_case
 from .summary import BASE, BASELINES, best_ours, case_order, geometric_mean, in_main_size, regressions, speed_over
@@ -55,7 +56,7 @@ def machine_line(run: Run) -> str:
     """Where, when and with what a run was measured."""
     facts = run.machine.facts
     if run.machine.device == "cpu":
-        detail = f"{facts.get('threads', '?')} threads, {facts.get('cpu isa', '?')}"
+        detail = f"{counted(facts.get('threads', '?'), 'thread')}, {facts.get('cpu isa', '?')}"
     else:
         detail = f"driver {facts.get('driver', '?')}"
     return (f"{run.machine.name}, {detail}, torch {facts.get('torch', '?')}, commit {run.machine.commit}, "
