@@ -69,10 +69,11 @@ def judge(name: str, fn, problem: Problem, seed: int = 0) -> None:
     assert verdict.ok, f"{problem.key}: {verdict.reason}"
 
 
-def test_indices_against_naive_loops(tmp_path: Path) -> None:
-    program = tmp_path / "index_check"
+@pytest.mark.parametrize("check", ["index_check", "hopper_check"])
+def test_headers_against_naive_loops(tmp_path: Path, check: str) -> None:
+    program = tmp_path / check
     subprocess.run([host_gpu.compiler(), "-std=c++17", "-O2", "-Wall", "-Werror", f"-I{host_gpu.ROOT / 'csrc'}",
-                    host_gpu.EMULATION / "index_check.cpp", "-o", program], check=True)
+                    f"-I{host_gpu.EMULATION}", host_gpu.EMULATION / f"{check}.cpp", "-o", program], check=True)
     found = subprocess.run([program], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
 

@@ -26,6 +26,7 @@
 #define __forceinline__ inline
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -55,7 +56,8 @@ struct Fibre {
   jmp_buf here;
   std::unique_ptr<char[]> stack{new char[kStack]};
   bool started = false, finished = false;
-  const unsigned* gate = nullptr;  // waits until *gate differs from `seen`
+  bool (*ready)(const void* at, unsigned seen) = nullptr;  // waits until it says so of what follows
+  const void* gate = nullptr;
   unsigned seen = 0;
   dim3 index;
   std::vector<std::vector<Copy>> groups;  // of cp.async: all but the last are committed
@@ -71,6 +73,9 @@ struct Block {
   std::vector<Fibre> fibres;
   std::vector<Warp> warps;
   unsigned barrier_round = 0, barrier_arrived = 0;
+  uint64_t serial = 0;                           // of all blocks ever run
+  std::vector<std::function<void()>> in_flight;  // copies that land by themselves, at the latest when all threads wait
+  std::function<void()> at_end;                  // what is to be checked once all threads have ended
   int current = 0;
   jmp_buf scheduler;
   std::function<void()> body;
@@ -80,7 +85,7 @@ struct Block {
 inline Block block;
 inline sigjmp_buf abort_launch;
 inline char message[256];
-alignas(128) inline unsigned char shared_memory[kSharedLimit + 4096];  // dynamic; the rest notices writes too far
+alignas(1024) inline unsigned char shared_memory[kHopperShared + 4096];  // dynamic; the rest notices writes too far
 inline size_t shared_bytes = 0;
 
 [[noreturn]] inline void fail(const char* text, cudaError_t error = cudaErrorLaunchFailure) {
@@ -92,11 +97,26 @@ inline void on_fault(int) { fail("access outside an allocation, or undefined beh
 
 inline Fibre& self() { return block.fibres[block.current]; }
 
-inline void wait_for(const unsigned& round) {
+inline void wait_until(bool (*ready)(const void*, unsigned), const void* gate, unsigned seen) {
   Fibre& fibre = self();
-  fibre.gate = &round;
-  fibre.seen = round;
+  fibre.ready = ready;
+  fibre.gate = gate;
+  fibre.seen = seen;
   if (_setjmp(fibre.here) == 0) _longjmp(block.scheduler, 1);
+}
+
+inline void wait_for(const unsigned& round) {
+  wait_until([](const void* at, unsigned seen) { return *static_cast<const unsigned*>(at) != seen; }, &round, round);
+}
+
+// Something that was in flight lands: any of it, in any order.
+inline bool land_one() {
+  if (block.in_flight.empty()) return false;
+  std::swap(block.in_flight[block.random() % block.in_flight.size()], block.in_flight.back());
+  const std::function<void()> land = std::move(block.in_flight.back());
+  block.in_flight.pop_back();
+  land();
+  return true;
 }
 
 // All 32 lanes hand in `in`; the last to come computes every lane's `out` from them.
@@ -143,7 +163,11 @@ inline void resume(int thread) {
 inline void run_block(unsigned threads) {
   block.barrier_arrived = 0;
   block.warps.assign((threads + 31) / 32, Warp{});
-  std::memset(shared_memory, 0xff, sizeof shared_memory);
+  block.in_flight.clear();
+  block.at_end = nullptr;
+  ++block.serial;
+  const size_t watched = size_t(settings.shared_limit) + 4096;
+  std::memset(shared_memory, 0xff, watched);
   for (unsigned t = 0; t < threads; ++t) {
     Fibre& fibre = block.fibres[t];
     getcontext(&fibre.start);
@@ -151,7 +175,7 @@ inline void run_block(unsigned threads) {
     fibre.start.uc_stack.ss_size = Fibre::kStack;
     makecontext(&fibre.start, enter_fibre, 0);
     fibre.started = fibre.finished = false;
-    fibre.gate = nullptr;
+    fibre.ready = nullptr;
     fibre.groups.assign(1, {});
     fibre.index = dim3(t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y);
   }
@@ -164,14 +188,16 @@ inline void run_block(unsigned threads) {
       const unsigned t = (first + i * step) % size;
       if (t >= threads || block.fibres[t].finished) continue;
       Fibre& fibre = block.fibres[t];
-      if (fibre.gate != nullptr && *fibre.gate == fibre.seen) continue;
+      if (fibre.ready != nullptr && !fibre.ready(fibre.gate, fibre.seen)) continue;
       progress = true;
       resume(int(t));
       alive -= fibre.finished;
     }
-    if (!progress) fail("deadlock: a barrier that not all threads reach");
+    if (!progress && !land_one()) fail("deadlock: a barrier that not all threads reach");
   }
-  for (size_t i = shared_bytes; i < sizeof shared_memory; ++i)
+  if (!block.in_flight.empty()) fail("the block ended before its copies had landed");
+  if (block.at_end) block.at_end();
+  for (size_t i = shared_bytes; i < watched; ++i)
     if (shared_memory[i] != 0xff) fail("a write beyond the block's shared memory");
 }
 
@@ -204,7 +230,7 @@ struct FaultHandler {
 
 inline cudaError_t run_grid(dim3 grid, dim3 threads, size_t dynamic_shared, std::function<void()> body) {
   const unsigned count = threads.x * threads.y * threads.z;
-  if (grid.x == 0 || grid.y == 0 || count == 0 || count > 1024 || dynamic_shared > kSharedLimit || grid.y > 65535)
+  if (grid.x == 0 || grid.y == 0 || count == 0 || count > 1024 || dynamic_shared > size_t(settings.shared_limit) || grid.y > 65535)
     return cudaErrorInvalidConfiguration;
   gridDim = grid;
   blockDim = threads;

@@ -5,9 +5,12 @@
 
 enum cudaError_t {
   cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorIllegalAddress = 700,
+  cudaErrorMisalignedAddress = 716,
   cudaErrorLaunchFailure = 719,
+  cudaErrorNotSupported = 801,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
@@ -16,12 +19,14 @@ using cudaStream_t = struct host_stream*;
 namespace host_cuda {
 
 constexpr int kSharedLimit = 99 * 1024;  // a block's, on sm_86, sm_89 and sm_120: the least of all targets
+constexpr int kHopperShared = 227 * 1024;
 
 struct Settings {
   unsigned seed = 1;      // of the order in which threads run
   int processors = 132;
   bool late_copies = true;  // cp.async lands when it is waited for, or at once: both are allowed
   unsigned first_block = 0;  // blocks before it are left out: the end of a problem too large to run
+  int shared_limit = kSharedLimit;
 };
 
 inline Settings settings;
@@ -40,5 +45,5 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
 
 template <class F>
 cudaError_t cudaFuncSetAttribute(F, cudaFuncAttribute, int bytes) {
-  return bytes <= host_cuda::kSharedLimit ? cudaSuccess : cudaErrorInvalidConfiguration;
+  return bytes <= host_cuda::settings.shared_limit ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
