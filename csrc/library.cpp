@@ -1,141 +1,14 @@
 // The ops of namespace resnet_fast_native: schemas, checks, outputs, device guard, current stream, launch.
-// The only file that includes torch headers, and of those only the stable ABI: with TORCH_TARGET_VERSION at 2.11 one
-// binary loads on torch 2.11 and later. Users call the ops of namespace `resnet_fast`, which own fake and backward.
+// The only file that includes torch headers (through checks.h), and of those only the stable ABI: with
+// TORCH_TARGET_VERSION at 2.11 one binary loads on torch 2.11 and later. Users call the ops of namespace `resnet_fast`,
+// which own fake and backward.
 //
 // Registered for every backend, and the device is checked last, so that a machine without a GPU can test the checks.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <initializer_list>
-#include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <tuple>
-#include <vector>
 
-#include "launch.h"
+#include "checks.h"
 
 namespace {
-
-using resnet_fast::Act;
-using resnet_fast::DType;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// Throws one sentence, "op: got X, expected Y". A macro, so that the sentence is built only when it is needed.
-#define RF_CHECK(condition, ...) \
-  if (!(condition)) throw std::runtime_error(sentence(__VA_ARGS__))
-
-template <class... Part>
-std::string sentence(const Part&... part) {
-  std::ostringstream out;
-  (out << ... << part);
-  return out.str();
-}
-
-std::string shape(const Tensor& t) {
-  std::ostringstream out;
-  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "[") << t.size(i);
-  out << (t.dim() ? "]" : "[]");
-  return out.str();
-}
-
-const char* name(ScalarType dtype) { return torch::headeronly::toString(dtype); }
-
-DType float_type(const char* op, const char* what, ScalarType dtype) {
-  if (dtype == ScalarType::Float) return DType::f32;
-  if (dtype == ScalarType::Half) return DType::f16;
-  if (dtype == ScalarType::BFloat16) return DType::bf16;
-  throw std::runtime_error(
-      sentence(op, ": got ", what, " of dtype ", name(dtype), ", expected Float, Half or BFloat16"));
-}
-
-void check_same(const char* op, const char* what, const Tensor& t, const char* model_name, const Tensor& model) {
-  RF_CHECK(t.scalar_type() == model.scalar_type(), op, ": got ", what, " of dtype ", name(t.scalar_type()), " and ",
-           model_name, " of dtype ", name(model.scalar_type()), ", expected the same");
-  bool same = t.dim() == model.dim();
-  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == model.size(i);
-  RF_CHECK(same, op, ": got ", what, " of shape ", shape(t), ", expected ", model_name, "'s shape ", shape(model));
-}
-
-// Equal strides wherever they matter (a dimension of one element has none).
-void check_same_layout(const char* op, const char* what, const Tensor& t, const char* model_name, const Tensor& model) {
-  check_same(op, what, t, model_name, model);
-  bool same = true;
-  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == 1 || t.stride(i) == model.stride(i);
-  RF_CHECK(same || t.numel() == 0, op, ": got ", what, " with other strides than ", model_name,
-           ", expected one memory layout");
-}
-
-// Dense: the elements fill their memory without gap or overlap, in any order of dimensions.
-void check_dense(const char* op, const char* what, const Tensor& t) {
-  int64_t filled = 1;
-  for (bool grown = true; grown;) {
-    grown = false;
-    for (int64_t i = 0; i < t.dim(); ++i) {
-      if (t.size(i) == 1 || t.stride(i) != filled) continue;
-      filled *= t.size(i);
-      grown = true;
-    }
-  }
-  RF_CHECK(filled == t.numel() || t.numel() == 0, op, ": got ", what,
-           " with gaps or overlaps in memory, expected a dense tensor");
-}
-
-void check_channels_last(const char* op, const char* what, const Tensor& t) {
-  RF_CHECK(t.dim() == 4, op, ": got ", what, " of shape ", shape(t), ", expected [N, C, H, W]");
-  int64_t expected = 1;
-  bool good = true;
-  for (int64_t i : {1, 3, 2, 0}) {
-    good = good && (t.size(i) == 1 || t.stride(i) == expected);
-    expected *= t.size(i);
-  }
-  RF_CHECK(good || t.numel() == 0, op, ": got ", what, " that is not dense in channels_last, expected channels_last");
-}
-
-void check_gate(const char* op, const Tensor& gate, const Tensor& x) {
-  RF_CHECK(gate.scalar_type() == x.scalar_type(), op, ": got gate of dtype ", name(gate.scalar_type()),
-           " and x of dtype ", name(x.scalar_type()), ", expected the same");
-  RF_CHECK(gate.dim() == 4 && gate.size(0) == x.size(0) && gate.size(1) == x.size(1) && gate.size(2) == 1 &&
-               gate.size(3) == 1,
-           op, ": got gate of shape ", shape(gate), ", expected [", x.size(0), ", ", x.size(1), ", 1, 1]");
-  check_channels_last(op, "gate", gate);
-}
-
-// Last of all checks: everything on the GPU that `tensors[0]` is on.
-void check_device(const char* op, std::initializer_list<const Tensor*> tensors) {
-  const auto device = (*tensors.begin())->device();
-  RF_CHECK(device.is_cuda(), op, ": got tensors on the CPU, expected CUDA tensors");
-  for (const Tensor* t : tensors) RF_CHECK(t->device() == device, op, ": got tensors on two devices, expected one");
-}
-
-Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype,
-                     const Tensor& beside) {
-  AtenTensorHandle handle = nullptr;
-  const auto device = beside.device();
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), int32_t(device.type()), device.index(),
-      &handle));
-  return Tensor(handle);
-}
-
-Tensor empty_like(const Tensor& t) {
-  const auto sizes = t.sizes(), strides = t.strides();
-  return empty_strided({sizes.begin(), sizes.end()}, {strides.begin(), strides.end()}, t.scalar_type(), t);
-}
-
-// Runs launch(stream) on the tensor's device and current stream; a CUDA error becomes an exception.
-template <class F>
-void on_device_of(const char* op, const Tensor& t, F&& launch) {
-  const torch::stable::accelerator::DeviceGuard guard(t.get_device_index());
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  const cudaError_t error = launch(static_cast<cudaStream_t>(stream));
-  RF_CHECK(error == cudaSuccess, op, ": the launch failed: ", cudaGetErrorString(error));
-}
 
 Act act_of(bool relu) { return relu ? Act::relu : Act::none; }
 
@@ -312,6 +185,22 @@ Tensor pointwise(const Tensor& x, const Tensor& weight, const Tensor& scale, con
                   {0, 0}, {1, 1}, relu);
 }
 
+Tensor pointwise_hopper(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
+                        const std::optional<Tensor>& residual, const std::optional<Tensor>& mean,
+                        const std::optional<Tensor>& var, double eps, bool relu) {
+  constexpr const char* op = "pointwise_hopper";
+  RF_CHECK(x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16, op, ": got x of dtype ",
+           name(x.scalar_type()), ", expected Half or BFloat16");
+  RF_CHECK(weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1 && weight.size(0) % 8 == 0 &&
+               weight.size(1) % 8 == 0, op, ": got weight ", shape(weight),
+           ", expected [K, C, 1, 1] with K and C multiples of 8");
+  for (const Tensor* t : {&x, &weight, residual ? &*residual : &x})
+    RF_CHECK(reinterpret_cast<uintptr_t>(t->const_data_ptr()) % 16 == 0, op, ": got ", shape(*t),
+             " at an address that is no multiple of 16, expected one");
+  return run_conv(op, resnet_fast::pointwise_hopper, x, weight, scale, shift, residual, mean, var, eps, {1, 1}, {0, 0},
+                  {1, 1}, relu);
+}
+
 // What both directions of training batch norm get; the number of pixels.
 int64_t check_bn(const char* op, const Tensor& x, const Tensor& weight) {
   check_channels_last(op, "x", x);
@@ -386,6 +275,9 @@ STABLE_TORCH_LIBRARY(resnet_fast_native, m) {
       "pointwise(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor? mean, Tensor? var, "
       "float eps, int[2] stride, bool relu) -> Tensor");
   m.def(
+      "pointwise_hopper(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor? mean, "
+      "Tensor? var, float eps, bool relu) -> Tensor");
+  m.def(
       "bn_act(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps, bool relu) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
@@ -400,6 +292,7 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fast_native, CompositeExplicitAutograd, m) {
   m.impl("fold_bn", TORCH_BOX(&fold_bn));
   m.impl("conv", TORCH_BOX(&conv));
   m.impl("pointwise", TORCH_BOX(&pointwise));
+  m.impl("pointwise_hopper", TORCH_BOX(&pointwise_hopper));
   m.impl("bn_act", TORCH_BOX(&bn_act));
   m.impl("bn_act_backward", TORCH_BOX(&bn_act_backward));
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import host_gpu
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -33,3 +36,15 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> dict:
     monkeypatch.setattr(dispatch, "_registry", dict(dispatch._registry))
     monkeypatch.setattr(dispatch, "_memo", {})
     return dispatch._registry
+
+
+@pytest.fixture(scope="session")
+def host_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """csrc's kernels compiled for the CPU, once for all files that run them."""
+    return host_gpu.build(tmp_path_factory.mktemp("host_gpu"))
+
+
+@pytest.fixture
+def gpu(host_library: Path) -> host_gpu.HostGpu:
+    """The pretended GPU."""
+    return host_gpu.HostGpu(host_library)

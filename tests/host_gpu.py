@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
+CONVOLUTIONS = ("conv", "pointwise", "pointwise_hopper")  # as shim.cpp counts them
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 EMULATION = ROOT / "tests" / "host_cuda"
 # Undefined behaviour traps, which the emulation reports as the launch's error. No fortification: fibres change stacks.
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error",
-         "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", f"-I{EMULATION}"]
+         "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-Wno-psabi", f"-I{EMULATION}"]
 
 
 def compiler() -> str | None:
@@ -111,36 +112,39 @@ class HostGpu:
     # ------------------------------------------------------------ ops
 
     def pointwise(self, *args) -> Tensor:
-        return self.conv(*args, pointwise=True)
+        return self.conv(*args, kernel="pointwise")
+
+    def pointwise_hopper(self, *args) -> Tensor:
+        return self.conv(*args, kernel="pointwise_hopper")
 
     def conv(self, x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act, *,
-             pointwise: bool = False) -> Tensor:
+             kernel: str = "conv") -> Tensor:
         out_h, out_w = ((i + 2 * p - d * (f - 1) - 1) // t + 1 for i, p, d, f, t in
                         zip(x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True))
         with self._call():
             out = self._allocate((x.shape[0], weight.shape[0], out_h, out_w), x.dtype)
-            self._conv(pointwise, self._put(x), self._put(weight), (scale, shift, mean, var), eps, self._put(residual),
+            self._conv(kernel, self._put(x), self._put(weight), (scale, shift, mean, var), eps, self._put(residual),
                        (stride, padding, dilation), act, out)
             return out.clone()
 
-    def conv_last_image(self, image, images, weight, scale, shift, residual, padding, *, pointwise: bool) -> Tensor:
+    def conv_last_image(self, image, images, weight, scale, shift, residual, padding, *, kernel: str) -> Tensor:
         """The last image's output in a batch of ``images``, all zeros but the last, from the block that makes it."""
         with self._call():
             x, last, out = (self._allocate((images, *t.shape[1:]), t.dtype, poison=False)
                             for t in (image, residual, residual))
             x[-1], last[-1] = image[0], residual[0]
-            self._conv(pointwise, x, self._put(weight), (scale, shift, None, None), 0.0, last,
+            self._conv(kernel, x, self._put(weight), (scale, shift, None, None), 0.0, last,
                        ((1, 1), padding, (1, 1)), "relu", out)
             return out[-1:].clone()
 
-    def _conv(self, pointwise, x, weight, vectors, eps, residual, geometry, act, out) -> None:
+    def _conv(self, kernel, x, weight, vectors, eps, residual, geometry, act, out) -> None:
         n, c, h, w = x.shape
         scale, shift, mean, var = map(self._put, vectors)
         forms = (scale, shift, None, None, None, None) if mean is None else (None, None, scale, shift, mean, var)
         affine = (ctypes.c_void_p * 6)(*(None if v is None else v.data_ptr() for v in forms))
         sizes = (ctypes.c_int64 * 9)(n, h, w, c, weight.shape[0], *weight.shape[2:], *out.shape[2:])
         numbers = (ctypes.c_int * 6)(*itertools.chain(*geometry))
-        self._launch("host_conv", int(pointwise), x, weight, residual, out, affine, float(eps), DTYPES[scale.dtype],
+        self._launch("host_conv", CONVOLUTIONS.index(kernel), x, weight, residual, out, affine, float(eps), DTYPES[scale.dtype],
                      sizes, numbers, DTYPES[x.dtype], int(act == "relu"))
 
     def bn_act(self, x, weight, bias, residual, eps, act) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,16 +28,6 @@ TILES = pytest.mark.parametrize("dtype, processors", [
     (torch.bfloat16, BIG_TILES)])
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return host_gpu.build(tmp_path_factory.mktemp("host_gpu"))
-
-
-@pytest.fixture
-def gpu(library: Path) -> host_gpu.HostGpu:
-    return host_gpu.HostGpu(library)
-
-
 def conv_problem(n, c, h, w, k, r=3, stride=1, padding=None, dtype=torch.float16, **more) -> Problem:
     kernel = (r, r) if isinstance(r, int) else r
     padding = tuple(i // 2 for i in kernel) if padding is None else (padding, padding)
@@ -122,8 +112,7 @@ def test_conv_beyond_two_to_the_31_elements(gpu: host_gpu.HostGpu, name: str, pa
     weight = (torch.randn(64, 64, taps, taps) / 24).half().to(memory_format=torch.channels_last)
     scale, shift = torch.randn(64), torch.randn(64)
     gpu.settings(processors=10**9, first_block=images - 1)
-    out = gpu.conv_last_image(image, images, weight, scale, shift, residual, (padding, padding),
-                              pointwise=name == "pointwise")
+    out = gpu.conv_last_image(image, images, weight, scale, shift, residual, (padding, padding), kernel=name)
     args = image, weight, scale, shift, residual, None, None, 0.0, (1, 1), (padding, padding), (1, 1), 1, "relu"
     assert_rule(out, testing.eager("conv_bn_act", args)[0], testing.oracle("conv_bn_act", args)[0])
 

@@ -11,8 +11,6 @@
 // Source: the multistage pipeline of CUTLASS 2 ("Efficient GEMM in CUDA"); PTX ISA, "Asynchronous copy".
 #pragma once
 
-#include <atomic>
-
 #include "epilogue.cuh"
 #include "launch.cuh"
 #include "ptx.cuh"
@@ -234,20 +232,6 @@ __global__ void __launch_bounds__(Tile::kThreads, kWide ? Tile::kBlocks : 1)
 }
 
 // ---- Host side
-
-// A kernel that wants more than 48 kB of shared memory has to be allowed to, once on each device.
-template <auto kKernel>
-cudaError_t allow_shared(int bytes) {
-  static std::atomic<uint64_t> allowed{0};  // one bit a device
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  const uint64_t bit = device < 64 ? uint64_t(1) << device : 0;
-  if ((allowed.load() & bit) != 0) return cudaSuccess;
-  error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess) allowed |= bit;
-  return error;
-}
 
 template <class T, class Tile, template <class, class, bool> class Source, bool kWide>
 cudaError_t launch_tile(GemmArgs p, const ConvShape& shape, cudaStream_t stream) {

@@ -2,7 +2,7 @@
 // copies by TMA, warp-group matrix products, fences between the proxies, registers moved between warp groups.
 // Source: PTX ISA, "mbarrier", "cp.async.bulk.tensor", "Asynchronous Warpgroup Level Matrix Multiply-Accumulate
 // Instructions", "fence.proxy", "setmaxnreg". Without nvcc the host tests supply the same functions, emulated from the
-// same text. Any other architecture compiles kernels of these to a trap (RF_HOPPER is 0), so that its builds still link.
+// same text. For other architectures a kernel compiles these away under `if constexpr (kHopper)` and traps instead.
 #pragma once
 
 #include <cuda.h>
@@ -14,11 +14,15 @@
 
 #include "matrix_descriptor.h"
 
+namespace resnet_fast {
+
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define RF_HOPPER 1
+constexpr bool kHopper = true;
 #else
-#define RF_HOPPER 0
+constexpr bool kHopper = false;
 #endif
+
+}  // namespace resnet_fast
 
 #ifndef __CUDACC__
 #include "host_hopper.h"
@@ -31,6 +35,9 @@ __device__ __forceinline__ unsigned char* hopper_shared() {
   extern __shared__ __align__(1024) unsigned char pattern_aligned[];
   return pattern_aligned;
 }
+
+// Ends the kernel with an error.
+__device__ __forceinline__ void trap() { asm volatile("trap;\n"); }
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 

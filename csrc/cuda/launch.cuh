@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 #include "../launch.h"
 #include "../registry.h"
 #include "vec.cuh"
@@ -25,6 +27,20 @@ cudaError_t launch_shared(void (*kernel)(P...), dim3 grid, dim3 block, int share
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, cudaStream_t stream, const A&... args) {
   return launch_shared(kernel, grid, block, 0, stream, args...);
+}
+
+// A kernel that wants more than 48 kB of shared memory has to be allowed to, once on each device.
+template <auto kKernel>
+cudaError_t allow_shared(int bytes) {
+  static std::atomic<uint64_t> allowed{0};  // one bit a device
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const uint64_t bit = device < 64 ? uint64_t(1) << device : 0;
+  if ((allowed.load() & bit) != 0) return cudaSuccess;
+  error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) allowed |= bit;
+  return error;
 }
 
 template <class T>

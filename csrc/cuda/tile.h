@@ -57,6 +57,17 @@ RF_HD TileChoice choose_tile(int64_t m, int64_t n, int64_t processors) {
   return ceil_div(m, 128) * ceil_div(n, 64) >= processors ? TileChoice::m128n64 : TileChoice::m64n64;
 }
 
+// On Hopper a block is persistent and its two multiplying warp groups take tiles in turns, or share one of 256 pixels.
+// In turns, one group's epilogue hides behind the other's products: what a shallow product wants, whose epilogue is as
+// long as its main loop. From 512 channels on the main loop is long, and sharing reads a quarter less from L2.
+enum class HopperChoice { turns128x64, turns128x128, together256x128 };
+
+RF_HD HopperChoice choose_hopper_tile(int64_t m, int64_t n, int64_t depth, int64_t processors) {
+  if (n <= 64 || ceil_div(m, 128) * ceil_div(n, 128) < processors) return HopperChoice::turns128x64;
+  return depth >= 512 && ceil_div(m, 256) * ceil_div(n, 128) >= processors ? HopperChoice::together256x128
+                                                                           : HopperChoice::turns128x128;
+}
+
 // ---- Fragments of mma.m16n8k16. Chunks count along the depth, within one step of 16 elements (two chunks).
 
 struct RowChunk {

@@ -20,6 +20,7 @@ from .aten import nhwc
 
 BUILD = "RESNET_FAST_BUILD=cuda pip install --force-reinstall --no-deps -v . (in the source folder)"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HOPPER = "9.0a"  # the architecture that unlocks wgmma, and runs on compute capability 9.0 only
 RECORD = Path(__file__).parents[1] / "_build.json"
 
 # The record holds the hash of csrc, the compiler and its targets: what the kernels are made of. A wheel has no csrc.
@@ -47,6 +48,16 @@ def available() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is not a CUDA build"
     return None if torch.cuda.is_available() else "there is no CUDA device"
+
+
+def hopper_available() -> str | None:
+    """Why the kernels made for Hopper cannot run here, or None: a build may lack them."""
+    why = available()
+    if why is None and RECORD.is_file():
+        archs = json.loads(RECORD.read_text())["archs"]
+        if HOPPER not in archs.replace("+PTX", "").split():
+            why = f"the extension has no code for {HOPPER} (it was built for {archs}): TORCH_CUDA_ARCH_LIST={HOPPER} {BUILD}"
+    return why
 
 
 def declines(problem: Problem) -> str | None:
@@ -120,6 +131,39 @@ def pointwise(x, weight, scale, shift, residual, mean, var, eps, stride, padding
     scale, shift, mean, var = _vectors(scale, shift, mean, var)
     out = _op("pointwise")(x, _nhwc(weight), scale, shift, residual, mean, var, eps, stride, act == "relu")
     return out if nhwc(x) or nhwc(weight) else out.contiguous()
+
+
+def _pointwise_hopper_supports(problem: Problem) -> str | None:
+    why = _pointwise_supports(problem)
+    if why is None and problem.stride != (1, 1):
+        return "its tiles are pixels that follow each other in memory, this convolution has stride {}×{}".format(*problem.stride)
+    return why or hopper_declines(problem)
+
+
+def hopper_declines(problem: Problem) -> str | None:
+    """What no kernel made for Hopper takes: other chips, float32, pixels that do not start at 16 bytes."""
+    if problem.capability != (9, 0):
+        return "it is compiled for compute capability 9.0 alone, this GPU has {}.{}".format(*problem.capability)
+    if problem.dtype.itemsize != 2:
+        return f"it multiplies in float16 and bfloat16, not in {str(problem.dtype).removeprefix('torch.')}"
+    for what, channels in (("input", problem.x[1]), ("output", problem.weight[0])):
+        if channels % 8:
+            return f"TMA wants pixels of whole 16 bytes, the {what} has {channels} channels"
+    return None
+
+
+@kernel("native.pointwise_hopper", op="conv_bn_act", supports=_pointwise_hopper_supports, available=hopper_available,
+        sources=SOURCES)
+def pointwise_hopper(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
+    scale, shift, mean, var = _vectors(scale, shift, mean, var)
+    out = _op("pointwise_hopper")(_aligned(x), _aligned(_nhwc(weight)), scale, shift, _aligned(residual), mean, var, eps,
+                                  act == "relu")
+    return out if nhwc(x) or nhwc(weight) else out.contiguous()
+
+
+def _aligned(t: Tensor | None) -> Tensor | None:
+    """The tensor where TMA can take it, at a multiple of 16 bytes: itself but for odd slices."""
+    return t if t is None or t.data_ptr() % 16 == 0 else t.clone()
 
 
 def _nhwc(t: Tensor) -> Tensor:

@@ -262,6 +262,10 @@ inline void __syncthreads() {
   }
 }
 
+inline void __syncwarp() {
+  host_cuda::collective<int>("__syncwarp", 0, [](int (&)[32], int (&)[32]) {});
+}
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;

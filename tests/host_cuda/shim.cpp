@@ -3,6 +3,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <array>
+
 #include "launch.h"
 
 using namespace resnet_fast;
@@ -12,7 +14,7 @@ extern "C" {
 const char* host_message() { return host_cuda::message; }
 
 void host_settings(unsigned seed, int processors, int late_copies, unsigned first_block) {
-  host_cuda::settings = {seed, processors, late_copies != 0, first_block};
+  host_cuda::settings = {seed, processors, late_copies != 0, first_block, host_cuda::kSharedLimit};
 }
 
 // `bytes` that end where an unreadable page begins; NaN inside, or zeros that take no memory until written.
@@ -31,7 +33,7 @@ void host_release(void* p, size_t bytes) {
   munmap(static_cast<unsigned char*>(p) + bytes - body - page, body + 2 * page);
 }
 
-int host_conv(int is_pointwise, const void* x, const void* weight, const void* residual, void* out,
+int host_conv(int kernel, const void* x, const void* weight, const void* residual, void* out,
               const void* const* affine, float eps, int affine_dtype, const int64_t* sizes, const int* geometry,
               int dtype, int relu) {
   AffineArgs a;
@@ -41,7 +43,9 @@ int host_conv(int is_pointwise, const void* x, const void* weight, const void* r
   const ConvArgs p{x, weight, residual, out, a, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6],
                    sizes[7], sizes[8], geometry[0], geometry[1], geometry[2], geometry[3], geometry[4], geometry[5],
                    DType(dtype), Act(relu)};
-  return is_pointwise ? pointwise(p, nullptr) : conv(p, nullptr);
+  const auto launch = std::array{conv, pointwise, pointwise_hopper}.at(size_t(kernel));
+  host_cuda::settings.shared_limit = kernel < 2 ? host_cuda::kSharedLimit : host_cuda::kHopperShared;
+  return launch(p, nullptr);
 }
 
 int64_t host_bn_workspace(int64_t pixels, int64_t channels) { return bn_act_workspace(pixels, channels); }

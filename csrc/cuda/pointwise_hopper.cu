@@ -1,0 +1,266 @@
+// HEADER
+#include "epilogue.cuh"
+#include "hopper.cuh"
+#include "launch.cuh"
+#include "tensor_map.h"
+#include "tile.h"
+
+namespace resnet_fast {
+namespace {
+
+constexpr int kSlice = 64;           // of the depth: 128 bytes, one row of a swizzled tile
+constexpr int kGroup = 128;          // threads of a warp group
+constexpr int kBlock = 3 * kGroup;   // one that loads, two that multiply
+constexpr int kRows = 128;           // pixels of a multiplying group's tile
+constexpr int kBoxBytes = kRows * kRowBytes;                  // 64 channels of them, on the way in or out
+constexpr int kLoadRegisters = 40, kMathRegisters = 232;      // 40 + 2 * 232 = 3 * 168, what the launch gives
+
+// What a block has in flight, and how its two multiplying groups share it: a tile each, in turns, or (`kTogether`) the
+// halves of one tile of 256 pixels.
+template <int kN_, bool kTogether_, int kStages_>
+struct HopperTile {
+  static constexpr int kN = kN_, kStages = kStages_, kBoxes = kN / 64;
+  static constexpr bool kTogether = kTogether_;
+  static constexpr int kM = kTogether ? 2 * kRows : kRows;
+  static constexpr int kBytesA = kM * kRowBytes, kStageBytes = kBytesA + kN * kRowBytes;
+  static constexpr int kStagingBytes = kBoxes * kBoxBytes;  // of one group
+  static constexpr int kStagingAt = kStages * kStageBytes, kAffineAt = kStagingAt + 2 * kStagingBytes;
+  static constexpr int kBarriersAt = kAffineAt + 2 * kN * int(sizeof(Affine));
+  static constexpr int kSharedBytes = kBarriersAt + (2 * kStages + 4) * 8;
+  static_assert(kSharedBytes <= 227 * 1024 && kN <= kGroup);
+};
+
+using Turns128x128 = HopperTile<128, false, 5>;
+using Turns128x64 = HopperTile<64, false, 8>;
+using Together256x128 = HopperTile<128, true, 3>;
+
+struct PointwiseArgs {
+  CUtensorMap x, weight, residual, out;
+  AffineArgs affine;
+  uint32_t tiles, tiles_n;
+  int slices, n;
+  bool has_residual;
+  Act act;
+};
+
+// The block's shared memory: slots of a ring, filled and emptied in order; then each multiplying group's own.
+template <class Tile>
+struct Shared {
+  unsigned char* const base;
+  __device__ uint64_t* full(uint32_t slot) const { return reinterpret_cast<uint64_t*>(base + Tile::kBarriersAt) + slot; }
+  __device__ uint64_t* empty(uint32_t slot) const { return full(Tile::kStages + slot); }
+  __device__ uint64_t* residual(int group) const { return full(2 * Tile::kStages + group); }
+  __device__ uint64_t* turn(int group) const { return residual(2 + group); }
+  __device__ unsigned char* staging(int group) const { return base + Tile::kStagingAt + group * Tile::kStagingBytes; }
+  __device__ Affine* affine(int group) const { return reinterpret_cast<Affine*>(base + Tile::kAffineAt) + group * Tile::kN; }
+
+  __device__ void init() const {
+    for (int slot = 0; slot < Tile::kStages; ++slot) {
+      mbarrier_init(full(slot), 1);
+      mbarrier_init(empty(slot), Tile::kTogether ? 8 : 4);  // one arrival for each warp that read it
+    }
+    for (int group = 0; group < 2; ++group) {
+      mbarrier_init(residual(group), 1);
+      mbarrier_init(turn(group), 4);
+    }
+    mbarrier_init_fence();
+  }
+};
+
+// One thread keeps the ring full, tile after tile: while a group finishes a tile, the slices of the next ones arrive.
+template <class Tile>
+__device__ __forceinline__ void load_tiles(const PointwiseArgs& p, const Shared<Tile>& shared) {
+  uint32_t at = 0;  // slices since the start
+  for (uint32_t t = blockIdx.x; t < p.tiles; t += gridDim.x) {
+    const Coordinates tile = tile_at(t, p.tiles_n);
+    for (int slice = 0; slice < p.slices; ++slice, ++at) {
+      const uint32_t slot = at % Tile::kStages, round = at / Tile::kStages;
+      unsigned char* a = shared.base + slot * Tile::kStageBytes;
+      mbarrier_wait(shared.empty(slot), (round & 1) ^ 1);  // the first round finds it empty
+      mbarrier_expect(shared.full(slot), Tile::kStageBytes);
+      tma_load(a, &p.x, shared.full(slot), {slice * kSlice, tile.m * Tile::kM});
+      tma_load(a + Tile::kBytesA, &p.weight, shared.full(slot), {slice * kSlice, tile.n * Tile::kN});
+    }
+  }
+}
+
+// sum[128 x kN] over the whole depth, from slice `at` of the ring on. A slot is given back once the products that read
+// it are known to be done: when those of the next slice have been started. Groups that take turns start their main loops
+// in the order of the ring: a group ahead of a slice that is still on its way to the other would take the slot's last
+// round for its own, since a phase is known by its parity alone.
+template <class T, class Tile>
+__device__ __forceinline__ void multiply(float (&sum)[2][Tile::kN / 2], const Shared<Tile>& shared, int group,
+                                         uint32_t at, int slices, uint32_t tiles_before) {
+  const auto arrive = [](uint64_t* barrier) {
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
+  };
+  const auto give_back = [&](uint32_t slice) { arrive(shared.empty(slice % Tile::kStages)); };
+  if constexpr (!Tile::kTogether) mbarrier_wait(shared.turn(group), (tiles_before & 1) ^ (group == 0));
+  for (int slice = 0; slice < slices; ++slice, ++at) {
+    const uint32_t slot = at % Tile::kStages;
+    const uint32_t tile = shared_address(shared.base) + slot * Tile::kStageBytes;
+    const uint64_t a = matrix_descriptor(tile + (Tile::kTogether ? group * kBoxBytes : 0));
+    const uint64_t b = matrix_descriptor(tile + Tile::kBytesA);
+    mbarrier_wait(shared.full(slot), at / Tile::kStages & 1);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kRowBytes; k += 32)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        wgmma<T, Tile::kN>(sum[half], further_descriptor(a, k + half * kBoxBytes / 2), further_descriptor(b, k),
+                           slice > 0 || k > 0);
+    wgmma_commit();
+    wgmma_wait<1>();
+    if (slice > 0) give_back(at - 1);
+  }
+  if constexpr (!Tile::kTogether) arrive(shared.turn(1 - group));  // nothing more to wait for in the ring
+  wgmma_wait<0>();
+  give_back(at - 1);
+}
+
+// act(sum * s + t + residual), rounded once, into the staging tile, where the residual lies at the same place. Eight
+// rows of four lanes touch all 32 banks once.
+template <class T, class Tile, bool kResidual>
+__device__ __forceinline__ void finish(const float (&sum)[2][Tile::kN / 2], unsigned char* staging, const Affine* affine,
+                                       Act act) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x % kGroup / 32;
+#pragma unroll
+  for (int j = 0; j < Tile::kN / 8; ++j) {
+    const float4 two = *reinterpret_cast<const float4*>(affine + 8 * j + 2 * (lane % 4));
+#pragma unroll
+    for (int rows = 0; rows < 4; ++rows) {  // of 64, then of 8
+      const int row = rows / 2 * 64 + warp * 16 + rows % 2 * 8 + lane / 4, i = 4 * j + 2 * (rows % 2);
+      unsigned char* at = staging + j / kChunks * kBoxBytes + swizzled(row, j % kChunks) + 4 * (lane % 4);
+      float old[2] = {};
+      if constexpr (kResidual) load(reinterpret_cast<const T*>(at), old);
+      const Pack<T, 2> pack{from_float<T>(epilogue(sum[rows / 2][i], {two.x, two.y}, old[0], act)),
+                            from_float<T>(epilogue(sum[rows / 2][i + 1], {two.z, two.w}, old[1], act))};
+      store_for_async(at, reinterpret_cast<const uint32_t&>(pack));
+    }
+  }
+}
+
+// One warp group's tiles, from residual to output.
+template <class T, class Tile>
+__device__ __forceinline__ void make_tiles(const PointwiseArgs& p, const Shared<Tile>& shared, int group) {
+  constexpr uint32_t kEvery = Tile::kTogether ? 1 : 2;  // of the block's tiles this group takes every first or second
+  const uint32_t thread = threadIdx.x % kGroup, first = Tile::kTogether ? 0 : group;
+  unsigned char* const staging = shared.staging(group);
+  Affine* const affine = shared.affine(group);
+  uint32_t at = first * p.slices, tiles = 0;
+  int affine_of = -1;
+  for (uint32_t t = blockIdx.x + first * gridDim.x; t < p.tiles; t += kEvery * gridDim.x, ++tiles) {
+    const Coordinates tile = tile_at(t, p.tiles_n);
+    const int m = tile.m * Tile::kM + (Tile::kTogether ? group * kRows : 0), n = tile.n * Tile::kN;
+    if (thread == 0) {
+      tma_store_wait_read<0>();  // the last tile has left the staging area
+      if (p.has_residual) {
+        mbarrier_expect(shared.residual(group), Tile::kStagingBytes);
+#pragma unroll
+        for (int box = 0; box < Tile::kBoxes; ++box)
+          tma_load(staging + box * kBoxBytes, &p.residual, shared.residual(group), {n + 64 * box, m});
+      }
+    }
+    if (tile.n != affine_of && thread < Tile::kN && n + int(thread) < p.n)
+      affine[thread] = load_affine(p.affine, n + thread);
+    affine_of = tile.n;
+    __syncwarp();
+    float sum[2][Tile::kN / 2];
+    multiply<T, Tile>(sum, shared, group, at, p.slices, tiles);
+    at += kEvery * p.slices;
+    named_barrier(1 + group, kGroup);  // the staging area is free, the affine there
+    if (p.has_residual) {
+      mbarrier_wait(shared.residual(group), tiles & 1);
+      finish<T, Tile, true>(sum, staging, affine, p.act);
+    } else {
+      finish<T, Tile, false>(sum, staging, affine, p.act);
+    }
+    fence_proxy_async();
+    named_barrier(1 + group, kGroup);
+    if (thread == 0) {
+#pragma unroll
+      for (int box = 0; box < Tile::kBoxes; ++box) tma_store(&p.out, staging + box * kBoxBytes, {n + 64 * box, m});
+      tma_store_commit();
+    }
+  }
+  if (thread == 0) tma_store_wait<0>();
+}
+
+template <class T, class Tile>
+__global__ void __launch_bounds__(kBlock, 1) pointwise_hopper_kernel(const __grid_constant__ PointwiseArgs p) {
+  if constexpr (kHopper) {
+    const Shared<Tile> shared{hopper_shared()};
+    if (threadIdx.x == 0) {
+      shared.init();
+      tma_prefetch(&p.x), tma_prefetch(&p.weight), tma_prefetch(&p.out);
+      if (p.has_residual) tma_prefetch(&p.residual);
+    }
+    __syncthreads();
+    if (threadIdx.x < kGroup) {
+      registers_down<kLoadRegisters>();
+      if (threadIdx.x == 0) load_tiles<Tile>(p, shared);
+    } else {
+      registers_up<kMathRegisters>();
+      make_tiles<T, Tile>(p, shared, int(threadIdx.x) / kGroup - 1);
+    }
+  } else {
+    trap();  // never a wrong answer: the binary lacks sm_90a, and the caller did not look
+  }
+}
+
+// ---- Host side
+
+template <class T, class Tile>
+cudaError_t launch_tile(const ConvArgs& c, int64_t pixels, int64_t processors, cudaStream_t stream) {
+  PointwiseArgs p{};
+  const auto encode = [&](CUtensorMap& map, const void* data, int64_t columns, int64_t rows, uint32_t box_rows) {
+    return encode_tensor_map(map, c.dtype, data, {uint64_t(columns), uint64_t(rows)}, {uint64_t(columns) * sizeof(T)},
+                             {uint32_t(kSlice), box_rows});
+  };
+  cudaError_t error = encode(p.x, c.x, c.c, pixels, Tile::kM);
+  if (error == cudaSuccess) error = encode(p.weight, c.weight, c.c, c.k, Tile::kN);
+  if (error == cudaSuccess) error = encode(p.out, c.out, c.k, pixels, kRows);
+  if (error == cudaSuccess && c.residual != nullptr) error = encode(p.residual, c.residual, c.k, pixels, kRows);
+  constexpr auto kernel = pointwise_hopper_kernel<T, Tile>;
+  if (error == cudaSuccess) error = allow_shared<kernel>(Tile::kSharedBytes);
+  if (error != cudaSuccess) return error;
+  const int64_t tiles_n = ceil_div(c.k, Tile::kN), tiles = ceil_div(pixels, Tile::kM) * tiles_n;
+  if (tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
+  p.affine = c.affine, p.act = c.act, p.has_residual = c.residual != nullptr;
+  p.tiles = uint32_t(tiles), p.tiles_n = uint32_t(tiles_n), p.slices = int(ceil_div(c.c, kSlice)), p.n = int(c.k);
+  return launch_shared(kernel, dim3(unsigned(smaller(tiles, processors))), dim3(kBlock), Tile::kSharedBytes, stream, p);
+}
+
+template <class T, class Tile>
+Registration register_tile(const std::string& name) {
+  return {"pointwise_hopper<" + name + ">", pointwise_hopper_kernel<T, Tile>, kBlock, Tile::kSharedBytes};
+}
+
+const Registration registrations[] = {
+    register_tile<__half, Turns128x128>("f16,128x128"), register_tile<__half, Turns128x64>("f16,128x64"),
+    register_tile<__half, Together256x128>("f16,256x128"), register_tile<__nv_bfloat16, Turns128x128>("bf16,128x128"),
+    register_tile<__nv_bfloat16, Turns128x64>("bf16,128x64"),
+    register_tile<__nv_bfloat16, Together256x128>("bf16,256x128")};
+
+}  // namespace
+
+cudaError_t pointwise_hopper(const ConvArgs& c, cudaStream_t stream) {
+  const int64_t pixels = c.n * c.out_h * c.out_w;
+  if (pixels == 0 || c.k == 0) return cudaSuccess;
+  if (!aligned16(c.x, c.weight, c.residual, c.out)) return cudaErrorMisalignedAddress;
+  int device = 0, processors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  const auto choose = [&](auto type) {
+    using T = typename decltype(type)::type;
+    switch (choose_hopper_tile(pixels, c.k, c.c, processors)) {
+      case HopperChoice::turns128x128: return launch_tile<T, Turns128x128>(c, pixels, processors, stream);
+      case HopperChoice::turns128x64: return launch_tile<T, Turns128x64>(c, pixels, processors, stream);
+      default: return launch_tile<T, Together256x128>(c, pixels, processors, stream);
+    }
+  };
+  return c.dtype == DType::f16 ? choose(Type<__half>{}) : choose(Type<__nv_bfloat16>{});
+}
+
+}  // namespace resnet_fast
