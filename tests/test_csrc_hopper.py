@@ -28,7 +28,7 @@ def problem(n, c, h, w, k, *, dtype=torch.float16, act="relu", **more) -> Proble
 
 
 def problems(dtype: torch.dtype) -> list[Problem]:
-    """Tails in pixels, channels and filters, one slice and many, each of the three tiles; and of the nasty grid what it takes."""
+    """Tails in pixels, channels and filters, one slice and many, each of the four tiles; and of the nasty grid what it takes."""
     several = [
         problem(1, 8, 5, 7, 8, dtype=dtype),
         problem(2, 72, 9, 11, 136, dtype=dtype, residual="nhwc", bn=True),
@@ -43,7 +43,7 @@ def problems(dtype: torch.dtype) -> list[Problem]:
     return several + nasty
 
 
-@pytest.mark.parametrize("processors", [1, 3, ONE_TILE_A_BLOCK])
+@pytest.mark.parametrize("processors", [1, 2, 5, ONE_TILE_A_BLOCK])
 @DTYPES
 def test_pointwise(gpu: host_gpu.HostGpu, dtype: torch.dtype, processors: int) -> None:
     kernel = Kernel("host.pointwise_hopper", "conv_bn_act", gpu.pointwise_hopper, lambda p: None, lambda: None)
@@ -53,8 +53,9 @@ def test_pointwise(gpu: host_gpu.HostGpu, dtype: torch.dtype, processors: int) -
         assert verdict.ok, f"{each.key}: {verdict.reason}"
 
 
-@pytest.mark.parametrize("each", [problem(2, 200, 13, 12, 264, residual="nhwc", bn=True), problem(1, 520, 26, 26, 136, residual="nhwc"),
-                                  problem(2, 136, 21, 19, 64, residual="nhwc")], ids=["turns", "together", "narrow"])
+@pytest.mark.parametrize("each", [problem(2, 200, 17, 16, 200, residual="nhwc", bn=True), problem(1, 520, 26, 26, 136, residual="nhwc"),
+                                  problem(2, 136, 21, 19, 64, residual="nhwc"), problem(2, 328, 21, 19, 64, residual="nhwc")],
+                         ids=["kept", "together", "kept-narrow", "streamed"])
 def test_pointwise_never_depends_on_order(gpu: host_gpu.HostGpu, each: Problem) -> None:
     """Threads in any order, loads and stores at once or as late as can be."""
     args = make_args(each)

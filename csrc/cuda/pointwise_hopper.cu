@@ -8,31 +8,34 @@
 namespace resnet_fast {
 namespace {
 
-constexpr int kSlice = 64;           // of the depth: 128 bytes, one row of a swizzled tile
 constexpr int kGroup = 128;          // threads of a warp group
 constexpr int kBlock = 3 * kGroup;   // one that loads, two that multiply
 constexpr int kRows = 128;           // pixels of a multiplying group's tile
 constexpr int kBoxBytes = kRows * kRowBytes;                  // 64 channels of them, on the way in or out
 constexpr int kLoadRegisters = 40, kMathRegisters = 232;      // 40 + 2 * 232 = 3 * 168, what the launch gives
 
-// What a block has in flight, and how its two multiplying groups share it: a tile each, in turns, or (`kTogether`) the
-// halves of one tile of 256 pixels.
-template <int kN_, bool kTogether_, int kStages_>
+// How a block works: on 128 x kN tiles, its two multiplying groups in turns, or (`kTogether`) on the halves of one of 256
+// pixels. Slices of x, and with them of the weight, pass through a ring of `kStages` slots, unless the weight of up to
+// `kKept` slices stays: all tiles of a block then have the same filters.
+template <int kN_, bool kTogether_, int kKept_, int kStages_>
 struct HopperTile {
-  static constexpr int kN = kN_, kStages = kStages_, kBoxes = kN / 64;
+  static constexpr int kN = kN_, kKept = kKept_, kStages = kStages_, kBoxes = kN / 64;
   static constexpr bool kTogether = kTogether_;
   static constexpr int kM = kTogether ? 2 * kRows : kRows;
-  static constexpr int kBytesA = kM * kRowBytes, kStageBytes = kBytesA + kN * kRowBytes;
+  static constexpr int kBytesA = kM * kRowBytes, kBytesB = kN * kRowBytes;
+  static constexpr int kStageBytes = kKept > 0 ? kBytesA : kBytesA + kBytesB;
   static constexpr int kStagingBytes = kBoxes * kBoxBytes;  // of one group
-  static constexpr int kStagingAt = kStages * kStageBytes, kAffineAt = kStagingAt + 2 * kStagingBytes;
+  static constexpr int kKeptAt = kStages * kStageBytes, kStagingAt = kKeptAt + kKept * kBytesB;
+  static constexpr int kAffineAt = kStagingAt + 2 * kStagingBytes;
   static constexpr int kBarriersAt = kAffineAt + 2 * kN * int(sizeof(Affine));
-  static constexpr int kSharedBytes = kBarriersAt + (2 * kStages + 4) * 8;
+  static constexpr int kSharedBytes = kBarriersAt + (2 * kStages + 5) * 8;
   static_assert(kSharedBytes <= 227 * 1024 && kN <= kGroup);
 };
 
-using Turns128x128 = HopperTile<128, false, 5>;
-using Turns128x64 = HopperTile<64, false, 8>;
-using Together256x128 = HopperTile<128, true, 3>;
+using Kept128x128 = HopperTile<128, false, kKeptSlices, 6>;
+using Kept128x64 = HopperTile<64, false, kKeptSlices, 8>;
+using Streamed128x64 = HopperTile<64, false, 0, 8>;
+using Together256x128 = HopperTile<128, true, 0, 3>;
 
 struct PointwiseArgs {
   CUtensorMap x, weight, residual, out;
@@ -51,6 +54,8 @@ struct Shared {
   __device__ uint64_t* empty(uint32_t slot) const { return full(Tile::kStages + slot); }
   __device__ uint64_t* residual(int group) const { return full(2 * Tile::kStages + group); }
   __device__ uint64_t* turn(int group) const { return residual(2 + group); }
+  __device__ uint64_t* kept() const { return residual(4); }
+  __device__ unsigned char* kept_weight(int slice) const { return base + Tile::kKeptAt + slice * Tile::kBytesB; }
   __device__ unsigned char* staging(int group) const { return base + Tile::kStagingAt + group * Tile::kStagingBytes; }
   __device__ Affine* affine(int group) const { return reinterpret_cast<Affine*>(base + Tile::kAffineAt) + group * Tile::kN; }
 
@@ -59,6 +64,7 @@ struct Shared {
       mbarrier_init(full(slot), 1);
       mbarrier_init(empty(slot), Tile::kTogether ? 8 : 4);  // one arrival for each warp that read it
     }
+    mbarrier_init(kept(), 1);
     for (int group = 0; group < 2; ++group) {
       mbarrier_init(residual(group), 1);
       mbarrier_init(turn(group), 4);
@@ -70,6 +76,12 @@ struct Shared {
 // One thread keeps the ring full, tile after tile: while a group finishes a tile, the slices of the next ones arrive.
 template <class Tile>
 __device__ __forceinline__ void load_tiles(const PointwiseArgs& p, const Shared<Tile>& shared) {
+  if constexpr (Tile::kKept > 0) {
+    const int n = int(blockIdx.x % p.tiles_n) * Tile::kN;  // the grid is a multiple of tiles_n
+    mbarrier_expect(shared.kept(), p.slices * Tile::kBytesB);
+    for (int slice = 0; slice < p.slices; ++slice)
+      tma_load(shared.kept_weight(slice), &p.weight, shared.kept(), {slice * kSlice, n});
+  }
   uint32_t at = 0;  // slices since the start
   for (uint32_t t = blockIdx.x; t < p.tiles; t += gridDim.x) {
     const Coordinates tile = tile_at(t, p.tiles_n);
@@ -79,7 +91,8 @@ __device__ __forceinline__ void load_tiles(const PointwiseArgs& p, const Shared<
       mbarrier_wait(shared.empty(slot), (round & 1) ^ 1);  // the first round finds it empty
       mbarrier_expect(shared.full(slot), Tile::kStageBytes);
       tma_load(a, &p.x, shared.full(slot), {slice * kSlice, tile.m * Tile::kM});
-      tma_load(a + Tile::kBytesA, &p.weight, shared.full(slot), {slice * kSlice, tile.n * Tile::kN});
+      if constexpr (Tile::kKept == 0)
+        tma_load(a + Tile::kBytesA, &p.weight, shared.full(slot), {slice * kSlice, tile.n * Tile::kN});
     }
   }
 }
@@ -98,9 +111,9 @@ __device__ __forceinline__ void multiply(float (&sum)[2][Tile::kN / 2], const Sh
   if constexpr (!Tile::kTogether) mbarrier_wait(shared.turn(group), (tiles_before & 1) ^ (group == 0));
   for (int slice = 0; slice < slices; ++slice, ++at) {
     const uint32_t slot = at % Tile::kStages;
-    const uint32_t tile = shared_address(shared.base) + slot * Tile::kStageBytes;
-    const uint64_t a = matrix_descriptor(tile + (Tile::kTogether ? group * kBoxBytes : 0));
-    const uint64_t b = matrix_descriptor(tile + Tile::kBytesA);
+    const unsigned char* tile = shared.base + slot * Tile::kStageBytes;
+    const uint64_t a = matrix_descriptor(shared_address(tile + (Tile::kTogether ? group * kBoxBytes : 0)));
+    const uint64_t b = matrix_descriptor(shared_address(Tile::kKept > 0 ? shared.kept_weight(slice) : tile + Tile::kBytesA));
     mbarrier_wait(shared.full(slot), at / Tile::kStages & 1);
     wgmma_fence();
 #pragma unroll
@@ -149,6 +162,7 @@ __device__ __forceinline__ void make_tiles(const PointwiseArgs& p, const Shared<
   Affine* const affine = shared.affine(group);
   uint32_t at = first * p.slices, tiles = 0;
   int affine_of = -1;
+  if constexpr (Tile::kKept > 0) mbarrier_wait(shared.kept(), 0);
   for (uint32_t t = blockIdx.x + first * gridDim.x; t < p.tiles; t += kEvery * gridDim.x, ++tiles) {
     const Coordinates tile = tile_at(t, p.tiles_n);
     const int m = tile.m * Tile::kM + (Tile::kTogether ? group * kRows : 0), n = tile.n * Tile::kN;
@@ -228,19 +242,22 @@ cudaError_t launch_tile(const ConvArgs& c, int64_t pixels, int64_t processors, c
   if (tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
   p.affine = c.affine, p.act = c.act, p.has_residual = c.residual != nullptr;
   p.tiles = uint32_t(tiles), p.tiles_n = uint32_t(tiles_n), p.slices = int(ceil_div(c.c, kSlice)), p.n = int(c.k);
-  return launch_shared(kernel, dim3(unsigned(smaller(tiles, processors))), dim3(kBlock), Tile::kSharedBytes, stream, p);
+  const int64_t blocks = Tile::kKept > 0 ? processors / tiles_n * tiles_n : processors;
+  return launch_shared(kernel, dim3(unsigned(smaller(tiles, blocks))), dim3(kBlock), Tile::kSharedBytes, stream, p);
 }
 
-template <class T, class Tile>
-Registration register_tile(const std::string& name) {
-  return {"pointwise_hopper<" + name + ">", pointwise_hopper_kernel<T, Tile>, kBlock, Tile::kSharedBytes};
+template <class T>
+bool register_type(const std::string& type) {
+  const auto add = [&](auto tile, const char* name) {
+    using Tile = typename decltype(tile)::type;
+    Registration("pointwise_hopper<" + type + "," + name + ">", pointwise_hopper_kernel<T, Tile>, kBlock, Tile::kSharedBytes);
+  };
+  add(Type<Kept128x128>{}, "kept128x128"), add(Type<Kept128x64>{}, "kept128x64");
+  add(Type<Streamed128x64>{}, "streamed128x64"), add(Type<Together256x128>{}, "together256x128");
+  return true;
 }
 
-const Registration registrations[] = {
-    register_tile<__half, Turns128x128>("f16,128x128"), register_tile<__half, Turns128x64>("f16,128x64"),
-    register_tile<__half, Together256x128>("f16,256x128"), register_tile<__nv_bfloat16, Turns128x128>("bf16,128x128"),
-    register_tile<__nv_bfloat16, Turns128x64>("bf16,128x64"),
-    register_tile<__nv_bfloat16, Together256x128>("bf16,256x128")};
+const bool registered = register_type<__half>("f16") && register_type<__nv_bfloat16>("bf16");
 
 }  // namespace
 
@@ -255,8 +272,9 @@ cudaError_t pointwise_hopper(const ConvArgs& c, cudaStream_t stream) {
   const auto choose = [&](auto type) {
     using T = typename decltype(type)::type;
     switch (choose_hopper_tile(pixels, c.k, c.c, processors)) {
-      case HopperChoice::turns128x128: return launch_tile<T, Turns128x128>(c, pixels, processors, stream);
-      case HopperChoice::turns128x64: return launch_tile<T, Turns128x64>(c, pixels, processors, stream);
+      case HopperChoice::kept128x128: return launch_tile<T, Kept128x128>(c, pixels, processors, stream);
+      case HopperChoice::kept128x64: return launch_tile<T, Kept128x64>(c, pixels, processors, stream);
+      case HopperChoice::streamed128x64: return launch_tile<T, Streamed128x64>(c, pixels, processors, stream);
       default: return launch_tile<T, Together256x128>(c, pixels, processors, stream);
     }
   };

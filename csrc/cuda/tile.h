@@ -57,15 +57,21 @@ RF_HD TileChoice choose_tile(int64_t m, int64_t n, int64_t processors) {
   return ceil_div(m, 128) * ceil_div(n, 64) >= processors ? TileChoice::m128n64 : TileChoice::m64n64;
 }
 
-// On Hopper a block is persistent and its two multiplying warp groups take tiles in turns, or share one of 256 pixels.
-// In turns, one group's epilogue hides behind the other's products: what a shallow product wants, whose epilogue is as
-// long as its main loop. From 512 channels on the main loop is long, and sharing reads a quarter less from L2.
-enum class HopperChoice { turns128x64, turns128x128, together256x128 };
+// On Hopper a block is persistent. Up to 256 channels its filters stay in shared memory and its two multiplying warp
+// groups take tiles of 128 pixels in turns: one's epilogue, as long as the short main loop, hides behind the other's
+// products. Deeper, they share tiles of 256 pixels, which reads a quarter less from L2. Problems of few filters or of
+// fewer tiles than processors take narrow tiles.
+constexpr int kSlice = 64;  // of the depth, in 16-bit elements: one row of a shared tile
+constexpr int kKeptSlices = 4;
+
+enum class HopperChoice { kept128x64, kept128x128, streamed128x64, together256x128 };
 
 RF_HD HopperChoice choose_hopper_tile(int64_t m, int64_t n, int64_t depth, int64_t processors) {
-  if (n <= 64 || ceil_div(m, 128) * ceil_div(n, 128) < processors) return HopperChoice::turns128x64;
-  return depth >= 512 && ceil_div(m, 256) * ceil_div(n, 128) >= processors ? HopperChoice::together256x128
-                                                                           : HopperChoice::turns128x128;
+  const bool narrow = n <= 64 || ceil_div(m, 128) * ceil_div(n, 128) < processors;
+  if (depth <= kKeptSlices * kSlice && ceil_div(n, narrow ? 64 : 128) <= processors)
+    return narrow ? HopperChoice::kept128x64 : HopperChoice::kept128x128;
+  return narrow || ceil_div(m, 256) * ceil_div(n, 128) < processors ? HopperChoice::streamed128x64
+                                                                   : HopperChoice::together256x128;
 }
 
 // ---- Fragments of mma.m16n8k16. Chunks count along the depth, within one step of 16 elements (two chunks).
