@@ -1,4 +1,39 @@
-// HEADER
+// 1x1 convolution of stride 1 over NHWC on Hopper, a matrix product over pixels, with the shared epilogue:
+//
+//   out[p, k] = act(sum_c x[p, c] * weight[k, c] * scale[k] + shift[k] + residual[p, k])
+//
+// Layout: x [P, C], weight [K, C], residual and out [P, K], dense, 16-byte aligned, C and K multiples of 8; float16 or
+// bfloat16; float32 accumulation and epilogue, one rounding on store. sm_90a only: TMA, mbarriers, wgmma. Tails in P, C
+// and K are zeros that TMA reads and values that it does not write.
+//
+// A persistent block of three warp groups: one thread loads, two groups multiply. Slices of 64 channels pass through a
+// ring of slots, so the loads of the next tiles go on while a tile is finished; the residual arrives, during the main
+// loop, in the staging area that the output leaves from. Why two ways of sharing the work: by roofline.py's ceilings for
+// an H200 and the shapes of ResNet-50 all products of up to 256 channels are bound by DRAM, their epilogue is as long as
+// their main loop, and what counts is that loads never pause: groups take turns ("ping-pong"), and the filters stay in
+// shared memory, since at 128 x 128 they would cost as many bytes from L2 as x. Deeper products are bound by L2 or the
+// matrix units and have long main loops: both groups share a tile of 256 pixels, which reads a quarter less.
+//
+// Floor, for P pixels: max(2 (P C + K C + P K [+ P K for the residual]) bytes / DRAM, 2 P C K / matrix units).
+// PREDICTED, nothing of it measured, for ResNet-50 at 224^2, batch 256, on an H200 (roofline.py: 4.3 TB/s, 790 TFLOP/s;
+// a guess: 6.5 TB/s from L2), in microseconds; "predicted" adds L2 and the last wave of tiles to the floor:
+//
+//   P per image   C -> K               how often  floor       predicted  tile
+//   56^2    64 ->   64                     1       48 DRAM       48      kept 128x64
+//   56^2    64 ->  256 + residual          3      215 DRAM      215      kept 128x128
+//   56^2   256 ->   64                     2      119 DRAM      119      kept 128x64
+//   56^2   256 ->  128                     1      143 DRAM      143      kept 128x128
+//   28^2   128 ->  512 + residual          4      108 DRAM      108      kept 128x128
+//   28^2   512 ->  128                     3       60 DRAM       60      together 256x128
+//   28^2   512 ->  256                     1       72 DRAM       96      together 256x128
+//   14^2   256 -> 1024 + residual          6       54 DRAM       54      kept 128x128
+//   14^2  1024 ->  256                     5       33 matrix     48      together 256x128
+//   14^2  1024 ->  512                     1       67 matrix     96      together 256x128
+//    7^2   512 -> 2048 + residual          3       33 matrix     56      together 256x128
+//    7^2  2048 ->  512                     2       33 matrix     64      together 256x128
+//
+// Together 2.7 ms, of floors of 2.5. The last five would gain from a cluster of two that shares x (multicast).
+// Source: the persistent ping-pong and cooperative schedules are those of CUTLASS 3 (Nvidia, 2023); PTX ISA.
 #include "epilogue.cuh"
 #include "hopper.cuh"
 #include "launch.cuh"
