@@ -1,8 +1,9 @@
 // Runs CUDA kernels on the CPU, so that the kernels themselves are tested where there is no GPU. Each thread of a block
 // is a fibre; blocks run one after the other. __syncthreads and the warp-wide instructions (host_ptx.h) are where
-// fibres wait for each other. Between two of them threads run in random order, shared memory starts as NaN, and copies
-// land as late (or as early) as PTX allows: a missing barrier, wait or element shows in the result. Memory beyond an
-// allocation from host_guarded() faults, and the launch returns cudaErrorIllegalAddress as a GPU would.
+// fibres wait for each other. Between two of them threads run in random order, some warps only when no other can go on,
+// shared memory starts as NaN, and copies land as late (or as early) as PTX allows: a missing barrier, wait or element
+// shows in the result. Memory beyond an allocation from host_guarded() faults, and the launch returns
+// cudaErrorIllegalAddress as a GPU would.
 #pragma once
 
 #include <csetjmp>
@@ -179,20 +180,26 @@ inline void run_block(unsigned threads) {
     fibre.groups.assign(1, {});
     fibre.index = dim3(t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y);
   }
-  for (unsigned alive = threads; alive > 0;) {
+  unsigned size = 1, alive = threads;
+  while (size < threads) size *= 2;
+  const auto run_some = [&](uint32_t warps) {  // each of their threads that can go on; false if there is none
     bool progress = false;
     const unsigned first = block.random(), step = block.random() | 1;  // an odd step visits each of 2^n threads once
-    unsigned size = 1;
-    while (size < threads) size *= 2;
     for (unsigned i = 0; i < size; ++i) {
       const unsigned t = (first + i * step) % size;
-      if (t >= threads || block.fibres[t].finished) continue;
+      if (t >= threads || block.fibres[t].finished || (warps >> t / 32 & 1) == 0) continue;
       Fibre& fibre = block.fibres[t];
       if (fibre.ready != nullptr && !fibre.ready(fibre.gate, fibre.seen)) continue;
       progress = true;
       resume(int(t));
       alive -= fibre.finished;
     }
+    return progress;
+  };
+  for (uint32_t fast = block.random(); alive > 0;) {
+    if (run_some(fast)) continue;
+    const bool progress = run_some(~0u);
+    fast = block.random();
     if (!progress && !land_one()) fail("deadlock: a barrier that not all threads reach");
   }
   if (!block.in_flight.empty()) fail("the block ended before its copies had landed");

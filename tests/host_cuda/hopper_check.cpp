@@ -228,6 +228,14 @@ void check_it_notices() {
   expect_said("without wgmma.fence", product(false, true, true));
   expect_said("in flight", product(true, false, true));
   expect_said("in flight", product(true, true, false));
+  expect_said("warps of a warp group disagree", run(128, [] {
+    std::memset(hopper_shared(), 0, 8192);
+    float sum[32];
+    wgmma_fence();
+    wgmma<__half, 64>(sum, matrix_descriptor(threadIdx.x < 64 ? 0 : 32), matrix_descriptor(0), false);
+    wgmma_commit();
+    wgmma_wait<0>();
+  }));
   const auto registers = [](auto down, auto up) {
     return run(384, [down, up] {
       if (threadIdx.x < 128) {

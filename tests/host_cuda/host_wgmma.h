@@ -3,6 +3,8 @@
 // it is waited for: until then accumulators are as they were, and tiles may be overwritten by whoever does not wait.
 #pragma once
 
+#include <algorithm>
+
 #include "host_ptx.h"
 
 namespace host_cuda {
@@ -15,37 +17,47 @@ struct Product {
   bool same(const Product& o) const { return a == o.a && b == o.b && n == o.n && half == o.half && add == o.add; }
 };
 
-struct WarpGroup {
-  uint64_t serial = 0;
-  std::array<std::vector<std::vector<Product>>, 128> groups;  // by thread; all but a thread's last are committed
-  std::array<bool, 128> fenced{};
+// Warps are on their own: a warp's quarter of a product is taken when that warp waits for it, whatever the group's other
+// three have come to. So a product is no barrier between warps.
+struct WgmmaWarp {
+  uint64_t serial = 0;                                       // of the block this is the state of
+  std::array<std::vector<std::vector<Product>>, 32> groups;  // by lane; all but a lane's last are committed
+  std::array<bool, 32> fenced{};
+  std::vector<Product> taken;  // what lane 0 has multiplied
   unsigned round = 0, arrived = 0;
   int wait = 0;
 };
 
-inline std::array<WarpGroup, 8> warp_groups;
+inline std::array<WgmmaWarp, 32> wgmma_warps;
 
-inline void check_warp_groups() {
-  for (const WarpGroup& group : warp_groups) {
-    if (group.serial != block.serial) continue;
-    for (const auto& thread : group.groups)
-      if (thread.size() != 1 || !thread.front().empty()) fail("the block ended with matrix products in flight");
+inline void check_wgmma_warps() {
+  for (size_t i = 0; i < wgmma_warps.size(); ++i) {
+    const WgmmaWarp& warp = wgmma_warps[i];
+    if (warp.serial != block.serial) continue;
+    for (const auto& lane : warp.groups)
+      if (lane.size() != 1 || !lane.front().empty()) fail("the block ended with matrix products in flight");
+    for (size_t other = i / 4 * 4; other < i / 4 * 4 + 4; ++other) {
+      const auto& theirs = wgmma_warps[other].taken;
+      if (wgmma_warps[other].serial != block.serial || theirs.size() != warp.taken.size() ||
+          !std::equal(theirs.begin(), theirs.end(), warp.taken.begin(), [](const auto& x, const auto& y) { return x.same(y); }))
+        fail("warps of a warp group disagree on their products");
+    }
   }
 }
 
-inline WarpGroup& warp_group() {
-  WarpGroup& group = warp_groups[size_t(block.current / 128)];
-  if (group.serial != block.serial) {
-    group = WarpGroup{};
-    group.serial = block.serial;
-    for (auto& thread : group.groups) thread.resize(1);
+inline WgmmaWarp& wgmma_warp() {
+  WgmmaWarp& warp = wgmma_warps[size_t(block.current / 32)];
+  if (warp.serial != block.serial) {
+    warp = WgmmaWarp{};
+    warp.serial = block.serial;
+    for (auto& lane : warp.groups) lane.resize(1);
     hopper();  // sets the other checks
     block.at_end = [] {
       check_end_of_block();
-      check_warp_groups();
+      check_wgmma_warps();
     };
   }
-  return group;
+  return warp;
 }
 
 // Element (row, k) of a K-major matrix of 16-bit elements: rows of 128 bytes in patterns of eight.
@@ -65,37 +77,38 @@ inline float element_as_float(const unsigned char* at, bool half) {
   return half ? __half2float(__half{bits}) : __bfloat162float(__nv_bfloat16{bits});
 }
 
-__attribute__((optimize("O3"), no_sanitize("undefined"))) inline void multiply(WarpGroup& group, size_t which) {
-  const Product first = group.groups[0].front()[which];
-  static float a[64][16], b[16][256], d[64][256];
+__attribute__((optimize("O3"), no_sanitize("undefined"))) inline void multiply(WgmmaWarp& warp, int quarter, size_t which) {
+  const Product first = warp.groups[0].front()[which];
+  static float a[16][16], b[16][256], d[16][256];
   for (int k = 0; k < 16; ++k) {
-    for (int i = 0; i < 64; ++i) a[i][k] = element_as_float(matrix_element(first.a, i, k), first.half);
+    for (int i = 0; i < 16; ++i) a[i][k] = element_as_float(matrix_element(first.a, 16 * quarter + i, k), first.half);
     for (int j = 0; j < first.n; ++j) b[k][j] = element_as_float(matrix_element(first.b, j, k), first.half);
   }
-  for (int i = 0; i < 64; ++i) {
+  for (int i = 0; i < 16; ++i) {
     double sum[256] = {};
     for (int k = 0; k < 16; ++k)
       for (int j = 0; j < first.n; ++j) sum[j] += double(a[i][k]) * double(b[k][j]);
     for (int j = 0; j < first.n; ++j) d[i][j] = float(sum[j]);
   }
-  for (int thread = 0; thread < 128; ++thread) {
-    const Product& product = group.groups[size_t(thread)].front()[which];
-    if (!product.same(first)) fail("threads of a warp group disagree on a product");
+  for (int lane = 0; lane < 32; ++lane) {
+    const Product& product = warp.groups[size_t(lane)].front()[which];
+    if (!product.same(first)) fail("lanes of a warp disagree on a product");
     for (int i = 0; i < first.n / 2; ++i) {
-      const int row = thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + thread % 4 * 2 + i % 2;
+      const int row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
       product.d[i] = first.add ? product.d[i] + d[row][column] : d[row][column];
     }
   }
+  warp.taken.push_back(first);
 }
 
-inline void multiply_all_but(WarpGroup& group, size_t last) {
-  for (const auto& thread : group.groups)
-    if (thread.size() != group.groups[0].size()) fail("threads of a warp group disagree on their wgmma groups");
-  while (group.groups[0].size() > last + 1) {
-    for (const auto& thread : group.groups)
-      if (thread.front().size() != group.groups[0].front().size()) fail("threads of a warp group disagree on products");
-    for (size_t i = 0; i < group.groups[0].front().size(); ++i) multiply(group, i);
-    for (auto& thread : group.groups) thread.erase(thread.begin());
+inline void multiply_all_but(WgmmaWarp& warp, int quarter, size_t last) {
+  for (const auto& lane : warp.groups)
+    if (lane.size() != warp.groups[0].size()) fail("lanes of a warp disagree on their wgmma groups");
+  while (warp.groups[0].size() > last + 1) {
+    for (const auto& lane : warp.groups)
+      if (lane.front().size() != warp.groups[0].front().size()) fail("lanes of a warp disagree on their products");
+    for (size_t i = 0; i < warp.groups[0].front().size(); ++i) multiply(warp, quarter, i);
+    for (auto& lane : warp.groups) lane.erase(lane.begin());
   }
 }
 
@@ -103,36 +116,36 @@ inline void multiply_all_but(WarpGroup& group, size_t last) {
 
 namespace resnet_fast {
 
-inline void wgmma_fence() { host_cuda::warp_group().fenced[size_t(host_cuda::block.current % 128)] = true; }
+inline void wgmma_fence() { host_cuda::wgmma_warp().fenced[size_t(host_cuda::block.current % 32)] = true; }
 
 // Stricter than PTX, which wants a fence only where registers were touched (that cannot be seen here): one before every
 // group of products.
 inline void wgmma_commit() {
-  host_cuda::WarpGroup& group = host_cuda::warp_group();
-  group.groups[size_t(host_cuda::block.current % 128)].emplace_back();
-  group.fenced[size_t(host_cuda::block.current % 128)] = false;
+  host_cuda::WgmmaWarp& warp = host_cuda::wgmma_warp();
+  warp.groups[size_t(host_cuda::block.current % 32)].emplace_back();
+  warp.fenced[size_t(host_cuda::block.current % 32)] = false;
 }
 
 template <class T, int N>
 void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {
   static_assert(N >= 8 && N <= 256 && N % 8 == 0);
-  host_cuda::WarpGroup& group = host_cuda::warp_group();
-  const size_t thread = size_t(host_cuda::block.current % 128);
-  if (!group.fenced[thread]) host_cuda::fail("wgmma without wgmma.fence before it");
-  group.groups[thread].back().push_back({a, b, N, std::is_same_v<T, __half>, add, d});
+  host_cuda::WgmmaWarp& warp = host_cuda::wgmma_warp();
+  const size_t lane = size_t(host_cuda::block.current % 32);
+  if (!warp.fenced[lane]) host_cuda::fail("wgmma without wgmma.fence before it");
+  warp.groups[lane].back().push_back({a, b, N, std::is_same_v<T, __half>, add, d});
 }
 
 template <int N>
 void wgmma_wait() {
-  host_cuda::WarpGroup& group = host_cuda::warp_group();
-  if (group.arrived != 0 && group.wait != N) host_cuda::fail("threads of a warp group wait for different products");
-  group.wait = N;
-  if (++group.arrived == 128) {
-    group.arrived = 0;
-    host_cuda::multiply_all_but(group, N);
-    ++group.round;
+  host_cuda::WgmmaWarp& warp = host_cuda::wgmma_warp();
+  if (warp.arrived != 0 && warp.wait != N) host_cuda::fail("lanes of a warp wait for different products");
+  warp.wait = N;
+  if (++warp.arrived == 32) {
+    warp.arrived = 0;
+    host_cuda::multiply_all_but(warp, host_cuda::block.current / 32 % 4, N);
+    ++warp.round;
   } else {
-    host_cuda::wait_for(group.round);
+    host_cuda::wait_for(warp.round);
   }
 }
 
