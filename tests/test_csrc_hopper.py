@@ -28,7 +28,7 @@ def problem(n, c, h, w, k, *, dtype=torch.float16, act="relu", **more) -> Proble
 
 
 def problems(dtype: torch.dtype) -> list[Problem]:
-    """Tails in pixels, channels and filters, one slice and many, each of the four tiles; and of the nasty grid what it takes."""
+    """Tails in pixels, channels and filters, one slice and many, each of the five tiles; and of the nasty grid what it takes."""
     several = [
         problem(1, 8, 5, 7, 8, dtype=dtype),
         problem(2, 72, 9, 11, 136, dtype=dtype, residual="nhwc", bn=True),
@@ -36,6 +36,7 @@ def problems(dtype: torch.dtype) -> list[Problem]:
         problem(2, 264, 12, 12, 264, dtype=dtype),
         problem(1, 520, 23, 23, 136, dtype=dtype, residual="nhwc", bn=True),
         problem(1, 640, 16, 16, 72, dtype=dtype, act="none"),
+        problem(1, 392, 21, 29, 392, dtype=dtype, residual="nhwc"),
         problem(1, 256, 21, 19, 40, dtype=dtype, residual="nhwc"),
     ]
     nasty = [p for p in nasty_problems("conv_bn_act", dtype) if find("native.pointwise_hopper").supports(replace(p, **HOPPER)) is None]
@@ -53,9 +54,10 @@ def test_pointwise(gpu: host_gpu.HostGpu, dtype: torch.dtype, processors: int) -
         assert verdict.ok, f"{each.key}: {verdict.reason}"
 
 
-@pytest.mark.parametrize("each", [problem(2, 200, 17, 16, 200, residual="nhwc", bn=True), problem(1, 520, 26, 26, 136, residual="nhwc"),
+@pytest.mark.parametrize("each", [problem(2, 200, 17, 16, 200, residual="nhwc", bn=True), problem(1, 520, 26, 26, 120, residual="nhwc"),
+                                  problem(1, 520, 26, 26, 136, residual="nhwc"),
                                   problem(2, 136, 21, 19, 64, residual="nhwc"), problem(2, 328, 21, 19, 64, residual="nhwc")],
-                         ids=["kept", "together", "kept-narrow", "streamed"])
+                         ids=["kept", "together", "paired", "kept-narrow", "streamed"])
 def test_pointwise_never_depends_on_order(gpu: host_gpu.HostGpu, each: Problem) -> None:
     """Threads in any order, loads and stores at once or as late as can be."""
     args = make_args(each)

@@ -62,6 +62,15 @@ __device__ __forceinline__ void mbarrier_expect(uint64_t* barrier, unsigned byte
                : "memory");
 }
 
+// At the barrier in the same place of another block's shared memory (`rank` in the cluster), or one's own.
+__device__ __forceinline__ void mbarrier_arrive_at(uint64_t* barrier, unsigned rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}\n" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
 // Returns once the phase of this parity has ended. The phase "before the first" has parity 1 and has ended.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, unsigned parity) {
   uint32_t ended = 0;
@@ -77,6 +86,20 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, unsigned parity
 // Named barrier `id` (1 to 15; 0 is __syncthreads) of `threads` threads, a multiple of 32.
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
+}
+
+// ---- Clusters: blocks that run at the same time and reach each other's shared memory.
+
+__device__ __forceinline__ unsigned cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(rank));
+  return rank;
+}
+
+// All threads of all blocks. Before the first access to another block (its barriers are made), and before a block ends
+// that others may still access.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::: "memory");
 }
 
 // ---- Tensor copies. One thread starts a copy of the map's box at element coordinates `at`, innermost first; what lies
@@ -102,6 +125,18 @@ __device__ __forceinline__ void tma_load(void* shared, const CUtensorMap* map, u
         "l"(map), "r"(shared_address(barrier)), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3])
         : "memory");
   }
+}
+
+// The same into every block of the cluster whose bit is set, to the same place, reported to the barrier in the same place.
+template <int D>
+__device__ __forceinline__ void tma_load_multicast(void* shared, const CUtensorMap* map, uint64_t* barrier,
+                                                   const int (&at)[D], unsigned blocks) {
+  static_assert(D == 2, "add the rank that is wanted");
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%3, %4}], [%2], %5;\n" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(at[0]), "r"(at[1]), "h"(uint16_t(blocks))
+      : "memory");
 }
 
 template <int D>

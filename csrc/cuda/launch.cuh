@@ -11,17 +11,28 @@
 
 namespace resnet_fast {
 
-// One launch with `shared_bytes` of dynamic shared memory. cudaLaunchKernelEx and not <<<>>>: it is plain C++, so the
-// host tests supply their own and run the kernels on the CPU.
+// One launch of clusters of `cluster` blocks with `shared_bytes` of dynamic shared memory each. cudaLaunchKernelEx and not
+// <<<>>>: it is plain C++, so the host tests supply their own and run the kernels on the CPU.
 template <class... P, class... A>
-cudaError_t launch_shared(void (*kernel)(P...), dim3 grid, dim3 block, int shared_bytes, cudaStream_t stream,
-                          const A&... args) {
+cudaError_t launch_clusters(void (*kernel)(P...), dim3 grid, dim3 block, int cluster, int shared_bytes,
+                            cudaStream_t stream, const A&... args) {
   cudaLaunchConfig_t config{};
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = unsigned(cluster), attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = size_t(shared_bytes);
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+template <class... P, class... A>
+cudaError_t launch_shared(void (*kernel)(P...), dim3 grid, dim3 block, int shared_bytes, cudaStream_t stream,
+                          const A&... args) {
+  return launch_clusters(kernel, grid, block, 1, shared_bytes, stream, args...);
 }
 
 template <class... P, class... A>

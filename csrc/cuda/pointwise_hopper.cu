@@ -12,7 +12,8 @@
 // an H200 and the shapes of ResNet-50 all products of up to 256 channels are bound by DRAM, their epilogue is as long as
 // their main loop, and what counts is that loads never pause: groups take turns ("ping-pong"), and the filters stay in
 // shared memory, since at 128 x 128 they would cost as many bytes from L2 as x. Deeper products are bound by L2 or the
-// matrix units and have long main loops: both groups share a tile of 256 pixels, which reads a quarter less.
+// matrix units and have long main loops: both groups share a tile of 256 pixels, which reads a quarter less, and a
+// cluster of two blocks shares the pixels of two such tiles by multicast, which saves another third.
 //
 // Floor, for P pixels: max(2 (P C + K C + P K [+ P K for the residual]) bytes / DRAM, 2 P C K / matrix units).
 // PREDICTED, nothing of it measured, for ResNet-50 at 224^2, batch 256, on an H200 (roofline.py: 4.3 TB/s, 790 TFLOP/s;
@@ -25,14 +26,14 @@
 //   56^2   256 ->  128                     1      143 DRAM      143      kept 128x128
 //   28^2   128 ->  512 + residual          4      108 DRAM      108      kept 128x128
 //   28^2   512 ->  128                     3       60 DRAM       60      together 256x128
-//   28^2   512 ->  256                     1       72 DRAM       96      together 256x128
+//   28^2   512 ->  256                     1       72 DRAM       72      paired   256x128
 //   14^2   256 -> 1024 + residual          6       54 DRAM       54      kept 128x128
-//   14^2  1024 ->  256                     5       33 matrix     48      together 256x128
-//   14^2  1024 ->  512                     1       67 matrix     96      together 256x128
-//    7^2   512 -> 2048 + residual          3       33 matrix     56      together 256x128
-//    7^2  2048 ->  512                     2       33 matrix     64      together 256x128
+//   14^2  1024 ->  256                     5       33 matrix     34      paired   256x128
+//   14^2  1024 ->  512                     1       67 matrix     67      paired   256x128
+//    7^2   512 -> 2048 + residual          3       33 matrix     40      paired   256x128
+//    7^2  2048 ->  512                     2       33 matrix     45      paired   256x128
 //
-// Together 2.7 ms, of floors of 2.5. The last five would gain from a cluster of two that shares x (multicast).
+// Together 2.53 ms, of floors of 2.48.
 // Source: the persistent ping-pong and cooperative schedules are those of CUTLASS 3 (Nvidia, 2023); PTX ISA.
 #include "epilogue.cuh"
 #include "hopper.cuh"
@@ -51,10 +52,11 @@ constexpr int kLoadRegisters = 40, kMathRegisters = 232;      // 40 + 2 * 232 = 
 
 // How a block works: on 128 x kN tiles, its two multiplying groups in turns, or (`kTogether`) on the halves of one of 256
 // pixels. Slices of x, and with them of the weight, pass through a ring of `kStages` slots, unless the weight of up to
-// `kKept` slices stays: all tiles of a block then have the same filters.
-template <int kN_, bool kTogether_, int kKept_, int kStages_>
+// `kKept` slices stays: all tiles of a block then have the same filters. `kBlocks` make neighbouring tiles of the same
+// pixels, as a cluster: each loads its share of x into all of them.
+template <int kN_, bool kTogether_, int kKept_, int kStages_, int kBlocks_ = 1>
 struct HopperTile {
-  static constexpr int kN = kN_, kKept = kKept_, kStages = kStages_, kBoxes = kN / 64;
+  static constexpr int kN = kN_, kKept = kKept_, kStages = kStages_, kBlocks = kBlocks_, kBoxes = kN / 64;
   static constexpr bool kTogether = kTogether_;
   static constexpr int kM = kTogether ? 2 * kRows : kRows;
   static constexpr int kBytesA = kM * kRowBytes, kBytesB = kN * kRowBytes;
@@ -65,17 +67,23 @@ struct HopperTile {
   static constexpr int kBarriersAt = kAffineAt + 2 * kN * int(sizeof(Affine));
   static constexpr int kSharedBytes = kBarriersAt + (2 * kStages + 5) * 8;
   static_assert(kSharedBytes <= 227 * 1024 && kN <= kGroup);
+  // First pixel and filter of tile t.
+  static __device__ Coordinates at(uint32_t t, uint32_t tiles_n) {
+    const Coordinates tile = tile_at(t, tiles_n);
+    return {tile.m * kM, (tile.n * kBlocks + (kBlocks > 1 ? int(cluster_rank()) : 0)) * kN};
+  }
 };
 
 using Kept128x128 = HopperTile<128, false, kKeptSlices, 6>;
 using Kept128x64 = HopperTile<64, false, kKeptSlices, 8>;
 using Streamed128x64 = HopperTile<64, false, 0, 8>;
 using Together256x128 = HopperTile<128, true, 0, 3>;
+using Paired256x128 = HopperTile<128, true, 0, 3, 2>;
 
 struct PointwiseArgs {
   CUtensorMap x, weight, residual, out;
   AffineArgs affine;
-  uint32_t tiles, tiles_n;
+  uint32_t tiles, tiles_n;  // of a cluster
   int slices, n;
   bool has_residual;
   Act act;
@@ -97,7 +105,7 @@ struct Shared {
   __device__ void init() const {
     for (int slot = 0; slot < Tile::kStages; ++slot) {
       mbarrier_init(full(slot), 1);
-      mbarrier_init(empty(slot), Tile::kTogether ? 8 : 4);  // one arrival for each warp that read it
+      mbarrier_init(empty(slot), (Tile::kTogether ? 8 : 4) * Tile::kBlocks);  // warps that read what is loaded into it
     }
     mbarrier_init(kept(), 1);
     for (int group = 0; group < 2; ++group) {
@@ -118,16 +126,21 @@ __device__ __forceinline__ void load_tiles(const PointwiseArgs& p, const Shared<
       tma_load(shared.kept_weight(slice), &p.weight, shared.kept(), {slice * kSlice, n});
   }
   uint32_t at = 0;  // slices since the start
-  for (uint32_t t = blockIdx.x; t < p.tiles; t += gridDim.x) {
-    const Coordinates tile = tile_at(t, p.tiles_n);
+  for (uint32_t t = blockIdx.x / Tile::kBlocks; t < p.tiles; t += gridDim.x / Tile::kBlocks) {
+    const auto [m, n] = Tile::at(t, p.tiles_n);
     for (int slice = 0; slice < p.slices; ++slice, ++at) {
       const uint32_t slot = at % Tile::kStages, round = at / Tile::kStages;
       unsigned char* a = shared.base + slot * Tile::kStageBytes;
       mbarrier_wait(shared.empty(slot), (round & 1) ^ 1);  // the first round finds it empty
       mbarrier_expect(shared.full(slot), Tile::kStageBytes);
-      tma_load(a, &p.x, shared.full(slot), {slice * kSlice, tile.m * Tile::kM});
-      if constexpr (Tile::kKept == 0)
-        tma_load(a + Tile::kBytesA, &p.weight, shared.full(slot), {slice * kSlice, tile.n * Tile::kN});
+      if constexpr (Tile::kBlocks > 1) {
+        const int share = cluster_rank() * (Tile::kM / Tile::kBlocks);
+        tma_load_multicast(a + share * kRowBytes, &p.x, shared.full(slot), {slice * kSlice, m + share},
+                           (1u << Tile::kBlocks) - 1);
+      } else {
+        tma_load(a, &p.x, shared.full(slot), {slice * kSlice, m});
+      }
+      if constexpr (Tile::kKept == 0) tma_load(a + Tile::kBytesA, &p.weight, shared.full(slot), {slice * kSlice, n});
     }
   }
 }
@@ -139,10 +152,15 @@ __device__ __forceinline__ void load_tiles(const PointwiseArgs& p, const Shared<
 template <class T, class Tile>
 __device__ __forceinline__ void multiply(float (&sum)[2][Tile::kN / 2], const Shared<Tile>& shared, int group,
                                          uint32_t at, int slices, uint32_t tiles_before) {
-  const auto arrive = [](uint64_t* barrier) {
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
+  const uint32_t lane = threadIdx.x % 32;
+  const auto give_back = [&](uint32_t slice) {
+    uint64_t* empty = shared.empty(slice % Tile::kStages);
+    if constexpr (Tile::kBlocks > 1) {
+      if (lane < Tile::kBlocks) mbarrier_arrive_at(empty, lane);
+    } else {
+      if (lane == 0) mbarrier_arrive(empty);
+    }
   };
-  const auto give_back = [&](uint32_t slice) { arrive(shared.empty(slice % Tile::kStages)); };
   if constexpr (!Tile::kTogether) mbarrier_wait(shared.turn(group), (tiles_before & 1) ^ (group == 0));
   for (int slice = 0; slice < slices; ++slice, ++at) {
     const uint32_t slot = at % Tile::kStages;
@@ -161,7 +179,7 @@ __device__ __forceinline__ void multiply(float (&sum)[2][Tile::kN / 2], const Sh
     wgmma_wait<1>();
     if (slice > 0) give_back(at - 1);
   }
-  if constexpr (!Tile::kTogether) arrive(shared.turn(1 - group));  // nothing more to wait for in the ring
+  if (!Tile::kTogether && lane == 0) mbarrier_arrive(shared.turn(1 - group));  // nothing more to wait for in the ring
   wgmma_wait<0>();
   give_back(at - 1);
 }
@@ -198,9 +216,10 @@ __device__ __forceinline__ void make_tiles(const PointwiseArgs& p, const Shared<
   uint32_t at = first * p.slices, tiles = 0;
   int affine_of = -1;
   if constexpr (Tile::kKept > 0) mbarrier_wait(shared.kept(), 0);
-  for (uint32_t t = blockIdx.x + first * gridDim.x; t < p.tiles; t += kEvery * gridDim.x, ++tiles) {
-    const Coordinates tile = tile_at(t, p.tiles_n);
-    const int m = tile.m * Tile::kM + (Tile::kTogether ? group * kRows : 0), n = tile.n * Tile::kN;
+  const uint32_t step = gridDim.x / Tile::kBlocks;
+  for (uint32_t t = blockIdx.x / Tile::kBlocks + first * step; t < p.tiles; t += kEvery * step, ++tiles) {
+    const Coordinates tile = Tile::at(t, p.tiles_n);
+    const int m = tile.m + (Tile::kTogether ? group * kRows : 0), n = tile.n;
     if (thread == 0) {
       tma_store_wait_read<0>();  // the last tile has left the staging area
       if (p.has_residual) {
@@ -210,9 +229,9 @@ __device__ __forceinline__ void make_tiles(const PointwiseArgs& p, const Shared<
           tma_load(staging + box * kBoxBytes, &p.residual, shared.residual(group), {n + 64 * box, m});
       }
     }
-    if (tile.n != affine_of && thread < Tile::kN && n + int(thread) < p.n)
+    if (n != affine_of && thread < Tile::kN && n + int(thread) < p.n)
       affine[thread] = load_affine(p.affine, n + thread);
-    affine_of = tile.n;
+    affine_of = n;
     __syncwarp();
     float sum[2][Tile::kN / 2];
     multiply<T, Tile>(sum, shared, group, at, p.slices, tiles);
@@ -244,13 +263,17 @@ __global__ void __launch_bounds__(kBlock, 1) pointwise_hopper_kernel(const __gri
       tma_prefetch(&p.x), tma_prefetch(&p.weight), tma_prefetch(&p.out);
       if (p.has_residual) tma_prefetch(&p.residual);
     }
-    __syncthreads();
+    Tile::kBlocks > 1 ? cluster_sync() : __syncthreads();
     if (threadIdx.x < kGroup) {
       registers_down<kLoadRegisters>();
       if (threadIdx.x == 0) load_tiles<Tile>(p, shared);
     } else {
       registers_up<kMathRegisters>();
       make_tiles<T, Tile>(p, shared, int(threadIdx.x) / kGroup - 1);
+    }
+    if constexpr (Tile::kBlocks > 1) {  // the other still loads into this block and arrives here
+      __syncwarp();
+      cluster_sync();
     }
   } else {
     trap();  // never a wrong answer: the binary lacks sm_90a, and the caller did not look
@@ -266,19 +289,20 @@ cudaError_t launch_tile(const ConvArgs& c, int64_t pixels, int64_t processors, c
     return encode_tensor_map(map, c.dtype, data, {uint64_t(columns), uint64_t(rows)}, {uint64_t(columns) * sizeof(T)},
                              {uint32_t(kSlice), box_rows});
   };
-  cudaError_t error = encode(p.x, c.x, c.c, pixels, Tile::kM);
+  cudaError_t error = encode(p.x, c.x, c.c, pixels, Tile::kM / Tile::kBlocks);
   if (error == cudaSuccess) error = encode(p.weight, c.weight, c.c, c.k, Tile::kN);
   if (error == cudaSuccess) error = encode(p.out, c.out, c.k, pixels, kRows);
   if (error == cudaSuccess && c.residual != nullptr) error = encode(p.residual, c.residual, c.k, pixels, kRows);
   constexpr auto kernel = pointwise_hopper_kernel<T, Tile>;
   if (error == cudaSuccess) error = allow_shared<kernel>(Tile::kSharedBytes);
   if (error != cudaSuccess) return error;
-  const int64_t tiles_n = ceil_div(c.k, Tile::kN), tiles = ceil_div(pixels, Tile::kM) * tiles_n;
+  const int64_t tiles_n = ceil_div(c.k, Tile::kN * Tile::kBlocks), tiles = ceil_div(pixels, Tile::kM) * tiles_n;
   if (tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
   p.affine = c.affine, p.act = c.act, p.has_residual = c.residual != nullptr;
   p.tiles = uint32_t(tiles), p.tiles_n = uint32_t(tiles_n), p.slices = int(ceil_div(c.c, kSlice)), p.n = int(c.k);
-  const int64_t blocks = Tile::kKept > 0 ? processors / tiles_n * tiles_n : processors;
-  return launch_shared(kernel, dim3(unsigned(smaller(tiles, blocks))), dim3(kBlock), Tile::kSharedBytes, stream, p);
+  const int64_t most = Tile::kKept > 0 ? processors / tiles_n * tiles_n : larger(processors / Tile::kBlocks, 1);
+  return launch_clusters(kernel, dim3(unsigned(smaller(tiles, most) * Tile::kBlocks)), dim3(kBlock), Tile::kBlocks,
+                         Tile::kSharedBytes, stream, p);
 }
 
 template <class T>
@@ -289,6 +313,7 @@ bool register_type(const std::string& type) {
   };
   add(Type<Kept128x128>{}, "kept128x128"), add(Type<Kept128x64>{}, "kept128x64");
   add(Type<Streamed128x64>{}, "streamed128x64"), add(Type<Together256x128>{}, "together256x128");
+  add(Type<Paired256x128>{}, "paired256x128");
   return true;
 }
 
@@ -310,6 +335,7 @@ cudaError_t pointwise_hopper(const ConvArgs& c, cudaStream_t stream) {
       case HopperChoice::kept128x128: return launch_tile<T, Kept128x128>(c, pixels, processors, stream);
       case HopperChoice::kept128x64: return launch_tile<T, Kept128x64>(c, pixels, processors, stream);
       case HopperChoice::streamed128x64: return launch_tile<T, Streamed128x64>(c, pixels, processors, stream);
+      case HopperChoice::paired256x128: return launch_tile<T, Paired256x128>(c, pixels, processors, stream);
       default: return launch_tile<T, Together256x128>(c, pixels, processors, stream);
     }
   };

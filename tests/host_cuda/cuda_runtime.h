@@ -1,5 +1,5 @@
 // Runs CUDA kernels on the CPU, so that the kernels themselves are tested where there is no GPU. Each thread of a block
-// is a fibre; blocks run one after the other. __syncthreads and the warp-wide instructions (host_ptx.h) are where
+// is a fibre; blocks run one after the other, those of a cluster together. __syncthreads and the warp-wide instructions (host_ptx.h) are where
 // fibres wait for each other. Between two of them threads run in random order, some warps only when no other can go on,
 // shared memory starts as NaN, and copies land as late (or as early) as PTX allows: a missing barrier, wait or element
 // shows in the result. Memory beyond an allocation from host_guarded() faults, and the launch returns
@@ -61,6 +61,7 @@ struct Fibre {
   const void* gate = nullptr;
   unsigned seen = 0;
   dim3 index;
+  unsigned rank = 0;  // of its block in the cluster
   std::vector<std::vector<Copy>> groups;  // of cp.async: all but the last are committed
 };
 
@@ -70,10 +71,19 @@ struct Warp {
   alignas(16) unsigned char in[32][64], out[32][32];
 };
 
+constexpr unsigned kMostBlocks = 2;  // of a cluster
+
+struct Barrier {
+  unsigned round = 0, arrived = 0;
+};
+
+// A block, or the blocks of a cluster with their threads one after the other.
 struct Block {
   std::vector<Fibre> fibres;
   std::vector<Warp> warps;
-  unsigned barrier_round = 0, barrier_arrived = 0;
+  Barrier barriers[kMostBlocks], cluster_barrier;
+  unsigned blocks = 1, alive[kMostBlocks] = {};  // in the cluster; threads of each that have not ended
+  dim3 first;  // blockIdx of rank 0
   uint64_t serial = 0;                           // of all blocks ever run
   std::vector<std::function<void()>> in_flight;  // copies that land by themselves, at the latest when all threads wait
   std::function<void()> at_end;                  // what is to be checked once all threads have ended
@@ -86,7 +96,10 @@ struct Block {
 inline Block block;
 inline sigjmp_buf abort_launch;
 inline char message[256];
-alignas(1024) inline unsigned char shared_memory[kHopperShared + 4096];  // dynamic; the rest notices writes too far
+constexpr size_t kShared = kHopperShared + 4096;  // dynamic; the rest notices writes too far
+static_assert(kShared % 1024 == 0);
+alignas(1024) inline unsigned char shared_memories[kMostBlocks][kShared];
+inline unsigned char* shared_memory = shared_memories[0];  // of the block whose thread is running
 inline size_t shared_bytes = 0;
 
 [[noreturn]] inline void fail(const char* text, cudaError_t error = cudaErrorLaunchFailure) {
@@ -98,6 +111,11 @@ inline void on_fault(int) { fail("access outside an allocation, or undefined beh
 
 inline Fibre& self() { return block.fibres[block.current]; }
 
+inline void enter_block(unsigned rank) {
+  shared_memory = shared_memories[rank];
+  blockIdx = dim3(block.first.x + rank, block.first.y);
+}
+
 inline void wait_until(bool (*ready)(const void*, unsigned), const void* gate, unsigned seen) {
   Fibre& fibre = self();
   fibre.ready = ready;
@@ -108,6 +126,15 @@ inline void wait_until(bool (*ready)(const void*, unsigned), const void* gate, u
 
 inline void wait_for(const unsigned& round) {
   wait_until([](const void* at, unsigned seen) { return *static_cast<const unsigned*>(at) != seen; }, &round, round);
+}
+
+inline void arrive_and_wait(Barrier& barrier, unsigned threads) {
+  if (++barrier.arrived == threads) {
+    barrier.arrived = 0;
+    ++barrier.round;
+  } else {
+    wait_for(barrier.round);
+  }
 }
 
 // Something that was in flight lands: any of it, in any order.
@@ -155,20 +182,23 @@ inline void resume(int thread) {
   Fibre& fibre = block.fibres[thread];
   block.current = thread;
   threadIdx = fibre.index;
+  enter_block(fibre.rank);
   if (_setjmp(block.scheduler) != 0) return;
   if (fibre.started) _longjmp(fibre.here, 1);
   fibre.started = true;
   setcontext(&fibre.start);
 }
 
-inline void run_block(unsigned threads) {
-  block.barrier_arrived = 0;
+inline void run_block(unsigned threads_of_one) {
+  const unsigned threads = threads_of_one * block.blocks;
+  for (Barrier& barrier : block.barriers) barrier.arrived = 0;
+  block.cluster_barrier.arrived = 0;
   block.warps.assign((threads + 31) / 32, Warp{});
   block.in_flight.clear();
   block.at_end = nullptr;
   ++block.serial;
   const size_t watched = size_t(settings.shared_limit) + 4096;
-  std::memset(shared_memory, 0xff, watched);
+  for (unsigned rank = 0; rank < block.blocks; ++rank) std::memset(shared_memories[rank], 0xff, watched);
   for (unsigned t = 0; t < threads; ++t) {
     Fibre& fibre = block.fibres[t];
     getcontext(&fibre.start);
@@ -178,9 +208,13 @@ inline void run_block(unsigned threads) {
     fibre.started = fibre.finished = false;
     fibre.ready = nullptr;
     fibre.groups.assign(1, {});
-    fibre.index = dim3(t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y);
+    const unsigned i = t % threads_of_one;
+    fibre.index = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
+    fibre.rank = t / threads_of_one;
   }
-  unsigned size = 1, alive = threads;
+  for (unsigned& alive : block.alive) alive = threads_of_one;
+  const auto alive = [] { return block.alive[0] + (block.blocks > 1 ? block.alive[1] : 0); };
+  unsigned size = 1;
   while (size < threads) size *= 2;
   const auto run_some = [&](uint32_t warps) {  // each of their threads that can go on; false if there is none
     bool progress = false;
@@ -192,20 +226,28 @@ inline void run_block(unsigned threads) {
       if (fibre.ready != nullptr && !fibre.ready(fibre.gate, fibre.seen)) continue;
       progress = true;
       resume(int(t));
-      alive -= fibre.finished;
+      block.alive[fibre.rank] -= fibre.finished;
     }
     return progress;
   };
-  for (uint32_t fast = block.random(); alive > 0;) {
+  const auto some_warps = [&] {  // random ones, or groups of four, or blocks
+    const unsigned together[] = {1, 4, (threads_of_one + 31) / 32}, width = together[block.random() % 3];
+    const uint32_t chosen = block.random();
+    uint32_t warps = 0;
+    for (unsigned i = 0; i < 32; ++i) warps |= (chosen >> i / width & 1) << i;
+    return warps;
+  };
+  for (uint32_t fast = some_warps(); alive() > 0;) {
     if (run_some(fast)) continue;
     const bool progress = run_some(~0u);
-    fast = block.random();
+    fast = some_warps();
     if (!progress && !land_one()) fail("deadlock: a barrier that not all threads reach");
   }
   if (!block.in_flight.empty()) fail("the block ended before its copies had landed");
   if (block.at_end) block.at_end();
-  for (size_t i = shared_bytes; i < watched; ++i)
-    if (shared_memory[i] != 0xff) fail("a write beyond the block's shared memory");
+  for (unsigned rank = 0; rank < block.blocks; ++rank)
+    for (size_t i = shared_bytes; i < watched; ++i)
+      if (shared_memories[rank][i] != 0xff) fail("a write beyond the block's shared memory");
 }
 
 struct FaultHandler {
@@ -235,22 +277,25 @@ struct FaultHandler {
   }
 };
 
-inline cudaError_t run_grid(dim3 grid, dim3 threads, size_t dynamic_shared, std::function<void()> body) {
+inline cudaError_t run_grid(dim3 grid, dim3 threads, size_t dynamic_shared, std::function<void()> body,
+                            unsigned cluster = 1) {
   const unsigned count = threads.x * threads.y * threads.z;
-  if (grid.x == 0 || grid.y == 0 || count == 0 || count > 1024 || dynamic_shared > size_t(settings.shared_limit) || grid.y > 65535)
+  if (grid.x == 0 || grid.y == 0 || count == 0 || count > 1024 || dynamic_shared > size_t(settings.shared_limit) || grid.y > 65535 ||
+      cluster > kMostBlocks || grid.x % cluster != 0)
     return cudaErrorInvalidConfiguration;
   gridDim = grid;
   blockDim = threads;
   shared_bytes = dynamic_shared;
   block.body = std::move(body);
   block.random.seed(settings.seed);
-  if (block.fibres.size() < count) block.fibres = std::vector<Fibre>(count);
+  block.blocks = cluster;
+  if (block.fibres.size() < count * cluster) block.fibres = std::vector<Fibre>(count * cluster);
   const FaultHandler handler;
   message[0] = 0;
   if (const int error = sigsetjmp(abort_launch, 1)) return cudaError_t(error);
   for (unsigned y = 0; y < grid.y; ++y) {
-    for (unsigned x = settings.first_block; x < grid.x; ++x) {
-      blockIdx = dim3(x, y);
+    for (unsigned x = settings.first_block; x < grid.x; x += cluster) {
+      block.first = dim3(x, y);
       run_block(count);
     }
   }
@@ -260,26 +305,34 @@ inline cudaError_t run_grid(dim3 grid, dim3 threads, size_t dynamic_shared, std:
 }  // namespace host_cuda
 
 inline void __syncthreads() {
-  host_cuda::Block& block = host_cuda::block;
-  if (++block.barrier_arrived == blockDim.x * blockDim.y * blockDim.z) {
-    block.barrier_arrived = 0;
-    ++block.barrier_round;
-  } else {
-    host_cuda::wait_for(block.barrier_round);
-  }
+  host_cuda::arrive_and_wait(host_cuda::block.barriers[host_cuda::self().rank], blockDim.x * blockDim.y * blockDim.z);
 }
 
 inline void __syncwarp() {
   host_cuda::collective<int>("__syncwarp", 0, [](int (&)[32], int (&)[32]) {});
 }
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
 
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... args) {
-  return host_cuda::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { kernel(args...); });
+  return host_cuda::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { kernel(args...); },
+                             config->numAttrs == 0 ? 1 : config->attrs->val.clusterDim.x);
 }

@@ -40,9 +40,7 @@ inline size_t box_bytes(const Map& map) {
 }
 
 // 128-byte swizzle, by absolute address: bits 4 to 6 are xored with bits 7 to 9.
-inline unsigned char* swizzle_shared(size_t address) {
-  return shared_memory + (address ^ ((address >> 7) & 7) << 4);
-}
+inline size_t swizzle_shared(size_t address) { return address ^ ((address >> 7) & 7) << 4; }
 
 struct Store {
   Map map;
@@ -58,16 +56,15 @@ struct HopperThread {
   int registers = 0;  // what setmaxnreg said last
 };
 
-struct NamedBarrier {
-  unsigned round = 0, arrived = 0;
+struct NamedBarrier : Barrier {
   int threads = 0;
 };
 
 struct Hopper {
   uint64_t serial = 0;  // of the block this is the state of
   std::vector<HopperThread> threads;
-  std::array<NamedBarrier, 16> barriers;
-  int pool = 0, launched = 0;  // free registers in the block's pool (thread by thread), and those of a thread at first
+  std::array<NamedBarrier, 16> barriers[kMostBlocks];
+  int pool[kMostBlocks] = {}, launched = 0;  // free registers of a block (thread by thread); those of a thread at first
 };
 
 inline Hopper hopper_state;
@@ -75,7 +72,8 @@ inline Hopper hopper_state;
 inline void read_shared(Store& store) {
   if (!store.read.empty()) return;
   store.read.resize(box_bytes(store.map) / 2);
-  for (size_t i = 0; i < store.read.size(); ++i) std::memcpy(&store.read[i], swizzle_shared(store.from + 2 * i), 2);
+  for (size_t i = 0; i < store.read.size(); ++i)
+    std::memcpy(&store.read[i], shared_memory + swizzle_shared(store.from + 2 * i), 2);
 }
 
 inline void write_global(const Store& store) {
@@ -88,6 +86,7 @@ inline void check_end_of_block() {
   Hopper& hopper = hopper_state;
   for (size_t t = 0; t < hopper.threads.size(); ++t) {
     block.current = int(t);
+    enter_block(block.fibres[t].rank);
     for (auto& group : hopper.threads[t].stores)
       for (Store& store : group) {
         if (store.read.empty()) fail("the block ended before a store had read shared memory");
@@ -102,7 +101,8 @@ inline void check_end_of_block() {
 inline Hopper& hopper() {
   if (hopper_state.serial != block.serial) {
     const int threads = int(blockDim.x * blockDim.y * blockDim.z);
-    hopper_state = Hopper{block.serial, std::vector<HopperThread>(size_t(threads)), {}, 0, 65536 / threads / 8 * 8};
+    hopper_state = Hopper{block.serial, std::vector<HopperThread>(size_t(threads) * block.blocks), {}, {},
+                          65536 / threads / 8 * 8};
     block.at_end = check_end_of_block;
   }
   return hopper_state;
@@ -121,7 +121,8 @@ struct Mbarrier {
 
 inline Mbarrier load_barrier(const uint64_t* at, bool fenced = true) {
   const auto* bytes = reinterpret_cast<const unsigned char*>(at);
-  if (bytes < shared_memory || bytes + 8 > shared_memory + shared_bytes || reinterpret_cast<uintptr_t>(at) % 8 != 0)
+  const size_t where = size_t(bytes - shared_memories[0]);
+  if (where >= block.blocks * kShared || where % kShared + 8 > shared_bytes || where % 8 != 0)
     fail("an mbarrier outside shared memory, or unaligned");
   Mbarrier barrier;
   std::memcpy(&barrier, at, 8);
@@ -180,6 +181,13 @@ namespace resnet_fast {
 
 inline unsigned char* hopper_shared() { return host_cuda::shared_memory; }
 
+inline unsigned cluster_rank() { return host_cuda::self().rank; }
+
+inline void cluster_sync() {
+  host_cuda::Block& all = host_cuda::block;
+  host_cuda::arrive_and_wait(all.cluster_barrier, blockDim.x * blockDim.y * blockDim.z * all.blocks);
+}
+
 inline void trap() { host_cuda::fail("a trap"); }
 
 inline uint32_t shared_address(const void* p) {
@@ -206,6 +214,17 @@ inline void mbarrier_init_fence() {
 
 inline void mbarrier_arrive(uint64_t* barrier) { host_cuda::arrive(barrier, 0); }
 
+// Where `p` lies in the shared memory of a block of the cluster, which must still be there.
+template <class T>
+T* in_block(T* p, unsigned rank) {
+  if (rank >= host_cuda::block.blocks) host_cuda::fail("a block that the cluster has not");
+  if (host_cuda::block.alive[rank] == 0) host_cuda::fail("shared memory of a block that has ended");
+  const auto* at = reinterpret_cast<const unsigned char*>(p);
+  return reinterpret_cast<T*>(host_cuda::shared_memories[rank] + (at - host_cuda::shared_memory));
+}
+
+inline void mbarrier_arrive_at(uint64_t* barrier, unsigned rank) { host_cuda::arrive(in_block(barrier, rank), 0); }
+
 inline void mbarrier_expect(uint64_t* barrier, unsigned bytes) { host_cuda::arrive(barrier, bytes); }
 
 inline void mbarrier_wait(uint64_t* barrier, unsigned parity) {
@@ -219,43 +238,49 @@ inline void mbarrier_wait(uint64_t* barrier, unsigned parity) {
 
 inline void named_barrier(int id, int threads) {
   if (id < 1 || id > 15 || threads % 32 != 0) host_cuda::fail("a named barrier that there is not");
-  host_cuda::NamedBarrier& barrier = host_cuda::hopper().barriers[size_t(id)];
+  host_cuda::NamedBarrier& barrier = host_cuda::hopper().barriers[host_cuda::self().rank][size_t(id)];
   if (barrier.arrived != 0 && barrier.threads != threads) host_cuda::fail("a named barrier of two sizes");
   barrier.threads = threads;
-  if (++barrier.arrived == unsigned(threads)) {
-    barrier.arrived = 0;
-    ++barrier.round;
-  } else {
-    host_cuda::wait_for(barrier.round);
-  }
+  host_cuda::arrive_and_wait(barrier, unsigned(threads));
 }
 
 inline void tma_prefetch(const CUtensorMap* map) { host_cuda::map_of(map); }
 
+// Into every block whose bit is set, each counting the bytes on its own barrier at the same place.
 template <int D>
-void tma_load(void* shared, const CUtensorMap* map, uint64_t* barrier, const int (&at)[D]) {
+void tma_load_multicast(void* shared, const CUtensorMap* map, uint64_t* barrier, const int (&at)[D], unsigned blocks) {
   const host_cuda::Map& box = host_cuda::map_of(map);
   const size_t to = host_cuda::tile_address(shared, box);
   host_cuda::load_barrier(barrier);
-  const auto land = [box, to, barrier, where = host_cuda::coordinates(at, box)] {
-    host_cuda::walk_box(box, where, [&](size_t offset, const unsigned char* element) {
-      unsigned char* target = host_cuda::swizzle_shared(to + offset);
-      if (element != nullptr) {
-        std::memcpy(target, element, 2);
-      } else {
-        std::memset(target, 0, 2);
-      }
-    });
-    host_cuda::Mbarrier state = host_cuda::load_barrier(barrier);
-    host_cuda::count_bytes(state, -int64_t(host_cuda::box_bytes(box)));
-    host_cuda::store_barrier(barrier, state);
-  };
-  if (host_cuda::settings.late_copies) {
-    host_cuda::hopper();
-    host_cuda::block.in_flight.emplace_back(land);
-  } else {
-    land();
+  if (blocks == 0 || blocks >> host_cuda::block.blocks != 0) host_cuda::fail("TMA into a block that the cluster has not");
+  for (unsigned rank = 0; rank < host_cuda::block.blocks; ++rank) {
+    if ((blocks >> rank & 1) == 0) continue;
+    unsigned char* const memory = host_cuda::shared_memories[rank];
+    const auto land = [box, to, memory, rank, counter = in_block(barrier, rank), where = host_cuda::coordinates(at, box)] {
+      if (host_cuda::block.alive[rank] == 0) host_cuda::fail("shared memory of a block that has ended");
+      host_cuda::walk_box(box, where, [&](size_t offset, const unsigned char* element) {
+        unsigned char* target = memory + host_cuda::swizzle_shared(to + offset);
+        if (element != nullptr) {
+          std::memcpy(target, element, 2);
+        } else {
+          std::memset(target, 0, 2);
+        }
+      });
+      host_cuda::Mbarrier state = host_cuda::load_barrier(counter);
+      host_cuda::count_bytes(state, -int64_t(host_cuda::box_bytes(box)));
+      host_cuda::store_barrier(counter, state);
+    };
+    if (host_cuda::settings.late_copies) {
+      host_cuda::block.in_flight.emplace_back(land);
+    } else {
+      land();
+    }
   }
+}
+
+template <int D>
+void tma_load(void* shared, const CUtensorMap* map, uint64_t* barrier, const int (&at)[D]) {
+  tma_load_multicast(shared, map, barrier, at, 1u << host_cuda::self().rank);
 }
 
 template <int D>
@@ -304,7 +329,7 @@ void registers_down() {
   static_assert(N >= 24 && N <= 256 && N % 8 == 0);
   host_cuda::Hopper& hopper = host_cuda::hopper();
   if (N > hopper.launched) host_cuda::fail("setmaxnreg.dec to more registers than there are");
-  hopper.pool += hopper.launched - N;
+  hopper.pool[host_cuda::self().rank] += hopper.launched - N;
   host_cuda::hopper_thread().registers = N;
 }
 
@@ -313,10 +338,11 @@ void registers_up() {
   static_assert(N >= 24 && N <= 256 && N % 8 == 0);
   host_cuda::Hopper& hopper = host_cuda::hopper();
   if (N < hopper.launched) host_cuda::fail("setmaxnreg.inc to fewer registers than there are");
-  const auto enough = [](const void* pool, unsigned wanted) { return *static_cast<const int*>(pool) >= int(wanted); };
+  const auto enough = [](const void* free, unsigned wanted) { return *static_cast<const int*>(free) >= int(wanted); };
   const unsigned wanted = unsigned(N - hopper.launched);
-  if (!enough(&hopper.pool, wanted)) host_cuda::wait_until(enough, &hopper.pool, wanted);
-  hopper.pool -= int(wanted);
+  int& pool = hopper.pool[host_cuda::self().rank];
+  if (!enough(&pool, wanted)) host_cuda::wait_until(enough, &pool, wanted);
+  pool -= int(wanted);
   host_cuda::hopper_thread().registers = N;
 }
 
