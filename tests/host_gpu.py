@@ -94,13 +94,11 @@ class HostGpu:
 
     @contextmanager
     def _call(self) -> Iterator[None]:
-        """Guarded memory lives for one call."""
-        try:
-            yield
-        finally:
-            for address, size in self._memory:
-                self.lib.host_release(ctypes.c_void_p(address), ctypes.c_size_t(size))
-            self._memory.clear()
+        """Guarded memory lives for one call; after an error it stays, for a report of the error to show."""
+        yield
+        for address, size in self._memory:
+            self.lib.host_release(ctypes.c_void_p(address), ctypes.c_size_t(size))
+        self._memory.clear()
 
     def _launch(self, name: str, *args) -> None:
         flat = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_void_p() if a is None else

@@ -124,6 +124,7 @@ def test_hopper_kernels_are_tensor_copies_and_warp_group_products(compiled, file
         assert re.search(r"\b(LDSM|LDGSTS|LDL|STL|STG)\b", text) is None, name
         products, waits = text.count("HGMMA"), text.count("WARPGROUP.DEPBAR")
         assert products == 8 and waits == 2, f"{name}: {products} products, {waits} waits"
+    assert any("MULTICAST" in text for text in code.values()) == (file == "pointwise_hopper")
 
 
 @pytest.mark.parametrize("file", sorted(ON_HOPPER))

@@ -21,9 +21,10 @@ namespace {
 
 // One block; what the emulation says of it ("" if nothing is wrong).
 template <class F>
-std::string run(int threads, F&& body, unsigned seed = 1, bool late = true) {
+std::string run(int threads, F&& body, unsigned seed = 1, bool late = true, unsigned cluster = 1) {
   host_cuda::settings = {seed, 1, late, 0, host_cuda::kHopperShared};
-  const cudaError_t error = host_cuda::run_grid(dim3(1), dim3(unsigned(threads)), host_cuda::kHopperShared, body);
+  const cudaError_t error = host_cuda::run_grid(dim3(cluster), dim3(unsigned(threads)), host_cuda::kHopperShared, body,
+                                                cluster);
   EXPECT((error == cudaSuccess) == (host_cuda::message[0] == 0), "error %d", int(error));
   return host_cuda::message;
 }
@@ -167,6 +168,43 @@ void check_product(int first_row, int first_k, int stride_rows) {
     }
 }
 
+// Each block of a cluster loads one half of a tile into both; the other says when it has seen it.
+void check_cluster() {
+  const auto x = numbers(64 * 64 + 8);
+  const auto* from = reinterpret_cast<const __half*>((reinterpret_cast<uintptr_t>(x.data()) + 15) / 16 * 16);
+  CUtensorMap map;
+  EXPECT(encode_tensor_map(map, DType::f16, from, {64, 64}, {128}, {64, 32}) == cudaSuccess, "map");
+  const auto kernel = [&](bool wait) {
+    return [&map, from, wait] {
+      const unsigned rank = cluster_rank();
+      if (threadIdx.x == 0) {
+        mbarrier_init(barriers(), 1);
+        mbarrier_init(barriers() + 1, 2);
+        mbarrier_init_fence();
+      }
+      cluster_sync();
+      if (threadIdx.x == 0) {
+        mbarrier_expect(barriers(), 64 * 128);
+        tma_load_multicast(hopper_shared() + rank * 4096, &map, barriers(), {0, int(rank) * 32}, 3);
+      }
+      mbarrier_wait(barriers(), 0);
+      for (int row : {int(threadIdx.x), int(threadIdx.x) + 32}) {
+        const auto* landed = reinterpret_cast<const __half*>(hopper_shared() + swizzled(row, 7));
+        EXPECT(__half2float(*landed) == __half2float(from[row * 64 + 56]), "block %u, row %d", rank, row);
+      }
+      if (threadIdx.x < 2) mbarrier_arrive_at(barriers() + 1, threadIdx.x);
+      mbarrier_wait(barriers() + 1, 0);
+      if (wait) cluster_sync();
+      if (!wait && rank == 0 && threadIdx.x == 0) mbarrier_arrive_at(barriers() + 1, 1);
+    };
+  };
+  for (const bool late : {true, false}) expect_said("", run(32, kernel(true), 1, late, 2));
+  bool noticed = false;  // in some order the other block has ended before
+  for (unsigned seed = 0; seed < 16; ++seed)
+    noticed = noticed || run(32, kernel(false), seed, true, 2).find("of a block that has ended") != std::string::npos;
+  EXPECT(noticed, "a block that ends before the other is done with it");
+}
+
 // What a kernel can get wrong, and how the emulation says so.
 void check_it_notices() {
   const auto data = numbers(64 * 64 + 8);
@@ -261,6 +299,7 @@ int main() {
   check_product<64>(0, 0, 8), check_product<128>(0, 0, 8), check_product<256>(0, 0, 8);
   for (int row : {1, 7, 8, 30, 59}) check_product<64>(row, row % 4 * 16, 8);
   check_product<128>(3, 16, 10), check_product<64>(13, 32, 30);
+  check_cluster();
   check_it_notices();
   return 0;
 }
