@@ -22,6 +22,7 @@
 //   P per image   C -> K               how often  floor       predicted  tile
 //   56^2    64 ->   64                     1       48 DRAM       48      kept 128x64
 //   56^2    64 ->  256 + residual          3      215 DRAM      215      kept 128x128
+//   56^2    64 ->  256                     1      119 DRAM      119      kept 128x128
 //   56^2   256 ->   64                     2      119 DRAM      119      kept 128x64
 //   56^2   256 ->  128                     1      143 DRAM      143      kept 128x128
 //   28^2   128 ->  512 + residual          4      108 DRAM      108      kept 128x128
@@ -33,7 +34,8 @@
 //    7^2   512 -> 2048 + residual          3       33 matrix     40      paired   256x128
 //    7^2  2048 ->  512                     2       33 matrix     45      paired   256x128
 //
-// Together 2.53 ms, of floors of 2.48.
+// Together 2.65 ms, of floors of 2.60. Stride 2 (three projections) is declined: the pixels of a tile follow each other in
+// memory, and a strided box would end with each line of the image.
 // Source: the persistent ping-pong and cooperative schedules are those of CUTLASS 3 (Nvidia, 2023); PTX ISA.
 #include "epilogue.cuh"
 #include "hopper.cuh"
@@ -44,11 +46,11 @@
 namespace resnet_fast {
 namespace {
 
-constexpr int kGroup = 128;          // threads of a warp group
-constexpr int kBlock = 3 * kGroup;   // one that loads, two that multiply
-constexpr int kRows = 128;           // pixels of a multiplying group's tile
-constexpr int kBoxBytes = kRows * kRowBytes;                  // 64 channels of them, on the way in or out
-constexpr int kLoadRegisters = 40, kMathRegisters = 232;      // 40 + 2 * 232 = 3 * 168, what the launch gives
+constexpr int kGroup = 128;         // threads of a warp group
+constexpr int kBlock = 3 * kGroup;  // one that loads, two that multiply
+constexpr int kRows = 128;          // pixels of a multiplying group's tile
+constexpr int kBoxBytes = kRows * kRowBytes;              // 64 channels of them, on the way in or out
+constexpr int kLoadRegisters = 40, kMathRegisters = 232;  // 40 + 2 * 232 = 3 * 168, what the launch gives
 
 // How a block works: on 128 x kN tiles, its two multiplying groups in turns, or (`kTogether`) on the halves of one of 256
 // pixels. Slices of x, and with them of the weight, pass through a ring of `kStages` slots, unless the weight of up to
