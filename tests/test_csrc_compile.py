@@ -122,6 +122,8 @@ def test_hopper_kernels_are_tensor_copies_and_warp_group_products(compiled, file
         assert re.search(rf"HGMMA\.64x\d+x16\.{types} ", text), name
         assert all(i in text for i in ("UTMALDG", "UTMASTG", "USETMAXREG", "SYNCS.PHASECHK.TRANS64.TRYWAIT")), name
         assert re.search(r"\b(LDSM|LDGSTS|LDL|STL|STG)\b", text) is None, name
+        # Launched as dependents: griddepcontrol.wait comes before any access to global memory, launch_dependents after it.
+        assert text.index("ACQBULK") < text.index("PREEXIT") < re.search(r"\b(UTMALDG|UTMASTG|LDG)\b", text).start(), name
         products, waits = text.count("HGMMA"), text.count("WARPGROUP.DEPBAR")
         assert products == 8 and waits == 2, f"{name}: {products} products, {waits} waits"
     assert any("MULTICAST" in text for text in code.values()) == (file == "pointwise_hopper")

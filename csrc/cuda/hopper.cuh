@@ -88,6 +88,15 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
 }
 
+// ---- Programmatic dependent launch: this kernel's blocks were placed while the one before was finishing.
+
+// Returns once all kernels before are done and what they wrote can be seen, since each of them waited in its turn; then
+// lets the next one's blocks in, which take only what room is left. By all threads.
+__device__ __forceinline__ void wait_for_kernels_before() {
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+}
+
 // ---- Clusters: blocks that run at the same time and reach each other's shared memory.
 
 __device__ __forceinline__ unsigned cluster_rank() {

@@ -11,17 +11,11 @@
 
 namespace resnet_fast {
 
-// One launch of clusters of `cluster` blocks with `shared_bytes` of dynamic shared memory each. cudaLaunchKernelEx and not
-// <<<>>>: it is plain C++, so the host tests supply their own and run the kernels on the CPU.
+// cudaLaunchKernelEx and not <<<>>>: it is plain C++, so the host tests supply their own and run the kernels on the CPU.
 template <class... P, class... A>
-cudaError_t launch_clusters(void (*kernel)(P...), dim3 grid, dim3 block, int cluster, int shared_bytes,
-                            cudaStream_t stream, const A&... args) {
+cudaError_t launch_shared(void (*kernel)(P...), dim3 grid, dim3 block, int shared_bytes, cudaStream_t stream,
+                          const A&... args) {
   cudaLaunchConfig_t config{};
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = unsigned(cluster), attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = size_t(shared_bytes);
@@ -29,10 +23,25 @@ cudaError_t launch_clusters(void (*kernel)(P...), dim3 grid, dim3 block, int clu
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
+// From sm_90 on: clusters of `cluster` blocks, placed as soon as those of the kernel before have started and leave room. So
+// the kernel does nothing that another could see, or see of another, before wait_for_kernels_before() (hopper.cuh).
 template <class... P, class... A>
-cudaError_t launch_shared(void (*kernel)(P...), dim3 grid, dim3 block, int shared_bytes, cudaStream_t stream,
-                          const A&... args) {
-  return launch_clusters(kernel, grid, block, 1, shared_bytes, stream, args...);
+cudaError_t launch_dependent(void (*kernel)(P...), dim3 grid, dim3 block, int cluster, int shared_bytes,
+                             cudaStream_t stream, const A&... args) {
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = unsigned(cluster);
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = size_t(shared_bytes);
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
 template <class... P, class... A>

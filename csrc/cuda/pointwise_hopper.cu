@@ -265,6 +265,7 @@ __global__ void __launch_bounds__(kBlock, 1) pointwise_hopper_kernel(const __gri
       tma_prefetch(&p.x), tma_prefetch(&p.weight), tma_prefetch(&p.out);
       if (p.has_residual) tma_prefetch(&p.residual);
     }
+    wait_for_kernels_before();
     Tile::kBlocks > 1 ? cluster_sync() : __syncthreads();
     if (threadIdx.x < kGroup) {
       registers_down<kLoadRegisters>();
@@ -303,7 +304,7 @@ cudaError_t launch_tile(const ConvArgs& c, int64_t pixels, int64_t processors, c
   p.affine = c.affine, p.act = c.act, p.has_residual = c.residual != nullptr;
   p.tiles = uint32_t(tiles), p.tiles_n = uint32_t(tiles_n), p.slices = int(ceil_div(c.c, kSlice)), p.n = int(c.k);
   const int64_t most = Tile::kKept > 0 ? processors / tiles_n * tiles_n : larger(processors / Tile::kBlocks, 1);
-  return launch_clusters(kernel, dim3(unsigned(smaller(tiles, most) * Tile::kBlocks)), dim3(kBlock), Tile::kBlocks,
+  return launch_dependent(kernel, dim3(unsigned(smaller(tiles, most) * Tile::kBlocks)), dim3(kBlock), Tile::kBlocks,
                          Tile::kSharedBytes, stream, p);
 }
 

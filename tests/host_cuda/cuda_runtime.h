@@ -12,10 +12,12 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <vector>
 
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include "cuda_runtime_api.h"
@@ -105,6 +107,16 @@ inline size_t shared_bytes = 0;
 [[noreturn]] inline void fail(const char* text, cudaError_t error = cudaErrorLaunchFailure) {
   std::snprintf(message, sizeof message, "%s (block %u, %u; thread %d)", text, blockIdx.x, blockIdx.y, block.current);
   siglongjmp(abort_launch, error);
+}
+
+// While the kernels before a dependent one are pretended to run, nobody may look at what host_guarded() gave.
+inline std::map<void*, size_t> guarded;  // whole pages
+inline bool before_runs = false;
+
+inline void kernels_before_run(bool run) {
+  if (run == before_runs) return;
+  for (const auto& [at, size] : guarded) mprotect(at, size, run ? PROT_NONE : PROT_READ | PROT_WRITE);
+  before_runs = run;
 }
 
 inline void on_fault(int) { fail("access outside an allocation, or undefined behaviour", cudaErrorIllegalAddress); }
@@ -278,7 +290,7 @@ struct FaultHandler {
 };
 
 inline cudaError_t run_grid(dim3 grid, dim3 threads, size_t dynamic_shared, std::function<void()> body,
-                            unsigned cluster = 1) {
+                            unsigned cluster = 1, bool dependent = false) {
   const unsigned count = threads.x * threads.y * threads.z;
   if (grid.x == 0 || grid.y == 0 || count == 0 || count > 1024 || dynamic_shared > size_t(settings.shared_limit) || grid.y > 65535 ||
       cluster > kMostBlocks || grid.x % cluster != 0)
@@ -292,11 +304,16 @@ inline cudaError_t run_grid(dim3 grid, dim3 threads, size_t dynamic_shared, std:
   if (block.fibres.size() < count * cluster) block.fibres = std::vector<Fibre>(count * cluster);
   const FaultHandler handler;
   message[0] = 0;
-  if (const int error = sigsetjmp(abort_launch, 1)) return cudaError_t(error);
+  if (const int error = sigsetjmp(abort_launch, 1)) {
+    kernels_before_run(false);
+    return cudaError_t(error);
+  }
   for (unsigned y = 0; y < grid.y; ++y) {
     for (unsigned x = settings.first_block; x < grid.x; x += cluster) {
       block.first = dim3(x, y);
+      kernels_before_run(dependent);
       run_block(count);
+      if (before_runs) fail("a dependent block that never waited for the kernels before");
     }
   }
   return cudaSuccess;
@@ -312,7 +329,10 @@ inline void __syncwarp() {
   host_cuda::collective<int>("__syncwarp", 0, [](int (&)[32], int (&)[32]) {});
 }
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension = 4,
+  cudaLaunchAttributeProgrammaticStreamSerialization = 6,
+};
 
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -320,6 +340,7 @@ struct cudaLaunchAttribute {
     struct {
       unsigned x, y, z;
     } clusterDim;
+    int programmaticStreamSerializationAllowed;
   } val;
 };
 
@@ -333,6 +354,13 @@ struct cudaLaunchConfig_t {
 
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... args) {
+  unsigned cluster = 1;
+  bool dependent = false;
+  for (const cudaLaunchAttribute* one = config->attrs; one != config->attrs + config->numAttrs; ++one) {
+    if (one->id == cudaLaunchAttributeClusterDimension) cluster = one->val.clusterDim.x;
+    if (one->id == cudaLaunchAttributeProgrammaticStreamSerialization)
+      dependent = one->val.programmaticStreamSerializationAllowed != 0;
+  }
   return host_cuda::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { kernel(args...); },
-                             config->numAttrs == 0 ? 1 : config->attrs->val.clusterDim.x);
+                             cluster, dependent);
 }

@@ -161,6 +161,7 @@ inline const Map& map_of(const CUtensorMap* map) {
 }
 
 inline size_t tile_address(const void* shared, const Map& map) {
+  if (before_runs) fail("a copy by TMA while the kernels before may still run");
   const auto* at = static_cast<const unsigned char*>(shared);
   if (at < shared_memory || at + box_bytes(map) > shared_memory + shared_bytes) fail("TMA outside shared memory");
   if ((at - shared_memory) % 1024 != 0) fail("TMA of a swizzled tile that is no multiple of 1024");
@@ -180,6 +181,8 @@ std::array<int, 5> coordinates(const int (&at)[D], const Map& map) {
 namespace resnet_fast {
 
 inline unsigned char* hopper_shared() { return host_cuda::shared_memory; }
+
+inline void wait_for_kernels_before() { host_cuda::kernels_before_run(false); }
 
 inline unsigned cluster_rank() { return host_cuda::self().rank; }
 

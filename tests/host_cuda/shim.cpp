@@ -25,12 +25,15 @@ void* host_guarded(size_t bytes, int poison) {
   mprotect(base, page, PROT_NONE);
   mprotect(base + page + body, page, PROT_NONE);
   if (poison) std::memset(base + page, 0xff, body);
+  host_cuda::guarded[base + page] = body;
   return base + page + body - bytes;
 }
 
 void host_release(void* p, size_t bytes) {
   const size_t page = size_t(sysconf(_SC_PAGESIZE)), body = (bytes + page - 1) / page * page;
-  munmap(static_cast<unsigned char*>(p) + bytes - body - page, body + 2 * page);
+  auto* const first = static_cast<unsigned char*>(p) + bytes - body;
+  host_cuda::guarded.erase(first);
+  munmap(first - page, body + 2 * page);
 }
 
 int host_conv(int kernel, const void* x, const void* weight, const void* residual, void* out,
