@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from pathlib import Path
 
 import host_gpu
@@ -40,8 +42,14 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> dict:
 
 @pytest.fixture(scope="session")
 def host_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """csrc's kernels compiled for the CPU, once for all files that run them."""
-    return host_gpu.build(tmp_path_factory.mktemp("host_gpu"))
+    """csrc's kernels compiled for the CPU, once for all files that run them, in whichever of pytest-xdist's processes."""
+    run = tmp_path_factory.getbasetemp()
+    folder = (run.parent if "PYTEST_XDIST_WORKER" in os.environ else run) / "host_gpu"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        built = folder / "libhost.so"
+        return built if built.is_file() else host_gpu.build(folder)
 
 
 @pytest.fixture
