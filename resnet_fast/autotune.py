@@ -57,9 +57,9 @@ class Device:
     def verify(self, kernel: Kernel, problem: Problem) -> Verdict:
         return verify(kernel, problem)
 
-    def clock(self, variants: dict[str, Callable[[], object]]) -> dict[str, Timing]:
+    def clock(self, variants: dict[str, Callable[[], object]], confidence: float = 0.01) -> dict[str, Timing]:
         return interleaved(variants, device=self.kind, min_rounds=10, max_rounds=100, max_seconds=self.seconds,
-                           confidence=0.01)
+                           confidence=confidence)
 
     def capture(self, runs: dict[str, Callable]) -> tuple[dict[str, Callable], dict[str, str]]:
         """(each run as a CUDA graph's replay, why a run cannot be captured); the graphs share their memory."""

@@ -6,7 +6,7 @@ answer, and no module whose code nobody knows runs between the members. Which gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,37 +15,41 @@ from .schedule import Group, Step, Value, names, references
 
 if TYPE_CHECKING:
     from .planned import Filter, Lowered
-    from .timing import Timing
 
 Normalize = tuple[Sequence[float], Sequence[float]]
 # Larger ones first: what they leave, the next may take.
 ORDER = ("conv_tail", "pointwise_pool", "conv_pool", "pointwise_pair")
-MARGIN = 1.01  # a group must win by more than a repetition of the same measurement moves
 _F = "torch.nn.functional."
 
 
 def known(across: Iterable[str]) -> tuple[str, ...]:
-    """The kinds as a tuple; raises ValueError for one that is none."""
+    """The names as a tuple: kinds, or "kind:step" for one group; raises ValueError for one whose kind is none."""
     across = (across,) if isinstance(across, str) else tuple(across)
-    strange = [kind for kind in across if kind not in ACROSS]
+    strange = [name for name in across if name.partition(":")[0] not in ACROSS]
     if strange:
         raise ValueError(f"plan: across: got {', '.join(map(repr, strange))}, expected some of {', '.join(map(repr, ACROSS))}")
     return across
 
 
+def label(step: Group) -> str:
+    """The name of one group of a network: its kind and the step that it stands for first."""
+    return f"{step.op}:{step.target}"
+
+
 def group(lowered: Lowered, across: Iterable[str], normalize: Normalize | None = None) -> Lowered:
-    """The same network with every group of these kinds as one step.
+    """The same network with every group of these kinds, or of these names, as one step.
 
     With ``normalize`` the input is normalised before it is lowered's; a ``conv_pool`` on it, its only reader, does that itself then.
     """
     across = known(across)
     steps = list(lowered.steps)
     for kind in ORDER:
-        if kind in across:
+        if any(name.partition(":")[0] == kind for name in across):
             net = _Net(steps, lowered.filters, set(names(lowered.output)))
             taken: set[str] = set()
             for found in map(_MATCHERS[kind], [net] * len(steps), list(steps)):
-                members = {m.output for m in found.members} if found is not None else set()
+                wanted = found is not None and (kind in across or label(found) in across)
+                members = {m.output for m in found.members} if wanted else set()
                 if members and not members & taken and net.close(found.members):
                     taken |= members
                     steps = [found if s.output == found.output else s for s in steps if s.output == found.output or s.output not in members]
@@ -202,32 +206,3 @@ def _is_max_pool(step: Step) -> bool:
 
 _MATCHERS: dict[str, Callable[[_Net, Step], Group | None]] = {
     "conv_tail": _conv_tail, "pointwise_pool": _pointwise_pool, "conv_pool": _conv_pool, "pointwise_pair": _pointwise_pair}
-
-
-# ---------------------------------------------------------------- which kinds pay
-
-def greedy(kinds: Iterable[str], clock: Callable[[list[tuple[str, ...]]], dict[tuple[str, ...], Timing]]) -> tuple[tuple[str, ...], list[str]]:
-    """(the kinds that make the whole network faster, a sentence for each decision).
-
-    ``clock`` times whole networks by the kinds that they use, in one run; what it leaves out could not be run. Round by round the best
-    further kind is taken, until none wins by ``MARGIN``.
-    """
-    chosen: tuple[str, ...] = ()
-    rest, told = list(kinds), []
-    while rest:
-        timings = clock([chosen, *((*chosen, kind) for kind in rest)])
-        if chosen not in timings:
-            return chosen, [*told, "across: nothing further was measured: the plan as it was could not be timed"]
-        gains = {kind: timings[(*chosen, kind)].speedup_over(timings[chosen]) for kind in rest if (*chosen, kind) in timings}
-        best = max(gains, key=gains.__getitem__, default=None)
-        if best is None or gains[best] < MARGIN:
-            return chosen, told + list(_rejected(rest, gains))
-        told.append(f"across: {best} is used: the whole network is {gains[best]:.3f} times as fast with it")
-        chosen, rest = (*chosen, best), [kind for kind in rest if kind != best]
-    return chosen, told
-
-
-def _rejected(rest: list[str], gains: dict[str, float]) -> Iterator[str]:
-    for kind in rest:
-        how = f"the whole network is {gains[kind]:.3f} times as fast with it" if kind in gains else "it could not be run"
-        yield f"across: {kind} is not used: {how}"

@@ -31,7 +31,8 @@ def plan(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None = None,
     ``features``: return these modules' results as a dict instead of the forward's own. ``normalize``: (mean, std) of RGB in [0, 1]; the
     input is then uint8 [N, H, W, 3]. ``softmax``: probabilities; ``topk``: (probabilities, classes) of the k likeliest.
     ``across``: ops over several convolutions to use wherever the network has their form: "pointwise_pair", "conv_tail", "conv_pool",
-    "pointwise_pool" (see :mod:`resnet_fast.fused`); none by default, and with ``tune`` those that make the whole network faster.
+    "pointwise_pool" (see :mod:`resnet_fast.fused`), or "conv_tail:layer1.1.conv2" for the one at that step; none by default, and with
+    ``tune`` those that make the whole network faster, each distinct shape decided by itself.
     Raises ValueError, before anything is built, with what cannot be planned and why.
     """
     from .planning import make

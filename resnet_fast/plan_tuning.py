@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,19 +11,24 @@ from torch import Tensor
 
 from . import autotune
 from .autotune import Device, first_line
-from .fusion import greedy
+from .fusion import group, label
+from .group_search import Choice, Option, search
 from .problem import ACROSS, Problem
 from .schedule import Group
 
 if TYPE_CHECKING:
+    from .explain import Line
     from .planning import Plan
     from .timing import Timing
 
+NETWORK_CONFIDENCE = 0.0005  # of a whole network's median: one group is a small part of it
 
-def tune(plan: Plan, example: Tensor, device: Device) -> None:
-    """Fill the table for the plan's problems, and for those of every kind of group; then use the kinds that make the network faster.
 
-    The kinds are those that the plan was made with, or all. A variant that runs out of memory or fails is named in ``notes`` and left out.
+def tune(plan: Plan, example: Tensor, device: Device, seconds: float, say: Callable[[str], None]) -> None:
+    """Fill the table for the plan's problems, and for those of every group; then use the groups that make the network faster.
+
+    The groups are those that the plan was made with, or all; ``seconds`` is what their search may take. A variant that runs out of memory
+    or fails is named in ``notes`` and left out. The plan changes at the end only.
     """
     told: list[str] = []
 
@@ -36,40 +42,67 @@ def tune(plan: Plan, example: Tensor, device: Device) -> None:
         finally:
             device.settle()
 
-    found = {(): _problems(plan.variant(()), example)}
-    for kind in plan.across or ACROSS:
-        if _forms(plan.variant((kind,)), kind):
-            found[(kind,)] = tried((kind,), lambda variant: _problems(variant, example))
-    found = {across: problems for across, problems in found.items() if problems is not None}
-    autotune.tune(list(dict.fromkeys(problem for problems in found.values() for problem in problems)), device=device)
-    worth = []
-    for kind, in filter(None, found):
-        wins = tried((kind,), lambda variant, kind=kind: _has_kernel(variant, kind, example))
-        worth += [kind] if wins else []
-        told += [f"across: {kind} is not used: no kernel of it won against single steps"] if wins is False else []
-
-    def clock(variants: list[tuple[str, ...]]) -> dict[tuple[str, ...], Timing]:
-        ready = {across: run for across in variants if (run := tried(across, lambda variant: _built(variant, example))) is not None}
-        return device.clock(ready) if ready else {}
-
-    chosen, decisions = greedy(worth, clock)
-    plan.use_across(chosen, list(dict.fromkeys([*told, *decisions])))
+    found = {(): plan.variant(()).explain(example)}
+    for name in plan.across or ACROSS:
+        if _labels(plan, (name,)):
+            found[(name,)] = tried((name,), lambda variant: variant.explain(example))
+    problems = [line.problem for lines in found.values() for line in lines or () if line.problem is not None]
+    autotune.tune(list(dict.fromkeys(problems)), device=device, say=say)
+    options: list[Option] = []
+    for name, in (across for across, lines in found.items() if across and lines is not None):
+        lines = tried((name,), lambda variant: variant.explain(example))
+        won = {} if lines is None else _won(lines)
+        options += [option for option in won.values() if option not in options]
+        told += [f"across: {name}: not used: no kernel of it won against single steps"] if lines is not None and not won else []
+    chosen, decisions = search(options, _Networks(options, plan, example, device, tried), lambda some: _formed(plan, options, some),
+                               _deadline(seconds), say)
+    plan.use_across(_names(options, chosen), list(dict.fromkeys([*told, *decisions])))
 
 
-def _built(plan: Plan, example: Tensor) -> Callable[[], Any]:
-    """The whole call, after a first one that chooses kernels and captures."""
-    plan(example)
-    return lambda: plan(example)
+class _Networks:
+    """The search's clock: whole networks, built and captured; those of the last call are kept, for the next goes on from one of them."""
+
+    def __init__(self, options: list[Option], plan: Plan, example: Tensor, device: Device, tried: Callable) -> None:
+        self.options, self.plan, self.example, self.device, self.tried = options, plan, example, device, tried
+        self.ready: dict[Choice, Callable[[], Any]] = {}
+
+    def __call__(self, choices: list[Choice]) -> dict[Choice, Timing]:
+        self.ready = {choice: run for choice, run in self.ready.items() if choice in choices}
+        for choice in choices:
+            if choice not in self.ready:
+                run = self.tried(_names(self.options, choice), self._built)
+                self.ready |= {} if run is None else {choice: run}
+        return self.device.clock(self.ready, NETWORK_CONFIDENCE) if self.ready else {}
+
+    def _built(self, variant: Plan) -> Callable[[], Any]:
+        """The whole call, after a first one that chooses kernels and captures."""
+        variant(self.example)
+        return lambda: variant(self.example)
 
 
-def _forms(plan: Plan, kind: str) -> bool:
-    return any(isinstance(step, Group) and step.op == kind for step in plan._lowered.steps)
+def _deadline(seconds: float) -> Callable[[], bool]:
+    end = time.monotonic() + seconds
+    return lambda: time.monotonic() > end
 
 
-def _problems(plan: Plan, example: Tensor) -> list[Problem]:
-    return [line.problem for line in plan.explain(example) if line.problem is not None]
+def _names(options: list[Option], choice: Choice) -> tuple[str, ...]:
+    return tuple(name for option in options if option in choice for name in option)
 
 
-def _has_kernel(plan: Plan, kind: str, example: Tensor) -> bool:
-    """Whether a kernel of the op runs at least one group; else the network is what it is without."""
-    return any(line.op == kind and not line.why.startswith("one by one") for line in plan.explain(example))
+def _labels(plan: Plan, across: Iterable[str]) -> set[str]:
+    return {label(step) for step in group(plan._plain, across, plan.normalize).steps if isinstance(step, Group)}
+
+
+def _formed(plan: Plan, options: list[Option], some: Iterable[Option]) -> Choice:
+    """Those of the options of which at least one group comes about."""
+    labels = _labels(plan, [name for option in some for name in option])
+    return frozenset(option for option in some if labels.intersection(option))
+
+
+def _won(lines: Iterable[Line]) -> dict[Problem, Option]:
+    """The groups that a kernel of their op runs, by what they compute; the others are what the network is without."""
+    won: dict[Problem, Option] = {}
+    for line in lines:
+        if line.op in ACROSS and not line.why.startswith("one by one"):
+            won[line.problem] = (*won.get(line.problem, ()), f"{line.op}:{line.module}")
+    return won

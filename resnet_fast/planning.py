@@ -6,7 +6,7 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from .buffers import imagewise
 from .compared import Comparison, compare
 from .console import table
 from .explain import Explanation, Line
-from .fusion import group, known, takes_bytes
+from .fusion import group, known, label, takes_bytes
 from .nodes import is_norm, touched
 from .planned import Lowered, lower, refused
 from .program import Graph, PlanStep, Program
-from .schedule import Schedule, schedule
+from .schedule import Group, Schedule, schedule
 from .tracing import Untraceable
 from .whole import joined, pieces
 
@@ -125,8 +125,8 @@ class Plan:
         """Everything that follows from weights, device and the groups to form."""
         self._lowered = group(self._plain, self.across, self.normalize)
         self._bytes = takes_bytes(self._lowered)
-        formed = {step.op for step in self._lowered.steps}
-        absent = [f"across: this network has no {kind}" for kind in self.across if kind not in formed]
+        formed = {name for step in self._lowered.steps if isinstance(step, Group) for name in (step.op, label(step))}
+        absent = [f"across: this network has no {name}" for name in self.across if name not in formed]
         self.notes += [note for note in absent if note not in self.notes]
         self._imagewise = self.device.type == "cpu" and imagewise(self._lowered.steps, self._lowered.output)
         self._programs: OrderedDict[tuple[int, ...], Program] = OrderedDict()
@@ -315,12 +315,15 @@ class Plan:
             self._forget()
         return self
 
-    def tune(self, example: Tensor) -> None:
-        """Measure this plan's kernels, and whole networks with and without groups, on this GPU, and use what won; see ``plan_tuning``."""
+    def tune(self, example: Tensor, *, seconds: float = 60.0, say: Callable[[str], None] = lambda line: None) -> None:
+        """Measure this plan's kernels, and then for so many ``seconds`` whole networks with and without groups, on this GPU, and use what won.
+
+        ``say`` gets a line for each decision. See ``plan_tuning``.
+        """
         if self.device.type != "cuda":
             raise ValueError(f"plan: tune measures GPU kernels, this plan is on {self.device}")
         from . import plan_tuning
-        plan_tuning.tune(self, example, plan_tuning.Device.current())
+        plan_tuning.tune(self, example, plan_tuning.Device.current(), seconds, say)
 
     def variant(self, across: Sequence[str]) -> Plan:
         """The same plan over the same weights with other groups."""

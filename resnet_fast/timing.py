@@ -42,7 +42,15 @@ class Timing:
 
     def speedup_over(self, base: Timing) -> float:
         """How many times faster than ``base``: the median of base/self, round by round."""
-        return statistics.median(b / s for b, s in zip(base.seconds, self.seconds, strict=True))
+        return statistics.median(self._ratios(base))
+
+    def lead_over(self, base: Timing) -> float:
+        """What of ``speedup_over`` is beyond noise: three standard errors less."""
+        ratios = self._ratios(base)
+        return statistics.median(ratios) * (1 - 3 * _standard_error(ratios))
+
+    def _ratios(self, base: Timing) -> list[float]:
+        return [b / s for b, s in zip(base.seconds, self.seconds, strict=True)]
 
 
 def interleaved(variants: dict[str, Callable[[], object]], *, device: str = "cpu", warmup: int = 2, min_rounds: int = 5,

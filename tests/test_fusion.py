@@ -8,11 +8,10 @@ from test_plan import images, judge, ready
 from torch import nn
 
 import resnet_fast
-from resnet_fast import autotune, dispatch, fusion, load_plan, plan, plan_tuning, program
+from resnet_fast import dispatch, fusion, load_plan, plan, program
 from resnet_fast.dispatch import use
 from resnet_fast.problem import ACROSS
 from resnet_fast.schedule import Group
-from resnet_fast.timing import Timing
 
 torchvision = pytest.importorskip("torchvision")
 timm = pytest.importorskip("timm")
@@ -317,87 +316,6 @@ def test_it_prints_and_explains(model, monkeypatch) -> None:
     line = next(x for x in run.explain(images()) if x.op == "pointwise_pair")
     assert line.module == "layer2.0.conv3" and line.why == "one by one: default" and line.problem.chain
     assert [s.op for s in run.steps] == [s.op for s in plan(model, images(), across=ACROSS).variant(ACROSS).steps]
-
-
-# ---------------------------------------------------------------- choosing
-
-def timer(times: dict[frozenset, float], asked: list):
-    def clock(variants):
-        asked.append(list(variants))
-        return {v: Timing((times[frozenset(v)],) * 3) for v in variants if frozenset(v) in times}
-
-    return clock
-
-
-def test_greedy_takes_what_wins_end_to_end() -> None:
-    """Two that win alone but not together, one that only costs, one that cannot run."""
-    s = frozenset
-    times = {s(): 10.0, s("a"): 8.0, s("b"): 9.0, s("c"): 11.0, s("ab"): 8.5, s("ac"): 7.95}
-    asked: list = []
-    chosen, told = fusion.greedy("abcd", timer(times, asked))
-    assert chosen == ("a",) and asked == [[(), ("a",), ("b",), ("c",), ("d",)], [("a",), ("a", "b"), ("a", "c"), ("a", "d")]]
-    assert told == ["across: a is used: the whole network is 1.250 times as fast with it",
-                    "across: b is not used: the whole network is 0.941 times as fast with it",
-                    "across: c is not used: the whole network is 1.006 times as fast with it", "across: d is not used: it could not be run"]
-    assert fusion.greedy("ab", timer({s(): 1.0, s("a"): 0.5, s("b"): 0.5, s("ab"): 0.4}, []))[0] == ("a", "b")
-    assert fusion.greedy((), timer({}, asked)) == ((), []) and len(asked) == 2
-    chosen, told = fusion.greedy("a", timer({}, []))
-    assert chosen == () and "could not be timed" in told[0]
-
-
-class Clockwork(autotune.Device):
-    """Times by what the variants use."""
-
-    def clock(self, variants):
-        self.asked = getattr(self, "asked", []) + [list(variants)]
-        for run in variants.values():
-            run()
-        return {v: Timing((10.0 - 2 * ("conv_tail" in v) + ("pointwise_pair" in v),) * 3) for v in variants}
-
-
-def test_tuning_measures_every_kind_and_keeps_what_won(model, monkeypatch) -> None:
-    tuned: list = []
-    monkeypatch.setattr(autotune, "tune", lambda problems, device: tuned.extend(problems))
-    x, device = images(), Clockwork("fake", kind="cpu")
-    run = plan(model, x)
-    before = run(x)
-    with use("aten.conv_tail", "aten.pointwise_pair"):  # stand for kernels that won; the other two have none
-        plan_tuning.tune(run, x, device)
-        after = run(x)
-    assert {p.op for p in tuned} == {"conv_bn_act", *ACROSS} and len(set(tuned)) == len(tuned)
-    assert run.across == ("conv_tail",) and count(run)["conv_tail"] == 2
-    torch.testing.assert_close(after, before)
-    assert device.asked == [[(), ("pointwise_pair",), ("conv_tail",)], [("conv_tail",), ("conv_tail", "pointwise_pair")]]
-    assert run.notes == ["across: conv_pool is not used: no kernel of it won against single steps",
-                         "across: pointwise_pool is not used: no kernel of it won against single steps",
-                         "across: conv_tail is used: the whole network is 1.250 times as fast with it",
-                         "across: pointwise_pair is not used: the whole network is 0.889 times as fast with it"]
-    assert all(note in str(run) for note in run.notes)
-
-
-@pytest.mark.parametrize("after", [1, 2, 3])
-def test_tuning_survives_a_variant_that_cannot_run(model, monkeypatch, after) -> None:
-    """Out of memory, or a kernel that fails: named, left out, the plan answers as before."""
-    monkeypatch.setattr(autotune, "tune", lambda problems, device: None)
-    x, make = images(), resnet_fast.planning.Plan.variant
-    run = plan(model, x, across=("conv_tail", "pointwise_pair"))
-    before, calls = run(x), []
-
-    def failing(self, across):
-        made = make(self, across)
-        calls.append(across)
-        if across == ("conv_tail",) and calls.count(across) > after:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried")
-        return made
-
-    monkeypatch.setattr(resnet_fast.planning.Plan, "variant", failing)
-    with use("aten.pointwise_pair", *["aten.conv_tail"] if after > 1 else []):
-        plan_tuning.tune(run, x, Clockwork("fake", kind="cpu"))
-    assert run.across == () and torch.allclose(run(x), before, atol=1e-4)
-    assert "across: conv_tail could not be run: CUDA out of memory. Tried" in run.notes
-    assert ("across: conv_tail is not used: it could not be run" in run.notes) == (after == 3)
-    assert "across: pointwise_pair is not used: the whole network is 0.909 times as fast with it" in run.notes
-    assert not any("pointwise_pool" in note for note in run.notes)  # only what the plan was made with was asked for
 
 
 def test_fusion_is_pure(model) -> None:
