@@ -106,15 +106,7 @@ class Outcome:
     def __str__(self) -> str:
         chosen = self.calls if self.calls == self.graph else f"{self.calls}, in graphs {self.graph}"
         lines = [f"{self.problem.key}: {chosen}" + (f" ({self.note})" if self.note else "")]
-        return "\n".join([*lines, *(f"    {id:28} {_tell(record)}" for id, record in self.records.items())])
-
-
-def _tell(record: dict) -> str:
-    if record["status"] != "right":
-        return f"{record['status'].upper()}: {record['reason']}"
-    device = f"{record['device_us']:.1f}" if "device_us" in record else "not"
-    return (f"{record['time_us']:.1f} µs a call, {device} in a graph; error {record['error']:.2g}, "
-            f"eager's {record['eager_error']:.2g}")
+        return "\n".join([*lines, *(f"    {id:28} {tables.tell(record)}" for id, record in self.records.items())])
 
 
 # ---------------------------------------------------------------- tuning

@@ -218,7 +218,11 @@ def choose(problem: Problem) -> tuple[Kernel, str]:
 def rejected(problem: Problem) -> dict[str, str]:
     """Every other kernel of the op and why it was not chosen for this problem."""
     chosen, _ = choose(problem)
-    return {k.id: k.reason(problem) or "no measurement on this GPU: unproved kernels are never chosen by themselves"
+    measured = {}
+    if problem.device == "cuda":
+        from . import tables
+        measured = {kernel: tables.tell(record) for kernel, record in tables.records(problem).items()}
+    return {k.id: k.reason(problem) or measured.get(k.id, "no measurement on this GPU: unproved kernels are never chosen by themselves")
             for k in kernels(problem.op) if k is not chosen}
 
 

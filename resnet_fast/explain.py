@@ -6,7 +6,7 @@ import argparse
 import copy
 import json
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,27 +15,64 @@ from .blocks import BasicBlock, Bottleneck, why_plain_block
 from .console import DTYPES, add_problem_options, device_or_error, table
 from .dispatch import record, rejected
 from .path import why_plain
-from .problem import Problem
+from .problem import ACROSS, Problem
 
 
 @dataclass(frozen=True)
 class Line:
-    """One layer: its module, the op that ran it (or "plain"), the kernel and the reason."""
+    """One layer: its module, the op that ran it (or "plain"), the kernel and the reason; on a GPU with known ceilings the least time that
+    the problem could take, and the time that the tables have of the kernel, in µs.
+    """
 
     module: str
     op: str
     kernel: str
     why: str
     problem: Problem | None = field(default=None, repr=False)
+    floor_us: float | None = None
+    time_us: float | None = None
+
+
+def timed(line: Line, graph: bool = False) -> Line:
+    """The line with what is known of its times; ``graph``: those in a CUDA graph."""
+    problem = line.problem
+    if problem is None or problem.device != "cuda":
+        return line
+    from . import roofline, tables
+    record = tables.records(problem).get(line.kernel if "." in line.kernel else f"{line.kernel}.{line.op}", {})
+    try:
+        floor = roofline.problem_floor(problem, roofline.ceilings(tables.gpu_name())).seconds * 1e6
+    except LookupError:  # a GPU that nobody wrote down, or no rate for float64
+        floor = None
+    return replace(line, floor_us=floor, time_us=record.get("device_us" if graph else "time_us"))
 
 
 class Explanation(list):
-    """The lines of one forward; prints as a table."""
+    """The lines of one forward; prints as a table, with times where any is known."""
 
     def __str__(self) -> str:
-        def shape(p: Problem | None) -> str:
-            return "" if p is None else "×".join(map(str, p.x)) + ("" if p.weight is None else " → " + "×".join(map(str, p.weight)))
-        return table(("layer", "op", "problem", "kernel", "why"), [(x.module, x.op, shape(x.problem), x.kernel, x.why) for x in self])
+        def number(value: float | None, digits: int = 1) -> str:
+            return "" if value is None else f"{value:.{digits}f}"
+
+        header, rows = ("layer", "op", "problem", "kernel"), [(x.module, x.op, _shape(x.problem), x.kernel) for x in self]
+        if any(x.floor_us or x.time_us for x in self):
+            header = (*header, "µs", "floor", "%")
+            rows = [(*row, number(x.time_us), number(x.floor_us), number(x.floor_us and x.time_us and 100 * x.floor_us / x.time_us, 0))
+                    for row, x in zip(rows, self, strict=True)]
+        return table((*header, "why"), [(*row, x.why) for row, x in zip(rows, self, strict=True)], right=range(4, len(header)))
+
+
+def _shape(p: Problem | None) -> str:
+    """Input and filter; of an op over several convolutions the channels on their way."""
+    if p is None:
+        return ""
+    x = "×".join(map(str, p.x))
+    if p.op == "pointwise_pair":
+        return f"{x} + {p.chain[0][1]} → {p.weight[0]}"
+    if p.op in ACROSS:
+        channels = [p.weight[0], *(p.chain[i][0] for i in (0, 2) if p.op == "conv_tail")]
+        return " → ".join([x, *map(str, channels)])
+    return x if p.weight is None else f"{x} → {'×'.join(map(str, p.weight))}"
 
 
 def explain(model: nn.Module, example: Tensor) -> Explanation:
@@ -50,7 +87,7 @@ def explain(model: nn.Module, example: Tensor) -> Explanation:
     owners = {id(p): name.rpartition(".")[0] for name, p in twin.named_parameters(remove_duplicate=False)}
     with record() as choices, torch.no_grad():
         twin(example)
-    lines = [Line(owners.get(c.tensor, "(add)"), c.problem.op, c.kernel, c.why, c.problem) for c in choices]
+    lines = [timed(Line(owners.get(c.tensor, "(add)"), c.problem.op, c.kernel, c.why, c.problem)) for c in choices]
     return Explanation(lines + _plain_lines(twin, example, {line.module for line in lines}))
 
 
@@ -87,7 +124,8 @@ def add_parser(commands) -> None:
     what.add_argument("--diff", action="store_true", help="compare the fused schedule with the unfused one, step by step on the same input")
     what.add_argument("--model-gpu", metavar="GPU", help="no run: predict each layer's floor on that GPU (h200, …) from the roofline model")
     p.add_argument("--across", nargs="+", metavar="OP", default=(), help="explain plan(model, across=OP…), fused across convolutions by these "
-                   "ops: pointwise_pair, conv_tail, conv_pool, pointwise_pool; with --diff that is the fused schedule")
+                   "ops: pointwise_pair, conv_tail, conv_pool, pointwise_pool; with --diff that is the fused schedule, with --model-gpu "
+                   "the one whose floors are told")
     p.add_argument("--rejected", action="store_true", help="say for each distinct problem why every other kernel was not chosen")
     p.add_argument("--json", action="store_true", help="print JSON instead of the table")
     p.set_defaults(run=run)
@@ -97,11 +135,11 @@ def run(args: argparse.Namespace) -> int:
     from .models import create_model
     if args.model_gpu and args.json or args.rejected and (args.model_gpu or args.diff or args.json):
         raise ValueError("--rejected goes with the plain table only, --json not with --model-gpu")
-    if args.across and (args.model_gpu or args.train):
-        raise ValueError("--across is of plans, which neither train nor run on a GPU that is not here")
+    if args.across and args.train:
+        raise ValueError("--across is of plans, which do not train")
     if args.model_gpu:
         from .roofline import table as roofline_table
-        print(roofline_table(args.model, args.batch, args.size, DTYPES[args.dtype], args.model_gpu))
+        print(roofline_table(args.model, args.batch, args.size, DTYPES[args.dtype], args.model_gpu, args.across))
         return 0
     device, dtype = device_or_error(args.device), DTYPES[args.dtype]
     torch.manual_seed(0)
@@ -115,8 +153,8 @@ def run(args: argparse.Namespace) -> int:
         model = plan(model.eval(), example, across=args.across)
     found = explain(model, example)
     if args.json:
-        print(json.dumps([{"layer": x.module, "op": x.op, "problem": x.problem and x.problem.key, "kernel": x.kernel, "why": x.why}
-                          for x in found], indent=1))
+        print(json.dumps([{"layer": x.module, "op": x.op, "problem": x.problem and x.problem.key, "kernel": x.kernel, "why": x.why,
+                           "time_us": x.time_us, "floor_us": x.floor_us} for x in found], indent=1))
         return 0
     print(found)
     if args.rejected:

@@ -53,11 +53,15 @@ def layers(model: str, batch: int, size: int = 224, dtype: torch.dtype = torch.b
 
 @dataclass(frozen=True)
 class Across:
-    """One call of an op across convolutions, and the convolutions that it stands for, by itself named as its first."""
+    """One call of an op across convolutions, and the convolutions that it stands for with their names; its own is the first of these."""
 
-    name: str
+    names: tuple[str, ...]
     problem: Problem
     members: tuple[Problem, ...]
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
 
 
 def across(found: list[Layer]) -> list[Across]:
@@ -66,23 +70,25 @@ def across(found: list[Layer]) -> list[Across]:
     blocks = list(dict.fromkeys(name.rpartition(".")[0] for name in problems if name.count(".") == 2))
     groups: list[Across] = []
 
-    def add(op: str, name: str, members: list[Problem | None], **facts: Any) -> None:
-        groups.append(Across(name, replace(problems[name], op=op, bn=False, **facts), tuple(filter(None, members))))
+    def add(op: str, *names: str, **facts: Any) -> None:
+        members = {name: problems[name] for name in names if name in problems}
+        groups.append(Across(tuple(members), replace(problems[names[0]], op=op, bn=False, **facts), tuple(members.values())))
 
-    add("conv_pool", "conv1", [problems["conv1"]])
+    add("conv_pool", "conv1")
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):
         last, projection = problems.get(f"{block}.conv3"), problems.get(f"{block}.downsample.0")
         if last is None:
             continue
         second, first = problems[f"{block}.conv2"], problems.get(f"{following}.conv1")
         if projection is not None:
-            add("pointwise_pair", f"{block}.conv3", [last, projection], chain=(projection.weight,), stride=projection.stride,
+            add("pointwise_pair", f"{block}.conv3", f"{block}.downsample.0", chain=(projection.weight,), stride=projection.stride,
                 second=projection.x[2:])
         if first is None:
-            add("pointwise_pool", f"{block}.conv3", [last])
+            add("pointwise_pool", f"{block}.conv3")
         elif second.groups == 1 and second.stride == (1, 1):
             chain = last.weight, projection.weight if projection is not None else (), first.weight
-            add("conv_tail", f"{block}.conv2", [second, last, projection, first], chain=chain, residual="nhwc")
+            add("conv_tail", *(f"{block}.{name}" for name in ("conv2", "conv3", "downsample.0")), f"{following}.conv1", chain=chain,
+                residual="nhwc")
     return groups
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .buffers import imagewise
 from .compared import Comparison, compare
 from .console import table
-from .explain import Explanation, Line
+from .explain import Explanation, Line, timed
 from .fusion import group, known, label, takes_bytes
 from .nodes import is_norm, touched
 from .planned import Lowered, lower, refused
@@ -283,7 +283,7 @@ class Plan:
             self._run(x)
             with self._lock:
                 program = self._programs[tuple(x.shape)]
-            return Explanation(Line(s.target, s.op, s.kernel, s.why, s.problem) for s in program.steps)
+            return Explanation(timed(Line(s.target, s.op, s.kernel, s.why, s.problem), program.graph is not None) for s in program.steps)
 
     def compare(self, other: Plan, x: Tensor, exact: Plan | None = None) -> Comparison:
         """Both plans step by step on one input, by distance and time; ``other`` is of the same model, say with ``fuse=False``.

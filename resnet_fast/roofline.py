@@ -6,13 +6,14 @@ free and L2 ignored (its bandwidth is unmeasured). What a step moves stands in `
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 
 from . import console
+from .fusion import ORDER, known
 from .layers import Across, across, layers
 from .problem import ACROSS, Problem
 from .traffic import INFERENCE, Step, across_step, conv_flops, network, touched
@@ -182,8 +183,8 @@ def _sum(name: str, floors: list[Floor]) -> Floor:
 
 @dataclass(frozen=True)
 class Table:
-    """``rows``: each kernel, with convolutions, stem and head fused; ``totals``: every level of fusion; ``groups``: what ``plan(across=…)``
-    may use.
+    """``rows``: each kernel, with convolutions, stem and head fused, and ops across convolutions that were asked for; ``totals``: every level
+    of fusion; ``groups``: what ``plan(across=…)`` may use.
     """
 
     heading: str
@@ -206,14 +207,38 @@ class Table:
                               right=(1, 2, 3, 4, 5))])
 
 
-def table(model: str, batch: int, size: int, dtype: torch.dtype, gpu: str) -> Table:
-    """Floors of a network on a GPU model that need not be here; raises LookupError for an unknown GPU or dtype."""
-    limits = ceilings(gpu)
+def with_groups(rows: Iterable[Floor], groups: Iterable[Across], wanted: Iterable[str], limits: Ceilings) -> Iterator[Floor]:
+    """The rows with the groups of these names in place of their members: larger ones first, each convolution in one, as in ``fusion``."""
+    place: dict[str, Across] = {}
+    for group in sorted(groups, key=lambda group: ORDER.index(group.problem.op)):
+        op = group.problem.op
+        if {op, f"{op}:{group.name}"} & set(wanted) and not place.keys() & set(group.names):
+            place |= dict.fromkeys(group.names, group)
+    told: set[str] = set()
+    for row in rows:
+        group = place.get(row.name.split()[0])
+        if group is None:
+            yield row
+        elif group.name not in told:
+            told.add(group.name)
+            yield replace(problem_floor(group.problem, limits), name=f"{group.name} {group.problem.op}")
+
+
+def table(model: str, batch: int, size: int, dtype: torch.dtype, gpu: str, across_by: Iterable[str] = ()) -> Table:
+    """Floors of a network on a GPU model that need not be here, with ``across_by``, names as a plan's ``across``, fused across convolutions.
+
+    Raises LookupError for an unknown GPU or dtype, ValueError for an unknown op.
+    """
+    limits, wanted = ceilings(gpu), known(across_by)
     net = network(model, batch, size, dtype)
     levels = [("infer", level) for level in INFERENCE] + [("train", level) for level in TRAINING if dtype in FLOATING]
-    rows = predict(INFERENCE[LEVEL](net), limits, dtype)
-    groups = savings(across(layers(model, batch, size, dtype)), limits)
+    groups = across(layers(model, batch, size, dtype))
+    rows = list(with_groups(predict(INFERENCE[LEVEL](net), limits, dtype), groups, wanted, limits))
     rate = limits.rates[dtype] / 1e12
     heading = (f"{model}, batch {batch}, {size}², {str(dtype).removeprefix('torch.')}: the least time physics allows\n"
-               f"{limits.title} at {limits.copy / 1e12:g} TB/s and {rate:g} TFLOP/s: {limits.source}")
-    return Table(heading, rows, [total(model, batch, size, dtype, limits, level, mode) for mode, level in levels], groups)
+               f"{limits.title} at {limits.copy / 1e12:g} TB/s and {rate:g} TFLOP/s\n{limits.source}")
+    totals = [total(model, batch, size, dtype, limits, level, mode) for mode, level in levels]
+    if wanted:
+        asked = _sum(f"with {', '.join(wanted)}", rows)
+        totals.insert(len(INFERENCE), Total("infer", asked.name, len(rows), asked.bytes, asked.flops, asked.seconds, batch))
+    return Table(heading, rows, totals, savings(groups, limits))

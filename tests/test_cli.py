@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 import resnet_fast
-from resnet_fast import bench, check, console, info
+from resnet_fast import bench, check, console, info, tables
 from resnet_fast.__main__ import COMMANDS, main, parser
-from resnet_fast.dispatch import Kernel
-from resnet_fast.explain import Explanation, Line
+from resnet_fast.dispatch import Kernel, find, rejected
+from resnet_fast.explain import Explanation, Line, timed
 from resnet_fast.kernels import aten
+from resnet_fast.problem import ACROSS, Problem
 from resnet_fast.providers import PROVIDERS
 
 
@@ -140,7 +142,7 @@ def test_explain_across(capsys, monkeypatch):
     assert main(["explain", "resnet18", "--size", "32", "--diff", "--across", "conv_pool", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert sum(row["steps"] for row in rows) == 23 and rows[0]["other_steps"] == 4  # conv, batch norm, ReLU, pool
-    for wrong in (["--across", "conv_pools"], ["--across", "conv_pool", "--train"], ["--across", "conv_pool", "--model-gpu", "h200"]):
+    for wrong in (["--across", "conv_pools"], ["--across", "conv_pool", "--train"], ["--across", "conv_pools", "--model-gpu", "h200"]):
         assert main(["explain", "resnet18", "--size", "32", *wrong]) == 2
         assert "across" in capsys.readouterr().err
 
@@ -188,6 +190,48 @@ def test_explain_as_json(capsys):
     assert main(["explain", "resnet18", "--size", "32", "--json"]) == 0
     lines = json.loads(capsys.readouterr().out)
     assert lines[0]["layer"] == "conv1" and lines[0]["kernel"] == "aten.conv_bn_act" and lines[0]["problem"].startswith("conv_bn_act")
+
+
+def test_explain_for_a_gpu_that_is_not_here_tells_every_fused_step_s_floor(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["explain", "resnet50", "--batch", "256", "--dtype", "bfloat16", "--model-gpu", "h200", "--across", *ACROSS]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert max(map(len, said)) <= 120 and not any("…" in line for line in said)
+    rows = {line.split()[0]: line.split()[1:] for line in said if line}
+    assert rows["layer1.1.conv2"] == ["conv_tail", "1027.74", "111.80", "239.01", "memory"]
+    assert rows["layer2.0.conv3"][0] == "pointwise_pair" and "layer2.1.conv3" not in rows and "layer1.0.downsample.0" not in rows
+    kernels, _, _, img_s = next(line.split()[-4:] for line in said if line.startswith("infer  with "))
+    assert (kernels, img_s) == ("26", "88,223")
+
+
+def test_explain_tells_times_of_this_gpu(monkeypatch):
+    """The kernel's measured time, in a graph its own, beside the floor and the share of it; what lost, and by what."""
+    monkeypatch.setenv("COLUMNS", "160")
+    problem = Problem("conv_tail", "cuda", torch.bfloat16, (256, 64, 56, 56), "nhwc", (64, 64, 3, 3), padding=(1, 1), residual="nhwc",
+                      chain=((256, 64, 1, 1), (), (64, 256, 1, 1)), act="relu", capability=(9, 0))
+    here = {"source": tables.source_hash(find("triton.conv_tail").sources), "versions": tables.versions(), "error": 1e-3, "eager_error": 2e-3}
+    aten_ = {**here, "source": tables.source_hash(find("aten.conv_tail").sources)}
+    records = {"triton.conv_tail": {**here, "status": "right", "time_us": 500.0, "device_us": 478.0},
+               "aten.conv_tail": {**aten_, "status": "right", "time_us": 900.0}}
+    monkeypatch.setattr(tables, "gpu_name", lambda device=None: "NVIDIA H200")
+    monkeypatch.setattr(tables, "load", lambda gpu: ({"entries": {}, "graph": {}, "measured": {problem.key: records}},
+                                                     {"entries": {}, "graph": {}, "measured": {problem.key: {"aten.conv_tail": {}}}}))
+    line = Line("layer1.1.conv2", "conv_tail", "triton.conv_tail", "measured", problem)
+    row = str(Explanation([timed(line, graph=True), Line("fc", "function", "torch", "why")])).splitlines()
+    assert row[0].split()[-4:] == ["µs", "floor", "%", "why"]
+    assert row[2].split("  ")[-1].split() == ["measured"] and row[2].split()[-4:-1] == ["478.0", "239.0", "50"]
+    assert "256×64×56×56 → 64 → 256 → 64" in row[2] and row[3].split() == ["fc", "function", "torch", "why"]
+    assert timed(line).time_us == 500.0 and timed(replace(line, kernel="aten"), graph=True).time_us is None
+    assert timed(replace(line, kernel="aten")).time_us == 900.0  # a plan's word for the op's composition
+    monkeypatch.setattr(Kernel, "reason", lambda self, problem: None)
+    lost = rejected(problem)["triton.conv_tail"]
+    assert lost == "500.0 µs a call, 478.0 in a graph; error 0.001, eager's 0.002"
+    records["triton.conv_tail"] |= {"status": "wrong", "reason": "rms error 1 of 2"}
+    assert rejected(problem)["triton.conv_tail"] == "WRONG: rms error 1 of 2"
+    records["triton.conv_tail"]["source"] = "another"
+    assert rejected(problem)["triton.conv_tail"].startswith("no measurement") and timed(line).time_us is None
+    monkeypatch.setattr(tables, "gpu_name", lambda device=None: "Imaginary 1")
+    assert timed(line).floor_us is None
 
 
 def test_explain_lines_print():

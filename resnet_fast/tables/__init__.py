@@ -86,6 +86,23 @@ def _entries(problem: Problem, graph: bool) -> Iterator[dict]:
             yield entry
 
 
+def records(problem: Problem) -> dict[str, dict]:
+    """Kernel → what the current GPU's tables say of it on this problem, as far as it was measured as it is now."""
+    found: dict[str, dict] = {}
+    for sections in reversed(load(gpu_name())):
+        found |= sections["measured"].get(problem.key, {})
+    return {kernel: record for kernel, record in found.items() if stale({"kernel": kernel, **record}) is None}
+
+
+def tell(record: dict) -> str:
+    """One record in words."""
+    if record["status"] != "right":
+        return f"{record['status'].upper()}: {record['reason']}"
+    device = f"{record['device_us']:.1f}" if "device_us" in record else "not"
+    return (f"{record['time_us']:.1f} µs a call, {device} in a graph; error {record['error']:.2g}, "
+            f"eager's {record['eager_error']:.2g}")
+
+
 def stale(entry: dict) -> str | None:
     """Why an entry must be verified again before use, or None if it stands."""
     from ..dispatch import find  # a table names kernels; only a check needs the registry
