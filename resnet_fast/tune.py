@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 
 import torch
 
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     problems = [problem for batch in args.batch
                 for problem in op_problems(args.model, batch, args.size, DTYPES[args.dtype], "cuda", capability)
                 if (problem.op not in ("conv_bn_act", *ACROSS)) == args.train]
+    problems += [replace(problem, bytes=True) for problem in problems if problem.op == "conv_pool"]  # plans with ``normalize``
     path = tables.user_folder() / tables.file_name(device.name)
     try:
         outcomes = tune(problems, kernels=args.kernels, device=device, say=say)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import resnet_fast
 from resnet_fast import autotune, dispatch, tables, testing
 from resnet_fast.__main__ import main
 from resnet_fast.autotune import Device, DeviceLost, tune
@@ -415,6 +416,22 @@ def test_command_tunes_convolutions_unless_told_to_train(pretended_command, caps
     assert main(["tune", "resnet50"]) == 0
     out = capsys.readouterr().out
     assert "1 problems" in out and out.count("conv_bn_act") == 1 and "add_act" not in out
+
+
+def test_command_tunes_the_stem_of_photographs_too(monkeypatch) -> None:
+    """What a plan that normalises by itself asks for, next to the floating stem."""
+    asked: list = []
+    monkeypatch.setattr("resnet_fast.__main__.COMMANDS", ("tune",))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(Device, "current", classmethod(lambda cls: Pretended()))
+    monkeypatch.setattr(autotune, "tune", lambda problems, **how: asked.extend(problems) or [])
+    assert main(["tune", "resnet18", "--batch", "2", "--size", "64"]) == 0
+    stems = [p for p in asked if p.op == "conv_pool"]
+    assert [p.bytes for p in stems] == [False, True] and len(set(asked)) == len(asked)
+    photos = torch.zeros(2, 64, 64, 3, dtype=torch.uint8)
+    run = resnet_fast.plan(resnet_fast.resnet18(), photos, dtype=torch.bfloat16, normalize=((0.5,) * 3, (0.2,) * 3), across=("conv_pool",))
+    stem = next(line.problem for line in run.explain(photos) if line.op == "conv_pool")
+    assert replace(stem, device="cuda", capability=(9, 0)) == stems[1]
 
 
 def test_command_interrupted_says_how_to_go_on(pretended_command, candidates, capsys) -> None:
