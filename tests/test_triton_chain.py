@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="no Triton on this platform")
 
+import triton
 from triton_ahead import TENSOR, Cubin, ahead, cubins
 from triton_interpreter import run_lane
 
 from resnet_fast.dispatch import find
-from resnet_fast.kernels.triton import tail_config
-from resnet_fast.kernels.triton.heuristics import CHIPS, Gemm, gemm_config
+from resnet_fast.kernels.triton import pointwise_pair_tma, tail_config, tma_config
+from resnet_fast.kernels.triton.heuristics import CHIPS, Gemm, gemm_config, predicted_ns
 from resnet_fast.kernels.triton.tail_config import MIDDLES, Tail, TailConfig, tail
 from resnet_fast.problem import Problem
 
@@ -162,6 +163,48 @@ def test_pairs(name: str, at: tuple[int, int], changes: dict) -> None:
     assert first.count(rf"{TENSOR[at]}\b") if problem.dtype != torch.float32 else not first.count(r"\w*MMA\b")
     # One loop over both inputs, whose copies are under way while the matrix units work.
     assert first.count(r"LDGSTS\.E.*\.128")
+
+
+@ahead
+@pytest.mark.parametrize("name, at, batch", [(name, HOPPER, 256) for name in PAIRS] + [("layer1", HOPPER, 1), ("layer4", HOPPER, 1)]
+                         + [("layer2", at, 256) for at in ((10, 0), (12, 0))], ids=str)
+def test_pairs_by_tma(name: str, at: tuple[int, int], batch: int) -> None:
+    """Tiles come and go by TMA alone, both inputs' as boxes; wgmma reads both operands from shared memory."""
+    problem = pair(name, at, batch=batch)
+    g, window = pointwise_pair_tma.product_of(problem.x, problem.chain[0], 2, at)
+    tile = pointwise_pair_tma.best(g, window, problem.x[1])
+    (cubin,) = cubins("triton.pointwise_pair_tma", problem)
+    # Triton 3.6's assembler keeps a few addresses on sm_120's stack, as of every kernel on descriptors.
+    kept = 64 if at == (12, 0) and triton.__version__.startswith("3.6.") else 0
+    assert cubin.stack <= kept and (kept or not cubin.count("STL|LDL")), f"{cubin.stack} bytes spilled"
+    assert cubin.count(rf"{TENSOR[at]}\b") and cubin.count("UTMALDG.4D") and cubin.count("UTMALDG.2D") and cubin.count("UTMASTG.4D")
+    assert bool(cubin.count("UTMALDG.5D")) == (problem.stride == (2, 2))
+    assert not cubin.count(r"LDG(STS)?\.E.*\.(64|128)\b") and not cubin.count("STG")
+    assert cubin.registers <= tile.options().get("maxnreg", 255)
+    assert cubin.shared <= tma_config.shared(g, tile) + 2048 and cubin.shared <= CHIPS[at].shared
+    if at == HOPPER:
+        assert cubin.operands and all(listed.startswith("R, gdesc[UR], R") for listed in cubin.operands), cubin.operands
+        assert not cubin.count("LDSM")
+
+
+def test_a_pair_by_tma_says_what_it_cannot_do_and_what_it_should_gain() -> None:
+    """Like shares of both inputs' channels: each trip does its part of either."""
+    kernel = find("triton.pointwise_pair_tma")
+    refused = {"float32": {"dtype": torch.float32}, "sees rows and columns in pairs": {"second": (55, 56)},
+               "step by 1 or by 2": {"stride": (3, 3), "second": (84, 84)}, "of 64 and 96 it cannot": {"chain": ((512, 96, 1, 1),)},
+               "compute capability 9.0": {"capability": (8, 9)}, "has 100 channels": {"weight": (100, 128, 1, 1)}}
+    for sentence, changes in refused.items():
+        changes = {"x": (8, 64, 28, 28)} | changes
+        assert sentence in kernel.supports(dataclasses.replace(pair("layer2"), **changes)), sentence
+    assert pointwise_pair_tma.shares(64, 64) == {128: (64, 64), 64: (32, 32), 32: (16, 16)}
+    assert pointwise_pair_tma.shares(48, 48) == {32: (16, 16)} and pointwise_pair_tma.shares(48, 50) == {}
+    assert pointwise_pair_tma.shares(128, 256) == {96: (32, 64), 48: (16, 32)} and pointwise_pair_tma.shares(256, 64) == {80: (64, 16)}
+    for name in PAIRS:
+        problem = pair(name, batch=256)
+        assert kernel.supports(problem) is None
+        g, window = pointwise_pair_tma.product_of(problem.x, problem.chain[0], 2, HOPPER)
+        tile = pointwise_pair_tma.best(g, window, problem.x[1])
+        assert tma_config.predicted_ns(g, window, tile) < 0.98 * predicted_ns(g, gemm_config(g))
 
 
 TAIL_CODE = [(name, HOPPER, {}) for name in TAILS] + [("layer1", HOPPER, {"batch": 256}), ("layer2", HOPPER, {"batch": 256})]

@@ -9,10 +9,11 @@ import torch
 import triton_interpreter
 
 from resnet_fast.dispatch import find
-from resnet_fast.kernels.triton import conv_tail, launch, pointwise_pair
+from resnet_fast.kernels.triton import conv_tail, launch, pointwise_pair, pointwise_pair_tma
 from resnet_fast.kernels.triton.heuristics import Gemm, GemmConfig
 from resnet_fast.kernels.triton.tail_config import TailConfig
 from resnet_fast.kernels.triton.tail_config import tail as tail_of
+from resnet_fast.kernels.triton.tma_config import TileConfig
 from resnet_fast.problem import Problem
 from resnet_fast.testing import eager, make_args, nasty_problems, same_nonfinite
 
@@ -74,6 +75,41 @@ def test_configs(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(pointwise_pair, "gemm_config", lambda g: config)
     monkeypatch.setattr(conv_tail, "tail_config", lambda g: config)
     right(dataclasses.replace(case, dtype=dtype))
+
+
+# By TMA: TileConfig of box, filters, channels of both inputs; stages and blocks an SM.
+BOXES = {
+    "the box of 28², tails in pixels and filters": (pair((9, 32, 5, 7), 72, 64, (10, 14), (2, 2)), ((8, 4, 4), 64, 96)),
+    "several trips": (pair((2, 64, 4, 4), 64, 128, (8, 8), (2, 2)), ((2, 4, 4), 64, 48)),
+    "like channels, no stride": (pair((3, 64, 5, 7), 40, 64, (5, 7)), ((2, 8, 8), 64, 32)),
+    "the second narrow, single pixels": (pair((17, 64, 3, 2), 136, 16, (6, 4), (2, 2)), ((16, 1, 1), 64, 80)),
+    "the second wide, no stride": (pair((2, 16, 3, 5), 24, 64, (3, 5)), ((2, 2, 4), 64, 80)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", BOXES)
+def test_boxes(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, (box, filters, channels) = BOXES[name]
+    tile = TileConfig(box, filters, channels, False, 4, 2, 2)
+    monkeypatch.setattr(pointwise_pair_tma, "config", lambda *_, **__: tile)
+    triton_interpreter.right("triton.pointwise_pair_tma", dataclasses.replace(case, dtype=dtype))
+
+
+def test_boxes_by_themselves() -> None:
+    """The grid's and the predicted tiles; what the stride leaves out may be anything."""
+    id = "triton.pointwise_pair_tma"
+    for case in (p for p in nasty_problems("pointwise_pair", torch.float16) if find(id).supports(p) is None):
+        triton_interpreter.right(id, case)
+    for case in (pair((3, 32, 6, 4), 24, 64, (12, 8), (2, 2), torch.float16), pair((3, 64, 6, 4), 24, 32, (6, 4), dtype=torch.float16)):
+        triton_interpreter.right(id, case)
+        args = make_args(case)
+        if case.stride == (2, 2):
+            args[2][:, :, 1::2], args[2][:, :, :, 1::2] = float("nan"), float("inf")
+        args[0][0, 3, 5, 3], args[2][1, 2, 0, 0], args[4][5] = float("nan"), float("inf"), -float("inf")
+        assert same_nonfinite(find(id).fn(*args), eager(case.op, args)[0])
+    empty = pair((0, 32, 6, 4), 24, 64, (12, 8), (2, 2), torch.float16)
+    assert find(id).fn(*make_args(empty)).shape == (0, 24, 6, 4)
 
 
 # ---------------------------------------------------------------- NaN, infinity, contracts around the arithmetic

@@ -8,7 +8,20 @@ same for descriptors. ``tail_config``: configs of ``conv_tail``; ``pool_config``
 Each kernel was checked in the interpreter and compiled ahead of time for sm_80 to sm_120; no GPU has run one yet.
 """
 
-from . import add_act, bn_act, bn_act_backward, conv, conv_pool, conv_tail, conv_tma, pointwise, pointwise_pair, pointwise_pool, pointwise_tma
+from . import (
+           add_act,
+           bn_act,
+           bn_act_backward,
+           conv,
+           conv_pool,
+           conv_tail,
+           conv_tma,
+           pointwise,
+           pointwise_pair,
+           pointwise_pair_tma,
+           pointwise_pool,
+           pointwise_tma,
+)
 
 __all__ = ["add_act", "bn_act", "bn_act_backward", "conv", "conv_pool", "conv_tail", "conv_tma", "pointwise",
-           "pointwise_pair", "pointwise_pool", "pointwise_tma"]
+           "pointwise_pair", "pointwise_pair_tma", "pointwise_pool", "pointwise_tma"]

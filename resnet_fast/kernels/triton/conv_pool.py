@@ -13,8 +13,8 @@ keeps the running maxima:
 - column 2j−1 is the odd one of the slot to the left, fetched once every pooled row; tiles overlap by one slot for it. Row
   2i+1 is kept for the next pooled row;
 - maximum commutes with adding a bias, rounding and ReLU: the maxima are of raw sums, −∞ where there is no column or row.
-A zero weight times NaN or infinity is NaN: a block that meets a NaN walks again, columns apart and with only their own
-pixels.
+A zero weight times NaN or infinity is NaN: a block that meets a NaN walks again, columns apart, with only their own pixels
+and one row of taps at a time: as one product that rare walk alone took more registers than a thread has.
 
 Floor: (N·H·W·C · itemsize, or · 1 from uint8, + N·H'·W'·K · itemsize) bytes and 2·N·P·Q·R·S·C·K FLOP, P × Q the
 convolution's size. ResNet's at 224², bf16, an image: 0.70 MB (0.55 from uint8) and 236 MFLOP; on an H200 (4.3 TB/s,
@@ -148,8 +148,8 @@ def _conv_pool(x, w, bias, mean, std, out, T, H, OH, OW, PH, PW, pitch, bands, r
                 C, K, R, S, PAD, SPAN, TAPS, RESIDENT, False, BLOCK_M, BLOCK_N)
     if tl.max(nan, axis=0) > 0:
         tl.debug_barrier()  # what other threads of the block stored first
-        _walk(x_slot, col, j, keep, out_slot, w, weights, first_k, bias, mean, std, H, OH, OW, PH, PW, pitch, first, rows, dtype,
-              C, K, R, S, PAD, SPAN, TAPS, RESIDENT, True, BLOCK_M, BLOCK_N)
+        _walk(x_slot, col, j, keep, out_slot, w, None, first_k, bias, mean, std, H, OH, OW, PH, PW, pitch, first, rows, dtype,
+              C, K, R, S, PAD, SPAN, TAPS, False, True, BLOCK_M, BLOCK_N)
 
 
 def supports(problem: Problem) -> str | None:

@@ -12,6 +12,7 @@ from . import heuristics
 from .heuristics import chip
 
 SLOTS = 16  # images that a block of the head can own: columns of its second product, of which matrix units want 16
+_SPILLING = ((64, 32, 64), (128, 32, 64), (64, 64, 32))  # 16-bit tiles of pixels, filters, channels that Triton 3.6 or 3.9 spills of
 _MOST_ROWS = 4096  # of several images in a block: beyond, a chunk's last rows are no longer what they could save
 
 
@@ -83,13 +84,13 @@ def head_config(h: Head) -> HeadConfig:
 def _heads(h: Head) -> Iterator[HeadConfig]:
     half = h.itemsize == 2
     # A tile's filters are the matrix unit's rows: tcgen05 has 64 or 128 of them. float32 runs on the FMA units. What is left
-    # out spills: deep tiles of 32 filters, wide ones out of tensor memory.
+    # out spills: some tiles everywhere, wide ones out of tensor memory.
     tensor_memory = half and h.capability is not None and h.capability[0] in (10, 11)
     filters = (64, 128) if tensor_memory else (32, 64, 128) if half else (32,)
     images = max(1, min(h.images, SLOTS, _MOST_ROWS // h.pixels))
     sizes = product(range(1, images + 1), (64, 128) if half else (32, 64), filters, (32, 64) if half else (16, 32))
     for images, block_m, block_n, block_k in sizes:
-        if half and block_n == 32 and block_k == 64 or tensor_memory and block_m < block_n:
+        if half and (block_m, block_n, block_k) in _SPILLING or tensor_memory and block_m < block_n:
             continue
         tile = block_m * block_n
         num_warps = 8 if tile > (64 * 64 if tensor_memory else 64 * 128 if half else 1024) else 4

@@ -125,14 +125,14 @@ def predicted_ns(g: Gemm, window: Window, c: TileConfig) -> float:
 
 
 @lru_cache(maxsize=4096)
-def configs(g: Gemm, window: Window, resident: bool = False) -> tuple[TileConfig, ...]:
+def configs(g: Gemm, window: Window, resident: bool = False, depths: tuple[int, ...] = (16, 32, 64)) -> tuple[TileConfig, ...]:
     """Every tile that fits the chip, best predicted first; ties go to the larger tile, then to more blocks an SM.
 
-    ``resident`` says that the kernel has a form whose filters stay in shared memory.
+    ``resident`` says that the kernel has a form whose filters stay in shared memory; ``depths`` are the channels that a trip may take.
     """
     on = chip(g.capability)
     fitting = []
-    for c in _candidates(g, window, resident):
+    for c in _candidates(g, window, resident, depths):
         blocks = min(on.shared_sm // (shared(g, c) + 2 * heuristics._KIB), 65536 // (registers(g, c) * c.threads), 4)
         if blocks >= 1 and shared(g, c) + heuristics._KIB <= on.shared and registers(g, c) <= 255:
             fitting.append(TileConfig(*_fields(c), blocks))
@@ -143,23 +143,23 @@ def configs(g: Gemm, window: Window, resident: bool = False) -> tuple[TileConfig
     return tuple(sorted(fitting, key=rank))
 
 
-def config(g: Gemm, window: Window, resident: bool = False) -> TileConfig:
+def config(g: Gemm, window: Window, resident: bool = False, depths: tuple[int, ...] = (16, 32, 64)) -> TileConfig:
     """The tile a kernel runs with when no table says otherwise."""
-    return configs(g, window, resident)[0]
+    return configs(g, window, resident, depths)[0]
 
 
 def _fields(c: TileConfig) -> tuple:
     return c.box, c.filters, c.channels, c.resident, c.num_warps, c.num_stages
 
 
-def _candidates(g: Gemm, window: Window, resident: bool) -> Iterator[TileConfig]:
+def _candidates(g: Gemm, window: Window, resident: bool, depths: tuple[int, ...]) -> Iterator[TileConfig]:
     half = g.itemsize == 2
     largest = 256 if half and g.capability is not None and g.capability[0] == 9 else 128 if half else 64
     for pixels in (size for size in (32, 64, 128, 256) if size <= largest):
         box = _box(pixels, window)
         for filters in heuristics._useful(tuple(size for size in (64, 128, 256) if size <= largest), g.n):
             num_warps = 8 if pixels * filters > (64 * 128 if half else 32 * 64) else 4
-            for channels in (16, 32, 64):
+            for channels in depths:
                 if g.taps > 1 and g.channels % channels or not half and channels > 32:
                     continue
                 for num_stages in (2, 3, 4, 5):
