@@ -137,6 +137,14 @@ def test_float32_has_other_sixteen_bytes() -> None:
         taken(dtype=torch.float32, x=(2, 2, 8, 8), weight=(8, 2, 1, 1)))
 
 
+@pytest.mark.parametrize("at", [*CHIPS_WITH_TMA, None], ids=str)
+def test_a_convolution_takes_all_its_channels(at: tuple[int, int] | None) -> None:
+    """1×1 too: conv_tma takes whole blocks of channels only, and 112 are not one and a half."""
+    for channels, size in ((c, size) for c in (48, 80, 112, 144, 240) for size in (7, 14, 28)):
+        for found in tma_config.configs(Gemm(size * size, 64, channels, itemsize=2, capability=at), Window(1, size, size)):
+            assert channels % found.channels == 0, found
+
+
 # ---------------------------------------------------------------- machine code
 
 

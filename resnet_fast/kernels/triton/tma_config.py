@@ -160,7 +160,8 @@ def _candidates(g: Gemm, window: Window, resident: bool, depths: tuple[int, ...]
         for filters in heuristics._useful(tuple(size for size in (64, 128, 256) if size <= largest), g.n):
             num_warps = 8 if pixels * filters > (64 * 128 if half else 32 * 64) else 4
             for channels in depths:
-                if g.taps > 1 and g.channels % channels or not half and channels > 32:
+                # Only the kernel with a resident form reads past the last channel, where it finds zeros.
+                if not resident and g.channels % channels or not half and channels > 32:
                     continue
                 for num_stages in (2, 3, 4, 5):
                     yield TileConfig(box, filters, channels, False, num_warps, num_stages)
