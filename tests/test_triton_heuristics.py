@@ -183,6 +183,7 @@ def test_the_family_is_registered() -> None:
     assert ours == {"triton.conv": "conv_bn_act", "triton.pointwise": "conv_bn_act",
                     "triton.conv_tma": "conv_bn_act", "triton.pointwise_tma": "conv_bn_act",
                     **{f"triton.{op}": op for op in ("pointwise_pair", "conv_tail", "conv_pool", "pointwise_pool")},
+                    "triton.pointwise_pair_tma": "pointwise_pair",
                     **{f"triton.{op}": op for op in ("add_act", "add_act_backward", "bn_act", "bn_act_backward")}}
 
 
