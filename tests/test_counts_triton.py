@@ -35,6 +35,7 @@ def cases() -> dict[str, tuple[str, Problem]]:
     # Of each op across convolutions the network's first.
     groups = {group.problem.op: (f"triton.{group.problem.op}", group.problem) for group in reversed(across(single))}
     tma = {f"{name} by TMA": (kernel, found[name]) for name, kernel in BY_TMA.items()}
+    tma["pointwise_pair by TMA"] = "triton.pointwise_pair_tma", groups["pointwise_pair"][1]
     named = {name: ("triton.pointwise" if found[name].pointwise else "triton.conv", found[name]) for name in LAYERS}
     return {**named, **tma, **groups, "bn_act + residual": ("triton.bn_act", AFTER)}
 
