@@ -1,8 +1,7 @@
 """Floors: how fast a GPU could run a step, a layer or a whole network, given its ceilings and what must be moved.
 
 A step's floor is max(bytes / copy bandwidth, FLOPs / matrix rate); a network's is the sum over its kernels, launches
-free and L2 ignored (its bandwidth is unmeasured). What a step moves stands in ``traffic`` and ``traffic_training``;
-what a whole block in one kernel would gain once L2, shared memory and halos count, in ``block_fusion``.
+free and L2 ignored (its bandwidth is unmeasured). What a step moves stands in ``traffic`` and ``traffic_training``.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ L2, whose rate is guessed, cost nothing), layer2 167 → 199, layer3 224 → 236
 every tile of both forms bind, and the whole block's tiles are smaller, for two narrow results want shared memory. It would pay in layer1
 alone, for two blocks 37 µs of the 3,202 that the network's floor with tails is, where the tails themselves save 879 of 4,081. There conv1's
 result would have to be an operand at nine shifts inside shared memory, which Triton cannot address. So there is none.
+``python benchmarks/whole_blocks.py`` prints the model's table: run it anew once a GPU has said how fast its L2 is.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from dataclasses import dataclass
 from itertools import product
 from math import ceil
 
-from .layers import layers
-from .roofline import ceilings
+from resnet_fast.console import table
+from resnet_fast.layers import layers
+from resnet_fast.roofline import ceilings
 
 # Of one SM of Hopper, as ``kernels.triton.heuristics`` has them: how many there are, bytes of shared memory for a block, FLOP and bytes a ns.
 SMS, SHARED, MMA, L2 = 132, 227 * 1024, 5980.0, 49.0
@@ -104,3 +106,10 @@ def _shared(b: Bottleneck, whole: bool, tile: int, halo: int, resident: bool) ->
     narrow = (halo + tile) * b.narrow
     under_way = _STAGES * _DEPTH * ((halo if whole else 0) + (0 if resident else b.narrow))
     return _ITEM * (narrow + under_way) + (b.weights if resident else 0)
+
+
+if __name__ == "__main__":
+    print("predicted for ResNet-50's blocks without projection, 256 images at 224², bf16, an H200:\n")
+    print(table(("stage", "blocks", "tail µs", "bound by", "whole µs", "bound by"),
+                [(stage, n, *(cell for p in (predict(b, False), predict(b, True)) for cell in (f"{p.seconds * 1e6:.0f}", p.bound)))
+                 for stage, (b, n) in blocks("resnet50", 256).items()], right=(1, 2, 4)))
