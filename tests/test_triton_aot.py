@@ -17,6 +17,7 @@ from triton_ahead import TENSOR, Cubin, ahead, cubins
 
 from resnet_fast.dispatch import find
 from resnet_fast.kernels.triton.heuristics import CHIPS, gemm, gemm_config
+from resnet_fast.layers import across, layers
 from resnet_fast.problem import Problem
 
 pytestmark = ahead
@@ -84,15 +85,27 @@ def test_convolutions(name: str, capability: tuple[int, int], changes: dict) -> 
     ("triton.pointwise_tma", "layer3 conv1", 256)])
 def test_convolutions_overlap_with_the_kernel_before_and_touch_nothing_until_it_is_done(
         kernel: str, name: str, batch: int, capability: tuple[int, int]) -> None:
-    """griddepcontrol.wait is ACQBULK in SASS, launch_dependents PREEXIT; instructions are in the order of first appearance."""
     problem = conv(name, capability, batch=batch)
     for cubin in cubins(kernel, problem) if find(kernel).supports(problem) is None else ():
-        order = [re.sub(r"\..*", "", one) for one in cubin.instructions]
-        memory = min(order.index(one) for one in ("LDG", "LDGSTS", "UTMALDG", "UTMASTG", "STG") if one in order)
-        if capability < (9, 0):
-            assert "ACQBULK" not in order and "PREEXIT" not in order
-        else:
-            assert order.index("ACQBULK") < order.index("PREEXIT") < memory, cubin.name
+        waits_first(cubin, capability)
+
+
+@pytest.mark.parametrize("kernel", ["triton.conv_tail", "triton.conv_pool", "triton.pointwise_pool", "triton.pointwise_pair",
+                                    "triton.pointwise_pair_tma"])
+def test_ops_across_convolutions_do_so_too(kernel: str) -> None:
+    groups = across(layers("resnet50", 256, 224, torch.bfloat16, "cuda", (9, 0)))
+    for cubin in cubins(kernel, next(group.problem for group in groups if group.problem.op == find(kernel).op)):
+        waits_first(cubin, (9, 0))
+
+
+def waits_first(cubin: Cubin, capability: tuple[int, int]) -> None:
+    """griddepcontrol.wait is ACQBULK in SASS, launch_dependents PREEXIT; instructions are in the order of first appearance."""
+    order = [re.sub(r"\..*", "", one) for one in cubin.instructions]
+    memory = min(order.index(one) for one in ("LDG", "LDGSTS", "UTMALDG", "UTMASTG", "STG") if one in order)
+    if capability < (9, 0):
+        assert "ACQBULK" not in order and "PREEXIT" not in order
+    else:
+        assert order.index("ACQBULK") < order.index("PREEXIT") < memory, cubin.name
 
 
 POINTWISE = {

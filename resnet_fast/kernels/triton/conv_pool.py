@@ -34,6 +34,7 @@ from torch import Tensor
 
 from ...dispatch import Problem, kernel
 from . import launch
+from .dependent import begin
 from .epilogue import activate
 from .pool_config import Stem, StemConfig, stem_config
 
@@ -130,7 +131,8 @@ def _walk(x_slot, col, j, keep, out_slot, w, weights, first_k, bias, mean, std, 
 @triton.jit(do_not_specialize=["T", "H", "OH", "OW", "PH", "PW", "bands", "rows"])
 def _conv_pool(x, w, bias, mean, std, out, T, H, OH, OW, PH, PW, pitch, bands, rows, C: tl.constexpr, K: tl.constexpr,
                R: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, SPAN: tl.constexpr, TAPS: tl.constexpr,
-               RESIDENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+               RESIDENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
+    begin(PDL)
     dtype: tl.constexpr = w.dtype.element_ty
     tiles_k: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     first_k = tl.program_id(0) % tiles_k * BLOCK_N
@@ -166,7 +168,7 @@ def stem_of(problem: Problem) -> Stem:
 
 
 @kernel("triton.conv_pool", op="conv_pool", supports=supports, available=launch.available,
-        sources=launch.sources("epilogue", "pool_config"))
+        sources=launch.sources("dependent", "epilogue", "pool_config"))
 def conv_pool(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, std: Tensor | None) -> Tensor:
     k, _, r, s = weight.shape
     stem = Stem(*x.shape, k, r, s, weight.itemsize, mean is not None, launch.capability(x))
@@ -187,5 +189,5 @@ def run(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, std: Tenso
     _conv_pool[grid](
         x, launch.nhwc(weight), bias.contiguous(), mean, std, out, n * pw, h, oh, ow, ph, pw, w * c, bands, config.rows, C=c, K=k, R=r, S=s,
         PAD=stem.pad, SPAN=stem.span, TAPS=stem.taps, RESIDENT=config.resident, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        num_warps=config.num_warps, num_stages=config.num_stages, **launch.OPTIONS)
+        num_warps=config.num_warps, num_stages=config.num_stages, **launch.options(x))
     return out

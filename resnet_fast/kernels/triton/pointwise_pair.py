@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ...dispatch import Problem, kernel
 from . import launch
+from .dependent import begin
 from .epilogue import finish
 from .heuristics import Gemm, GemmConfig, gemm_config
 from .split_k import add_partials, partials, store_partial
@@ -32,7 +33,8 @@ from .split_k import add_partials, partials, store_partial
 def _pointwise_pair(x, w, x2, w2, bias, out, M, H, W, H2, W2, trips,
                     C: tl.constexpr, C2: tl.constexpr, K: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
                     EXACT: tl.constexpr, SPLIT: tl.constexpr,
-                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr):
+    begin(PDL)
     tiles_n = tl.cdiv(K, BLOCK_N)
     split = tl.program_id(1)
     m = (tl.program_id(0) // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -71,7 +73,7 @@ def supports(problem: Problem) -> str | None:
 
 
 @kernel("triton.pointwise_pair", op="pointwise_pair", supports=supports, available=launch.available,
-        sources=launch.sources("epilogue", "split_k"))
+        sources=launch.sources("dependent", "epilogue", "split_k"))
 def pointwise_pair(x, weight, x2, weight2, bias, stride2) -> Tensor:
     n, c, h, w = x.shape
     k, c2 = weight2.shape[:2]
@@ -96,7 +98,7 @@ def run(x: Tensor, weight: Tensor, x2: Tensor, weight2: Tensor, bias: Tensor, st
         x, launch.nhwc(weight), launch.nhwc(x2), launch.nhwc(weight2), bias, target, g.m, *x.shape[2:],
         *x2.shape[2:], trips, C=c, C2=c2, K=g.n, SH=stride2[0], SW=stride2[1], EXACT=exact, SPLIT=split,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, num_warps=config.num_warps,
-        num_stages=config.num_stages, **launch.OPTIONS)
+        num_stages=config.num_stages, **launch.options(x))
     if split > 1:
         add_partials(target, (None, bias, None, None, 0.0), None, out, True)
     return out

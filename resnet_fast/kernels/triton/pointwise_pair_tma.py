@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ...dispatch import Problem, kernel
 from . import launch, pointwise_pair, tma
+from .dependent import begin
 from .epilogue import activate
 from .heuristics import Gemm
 from .tma_config import TileConfig, Window, config, grid, tiles
@@ -33,7 +34,8 @@ _SHARES = (64, 32, 16)  # channels of an input that a trip can take
 @triton.jit(do_not_specialize=["count", "tiles_h", "tiles_w"])
 def _pointwise_pair_tma(x, w, x2, w2, bias, out, count, step, tiles_h, tiles_w, K: tl.constexpr, STRIDE: tl.constexpr,
                         TRIPS: tl.constexpr, NB: tl.constexpr, HB: tl.constexpr, WB: tl.constexpr, BLOCK_N: tl.constexpr,
-                        BLOCK_K: tl.constexpr, BLOCK_K2: tl.constexpr):
+                        BLOCK_K: tl.constexpr, BLOCK_K2: tl.constexpr, PDL: tl.constexpr):
+    begin(PDL)
     tiles_n: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     BLOCK_M: tl.constexpr = NB * HB * WB
     for tile in tl.range(tl.program_id(0), count, step, flatten=True):
@@ -75,7 +77,7 @@ def supports(problem: Problem) -> str | None:
 
 
 @kernel("triton.pointwise_pair_tma", op="pointwise_pair", supports=supports, available=launch.available,
-        sources=launch.sources("epilogue", "tma", "tma_config"))
+        sources=launch.sources("dependent", "epilogue", "tma", "tma_config"))
 def pointwise_pair_tma(x, weight, x2, weight2, bias, stride2) -> Tensor:
     return run(x, weight, x2, weight2, bias, stride2, *product_of(x.shape, weight2.shape, x.itemsize, launch.capability(x)))
 
@@ -112,5 +114,5 @@ def run(x: Tensor, weight: Tensor, x2: Tensor, weight2: Tensor, bias: Tensor, st
         tma.descriptor(tma.dense(weight2), (g.n, c2), (tile.filters, second)), bias.contiguous(),
         tma.descriptor(out, (n, h, w, g.n), (*tile.box, tile.filters)), pixels * filters, step, triton.cdiv(h, hb), triton.cdiv(w, wb),
         K=g.n, STRIDE=stride2[0], TRIPS=c // first, NB=nb, HB=hb, WB=wb, BLOCK_N=tile.filters, BLOCK_K=first, BLOCK_K2=second,
-        **tile.options(), **launch.OPTIONS)
+        **tile.options(), **launch.options(x))
     return out

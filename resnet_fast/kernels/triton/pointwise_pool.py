@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ...dispatch import Problem, kernel
 from . import launch
+from .dependent import begin
 from .epilogue import activate
 from .pool_config import SLOTS, Head, HeadConfig, head_config
 
@@ -67,7 +68,8 @@ def _sums(x, w_row, t, residual, first, k, only, N, P, chunks, trips, C: tl.cons
 @triton.jit(do_not_specialize=["N", "P", "images", "chunks"])
 def _pointwise_pool(x, w, bias, residual, out, N, P, images, chunks, trips, C: tl.constexpr, K: tl.constexpr,
                     EXACT: tl.constexpr, SLOTS: tl.constexpr,
-                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr):
+    begin(PDL)
     tiles_n = tl.cdiv(K, BLOCK_N)
     group = tl.program_id(0) // tiles_n
     k = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -100,7 +102,7 @@ def head_of(problem: Problem) -> Head:
 
 
 @kernel("triton.pointwise_pool", op="pointwise_pool", supports=supports, available=launch.available,
-        sources=launch.sources("epilogue", "pool_config"))
+        sources=launch.sources("dependent", "epilogue", "pool_config"))
 def pointwise_pool(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     n, c, h, w = x.shape
     head = Head(n, h * w, weight.shape[0], c, x.itemsize, launch.capability(x))
@@ -118,5 +120,5 @@ def run(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, head: Head, c
         triton.cdiv(config.images * head.pixels, config.block_m), triton.cdiv(head.channels, config.block_k),
         C=head.channels, K=head.filters, EXACT=head.channels % config.block_k == 0, SLOTS=SLOTS,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, num_warps=config.num_warps,
-        num_stages=config.num_stages, **launch.OPTIONS)
+        num_stages=config.num_stages, **launch.options(x))
     return out
