@@ -200,15 +200,18 @@ __device__ __forceinline__ void wgmma_wait() {
 // Names of N / 2 registers and the accumulators bound to them, built up from eight.
 #define RF_D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
                  "+f"(d[i + 6]), "+f"(d[i + 7])
+#define RF_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define RF_D32(i) RF_D8(i), RF_D8(i + 8), RF_D8(i + 16), RF_D8(i + 24)
 #define RF_NAMES32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25," \
                    "%26,%27,%28,%29,%30,%31"
 #define RF_NAMES64 RF_NAMES32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52," \
                    "%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define RF_NAMES128 RF_NAMES64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84," \
-                    "%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106," \
-                    "%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125," \
-                    "%126,%127"
+#define RF_NAMES104 RF_NAMES64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83" \
+                    ",%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103"
+#define RF_NAMES108 RF_NAMES104 ",%104,%105,%106,%107"
+#define RF_NAMES116 RF_NAMES108 ",%108,%109,%110,%111,%112,%113,%114,%115"
+#define RF_NAMES124 RF_NAMES116 ",%116,%117,%118,%119,%120,%121,%122,%123"
+#define RF_NAMES128 RF_NAMES124 ",%124,%125,%126,%127"
 #define RF_WGMMA(shape, types, names, a_at, b_at, add_at, ...)                                                       \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" add_at ", 0;\nwgmma.mma_async.sync.aligned." shape "k16.f32." types \
                " {" names "}, %" a_at ", %" b_at ", p, 1, 1, 0, 0;\n}\n"                                              \
@@ -219,6 +222,18 @@ __device__ __forceinline__ void wgmma_wait() {
     RF_WGMMA("m64n64", types, RF_NAMES32, "32", "33", "34", RF_D32(0));                                               \
   } else if constexpr (N == 128) {                                                                                    \
     RF_WGMMA("m64n128", types, RF_NAMES64, "64", "65", "66", RF_D32(0), RF_D32(32));                                  \
+  } else if constexpr (N == 208) {                                                                                    \
+    RF_WGMMA("m64n208", types, RF_NAMES104, "104", "105", "106", RF_D32(0), RF_D32(32), RF_D32(64),                   \
+             RF_D8(96));                                                                                              \
+  } else if constexpr (N == 216) {                                                                                    \
+    RF_WGMMA("m64n216", types, RF_NAMES108, "108", "109", "110", RF_D32(0), RF_D32(32), RF_D32(64),                   \
+             RF_D8(96), RF_D4(104));                                                                                  \
+  } else if constexpr (N == 232) {                                                                                    \
+    RF_WGMMA("m64n232", types, RF_NAMES116, "116", "117", "118", RF_D32(0), RF_D32(32), RF_D32(64),                   \
+             RF_D8(96), RF_D8(104), RF_D4(112));                                                                      \
+  } else if constexpr (N == 248) {                                                                                    \
+    RF_WGMMA("m64n248", types, RF_NAMES124, "124", "125", "126", RF_D32(0), RF_D32(32), RF_D32(64),                   \
+             RF_D8(96), RF_D8(104), RF_D8(112), RF_D4(120));                                                          \
   } else {                                                                                                            \
     RF_WGMMA("m64n256", types, RF_NAMES128, "128", "129", "130", RF_D32(0), RF_D32(32), RF_D32(64), RF_D32(96));      \
   }
@@ -228,7 +243,7 @@ __device__ __forceinline__ void wgmma_wait() {
 // columns 8 (j / 2) + 2 (t % 4), + 1 of the row (even j) or of the row + 8 (odd j).
 template <class T, int N>
 __device__ __forceinline__ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {
-  static_assert(N == 64 || N == 128 || N == 256, "add the width that is wanted");
+  static_assert(N == 64 || N == 128 || N == 208 || N == 216 || N == 232 || N == 248 || N == 256, "add the width that is wanted");
   if constexpr (std::is_same_v<T, __half>) {
     RF_WGMMA_N("f16.f16")
   } else {
@@ -239,10 +254,33 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b,
 #undef RF_WGMMA_N
 #undef RF_WGMMA
 #undef RF_NAMES128
+#undef RF_NAMES124
+#undef RF_NAMES116
+#undef RF_NAMES108
+#undef RF_NAMES104
 #undef RF_NAMES64
 #undef RF_NAMES32
 #undef RF_D32
+#undef RF_D4
 #undef RF_D8
+
+// ---- Two 8x8 matrices of 16-bit elements, turned on their way into shared memory and out of it. Lane l < 16 passes the
+// address of row l % 8 of matrix l / 8 (the others any), and lane l holds rows 2 (l % 4) and + 1 of column l / 4 of both.
+
+template <class Pair>
+__device__ __forceinline__ void stmatrix_x2_trans(void* row, const Pair (&in)[2]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};\n" ::"r"(shared_address(row)),
+               "r"(reinterpret_cast<const uint32_t&>(in[0])), "r"(reinterpret_cast<const uint32_t&>(in[1]))
+               : "memory");
+}
+
+template <class Pair>
+__device__ __forceinline__ void ldmatrix_x2_trans(Pair (&out)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];\n"
+               : "=r"(reinterpret_cast<uint32_t&>(out[0])), "=r"(reinterpret_cast<uint32_t&>(out[1]))
+               : "r"(shared_address(row))
+               : "memory");
+}
 
 // ---- Registers: all four warps of a group give up, or take, registers per thread (24 to 256, a multiple of 8). The
 // block keeps as many as it was launched with: 65536 / threads, rounded down to a multiple of 8, for each thread.

@@ -351,4 +351,5 @@ void registers_up() {
 
 }  // namespace resnet_fast
 
+#include "host_matrix.h"
 #include "host_wgmma.h"
