@@ -185,19 +185,34 @@ Tensor pointwise(const Tensor& x, const Tensor& weight, const Tensor& scale, con
                   {0, 0}, {1, 1}, relu);
 }
 
+// What tensor copies and warp-group products want of a convolution with `taps` x `taps` filters.
+void check_hopper(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& residual,
+                  int64_t taps) {
+  RF_CHECK(x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16, op, ": got x of dtype ",
+           name(x.scalar_type()), ", expected Half or BFloat16");
+  RF_CHECK(weight.dim() == 4 && weight.size(2) == taps && weight.size(3) == taps && weight.size(0) % 8 == 0 &&
+               weight.size(1) % 8 == 0, op, ": got weight ", shape(weight), ", expected [K, C, ", taps, ", ", taps,
+           "] with K and C multiples of 8");
+  for (const Tensor* t : {&x, &weight, residual ? &*residual : &x})
+    RF_CHECK(reinterpret_cast<uintptr_t>(t->const_data_ptr()) % 16 == 0, op, ": got ", shape(*t),
+             " at an address that is no multiple of 16, expected one");
+}
+
 Tensor pointwise_hopper(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
                         const std::optional<Tensor>& residual, const std::optional<Tensor>& mean,
                         const std::optional<Tensor>& var, double eps, bool relu) {
   constexpr const char* op = "pointwise_hopper";
-  RF_CHECK(x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16, op, ": got x of dtype ",
-           name(x.scalar_type()), ", expected Half or BFloat16");
-  RF_CHECK(weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1 && weight.size(0) % 8 == 0 &&
-               weight.size(1) % 8 == 0, op, ": got weight ", shape(weight),
-           ", expected [K, C, 1, 1] with K and C multiples of 8");
-  for (const Tensor* t : {&x, &weight, residual ? &*residual : &x})
-    RF_CHECK(reinterpret_cast<uintptr_t>(t->const_data_ptr()) % 16 == 0, op, ": got ", shape(*t),
-             " at an address that is no multiple of 16, expected one");
+  check_hopper(op, x, weight, residual, 1);
   return run_conv(op, resnet_fast::pointwise_hopper, x, weight, scale, shift, residual, mean, var, eps, {1, 1}, {0, 0},
+                  {1, 1}, relu);
+}
+
+Tensor conv_hopper(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
+                   const std::optional<Tensor>& residual, const std::optional<Tensor>& mean,
+                   const std::optional<Tensor>& var, double eps, bool relu) {
+  constexpr const char* op = "conv_hopper";
+  check_hopper(op, x, weight, residual, 3);
+  return run_conv(op, resnet_fast::conv_hopper, x, weight, scale, shift, residual, mean, var, eps, {1, 1}, {1, 1},
                   {1, 1}, relu);
 }
 
@@ -278,6 +293,9 @@ STABLE_TORCH_LIBRARY(resnet_fast_native, m) {
       "pointwise_hopper(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor? mean, "
       "Tensor? var, float eps, bool relu) -> Tensor");
   m.def(
+      "conv_hopper(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor? mean, Tensor? var, "
+      "float eps, bool relu) -> Tensor");
+  m.def(
       "bn_act(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps, bool relu) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
@@ -293,6 +311,7 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fast_native, CompositeExplicitAutograd, m) {
   m.impl("conv", TORCH_BOX(&conv));
   m.impl("pointwise", TORCH_BOX(&pointwise));
   m.impl("pointwise_hopper", TORCH_BOX(&pointwise_hopper));
+  m.impl("conv_hopper", TORCH_BOX(&conv_hopper));
   m.impl("bn_act", TORCH_BOX(&bn_act));
   m.impl("bn_act_backward", TORCH_BOX(&bn_act_backward));
 }

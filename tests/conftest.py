@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from pathlib import Path
 
@@ -42,14 +41,9 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> dict:
 
 @pytest.fixture(scope="session")
 def host_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """csrc's kernels compiled for the CPU, once for all files that run them, in whichever of pytest-xdist's processes."""
-    run = tmp_path_factory.getbasetemp()
-    folder = (run.parent if "PYTEST_XDIST_WORKER" in os.environ else run) / "host_gpu"
-    folder.mkdir(exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        built = folder / "libhost.so"
-        return built if built.is_file() else host_gpu.build(folder)
+    """csrc's kernels compiled for the CPU, once for all files and processes that run them."""
+    root = tmp_path_factory.getbasetemp()
+    return host_gpu.built_once(root.parent if "PYTEST_XDIST_WORKER" in os.environ else root)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ Every tensor a kernel sees lies in memory of its own that ends at an unreadable 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import itertools
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-CONVOLUTIONS = ("conv", "pointwise", "pointwise_hopper")  # as shim.cpp counts them
+CONVOLUTIONS = ("conv", "pointwise", "pointwise_hopper", "conv_hopper")  # as shim.cpp counts them
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 EMULATION = ROOT / "tests" / "host_cuda"
 # Undefined behaviour traps, which the emulation reports as the launch's error. No fortification: fibres change stacks.
@@ -50,6 +51,15 @@ def build(into: Path, csrc: Path = ROOT / "csrc") -> Path:
     library = into / "libhost.so"
     subprocess.run([compiler(), "-shared", *objects, "-o", library], check=True)
     return library
+
+
+def built_once(root: Path) -> Path:
+    """The library in a folder that test processes share, built by the first that asks."""
+    library = root / "host_gpu" / "libhost.so"
+    library.parent.mkdir(exist_ok=True)
+    with open(root / "host_gpu.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return library if library.is_file() else build(library.parent)
 
 
 class HostGpu:
@@ -114,6 +124,9 @@ class HostGpu:
 
     def pointwise_hopper(self, *args) -> Tensor:
         return self.conv(*args, kernel="pointwise_hopper")
+
+    def conv_hopper(self, *args) -> Tensor:
+        return self.conv(*args, kernel="conv_hopper")
 
     def conv(self, x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act, *,
              kernel: str = "conv") -> Tensor:

@@ -18,7 +18,7 @@ import pytest
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 HOPPER = "arch=compute_90a,code=sm_90a"
 CONVOLUTIONS = {"conv", "pointwise"}
-ON_HOPPER = {source.stem for source in CSRC.glob("cuda/*_hopper.cu")}
+ON_HOPPER = {"conv_hopper": 4, "pointwise_hopper": 8}  # warp-group products in a pass of the main loop
 FILES = sorted(source.stem for source in CSRC.glob("cuda/*.cu"))
 SHARED_STATIC = 48 * 1024  # what a kernel gets without asking; index_check.cpp holds dynamic shared memory to 99 kB
 NVCC = shutil.which("nvcc")
@@ -121,11 +121,11 @@ def test_hopper_kernels_are_tensor_copies_and_warp_group_products(compiled, file
         types = "F32.BF16" if "nv_bfloat16" in name else "F32"
         assert re.search(rf"HGMMA\.64x\d+x16\.{types} ", text), name
         assert all(i in text for i in ("UTMALDG", "UTMASTG", "USETMAXREG", "SYNCS.PHASECHK.TRANS64.TRYWAIT")), name
-        assert re.search(r"\b(LDSM|LDGSTS|LDL|STL|STG)\b", text) is None, name
+        assert re.search(r"\b(LDSM\.16\.M88|LDGSTS|LDL|STL|STG)\b", text) is None, name
         # Launched as dependents: griddepcontrol.wait comes before any access to global memory, launch_dependents after it.
         assert text.index("ACQBULK") < text.index("PREEXIT") < re.search(r"\b(UTMALDG|UTMASTG|LDG)\b", text).start(), name
         products, waits = text.count("HGMMA"), text.count("WARPGROUP.DEPBAR")
-        assert products == 8 and waits == 2, f"{name}: {products} products, {waits} waits"
+        assert products == ON_HOPPER[file] and waits == 2, f"{name}: {products} products, {waits} waits"
     assert any("MULTICAST" in text for text in code.values()) == (file == "pointwise_hopper")
 
 
@@ -138,7 +138,7 @@ def test_hopper_kernels_trap_elsewhere(compiled, file: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-@pytest.mark.parametrize("file", sorted(set(FILES) - CONVOLUTIONS - ON_HOPPER))
+@pytest.mark.parametrize("file", sorted(set(FILES) - CONVOLUTIONS - set(ON_HOPPER)))
 def test_vector_kernels_move_128_bits(compiled, file: str, arch: str) -> None:
     wide = {name: text for name, text in sass(compiled(file)[1], arch).items() if re.search(r"Li[48]E", name)}
     assert wide

@@ -291,6 +291,7 @@ GEOMETRY = [1, 1], [1, 1], [1, 1]  # stride, padding, dilation
     ("pointwise_hopper", (NHWC.half(), FILTER.half(), *BN[:2], None, None, None, 0.0, True), r"expected \[K, C, 1, 1\] with K and C mult"),
     ("pointwise_hopper", (torch.zeros(9).half()[1:].view(1, 8, 1, 1), FILTER[..., :1, :1].half(), *BN[:2], None, None, None, 0.0, True),
      r"got \[1, 8, 1, 1\] at an address that is no multiple of 16"),
+    ("conv_hopper", (NHWC.half(), FILTER[..., :1, :1].half(), *BN[:2], None, None, None, 0.0, True), r"expected \[K, C, 3, 3\] with K"),
     ("bn_act", (NHWC, BN[0][:4], BN[1], None, 1e-5, True), r"got weight of shape \[4\], expected \[8\]"),
     ("bn_act", (NHWC, *BN[:2], X, 1e-5, True), "got residual with other strides than x"),
     ("bn_act_backward", (NHWC, NHWC, NHWC, *BN[:2], BN[2].double(), 1e-5, True, True), "got statistics of shape"),
@@ -311,6 +312,7 @@ def test_bad_input_gets_one_sentence(op, args, sentence):
     ("conv", (NHWC, FILTER, *BN[:2], NHWC, *BN[2:], 1e-5, *GEOMETRY, True)),
     ("pointwise", (NHWC, FILTER[:, :, :1, :1].contiguous(), *BN[:2], None, None, None, 0.0, [2, 2], False)),
     ("pointwise_hopper", (NHWC.half(), FILTER[:, :, :1, :1].contiguous().half(), *BN[:2], NHWC.half(), None, None, 0.0, False)),
+    ("conv_hopper", (NHWC.half(), FILTER.half(), *BN[:2], NHWC.half(), None, None, 0.0, False)),
     ("bn_act", (NHWC, *BN[:2], NHWC, 1e-5, True)),
     ("bn_act_backward", (NHWC, NHWC, NHWC, *BN[:3], 1e-5, True, False)),
 ])

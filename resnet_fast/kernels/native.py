@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
@@ -158,6 +159,27 @@ def pointwise_hopper(x, weight, scale, shift, residual, mean, var, eps, stride, 
     scale, shift, mean, var = _vectors(scale, shift, mean, var)
     out = _op("pointwise_hopper")(_aligned(x), _aligned(_nhwc(weight)), scale, shift, _aligned(residual), mean, var, eps,
                                   act == "relu")
+    return out if nhwc(x) or nhwc(weight) else out.contiguous()
+
+
+WIDEST = 64  # pixels of a row: two boxes of such rows with their halo fit shared memory beside filters and results
+
+
+def _conv_hopper_supports(problem: Problem) -> str | None:
+    geometry = problem.weight[2:], problem.stride, problem.padding, problem.dilation
+    if geometry != ((3, 3), (1, 1), (1, 1), (1, 1)):
+        return ("it is for 3×3 filters with stride, padding and dilation 1, this one is {}×{} with stride {}×{}, padding {}×{} "
+                "and dilation {}×{}".format(*chain(*geometry)))
+    if problem.x[3] > WIDEST:
+        return f"it keeps whole rows in shared memory, of up to {WIDEST} pixels, and these have {problem.x[3]}"
+    return _conv_supports(problem) or hopper_declines(problem)
+
+
+@kernel("native.conv_hopper", op="conv_bn_act", supports=_conv_hopper_supports, available=hopper_available, sources=SOURCES)
+def conv_hopper(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
+    scale, shift, mean, var = _vectors(scale, shift, mean, var)
+    out = _op("conv_hopper")(_aligned(x), _aligned(_nhwc(weight)), scale, shift, _aligned(residual), mean, var, eps,
+                             act == "relu")
     return out if nhwc(x) or nhwc(weight) else out.contiguous()
 
 

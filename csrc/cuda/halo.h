@@ -1,0 +1,105 @@
+// How conv_hopper.cu cuts up a 3x3 convolution (stride and padding 1) over NHWC: boxes of the input that lie in shared
+// memory with their halo, and which column of a matrix product is which output pixel. Plain arithmetic for device and
+// host, so that a host test walks all of it against naive loops.
+//
+// A box is `rows` full rows of one image, or several whole images. TMA loads it once with a row above, a row below and
+// one column to the left, pixels as rows of 128 bytes (64 channels); what lies outside the image is zero. A pixel's right
+// neighbour at the end of a row is then the next row's zero to the left, and the row below an image is the zero row
+// above the next image. So with `pitch` = W + 1, output pixel (i, r, q) of a box is column
+//
+//   n = i * image_pitch + r * pitch + q,   and its tap (dr, ds) is the shared pixel n + dr * pitch + ds
+//
+// for all columns alike: a tap is a shift of the whole matrix. Columns between the rows (and images) are padding: they
+// are computed and thrown away, 1 in W + 1. Only the last box row (image) has no successor: its zeros are `tail` pixels
+// behind the box, which the kernel writes once, since no copy ever overwrites them.
+#pragma once
+
+#include "index.h"
+
+namespace resnet_fast {
+
+struct Halo {
+  int height, width;
+  int rows, images;      // output rows of an image, and images, of a box: `images` is 1 unless rows == height
+  int pitch;             // shared pixels from a row to the next
+  int box_rows;          // input rows that are loaded of an image
+  int image_pitch;       // shared pixels from an image to the next
+  int parts;             // boxes an image is cut into
+  int tail;              // zero pixels behind the box
+
+  RF_HD int box_pixels() const { return images * image_pitch; }
+  RF_HD int pixels() const { return images * rows * width; }  // of output
+  RF_HD int shift(int r, int s) const { return r * pitch + s; }
+  RF_HD int boxes(int batch) const { return int(ceil_div(batch, images)) * parts; }
+
+  // Which of the box's output pixels column n is, counted as they lie in memory; -1: padding.
+  RF_HD int pixel(int n) const {
+    const int image = n / image_pitch, row = n % image_pitch / pitch, q = n % pitch;
+    return image < images && row < rows && q < width ? (image * rows + row) * width + q : -1;
+  }
+};
+
+// A box's place: its first image and row, how many output pixels it has (none beyond the batch), the first in memory.
+struct HaloBox {
+  int image, row, count;
+  int64_t first;
+};
+
+RF_HD HaloBox halo_box(const Halo& halo, int box, int batch) {
+  const int image = box / halo.parts * halo.images, row = box % halo.parts * halo.rows;
+  const int images = int(smaller(batch - image, halo.images)), rows = int(smaller(halo.height - row, halo.rows));
+  return {image, row, images > 0 ? images * rows * halo.width : 0, (int64_t(image) * halo.height + row) * halo.width};
+}
+
+constexpr int kMostBox = 256;  // TMA's limit for a side
+
+// The box for products of `columns` columns: as many whole images as fit, or equal shares of one; rows is 0 if not even
+// a row fits.
+RF_HD Halo make_halo(int height, int width, int columns) {
+  Halo h{height, width, 0, 1, width + 1, 0, 0, 1, 0};
+  const int most = columns < width ? 0 : (columns - width) / h.pitch + 1;  // rows of one image
+  if (most == 0 || width >= kMostBox) return h;
+  const int whole = (height + 1) * h.pitch;
+  if (height <= most && height < kMostBox) {
+    h.rows = height, h.box_rows = height + 1, h.image_pitch = whole, h.tail = h.pitch + 1;
+    h.images = int(smaller((columns - (height - 1) * h.pitch - width) / whole + 1, kMostBox));
+  } else {
+    h.parts = int(ceil_div(height, smaller(most, kMostBox - 2)));
+    h.rows = int(ceil_div(height, h.parts)), h.box_rows = h.rows + 2, h.image_pitch = h.box_rows * h.pitch, h.tail = 1;
+  }
+  return h;
+}
+
+// Shared pixels that a box takes: what is loaded, the zeros behind it, and what padding columns read beyond.
+RF_HD int halo_slot(const Halo& halo, int columns) {
+  const int read = columns + halo.shift(2, 2), zeros = halo.box_pixels() + halo.tail;
+  return int(ceil_div(read > zeros ? read : zeros, 8)) * 8;
+}
+
+// Walks a ring: the slot, and the parity of the phase that fills it.
+struct Ring {
+  int slot;
+  unsigned parity = 0;
+
+  RF_HD void step(int by, int slots) {
+    slot += by;
+    if (slot >= slots) slot -= slots, parity ^= 1;
+  }
+};
+
+// The width of products that ends first: rounds of the chip times columns. Narrow images and the last round decide.
+constexpr int kHaloColumns[] = {208, 216, 248};
+
+inline int choose_columns(int batch, int height, int width, int filter_tiles, int processors) {
+  int best = 0;
+  int64_t least = 0;
+  for (const int columns : kHaloColumns) {
+    const Halo halo = make_halo(height, width, columns);
+    if (halo.rows == 0) continue;
+    const int64_t cost = ceil_div(int64_t(halo.boxes(batch)) * filter_tiles, processors) * columns;
+    if (best == 0 || cost < least) best = columns, least = cost;
+  }
+  return best;
+}
+
+}  // namespace resnet_fast
