@@ -178,9 +178,8 @@ def untimed(mine: list[Kernel], args: argparse.Namespace, device: torch.device, 
     for kernel in mine:
         if is_triton(kernel):
             grid = nasty_problems(kernel.op, next(iter(chosen.values())).dtype)
-            small = [replace(p, device="cpu", capability=None, x=(1, p.x[1], *(min(s, INTERPRETED_SIZE) for s in p.x[2:])))
-                     for p in chosen.values()]
-            checked = fresh(True, judge_named, args.kernel, kernel.id, [*grid, *dict.fromkeys(small)])
+            small = dict.fromkeys(map(interpreted, chosen.values()))
+            checked = fresh(True, judge_named, args.kernel, kernel.id, [*grid, *small])
             if refuse(kernel, *checked, " in Triton's interpreter"):
                 red.append(kernel)
                 continue
@@ -191,6 +190,13 @@ def untimed(mine: list[Kernel], args: argparse.Namespace, device: torch.device, 
             print(show_file(kernel))
         print("No time is given: no GPU ran it.\n")
     return red, []
+
+
+def interpreted(problem: Problem) -> Problem:
+    """The problem on one small image; the second input, if there is one, as large as the first then wants it."""
+    size = tuple(min(s, INTERPRETED_SIZE) for s in problem.x[2:])
+    second = problem.second and tuple(s * stride for s, stride in zip(size, problem.stride, strict=True))
+    return replace(problem, device="cpu", capability=None, x=(1, problem.x[1], *size), second=second)
 
 
 def show_code(id: str, found: dict, chosen: dict[str, Problem], gpu: Gpu) -> str:

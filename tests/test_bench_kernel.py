@@ -17,8 +17,9 @@ from resnet_fast.dispatch import find
 from resnet_fast.kernels import aten
 from resnet_fast.machine_code import Launch
 from resnet_fast.occupancy import CHIPS, occupancy
-from resnet_fast.problem import Problem
+from resnet_fast.problem import ACROSS, Problem
 from resnet_fast.profiled import launches_of
+from resnet_fast.testing import eager, make_args, model_problems
 
 TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
 WIDE = Counter({"LDG.E.128": 10, "HGMMA.64x128x16.F32.BF16": 8, "STG.E.128": 4})
@@ -137,6 +138,15 @@ def test_triton_without_a_gpu_is_checked_and_compiled(mine, capsys, registry, mo
     assert "1×1 512→256" in line and "12544×128" in line and "%" in line
     assert "conv1: it takes only 1×1 convolutions of stride 1" in said
     assert "7 launches (6 of torch's own:" in said and "No time is given" in said and "NVIDIA H200" in said
+
+
+@pytest.mark.parametrize("op", ["conv_bn_act", *ACROSS])
+def test_what_the_interpreter_is_given_fits_together(op) -> None:
+    for problem in model_problems("resnet50", 256, op=op):
+        small = bench_kernel.interpreted(problem)
+        assert small.x[0] == 1 and max(small.x[2:]) <= bench_kernel.INTERPRETED_SIZE and small.weight == problem.weight
+        assert find(f"aten.{op}").reason(small) is None
+        assert all(out.numel() for out in eager(op, make_args(small)))
 
 
 @TRITON
