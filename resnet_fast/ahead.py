@@ -87,7 +87,7 @@ def _compile_only(capability: tuple[int, int]) -> Iterator[list]:
 
 
 class TorchOps(TorchDispatchMode):
-    """Counts torch's ops that touch memory and the bytes of their tensors: views move nothing, allocation neither."""
+    """Counts torch's ops that touch memory and the bytes of their tensors: views move nothing, nor do allocation and questions of dtypes."""
 
     FREE = ("aten.empty", "aten.new_empty", "aten.empty_strided", "aten.empty_like", "aten.new_empty_strided")
 
@@ -97,8 +97,8 @@ class TorchOps(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if not func.is_view and str(func).rpartition(".")[0] not in self.FREE:
-            tensors = [t for t in (*args, *(out if isinstance(out, tuple) else (out,))) if isinstance(t, Tensor)]
+        tensors = [t for t in (*args, *(out if isinstance(out, tuple) else (out,))) if isinstance(t, Tensor)]
+        if tensors and not func.is_view and str(func).rpartition(".")[0] not in self.FREE:
             self.ops[str(func).split(".")[1]] += 1
             self.bytes += sum(t.nbytes for t in tensors)
         return out
