@@ -9,9 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
@@ -25,7 +23,7 @@ import torch
 from . import roofline
 from .causes import NEAR, Facts, causes
 from .check import wanted
-from .console import device_or_error, table
+from .console import device_or_error, table, wrapped
 from .diagnose import diagnose
 from .dispatch import Kernel, kernels
 from .layers import across, layers
@@ -211,16 +209,17 @@ def show_code(id: str, found: dict, chosen: dict[str, Problem], gpu: Gpu) -> str
             continue
         f = facts(problem, call, gpu)
         one = f.main
-        lines.append((*start, len(call[0]) + len(call[2]), f"{one.blocks}×{one.threads}", *_numbers(call, gpu), one.stack))
+        registers, shared, share = _numbers(call, gpu)
+        lines.append((*start, len(call[0]) + len(call[2]), f"{one.blocks}×{one.threads}", registers, shared, one.stack, share))
         told = causes(f)
         words += [f"{name}:", *map(wrapped, told)] if told else []
-    header = ("layer", "problem", "floor µs", "by", "launches", "grid", "regs", "KiB", "occupancy", "spilled")
+    header = ("layer", "problem", "floor µs", "by", "launches", "grid", "regs", "KiB", "spilled", "occupancy")
     import triton
     return "\n".join([
         f"{id} as {gpu.title} would run it",
         wrapped(f"Out of the machine code by Triton {triton.__version__}: blocks × threads, registers a thread, KiB of shared memory a block, "
                 f"bytes spilled. Computed: occupancy, and floor ({gpu.limits.source}).", ""),
-        table(header, lines, right=(2, 4, 5, 6, 7, 8, 9)), "What grid and machine code say:" if words else "Grid and machine code look well.",
+        table(header, lines, right=(2, 4, 5, 6, 7, 8)), "What grid and machine code say:" if words else "Grid and machine code look well.",
         *words])
 
 
@@ -250,13 +249,6 @@ def why(id: str, f: Facts, seconds: float) -> str:
     if f.floor.seconds / seconds >= NEAR:
         return f"{start}: near the {f.floor.bound} ceiling; only less work makes it much faster"
     return "\n".join([f"{start}. Likely causes:", *map(wrapped, causes(f, seconds))])
-
-
-def wrapped(text: str, bullet: str = "  - ") -> str:
-    """Prose as wide as the terminal; what a compiler said keeps its lines."""
-    if "\n" in text:
-        return bullet + text
-    return textwrap.fill(text, shutil.get_terminal_size((120, 40)).columns, initial_indent=bullet, subsequent_indent=" " * len(bullet))
 
 
 def heading(name: str, problem: Problem, gpu: Gpu | None) -> str:

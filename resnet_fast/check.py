@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .console import DTYPES, default_device, device_or_error, table
+from .console import DTYPES, default_device, device_or_error, table, wrapped
 from .diagnose import diagnose
 from .dispatch import Kernel, find, kernels, named
 from .problem import ACROSS, Problem
@@ -20,7 +20,8 @@ SHOWN = 10  # wrong problems that are told in full
 def add_parser(commands) -> None:
     p = commands.add_parser("check", help="every kernel here against float64",
                             description="Check kernels against the float64 reference by the error rule (at most twice eager's own error, three "
-                                        "times for gradients) in poisoned memory. Exit code 1 if a kernel is wrong, 2 if none named could run.")
+                                        "times for gradients, plus a few roundings) in poisoned memory. Exit code 1 if a kernel is wrong, "
+                                        "2 if none named could run.")
     p.add_argument("--kernel", nargs="+", action="extend", metavar="ID|FILE", help="only this kernel, or those of a .py or .cu file")
     p.add_argument("--dtype", action="append", choices=DTYPES, help="default: float32, float16, bfloat16")
     p.add_argument("--model", help="also the distinct convolutions of this architecture (and groups of them), at 224² and batch 2")
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         rows.append((kernel.id, kernel.op, len(verdicts), len(declined), f"{worst:.2f}", verdict))
     print(table(("kernel", "op", "checked", "declined", "error/eager", "verdict"), rows, right=(2, 3, 4)))
     for reason, ids in absent.items():  # in full, and once: a table's last column is cut
-        print(f"cannot run here: {', '.join(ids)}: {reason}")
+        print(wrapped(f"cannot run here: {', '.join(ids)}: {reason}", ""))
     for v in wrong[:SHOWN]:
         print(f"WRONG {v.kernel}: {v.problem.key}: {v.reason}\n      {diagnose(find(v.kernel), v.problem)}")
     if len(wrong) > SHOWN:

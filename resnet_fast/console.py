@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import textwrap
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -24,6 +25,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, right: Ite
 
     rule = "  ".join("-" * w for w in widths)[:limit]
     return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
+
+
+def wrapped(text: str, bullet: str = "  - ") -> str:
+    """Prose as wide as the terminal; what a compiler said keeps its lines."""
+    if "\n" in text:
+        return bullet + text
+    return textwrap.fill(text, shutil.get_terminal_size((120, 40)).columns, initial_indent=bullet, subsequent_indent=" " * len(bullet))
 
 
 def counted(count: object, noun: str) -> str:

@@ -151,6 +151,7 @@ def run(args: argparse.Namespace) -> int:
     if args.across:
         from .plan import plan
         model = plan(model.eval(), example, across=args.across)
+        _say_absent(model.notes)
     found = explain(model, example)
     if args.json:
         print(json.dumps([{"layer": x.module, "op": x.op, "problem": x.problem and x.problem.key, "kernel": x.kernel, "why": x.why,
@@ -163,6 +164,12 @@ def run(args: argparse.Namespace) -> int:
             for kernel, reason in rejected(problem).items():
                 print(f"  {kernel:26} {reason}")
     return 0
+
+
+def _say_absent(notes: list[str]) -> None:
+    """What --across named and the network does not have: on stderr, for the table alone would not tell."""
+    for note in notes:
+        print(f"explain: {note}", file=sys.stderr)
 
 
 DIFF_LEGEND = """\
@@ -178,6 +185,7 @@ def _diff(args: argparse.Namespace, model: nn.Module, example: Tensor) -> int:
     model = settle(model).eval().to(example.device)
     fused, plain, exact = (plan(model, example, dtype=dtype, fuse=fuse, cuda_graph=False, across=args.across if fuse else ())
                            for dtype, fuse in ((example.dtype, True), (example.dtype, False), (torch.float64, False)))
+    _say_absent(fused.notes)
     found = fused.compare(plain, example, exact)
     broken = {row.name: row.broken for row in found if row.broken is not None}
     if args.json:

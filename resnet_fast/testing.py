@@ -1,8 +1,7 @@
 """How a kernel is judged: the error rule against a float64 oracle, problem grids, inputs for a problem, poisoned memory.
 
 The rule: err(kernel, float64) ≤ 2 × err(eager in the same dtype, float64) + floor, 3 × for gradients, by RMS and by
-maximum, both relative to
-the oracle's own. Nothing here loosens it.
+maximum, both relative to the oracle's own. The floor is a few roundings of the dtype. Nothing here loosens it.
 """
 
 from __future__ import annotations

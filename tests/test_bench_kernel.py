@@ -151,6 +151,15 @@ def test_what_the_interpreter_is_given_fits_together(op) -> None:
 
 
 @TRITON
+def test_numbers_are_not_cut_by_the_terminal(monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    found = {"a layer": ((replace(GOOD, stack=648),), 0, ())}
+    said = bench_kernel.show_code("mine", found, {"a layer": PROBLEM}, bench_kernel.target("h200", torch.device("cpu")))
+    header, line = (next(text for text in said.splitlines() if text.startswith(start)) for start in ("layer ", "a layer "))
+    assert "648" in line.split() and header.split()[-2:] == ["spilled", "occupancy"]
+
+
+@TRITON
 def test_a_wrong_kernel_gets_no_numbers(mine, capsys, registry, monkeypatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     mine.write_text(mine.read_text().replace("TRIPS=triton.cdiv(c, 32)", "TRIPS=c // 32"))

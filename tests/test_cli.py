@@ -38,6 +38,7 @@ def test_every_command_explains_itself(capsys):
     (["explain", "resnet18", "--device", "tpu"], "--device: got tpu, expected cpu or cuda"),
     (["explain", "resnet51", "--diff"], "expected one of resnet18"),
     (["explain", "resnet18", "--diff", "--rejected"], "--rejected goes with the plain table only"),
+    (["report", "--json"], "--json needs --headline"),
 ])
 def test_a_mistake_is_one_sentence(argv, words, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -97,7 +98,8 @@ def test_check_of_a_kernel_that_cannot_run_is_no_success(capsys, monkeypatch):
     monkeypatch.setattr(check, "wanted", lambda names: [absent])
     assert main(["check", "--kernel", "test.absent"]) == 2
     said = capsys.readouterr()
-    assert "cannot run here: test.absent: it needs a machine of a kind that nobody has, and a long sentence" in said.out
+    assert "cannot run here: test.absent: it needs a machine of a kind that nobody has, and a long sentence" in " ".join(said.out.split())
+    assert max(map(len, said.out.splitlines())) <= 60
     assert said.err == "check: nothing was checked of what --kernel named\n"
     assert main(["check"]) == 0
 
@@ -142,6 +144,11 @@ def test_explain_across(capsys, monkeypatch):
     assert main(["explain", "resnet18", "--size", "32", "--diff", "--across", "conv_pool", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert sum(row["steps"] for row in rows) == 23 and rows[0]["other_steps"] == 4  # conv, batch norm, ReLU, pool
+    assert capsys.readouterr().err == ""
+    for how in ([], ["--json"], ["--diff"]):
+        assert main(["explain", "resnet18", "--size", "32", "--across", "conv_tail", "conv_pool:layer9", *how]) == 0
+        said = capsys.readouterr().err
+        assert said == "explain: across: this network has no conv_tail\nexplain: across: this network has no conv_pool:layer9\n"
     for wrong in (["--across", "conv_pools"], ["--across", "conv_pool", "--train"], ["--across", "conv_pools", "--model-gpu", "h200"]):
         assert main(["explain", "resnet18", "--size", "32", *wrong]) == 2
         assert "across" in capsys.readouterr().err

@@ -344,6 +344,8 @@ def test_report_fills_readme_and_page(report, capsys: pytest.CaptureFixture) -> 
     assert "torch.compile" in Path("benchmarks/report/index.html").read_text()
     assert report("--no-plots") == 0
     assert "unchanged" in capsys.readouterr().out
+    assert report("--no-plots", "--readme", "absent.md") == 0
+    assert "tables: not written, absent.md is not there" in capsys.readouterr().out
 
 
 def test_no_ledger_says_how_to_get_one(report) -> None:

@@ -42,6 +42,8 @@ def gate(text: str) -> float:
 def run(args: argparse.Namespace) -> int:
     if args.fail_if is not None and args.compare is None:
         raise ValueError("--fail-if needs --compare A B")
+    if args.json and not args.headline:
+        raise ValueError("--json needs --headline")
     if args.compare is not None:
         for path in args.compare:
             if not path.is_file():
@@ -131,4 +133,6 @@ def write(runs: list[Run], args: argparse.Namespace) -> int:
         if filled != text:
             args.readme.write_text(filled, encoding="utf-8")
         print(f"tables: {args.readme}{'' if filled != text else ' (unchanged)'}")
+    else:
+        print(f"tables: not written, {args.readme} is not there")
     return 0
