@@ -40,6 +40,8 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> nn.Module:
     RuntimeError, leaving the model as it was, if with ``strict`` a convolution with a batch norm would be left
     unfused in the model's present mode.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"accelerate: model: got {type(model).__name__}, expected an nn.Module")
     found = list(_units("", model, set(), set()))
     left = {} if not strict else {path: why for unit in found for path, why in unit.left(model.training).items()}
     if left:

@@ -34,6 +34,7 @@ def make(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None, cuda_g
          features: Sequence[str] | None, normalize: Normalize | None, softmax: bool, topk: int | None, across: Sequence[str]) -> Plan:
     """See :func:`resnet_fast.plan`."""
     across = known(across)
+    features = (features,) if isinstance(features, str) else features
     normalize = _numbers(normalize)
     _check_example(example, normalize)
     if dtype is None:

@@ -213,6 +213,11 @@ def test_strict_changes_nothing_when_it_raises() -> None:
     assert not any("forward" in c.__dict__ for c in m.modules())
 
 
+def test_what_is_no_module_is_refused() -> None:
+    with pytest.raises(ValueError, match="accelerate: model: got int, expected an nn.Module"):
+        accelerate(3)
+
+
 def test_our_own_models_fuse_by_themselves() -> None:
     m = resnet_fast.resnet18(num_classes=10).eval()
     accelerate(m, strict=True)

@@ -149,6 +149,7 @@ def test_features(model):
     assert list(got) == ["layer2", "avgpool"]
     for k, v in got.items():
         torch.testing.assert_close(v, seen[k], rtol=1e-4, atol=1e-5)
+    assert list(plan(model, x, features="layer2")(x)) == ["layer2"]
     with pytest.raises(ValueError, match="layer9"):
         plan(model, x, features=("layer9",))
 
