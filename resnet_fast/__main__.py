@@ -33,12 +33,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code. Mistakes of the user end in one sentence and code 2, Ctrl-C in 130."""
     args = parser().parse_args(argv)
     args.words = sys.argv[1:] if argv is None else argv
+    from .dispatch import NotUsed
     try:
         return args.run(args)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except (ValueError, LookupError, FileNotFoundError, FileExistsError, ImportError) as error:
+    except (ValueError, LookupError, FileNotFoundError, FileExistsError, ImportError, NotUsed) as error:
         print(f"{args.command}: {error}", file=sys.stderr)
         return 2
 

@@ -1,9 +1,8 @@
 """Which kernel runs: a plain-Python chooser from a frozen description of the problem to a registered kernel.
 
 Order: forced by ``use(...)`` or ``RESNET_FAST_KERNEL``; then the measured table of this GPU model; then ``aten``. Kernels live in
-families, one module each (``kernels/aten.py``, ``kernels/native.py``, ``kernels/triton``, ``kernels/experimental``),
-imported only when a kernel of theirs
-is asked for. There is no try/except around a kernel: what it raises, the caller sees.
+families, one module each (``kernels/aten.py``, ``kernels/native.py``, ``kernels/triton``, ``kernels/experimental``), imported only when
+a kernel of theirs is asked for. There is no try/except around a kernel: what it raises, the caller sees.
 """
 
 from __future__ import annotations
@@ -24,6 +23,10 @@ FAMILIES = ("aten", "native", "triton", "experimental")
 ENV = "RESNET_FAST_KERNEL"
 FILES = (".py", ".cu")  # what a user's own kernel is written in
 MEMO_LIMIT = 4096
+
+
+class NotUsed(RuntimeError):
+    """A kernel that was asked for by name cannot run here, or took no problem."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +128,9 @@ def named(name: str) -> list[Kernel]:
 class use:
     """Context manager: run the named kernels (ids, or a file of one's own) wherever they support the problem; others are chosen as usual.
 
-    Process-wide, because backward runs in other threads. Raises LookupError for an unknown kernel and RuntimeError for one that cannot
-    run here; on leaving, RuntimeError if one of them claimed no problem. ``strict=True`` raises at the first problem of its op that
-    a named kernel declines.
+    Process-wide, because backward runs in other threads. Raises LookupError for an unknown kernel and NotUsed, a RuntimeError, for one
+    that cannot run here; on leaving, NotUsed if one of them claimed no problem. ``strict=True`` raises at the first problem of its op
+    that a named kernel declines.
     """
 
     def __init__(self, *ids: str, strict: bool = False) -> None:
@@ -135,7 +138,7 @@ class use:
         for entry in self._uses:
             reason = entry.kernel.available()
             if reason:
-                raise RuntimeError(f"kernel {entry.kernel.id!r} cannot run here: {reason}")
+                raise NotUsed(f"kernel {entry.kernel.id!r} cannot run here: {reason}")
 
     def __enter__(self) -> None:
         with _lock:
@@ -149,8 +152,7 @@ class use:
             _forget()
         idle = [entry for entry in self._uses if not entry.claimed]
         if kind is None and idle:
-            raise RuntimeError("; ".join(f"kernel {e.kernel.id!r} claimed no problem: {e.declined or 'its op was never called'}"
-                                         for e in idle))
+            raise NotUsed("; ".join(f"kernel {e.kernel.id!r} claimed no problem: {e.declined or 'its op was never called'}" for e in idle))
 
 
 class _Use:
@@ -204,7 +206,7 @@ def choose(problem: Problem) -> tuple[Kernel, str]:
         wanted = find(id.strip(), problem.op)
         reason = wanted.available()
         if reason:
-            raise RuntimeError(f"kernel {id!r} from {ENV} cannot run here: {reason}")
+            raise NotUsed(f"kernel {id!r} from {ENV} cannot run here: {reason}")
         if wanted.reason(problem) is None:
             return wanted, f"forced by {ENV}"
     if problem.device == "cuda":

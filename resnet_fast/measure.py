@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import roofline
 from .coldstart import ColdStart, cold_start
+from .dispatch import NotUsed
 from .providers import DTYPES, PROVIDERS, Provider, TrainStep, example_input, fair, reference_model
 from .report.ledger import Row, case_name
 from .testing import FACTOR, FLOOR, GRADIENT_FACTOR, error
@@ -104,6 +105,8 @@ def _build(case: Case, providers: Iterable[Provider], x: Tensor,
                 made = _prepare(p, case, model, x, exact)
                 if p.ours and not made.error <= allowed:
                     wrong = f"error {made.error:.3g} against float64, allowed {allowed:.3g} (eager's is {eager:.3g})"
+            except NotUsed as reason:
+                skipped = str(reason)
             except Exception as error:  # engines fail in ways of their own: a finding, and no reason to lose the others
                 words = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
                 if p.ours and not isinstance(error, torch.OutOfMemoryError):

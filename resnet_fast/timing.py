@@ -1,8 +1,8 @@
 """One clock for tuner, command line and benchmarks: interleaved rounds, medians, ratios taken within a round.
 
 A machine's speed drifts; two variants timed one after the other measure the drift. So every round runs every variant
-once, in turn, and a ratio
-is the median of the ratios of the same round. CUDA work is timed by device events after warm-up, CPU work by ``perf_counter``.
+once, in turn, and a ratio is the median of the ratios of the same round. CUDA work is timed by device events after warm-up, CPU work by
+``perf_counter``.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import resnet_fast
-from resnet_fast import bench, check, console, info, tables
+from resnet_fast import bench, check, console, dispatch, info, kernel, tables
 from resnet_fast.__main__ import COMMANDS, main, parser
 from resnet_fast.dispatch import Kernel, find, rejected
 from resnet_fast.explain import Explanation, Line, timed
@@ -256,6 +256,21 @@ def test_bench_prints_json_with_errors(capsys):
     assert {row["provider"] for row in rows} == {"eager-nchw", "ours"}
     assert all(row["error"] < 1e-4 and row["seconds"] > 0 for row in rows)
     assert "eager-nchw" in next(row for row in rows if row["provider"] == "ours")["speed_over"]
+
+
+def test_a_kernel_from_the_environment_that_cannot_run_is_one_sentence(capsys, monkeypatch, registry):
+    kernel("experimental.absent", op="conv_bn_act", supports=lambda problem: None, available=lambda: "it needs a GPU")(aten.conv_bn_act)
+    monkeypatch.setenv(dispatch.ENV, "experimental.absent")
+    assert main(["explain", "resnet18", "--size", "32"]) == 2
+    assert capsys.readouterr().err == f"explain: kernel 'experimental.absent' from {dispatch.ENV} cannot run here: it needs a GPU\n"
+
+
+def test_bench_skips_a_kernel_that_takes_no_layer(capsys):
+    words = ["bench", "resnet18", "--batch", "1", "--size", "32", "--providers", "eager-nchw", "kernel:aten.cudnn_fused", "--seconds", "0.1"]
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert "kernel:aten.cudnn_fused: skipped: kernel 'aten.cudnn_fused' claimed no problem: cuDNN needs a CUDA tensor" in said.out
+    assert "Traceback" not in said.err and "WRONG" not in said.out
 
 
 def test_bench_refuses_a_time_for_what_is_wrong(capsys, monkeypatch):
