@@ -45,8 +45,7 @@ def bn_act(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = No
 
     μ and the biased σ² are the batch's, float32 (float64 for float64), without gradient: the caller updates its running statistics with
     them. x, residual: [N, C, H, W] of one dtype; weight, bias: [C]. Raises ValueError for one value per channel, as
-    torch does, RuntimeError for
-    shapes and dtypes. Source: Ioffe and Szegedy 2015; torch.nn.BatchNorm2d.
+    torch does, RuntimeError for shapes and dtypes. Source: Ioffe and Szegedy 2015; torch.nn.BatchNorm2d.
     """
     args = (x, weight, bias, residual, eps, act)
     if not composite():

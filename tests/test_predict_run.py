@@ -109,7 +109,7 @@ def test_top_classes_in_every_format_are_those_of_the_plain_path(photos, suffix,
     assert got[3] == [[f'name, "{c}"' for c in row] for row in got[1]]
     assert list(csv.reader(open("out." + suffix + ".failed.csv")))[1][0] == str(photos / "b" / "4.png")
     err = capsys.readouterr().err
-    assert "b/4.png': " in err and f"1 files failed: out.{suffix}.failed.csv" in err and "7 images in" in err
+    assert "b/4.png': " in err and f"1 file failed: out.{suffix}.failed.csv" in err and "7 images in" in err
     assert {path.name for path in Path().iterdir()} == {"photos", "labels.txt", out.name, f"{out.name}.failed.csv"}
 
 
@@ -354,6 +354,7 @@ def test_an_existing_table_is_replaced_only_on_demand(photos, capsys):
     (("photos", "--out", "out.xls"), "expected one of .csv, .json, .jsonl, .parquet"),
     (("empty",), "no images in empty"),
     (("photos", "--labels", "two.txt"), "got 2 names, expected 1000"),
+    (("photos", "--labels", "absent.txt"), "--labels absent.txt: there is no such file"),
     (("photos", "--out", "nowhere/out.csv"), "nowhere"),
 ])
 def test_mistakes_end_in_a_sentence(photos, capsys, arguments, sentence):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..console import DTYPES, device_or_error
+from ..console import DTYPES, counted, device_or_error
 from . import journal, output, weights
 from .decode import MAX_PIXELS, Preset
 from .files import Item, walk
@@ -136,7 +136,7 @@ def to_file(job: Job, out: Path) -> int:
         for part in parts:
             part.unlink()
     if failed:
-        print(f"{failed} files failed: {output.failures_path(out)}", file=sys.stderr)
+        print(f"{counted(failed, 'file')} failed: {output.failures_path(out)}", file=sys.stderr)
     return 1 if failed else 0
 
 

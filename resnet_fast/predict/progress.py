@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+from ..console import counted
 from .files import Item
 
 STAGES = ("decode", "transfer", "compute")
@@ -68,7 +69,7 @@ class Progress:
             self._bar.close()
         elapsed = time.perf_counter() - self._start
         shares = ", ".join(f"{stage} {share:.0%}" for stage, share in self._shares().items())
-        return f"{self.new} images in {elapsed:.1f} s, {self.new / elapsed:.1f} img/s ({shares})"
+        return f"{counted(self.new, 'image')} in {elapsed:.1f} s, {self.new / elapsed:.1f} img/s ({shares})"
 
 
 def _bar(done: int):

@@ -85,8 +85,10 @@ def _from_file(name: str, path: str) -> Weights:
 def read_labels(path: str) -> list[str]:
     """Names by class number: one a line, a JSON list, or a JSON object {"0": name, …}; or [id, name] pairs.
 
-    Raises ValueError if an object's keys are not the class numbers.
+    Raises FileNotFoundError if it is not there, ValueError if an object's keys are not the class numbers.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--labels {path}: there is no such file")
     text = Path(path).read_text(encoding="utf-8")
     if text.lstrip()[:1] not in ("[", "{"):
         return text.splitlines()
