@@ -237,6 +237,8 @@ def table(model: str, batch: int, size: int, dtype: torch.dtype, gpu: str, acros
     rate = limits.rates[dtype] / 1e12
     heading = (f"{model}, batch {batch}, {size}², {str(dtype).removeprefix('torch.')}: the least time physics allows\n"
                f"{limits.title} at {limits.copy / 1e12:g} TB/s and {rate:g} TFLOP/s\n{limits.source}")
+    formed = {name for group in groups for name in (group.problem.op, f"{group.problem.op}:{group.name}")}
+    heading += "".join(f"\nacross: this network has no {name}" for name in wanted if name not in formed)
     totals = [total(model, batch, size, dtype, limits, level, mode) for mode, level in levels]
     if wanted:
         asked = _sum(f"with {', '.join(wanted)}", rows)

@@ -149,6 +149,9 @@ def test_explain_across(capsys, monkeypatch):
         assert main(["explain", "resnet18", "--size", "32", "--across", "conv_tail", "conv_pool:layer9", *how]) == 0
         said = capsys.readouterr().err
         assert said == "explain: across: this network has no conv_tail\nexplain: across: this network has no conv_pool:layer9\n"
+    assert main(["explain", "resnet18", "--across", "conv_tail", "conv_pool", "--model-gpu", "h200"]) == 0
+    said = capsys.readouterr().out
+    assert "across: this network has no conv_tail\n" in said and "no conv_pool" not in said
     for wrong in (["--across", "conv_pools"], ["--across", "conv_pool", "--train"], ["--across", "conv_pools", "--model-gpu", "h200"]):
         assert main(["explain", "resnet18", "--size", "32", *wrong]) == 2
         assert "across" in capsys.readouterr().err
