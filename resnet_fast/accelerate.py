@@ -40,8 +40,7 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> nn.Module:
     RuntimeError, leaving the model as it was, if with ``strict`` a convolution with a batch norm would be left
     unfused in the model's present mode.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"accelerate: model: got {type(model).__name__}, expected an nn.Module")
+    _check("accelerate", model)
     found = list(_units("", model, set(), set()))
     left = {} if not strict else {path: why for unit in found for path, why in unit.left(model.training).items()}
     if left:
@@ -61,9 +60,15 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> nn.Module:
 
 def restore(model: nn.Module) -> nn.Module:
     """Take back what ``accelerate`` did: every module's ``__dict__`` is what it was. Returns the model."""
+    _check("restore", model)
     for m in model.modules():
         _strip(m)
     return model
+
+
+def _check(name: str, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{name}: model: got {type(model).__name__}, expected an nn.Module")
 
 
 def _install(m: nn.Module) -> Forward:
@@ -321,6 +326,7 @@ def accelerated(model: nn.Module) -> Report:
     """What ``accelerate`` did, or would do, to ``model``: by module, from its present make; the model is not
     changed.
     """
+    _check("accelerated", model)
     found = list(_units("", model, set(), set()))
     counts = {u.path or "(model)": tuple(len(s.fused) if s else 0 for s in u.schedules.values())
               for u in found if u.fuses}

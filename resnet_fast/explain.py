@@ -83,6 +83,8 @@ def explain(model: nn.Module, example: Tensor) -> Explanation:
     steps = getattr(model, "explain", None)
     if steps is not None:
         return steps(example)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"explain: model: got {type(model).__name__}, expected an nn.Module or a plan")
     twin = copy.deepcopy(model)
     owners = {id(p): name.rpartition(".")[0] for name, p in twin.named_parameters(remove_duplicate=False)}
     with record() as choices, torch.no_grad():

@@ -1,6 +1,6 @@
 """Whether modules are still what they were when a program was made over them: asked before each pass, so in loops that run in C.
 
-A ResNet-50 has 150 modules inside with 1,100 attributes and 320 tensors: 0.2 ms, where loops in Python took 0.4.
+A ResNet-50 has 150 modules inside with 1,100 attributes and 320 tensors: 0.2 ms, where loops in Python took 0.4 (AMD EPYC, November 2026).
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ _form = attrgetter("shape", "dtype")
 
 
 class Made:
-    """How the modules inside ``owner`` were made, unhooked and in eval, and where their tensors lie. Holds all but the owner itself."""
+    """How the modules inside ``owner`` were made, unhooked and in eval, and where their tensors lie. Holds all but the owner itself.
+
+    ``_dicts[i].get(_names[i]) is _values[i]``: children, parameters, buffers, the dicts that hold them, a forward of a module's own.
+    ``_equal``: for modules with attributes of the same names, a getter of those, their ``__dict__``s and what it is to get from each.
+    """
 
     def __init__(self, owner: nn.Module, inside: Sequence[nn.Module]) -> None:
         self._own, self._inside = Part(owner, False), tuple(inside)

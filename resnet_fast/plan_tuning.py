@@ -49,7 +49,7 @@ def tune(plan: Plan, example: Tensor, device: Device, seconds: float, say: Calla
     problems = [line.problem for lines in found.values() for line in lines or () if line.problem is not None]
     autotune.tune(list(dict.fromkeys(problems)), device=device, say=say)
     options: list[Option] = []
-    for name, in (across for across, lines in found.items() if across and lines is not None):
+    for name in (name for across, lines in found.items() if lines is not None for name in across):
         lines = tried((name,), lambda variant: variant.explain(example))
         won = {} if lines is None else _won(lines)
         options += [option for option in won.values() if option not in options]

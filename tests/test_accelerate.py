@@ -213,9 +213,11 @@ def test_strict_changes_nothing_when_it_raises() -> None:
     assert not any("forward" in c.__dict__ for c in m.modules())
 
 
-def test_what_is_no_module_is_refused() -> None:
-    with pytest.raises(ValueError, match="accelerate: model: got int, expected an nn.Module"):
-        accelerate(3)
+@pytest.mark.parametrize("call", [accelerate, restore, accelerated, lambda m: resnet_fast.explain(m, torch.zeros(1))],
+                         ids=["accelerate", "restore", "accelerated", "explain"])
+def test_what_is_no_module_is_refused(call, request) -> None:
+    with pytest.raises(ValueError, match=f"{request.node.callspec.id}: model: got int, expected an nn.Module"):
+        call(3)
 
 
 def test_our_own_models_fuse_by_themselves() -> None:
