@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import host_gpu
@@ -47,6 +48,8 @@ def host_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def gpu(host_library: Path) -> host_gpu.HostGpu:
-    """The pretended GPU."""
-    return host_gpu.HostGpu(host_library)
+def gpu(host_library: Path) -> Iterator[host_gpu.HostGpu]:
+    """The pretended GPU. Its settings are put back: one process has them once, for every library compiled against the emulation."""
+    pretended = host_gpu.HostGpu(host_library)
+    yield pretended
+    pretended.settings()
