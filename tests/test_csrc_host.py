@@ -59,7 +59,7 @@ def judge(name: str, fn, problem: Problem, seed: int = 0) -> None:
     assert verdict.ok, f"{problem.key}: {verdict.reason}"
 
 
-@pytest.mark.parametrize("check", ["index_check", "hopper_check"])
+@pytest.mark.parametrize("check", ["index_check", "hopper_check", "halo_check"])
 def test_headers_against_naive_loops(tmp_path: Path, check: str) -> None:
     program = tmp_path / check
     subprocess.run([host_gpu.compiler(), "-std=c++17", "-O2", "-Wall", "-Werror", f"-I{host_gpu.ROOT / 'csrc'}",

@@ -1,19 +1,10 @@
 // Walks halo.h against naive loops: boxes as TMA would load them, zeros behind them, and every tap of every column.
-#include <cstdio>
-#include <cstdlib>
 #include <vector>
 
 #include "cuda/halo.h"
+#include "expect.h"
 
 using namespace resnet_fast;
-
-#define EXPECT(condition, ...)                   \
-  if (!(condition)) {                            \
-    std::printf("%s: ", #condition);             \
-    std::printf(__VA_ARGS__);                    \
-    std::printf("\n");                           \
-    std::exit(1);                                \
-  }
 
 constexpr int kGarbage = -1;  // what shared memory held before; an input pixel is its number from one on, padding zero
 

@@ -1,21 +1,12 @@
 // Hopper's primitives against naive loops, and what the emulation must notice. Prints the first thing that is wrong.
-#include <cstdio>
-#include <cstdlib>
 #include <string>
 
 #include "cuda/hopper.cuh"
 #include "cuda/tensor_map.h"
 #include "cuda/tile.h"
+#include "expect.h"
 
 using namespace resnet_fast;
-
-#define EXPECT(condition, ...)                   \
-  if (!(condition)) {                            \
-    std::printf("%s: ", #condition);             \
-    std::printf(__VA_ARGS__);                    \
-    std::printf("\n");                           \
-    std::exit(1);                                \
-  }
 
 namespace {
 

@@ -1,22 +1,13 @@
 // Walks every index computation of csrc's headers against naive loops. Prints the first thing that is wrong and fails.
-#include <cstdio>
-#include <cstdlib>
 #include <set>
 #include <utility>
 #include <vector>
 
 #include "cuda/index.h"
 #include "cuda/tile.h"
+#include "expect.h"
 
 using namespace resnet_fast;
-
-#define EXPECT(condition, ...)                   \
-  if (!(condition)) {                            \
-    std::printf("%s: ", #condition);             \
-    std::printf(__VA_ARGS__);                    \
-    std::printf("\n");                           \
-    std::exit(1);                                \
-  }
 
 void check_swizzle() {
   std::set<int> seen;
