@@ -1,4 +1,4 @@
-"""conv_hopper, the 3×3 convolution for Hopper that loads its halo once, run on the CPU; its geometry is checked with the other headers (test_csrc_host)."""
+"""conv_hopper, the 3×3 convolution for Hopper that loads its halo once, run on the CPU; test_csrc_host checks its geometry."""
 
 from __future__ import annotations
 
