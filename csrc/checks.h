@@ -1,9 +1,8 @@
-// What the host side of every op shares: checks that end in one sentence, outputs, device guard and stream.
-// Part of library.cpp, which alone includes it (torch's headers cost seconds a file).
+// What the host side of every op shares, on a GPU and on a CPU: checks that end in one sentence, and outputs.
+// Part of library.cpp and cpu/library.cpp, which alone include it (torch's headers cost seconds a file).
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -14,7 +13,7 @@
 #include <string>
 #include <vector>
 
-#include "launch.h"
+#include "args.h"
 
 namespace {
 
@@ -28,22 +27,22 @@ using torch::stable::Tensor;
   if (!(condition)) throw std::runtime_error(sentence(__VA_ARGS__))
 
 template <class... Part>
-std::string sentence(const Part&... part) {
+inline std::string sentence(const Part&... part) {
   std::ostringstream out;
   (out << ... << part);
   return out.str();
 }
 
-std::string shape(const Tensor& t) {
+inline std::string shape(const Tensor& t) {
   std::ostringstream out;
   for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "[") << t.size(i);
   out << (t.dim() ? "]" : "[]");
   return out.str();
 }
 
-const char* name(ScalarType dtype) { return torch::headeronly::toString(dtype); }
+inline const char* name(ScalarType dtype) { return torch::headeronly::toString(dtype); }
 
-DType float_type(const char* op, const char* what, ScalarType dtype) {
+inline DType float_type(const char* op, const char* what, ScalarType dtype) {
   if (dtype == ScalarType::Float) return DType::f32;
   if (dtype == ScalarType::Half) return DType::f16;
   if (dtype == ScalarType::BFloat16) return DType::bf16;
@@ -51,7 +50,7 @@ DType float_type(const char* op, const char* what, ScalarType dtype) {
       sentence(op, ": got ", what, " of dtype ", name(dtype), ", expected Float, Half or BFloat16"));
 }
 
-void check_same(const char* op, const char* what, const Tensor& t, const char* model_name, const Tensor& model) {
+inline void check_same(const char* op, const char* what, const Tensor& t, const char* model_name, const Tensor& model) {
   RF_CHECK(t.scalar_type() == model.scalar_type(), op, ": got ", what, " of dtype ", name(t.scalar_type()), " and ",
            model_name, " of dtype ", name(model.scalar_type()), ", expected the same");
   bool same = t.dim() == model.dim();
@@ -60,7 +59,7 @@ void check_same(const char* op, const char* what, const Tensor& t, const char* m
 }
 
 // Equal strides wherever they matter (a dimension of one element has none).
-void check_same_layout(const char* op, const char* what, const Tensor& t, const char* model_name, const Tensor& model) {
+inline void check_same_layout(const char* op, const char* what, const Tensor& t, const char* model_name, const Tensor& model) {
   check_same(op, what, t, model_name, model);
   bool same = true;
   for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == 1 || t.stride(i) == model.stride(i);
@@ -69,7 +68,7 @@ void check_same_layout(const char* op, const char* what, const Tensor& t, const 
 }
 
 // Dense: the elements fill their memory without gap or overlap, in any order of dimensions.
-void check_dense(const char* op, const char* what, const Tensor& t) {
+inline void check_dense(const char* op, const char* what, const Tensor& t) {
   int64_t filled = 1;
   for (bool grown = true; grown;) {
     grown = false;
@@ -83,7 +82,7 @@ void check_dense(const char* op, const char* what, const Tensor& t) {
            " with gaps or overlaps in memory, expected a dense tensor");
 }
 
-void check_channels_last(const char* op, const char* what, const Tensor& t) {
+inline void check_channels_last(const char* op, const char* what, const Tensor& t) {
   RF_CHECK(t.dim() == 4, op, ": got ", what, " of shape ", shape(t), ", expected [N, C, H, W]");
   int64_t expected = 1;
   bool good = true;
@@ -94,7 +93,7 @@ void check_channels_last(const char* op, const char* what, const Tensor& t) {
   RF_CHECK(good || t.numel() == 0, op, ": got ", what, " that is not dense in channels_last, expected channels_last");
 }
 
-void check_gate(const char* op, const Tensor& gate, const Tensor& x) {
+inline void check_gate(const char* op, const Tensor& gate, const Tensor& x) {
   RF_CHECK(gate.scalar_type() == x.scalar_type(), op, ": got gate of dtype ", name(gate.scalar_type()),
            " and x of dtype ", name(x.scalar_type()), ", expected the same");
   RF_CHECK(gate.dim() == 4 && gate.size(0) == x.size(0) && gate.size(1) == x.size(1) && gate.size(2) == 1 &&
@@ -103,14 +102,7 @@ void check_gate(const char* op, const Tensor& gate, const Tensor& x) {
   check_channels_last(op, "gate", gate);
 }
 
-// Last of all checks: everything on the GPU that `tensors[0]` is on.
-void check_device(const char* op, std::initializer_list<const Tensor*> tensors) {
-  const auto device = (*tensors.begin())->device();
-  RF_CHECK(device.is_cuda(), op, ": got tensors on the CPU, expected CUDA tensors");
-  for (const Tensor* t : tensors) RF_CHECK(t->device() == device, op, ": got tensors on two devices, expected one");
-}
-
-Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype,
+inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype,
                      const Tensor& beside) {
   AtenTensorHandle handle = nullptr;
   const auto device = beside.device();
@@ -121,19 +113,9 @@ Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_
   return Tensor(handle);
 }
 
-Tensor empty_like(const Tensor& t) {
+inline Tensor empty_like(const Tensor& t) {
   const auto sizes = t.sizes(), strides = t.strides();
   return empty_strided({sizes.begin(), sizes.end()}, {strides.begin(), strides.end()}, t.scalar_type(), t);
-}
-
-// Runs launch(stream) on the tensor's device and current stream; a CUDA error becomes an exception.
-template <class F>
-void on_device_of(const char* op, const Tensor& t, F&& launch) {
-  const torch::stable::accelerator::DeviceGuard guard(t.get_device_index());
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  const cudaError_t error = launch(static_cast<cudaStream_t>(stream));
-  RF_CHECK(error == cudaSuccess, op, ": the launch failed: ", cudaGetErrorString(error));
 }
 
 }  // namespace

@@ -4,11 +4,31 @@
 // which own fake and backward.
 //
 // Registered for every backend, and the device is checked last, so that a machine without a GPU can test the checks.
+#include <torch/csrc/stable/accelerator.h>
+
 #include <tuple>
 
 #include "checks.h"
+#include "launch.h"
 
 namespace {
+
+// Last of all checks: everything on the GPU that `tensors[0]` is on.
+void check_device(const char* op, std::initializer_list<const Tensor*> tensors) {
+  const auto device = (*tensors.begin())->device();
+  RF_CHECK(device.is_cuda(), op, ": got tensors on the CPU, expected CUDA tensors");
+  for (const Tensor* t : tensors) RF_CHECK(t->device() == device, op, ": got tensors on two devices, expected one");
+}
+
+// Runs launch(stream) on the tensor's device and current stream; a CUDA error becomes an exception.
+template <class F>
+void on_device_of(const char* op, const Tensor& t, F&& launch) {
+  const torch::stable::accelerator::DeviceGuard guard(t.get_device_index());
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  const cudaError_t error = launch(static_cast<cudaStream_t>(stream));
+  RF_CHECK(error == cudaSuccess, op, ": the launch failed: ", cudaGetErrorString(error));
+}
 
 Act act_of(bool relu) { return relu ? Act::relu : Act::none; }
 

@@ -1,0 +1,139 @@
+// The ops of namespace resnet_fast_cpu: schemas, checks, how a kernel's work is shared out among torch's threads.
+// Beside csrc/library.cpp the only file that includes torch headers; of the stable ABI too, so one binary loads on torch 2.11 and later.
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+
+#include "../checks.h"
+#include "kernels.h"
+
+namespace {
+
+using resnet_fast::cpu::Isa;
+
+// The best of this processor; null if it has neither.
+const Isa* isa() {
+  static const Isa* const best = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                                         __builtin_cpu_supports("avx512vl")
+                                     ? &resnet_fast::cpu::avx512
+                                 : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &resnet_fast::cpu::avx2
+                                                                                                  : nullptr;
+  return best;
+}
+
+const Isa& needed_isa(const char* op) {
+  RF_CHECK(isa(), op, ": got a processor without AVX2, expected one with AVX2 or AVX-512");
+  return *isa();
+}
+
+int64_t panel() { return isa() ? isa()->panel : 0; }
+
+std::string instructions() { return isa() ? isa()->name : "none"; }
+
+// Each thread's own, and kept: of this size it stays in the thread's L2 from one convolution to the next.
+float* scratch(int64_t floats) {
+  thread_local std::unique_ptr<float[]> memory;
+  thread_local int64_t size = 0;
+  if (size < floats) memory.reset(new float[size = floats]);
+  return memory.get();
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How [0, rows) x [0, panels) is cut into blocks: at most `most` rows each so that they fit the cache, as many as there
+// are threads, and of many panels rather than many rows where rows are too few to go around.
+struct Cut {
+  int64_t rows, panels;  // of a block
+  int64_t down, across;  // blocks
+
+  Cut(int64_t all_rows, int64_t all_panels, int64_t most, int64_t least) {
+    const int64_t threads = torch::stable::get_num_threads();
+    down = ceil_div(all_rows, most);
+    if (all_rows >= threads * least) down = ceil_div(down, threads) * threads;
+    rows = ceil_div(all_rows, down), down = ceil_div(all_rows, rows);
+    panels = down >= threads ? all_panels : ceil_div(all_panels, std::min(all_panels, ceil_div(threads, down)));
+    across = ceil_div(all_panels, panels);
+  }
+};
+
+void check_dense_nhwc(const char* op, const char* what, const Tensor& t, ScalarType dtype) {
+  RF_CHECK(t.scalar_type() == dtype, op, ": got ", what, " of dtype ", name(t.scalar_type()), ", expected ", name(dtype));
+  check_channels_last(op, what, t);
+}
+
+// Filters of [k, c, 3, 3] as winograd takes them.
+Tensor winograd_filters(const Tensor& weight) {
+  constexpr const char* op = "winograd_filters";
+  const Isa& best = needed_isa(op);
+  RF_CHECK(weight.dim() == 4 && weight.size(0) % best.panel == 0 && weight.size(2) == 3 && weight.size(3) == 3 &&
+               weight.scalar_type() == ScalarType::Float && weight.numel() > 0,
+           op, ": got ", name(weight.scalar_type()), " ", shape(weight), ", expected Float [multiple of ", best.panel, ", C, 3, 3]");
+  const int64_t panels = weight.size(0) / best.panel, c = weight.size(1);
+  Tensor filters = empty_strided({panels, 24, c, best.panel}, {24 * c * best.panel, c * best.panel, best.panel, 1},
+                                 ScalarType::Float, weight);
+  const int64_t stride[4]{weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
+  const float* from = weight.const_data_ptr<float>();
+  float* to = filters.mutable_data_ptr<float>();
+  torch::stable::parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {
+    best.winograd_filters(from, stride, c, to, first, last);
+  });
+  return filters;
+}
+
+// Whether `out` is right: where x holds a NaN, an infinity or more than 2^64, it is not, and the caller computes otherwise.
+bool winograd(const Tensor& x, const Tensor& filters, const Tensor& bias, const std::optional<Tensor>& residual, Tensor out,
+              bool relu) {
+  constexpr const char* op = "winograd";
+  const Isa& best = needed_isa(op);
+  const ScalarType dtype = x.scalar_type();
+  RF_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op, ": got x of dtype ", name(dtype),
+           ", expected Float or BFloat16");
+  check_dense_nhwc(op, "x", x, dtype);
+  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
+  RF_CHECK(filters.dim() == 4 && filters.size(1) == 24 && filters.size(2) == c && filters.size(3) == best.panel &&
+               filters.is_contiguous() && filters.scalar_type() == ScalarType::Float && c % 16 == 0,
+           op, ": got filters of shape ", shape(filters), " for x of shape ", shape(x), ", expected those of winograd_filters");
+  const int64_t k = filters.size(0) * best.panel;
+  RF_CHECK(bias.scalar_type() == ScalarType::Float && bias.is_contiguous() && bias.numel() == k, op, ": got bias of dtype ",
+           name(bias.scalar_type()), " and shape ", shape(bias), ", expected Float [", k, "]");
+  check_dense_nhwc(op, "out", out, dtype);
+  RF_CHECK(out.size(0) == n && out.size(1) == k && out.size(2) == h && out.size(3) == w, op, ": got out of shape ", shape(out),
+           ", expected [", n, ", ", k, ", ", h, ", ", w, "]");
+  if (residual) check_same_layout(op, "residual", *residual, "out", out);
+  const resnet_fast::cpu::WinogradArgs args{x.const_data_ptr(), filters.const_data_ptr<float>(), bias.const_data_ptr<float>(),
+                                            residual ? residual->const_data_ptr() : nullptr, out.mutable_data_ptr(), n, h, w, c,
+                                            k, dtype == ScalarType::BFloat16, relu};
+  const int64_t tiles = resnet_fast::cpu::tiles_of(n, h, w), panels = filters.size(0);
+  constexpr int64_t cache = 768 << 10;  // bytes of L2 for the transformed inputs: of 1 MB or more on today's servers
+  const Cut cut(tiles, panels, std::max<int64_t>(1, cache / (resnet_fast::cpu::winograd_scratch(1, c) * 4)), 14);
+  std::atomic<int32_t> largest{0};
+  torch::stable::parallel_for(0, cut.down * cut.across, 1, [&](int64_t begin, int64_t end) {
+    float* memory = scratch(resnet_fast::cpu::winograd_scratch(cut.rows, c));
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / cut.across * cut.rows, p = i % cut.across * cut.panels;
+      const int32_t met = best.winograd(args, row, std::min(tiles, row + cut.rows), p * best.panel,
+                                        std::min(panels, p + cut.panels) * best.panel, memory);
+      for (int32_t seen = largest; seen < met && !largest.compare_exchange_weak(seen, met);) {
+      }
+    }
+  });
+  return largest < 0x5f800000;  // 2^64
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(resnet_fast_cpu, m) {
+  m.def("panel() -> int");
+  m.def("instructions() -> str");
+  m.def("winograd_filters(Tensor weight) -> Tensor");
+  m.def("winograd(Tensor x, Tensor filters, Tensor bias, Tensor? residual, Tensor(a!) out, bool relu) -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fast_cpu, CompositeExplicitAutograd, m) {
+  m.impl("panel", TORCH_BOX(&panel));
+  m.impl("instructions", TORCH_BOX(&instructions));
+  m.impl("winograd_filters", TORCH_BOX(&winograd_filters));
+  m.impl("winograd", TORCH_BOX(&winograd));
+}
