@@ -1,7 +1,7 @@
 """Which kernel runs: a plain-Python chooser from a frozen description of the problem to a registered kernel.
 
-Order: forced by ``use(...)`` or ``RESNET_FAST_KERNEL``; then the measured table of this GPU model; then ``aten``. Kernels live in
-families, one module each (``kernels/aten.py``, ``kernels/native.py``, ``kernels/triton``, ``kernels/experimental``), imported only when
+Order: forced by ``use(...)`` or ``RESNET_FAST_KERNEL``; then the measured table of this GPU model, on a CPU what ``kernels/cpu.py``
+prefers; then ``aten``. Kernels live in families, one module each (``kernels/aten.py``, ``kernels/cpu.py``, ``kernels/native.py``, ``kernels/triton``, ``kernels/experimental``), imported only when
 a kernel of theirs is asked for. There is no try/except around a kernel: what it raises, the caller sees.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from .problem import IDENTITY, KEYS, Problem, describe
 
-FAMILIES = ("aten", "native", "triton", "experimental")
+FAMILIES = ("aten", "cpu", "native", "triton", "experimental")
 ENV = "RESNET_FAST_KERNEL"
 FILES = (".py", ".cu")  # what a user's own kernel is written in
 MEMO_LIMIT = 4096
@@ -198,7 +198,7 @@ def select(op: str, args: tuple, check: Callable) -> Callable:
 
 
 def choose(problem: Problem) -> tuple[Kernel, str]:
-    """The kernel for a problem and the reason in a few words: forced, then table, then ``aten``."""
+    """The kernel for a problem and the reason in a few words: forced, then measured, then ``aten``."""
     for entry in reversed(_forced):
         if entry.claims(problem):
             return entry.kernel, "forced by use()"
@@ -214,6 +214,11 @@ def choose(problem: Problem) -> tuple[Kernel, str]:
         entry = tables.lookup(problem)
         if entry is not None and find(entry["kernel"]).reason(problem) is None:
             return find(entry["kernel"]), f"measured: {entry['time_us']:.1f} µs on {tables.gpu_name()}"
+    if problem.device == "cpu" and problem.op == "conv_bn_act":
+        from .kernels import cpu
+        preferred = cpu.preferred(problem)
+        if preferred is not None:
+            return find(preferred[0]), preferred[1]
     return find("aten", problem.op), "default"
 
 

@@ -12,7 +12,7 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import starmap
 
@@ -35,8 +35,23 @@ def fold(weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor | None, var:
     return torch.mul(weight.to(s.dtype), s.view(-1, 1, 1, 1), out=out).to(weight.dtype), t.to(weight.dtype)
 
 
+# (folded weight, bias, (stride, padding, dilation, groups), input shape) → filters in the form that a kernel wants, and the bias; or None.
+Make = Callable[[Tensor, Tensor, tuple, torch.Size], "tuple[Tensor, Tensor] | None"]
+
+
+def onednn_filters(weight: Tensor, bias: Tensor, geometry: tuple, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """oneDNN's blocked layout."""
+    stride, padding, dilation, groups = geometry
+    return torch.ops.mkldnn._reorder_convolution_weight(weight.contiguous(), padding, stride, dilation, groups, shape), bias
+
+
+def pack_case(make: Make, shape: torch.Size) -> tuple:
+    """What of an input's shape a form of the filters depends on: oneDNN's for batch ≥ 2 is slower than eager at batch 1, and the other way round."""
+    return make, make is onednn_filters and shape[0] > 1
+
+
 class Packed:
-    """What one (weight, BN) was, byte for byte, when it was packed, and its packs: one for batch 1, one for larger batches."""
+    """What one (weight, BN) was, byte for byte, when it was packed, and its packs: one for each form that kernels want."""
 
     def __init__(self, key: tuple, tensors: tuple[Tensor, ...], eps: float) -> None:
         self._eps = eps
@@ -46,7 +61,7 @@ class Packed:
         self._memory = [(weakref.ref(s, lambda _: forget(key, None)), s.data_ptr(), s.nbytes()) for s in storages]
         self.snapshot = [t.detach().clone(memory_format=torch.preserve_format) for t in tensors]
         self.places = [(t.data_ptr(), s.data_ptr(), t.nbytes) for t, s in zip(tensors, self.snapshot, strict=True)]
-        self.packs: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self.packs: dict[tuple, tuple[Tensor, Tensor] | None] = {}
 
     def holds(self) -> bool:
         """Whether the bytes are the same as at packing; for a caller who holds the tensors that are there now."""
@@ -58,14 +73,13 @@ class Packed:
         return all(s is not None and s.data_ptr() == start and s.nbytes() == size
                    for s, (_, start, size) in zip(storages, self._memory, strict=True)) and self.holds()
 
-
-    def pack(self, x: Tensor, stride, padding, dilation, groups: int) -> tuple[Tensor, Tensor] | None:
-        """The folded weight in oneDNN's blocked layout for such an input, and the bias; None if unfoldable."""
-        # The blocked layout depends on the batch: a pack for batch ≥ 2 is slower than eager at batch 1, and the other way round.
-        case = (x.shape[0] > 1, tuple(stride), tuple(padding), tuple(dilation), groups)
+    def pack(self, shape: torch.Size, stride, padding, dilation, groups: int, make: Make) -> tuple[Tensor, Tensor] | None:
+        """The folded weight in the form that ``make`` gives it, and the bias; None if unfoldable, or if it has no such form."""
+        geometry = tuple(stride), tuple(padding), tuple(dilation), groups
+        case = pack_case(make, shape), geometry
         if case not in self.packs:
             with torch.inference_mode(False), torch.no_grad():
-                self.packs[case] = _pack(self.snapshot, self._eps, case, x)
+                self.packs[case] = _pack(self.snapshot, self._eps, geometry, shape, make)
         return self.packs[case]
 
 
@@ -114,11 +128,11 @@ running = Pass()
 
 
 def packed(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor | None, var: Tensor | None, eps: float,
-           stride, padding, dilation, groups: int) -> tuple[Tensor, Tensor] | None:
-    """The folded weight in oneDNN's blocked layout and the bias, made now or proved to be still true; None if unfoldable."""
+           stride, padding, dilation, groups: int, make: Make = onednn_filters) -> tuple[Tensor, Tensor] | None:
+    """The folded weight in a kernel's form and the bias, made now or proved to be still true; None if it has no such form."""
     if running.proved is not None:
         running.largest = max(running.largest, x.nbytes, x.nbytes // x.shape[1] * weight.shape[0] // (stride[0] * stride[1]))
-    return proved(weight, scale, shift, mean, var, eps).pack(x, stride, padding, dilation, groups)
+    return proved(weight, scale, shift, mean, var, eps).pack(x.shape, stride, padding, dilation, groups, make)
 
 
 def proved(weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor | None, var: Tensor | None, eps: float) -> Packed:
@@ -135,17 +149,16 @@ def proved(weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor | None, va
     return entry
 
 
-def _pack(snapshot: tuple[Tensor, ...], eps: float, case: tuple, x: Tensor) -> tuple[Tensor, Tensor] | None:
+def _pack(snapshot: tuple[Tensor, ...], eps: float, geometry: tuple, shape: torch.Size, make: Make) -> tuple[Tensor, Tensor] | None:
     """From the snapshot, never from the live tensors: an edit in another thread after the comparison, taken back later
     (a moving average swapped in and out), would stay in the pack for good.
     """
     vectors = snapshot[1:] if len(snapshot) == 5 else (*snapshot[1:], None, None)
     if not foldable(*vectors, eps):
         return None
-    _, stride, padding, dilation, groups = case
     scratch = running.outside_the_heap(snapshot[0], torch.promote_types(snapshot[1].dtype, torch.float32))
     folded, bias = fold(snapshot[0], *vectors, eps, scratch)
-    return torch.ops.mkldnn._reorder_convolution_weight(folded, padding, stride, dilation, groups, x.shape), bias
+    return make(folded, bias, geometry, shape)
 
 
 def foldable(scale: Tensor, shift: Tensor, mean: Tensor | None, var: Tensor | None, eps: float) -> bool:

@@ -6,18 +6,23 @@ It holds no weights of its own: packed filters are those of ``fold``, everything
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from . import fold
 from .bound import output_shape
 from .buffers import imagewise
+from .dispatch import choose
+from .fold import onednn_filters
 from .kernels.aten import onednn_takes
+from .kernels.cpu import FORMS
 from .made import Made
 from .nodes import is_norm, touched
 from .planned import Lowered, as_function, attribute, attributes, refused
-from .problem import Problem
-from .program import Program, Run, Values, bind, bind_onednn
+from .problem import Problem, describe
+from .program import Program, Run, Values, bind, bind_form, bind_onednn
 from .schedule import Step, Value, schedule
 from .tracing import Untraceable
 from .whole import Unfit
@@ -97,11 +102,18 @@ class Kept:
         if residual is not None and (residual.dtype != x.dtype or residual.shape != output_shape(conv, x)):
             raise Unfit(f"the residual of {step.target} broadcasts or promotes")
         geometry = conv.stride, conv.padding, conv.dilation, conv.groups
-        packs = entry.pack(x, *geometry)
+        vectors = entry.snapshot[1:] if len(entry.snapshot) == 5 else (*entry.snapshot[1:], None, None)
+        problem = describe("conv_bn_act", (x, conv.weight, *vectors[:2], residual, *vectors[2:], 0.0, *geometry, step.act))
+        chosen, why = choose(problem)
+        form, plain = FORMS.get(chosen.id), partial(entry.pack, x.shape, *geometry, onednn_filters)
+        packs = entry.pack(x.shape, *geometry, form.make) if form else None
+        if packs is not None:
+            return bind_form(step, form, packs, plain, geometry), chosen.id, why, problem
+        packs = plain()
         if packs is None:
             raise Unfit(f"a factor of {step.target} is not finite")
         in_place = residual is not None and step.residual.name in writable and not residual.is_contiguous()
-        return bind_onednn(step, *packs, geometry, in_place), "aten (oneDNN)", "", None
+        return bind_onednn(step, *packs, geometry, in_place), "aten (oneDNN)", why, problem
 
 
 def _filter(conv: nn.Conv2d, bn: nn.Module) -> tuple[nn.Conv2d, fold.Packed]:

@@ -13,27 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .fold import Make, onednn_filters, pack_case
 from .nodes import function, touched
 from .path import is_frozen_bn
 from .schedule import Attribute, Schedule, Step, Value
 
 
 class Filter:
-    """One convolution's folded weight (NHWC) and bias in the plan's dtype, and oneDNN's packs of it."""
+    """One convolution's folded weight (NHWC) and bias in the plan's dtype, and its packs: one for each form that kernels want."""
 
     def __init__(self, weight: Tensor, bias: Tensor, geometry: tuple) -> None:
         self.weight, self.bias, self.geometry = weight, bias, geometry
-        self.packs: dict[bool, Tensor] = {}
+        self.packs: dict[tuple, tuple[Tensor, Tensor] | None] = {}
 
-    def packed(self, x: Tensor) -> Tensor:
-        """The weight as oneDNN wants it for this batch: one pack for batch 1, one for larger ones (see fold.py)."""
-        several = x.shape[0] > 1
-        if several not in self.packs:
-            stride, padding, dilation, groups = self.geometry
+    def packed(self, shape: torch.Size, make: Make = onednn_filters) -> tuple[Tensor, Tensor] | None:
+        """Filters and bias in a kernel's form for such an input; None if it cannot take these weights."""
+        case = pack_case(make, shape)
+        if case not in self.packs:
             with torch.inference_mode(False), torch.no_grad():
-                self.packs[several] = torch.ops.mkldnn._reorder_convolution_weight(
-                    self.weight.contiguous(), padding, stride, dilation, groups, x.shape)
-        return self.packs[several]
+                self.packs[case] = make(self.weight, self.bias, self.geometry, shape)
+        return self.packs[case]
 
     def same(self, other: Filter) -> bool:
         """Whether another plan's filter may serve here too."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .buffers import deaths, own_memory
 from .dispatch import Kernel, choose, describe, find
 from .groups import EXTERNAL, Members, flat
 from .kernels.aten import onednn_takes
+from .kernels.cpu import FORMS, Form
 from .nodes import function
 from .planned import Filter, Lowered
 from .problem import Problem
@@ -204,12 +206,17 @@ def _bind_conv(f: Filter, step: Step, values: Values, writable: set[str], graph:
     in_place = residual is not None and step.residual.name in writable and residual.dtype == x.dtype
     if chosen.id == "aten.cudnn_fused":
         return _bind_cudnn(f, step), chosen.id, why, problem
-    if chosen.id != "aten.conv_bn_act":
+    form = FORMS.get(chosen.id)
+    packs = f.packed(x.shape, form.make) if form else None
+    if packs is not None:
+        plain = partial(f.packed, x.shape)
+        return bind_form(step, form, packs, plain, f.geometry), chosen.id, why, problem
+    if form is None and chosen.id != "aten.conv_bn_act":
         return _bind_kernel(chosen, f, affine, step), chosen.id, why, problem
     if onednn_takes(x, f.weight):
         # One pixel or one channel is NCHW and NHWC at once: torch 2.11 cannot fuse the add then.
         in_place = in_place and not residual.is_contiguous()
-        return bind_onednn(step, f.packed(x), f.bias, f.geometry, in_place), "aten (oneDNN)", why, problem
+        return bind_onednn(step, *f.packed(x.shape), f.geometry, in_place), "aten (oneDNN)", why, problem
     return _bind_torch(f, step, in_place), "aten", why, problem
 
 
@@ -279,6 +286,17 @@ def bind_onednn(step: Step, packed: Tensor, bias: Tensor, geometry: tuple, in_pl
             if residual is not None:
                 out.add_(v[residual])
         return out.relu_() if relu else out
+
+    return run
+
+
+def bind_form(step: Step, form: Form, packs: tuple[Tensor, Tensor], plain: Callable[[], tuple[Tensor, Tensor]], geometry: tuple) -> Run:
+    """A kernel of ours from filters in its form; for an input that it cannot take oneDNN, whose packs ``plain`` makes then."""
+    x, residual, relu = _names(step)
+
+    def run(v: Values) -> Tensor:
+        out = form.run(v[x], *packs, v[residual] if residual else None, relu)
+        return bind_onednn(step, *plain(), geometry, False)(v) if out is None else out
 
     return run
 

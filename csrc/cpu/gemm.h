@@ -19,8 +19,8 @@ void product(const float* v, int64_t stride, const float* filters, int64_t c, fl
   for (int i = 0; i < R; ++i) sum[i][0] = sum[i][1] = Vec{};
   for (int64_t k = 0; k < c; ++k, filters += panel) {
     const Vec left = load(filters), right = load(filters + lanes);
-    __builtin_prefetch(filters + c * panel);  // the next panel, or the next position's
-    __builtin_prefetch(filters + c * panel + lanes);
+    __builtin_prefetch(filters + c * panel, 0, 2);  // the next panel, or the next position's
+    __builtin_prefetch(filters + c * panel + lanes, 0, 2);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
       const Vec x = v[i * stride + k] - Vec{};

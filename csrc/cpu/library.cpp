@@ -51,7 +51,7 @@ struct Cut {
   Cut(int64_t all_rows, int64_t all_panels, int64_t most, int64_t least) {
     const int64_t threads = torch::stable::get_num_threads();
     down = ceil_div(all_rows, most);
-    if (all_rows >= threads * least) down = ceil_div(down, threads) * threads;
+    if (down > 1 || all_rows >= threads * least) down = ceil_div(down, threads) * threads;
     rows = ceil_div(all_rows, down), down = ceil_div(all_rows, rows);
     panels = down >= threads ? all_panels : ceil_div(all_panels, std::min(all_panels, ceil_div(threads, down)));
     across = ceil_div(all_panels, panels);
@@ -106,8 +106,8 @@ bool winograd(const Tensor& x, const Tensor& filters, const Tensor& bias, const 
                                             residual ? residual->const_data_ptr() : nullptr, out.mutable_data_ptr(), n, h, w, c,
                                             k, dtype == ScalarType::BFloat16, relu};
   const int64_t tiles = resnet_fast::cpu::tiles_of(n, h, w), panels = filters.size(0);
-  constexpr int64_t cache = 768 << 10;  // bytes of L2 for the transformed inputs: of 1 MB or more on today's servers
-  const Cut cut(tiles, panels, std::max<int64_t>(1, cache / (resnet_fast::cpu::winograd_scratch(1, c) * 4)), 14);
+  constexpr int64_t cache = 1 << 20;  // bytes for the transformed inputs: an L2 of today's servers (measured: 768 KB and 1.75 MB 3–5 % slower)
+  const Cut cut(tiles, panels, std::max<int64_t>(1, cache / (resnet_fast::cpu::winograd_scratch(1, c) * 4)), 56);
   std::atomic<int32_t> largest{0};
   torch::stable::parallel_for(0, cut.down * cut.across, 1, [&](int64_t begin, int64_t end) {
     float* memory = scratch(resnet_fast::cpu::winograd_scratch(cut.rows, c));
