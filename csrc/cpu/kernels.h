@@ -25,8 +25,8 @@ struct Isa {
   // Tiles [first, last) and output channels [k0, k1), through `scratch` of winograd_scratch(last - first, c) floats.
   // Returns the bits of the largest |x| it read: of a NaN or an infinity they are larger than those of any number.
   int32_t (*winograd)(const WinogradArgs&, int64_t first, int64_t last, int64_t k0, int64_t k1, float* scratch);
-  // Panels [p0, p1) of filters [k, c, 3, 3] with the given strides, transformed in double and rounded once.
-  void (*winograd_filters)(const float* weight, const int64_t stride[4], int64_t c, float* filters, int64_t p0, int64_t p1);
+  // Panels [first, last) of filters [k, c, 3, 3] with the given strides, transformed in double and rounded once.
+  void (*winograd_filters)(const float* weight, const int64_t stride[4], int64_t c, float* filters, int64_t first, int64_t last);
 };
 
 extern const Isa avx512, avx2;

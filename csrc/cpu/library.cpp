@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <memory>
 
 #include "../checks.h"
@@ -13,13 +14,15 @@ namespace {
 
 using resnet_fast::cpu::Isa;
 
-// The best of this processor; null if it has neither.
+// The best of this processor that torch's own ATEN_CPU_CAPABILITY ("avx512", "avx2" or "default") lets through; else null.
 const Isa* isa() {
-  static const Isa* const best = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                                         __builtin_cpu_supports("avx512vl")
-                                     ? &resnet_fast::cpu::avx512
-                                 : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &resnet_fast::cpu::avx2
-                                                                                                  : nullptr;
+  static const Isa* const best = [] {
+    const char* set = std::getenv("ATEN_CPU_CAPABILITY");
+    const std::string most = set ? set : "avx512";
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return most == "default" ? nullptr : avx512 && most != "avx2" ? &resnet_fast::cpu::avx512 : avx2 ? &resnet_fast::cpu::avx2 : nullptr;
+  }();
   return best;
 }
 

@@ -37,7 +37,7 @@ def available() -> str | None:
         torch.ops.load_library(str(library))
     except OSError as problem:
         return f"{library.name} cannot be loaded with torch {torch.__version__} ({problem}): {BUILD}"
-    return "this processor has neither AVX-512 nor AVX2" if instructions() == "none" else None
+    return "this processor has neither AVX-512 nor AVX2, or ATEN_CPU_CAPABILITY forbids them" if instructions() == "none" else None
 
 
 def instructions() -> str:
