@@ -22,7 +22,7 @@ help:
 	@echo "make gpu     on a machine with a GPU: prove and measure every kernel (the current Python, no network)"
 	@echo "make lint    ruff"
 	@echo "make clean   remove .venv and everything built"
-	@echo "PYTHON=python3.12 chooses the interpreter, RESNET_FAST_BUILD=none leaves the CUDA extension out."
+	@echo "PYTHON=python3.12 chooses the interpreter, RESNET_FAST_BUILD=none compiles nothing."
 
 # One process a core, because every test runs on one thread; a file stays in one process with what it built.
 test: $(VENV)/.test
@@ -39,7 +39,7 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache resnet_fast/_build.json resnet_fast/_C.*.so
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache resnet_fast/_build.json resnet_fast/_C.*.so resnet_fast/_cpu.*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.python:
@@ -55,9 +55,10 @@ $(VENV)/.torch: $(VENV)/.python
 
 # One editable install for each set of extras; only what changed in csrc is compiled again.
 $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
-	@echo "installing resnet_fast[$*]; with nvcc this compiles the CUDA kernels for $(TORCH_CUDA_ARCH_LIST)"
+	@echo "installing resnet_fast[$*]; a C++ compiler compiles the CPU kernels, nvcc the CUDA kernels for $(TORCH_CUDA_ARCH_LIST)"
 	@$(PIP) install -e ".[$*]"
-	@$(BIN)/python -c "import json; print('extension', *map(json.load(open('resnet_fast/_build.json')).get, ('extension', 'why')), sep=': ')"
+	@$(BIN)/python -c "import json; get = json.load(open('resnet_fast/_build.json')).get; \
+	  print('CUDA kernels', get('extension'), get('why'), sep=': '); print('CPU kernels', get('cpu'), get('cpu_why'), sep=': ')"
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.python

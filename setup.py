@@ -1,15 +1,15 @@
-"""Builds resnet_fast: pure Python everywhere, and the CUDA extension ``resnet_fast._C`` where the toolchain allows.
+"""Builds resnet_fast: pure Python everywhere, and where the toolchain allows ``resnet_fast._C``, the CUDA kernels, and
+``resnet_fast._cpu``, the CPU kernels, which is a library of torch ops and no Python module.
 
-RESNET_FAST_BUILD=auto (default)  the extension if nvcc works and torch is a CUDA build, else pure Python
-                  cuda            the extension, or an error that says what is missing
+RESNET_FAST_BUILD=auto (default)  _C if nvcc works and torch is a CUDA build, _cpu if a C++ compiler works
+                  cuda            _C, or an error that says what is missing; _cpu as in auto
                   none            pure Python
 TORCH_CUDA_ARCH_LIST              as in PyTorch: "9.0a", "8.0;9.0+PTX" ...
-MAX_JOBS, CUDA_HOME               as in PyTorch
+MAX_JOBS, CUDA_HOME, CXX          as in PyTorch; CXX compiles _cpu
 
-The toolchain decides, never a visible GPU: images are built where there is none. torch is neither imported nor required
-to build: its headers and libraries are found by path, under build isolation too. nvcc drives compiler and linker alike,
-so it brings its own headers and runtime wherever it is installed; the runtime is linked statically, so that one binary
-serves every torch.
+The toolchain decides, never a visible GPU nor this processor: images are built elsewhere. torch is neither imported nor required to
+build: its headers and libraries are found by path, under build isolation too. nvcc drives compiler and linker alike, so it brings its
+own headers and runtime wherever it is installed; the runtime is linked statically, so that one binary serves every torch.
 """
 
 from __future__ import annotations
@@ -37,13 +37,19 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
 OBJECTS = ROOT / "build" / "csrc"  # kept between builds, so that only what changed is compiled again
 RECORD = "_build.json"  # read by `python -m resnet_fast info`
 REBUILD = "RESNET_FAST_BUILD=cuda pip install --force-reinstall --no-deps -v ."
 
 # The stable ABI of torch 2.11, the oldest supported: one binary loads on it and on every later torch.
 TORCH_OLDEST = (2, 11)
-TORCH_TARGET = "0x020b000000000000ULL"
+STABLE = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"
+
+# csrc/cpu: each instruction set has its file, and library.cpp, which asks the processor, takes none for granted. Flags
+# and not `#pragma GCC target`, which clang ignores.
+HOST = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall"]
+INSTRUCTIONS = {"avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"], "avx2.cpp": ["-mavx2", "-mfma"]}
 
 # One cubin runs on later chips of its own generation (8.0 on 8.7, 10.0 on 10.3, 12.0 on 12.1), so one per generation
 # would do, but for what the variants bring. Older than 8.0 has neither bf16 nor asynchronous copies.
@@ -78,21 +84,28 @@ class Torch:
 
 
 @dataclass(frozen=True)
-class Nvcc:
-    """A CUDA compiler, the architectures it knows ("8.0"), and its complaint about a trivial extension, if any."""
+class Compiler:
+    """A compiler, its complaint about a few lines of what it is needed for, if any, and nvcc's architectures ("8.0")."""
 
-    path: str
+    command: tuple[str, ...]
     version: str
-    archs: frozenset[str]
     fault: str | None
+    archs: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
-class Decision:
-    """Whether the extension is built, and why in one sentence."""
+class Plan:
+    """What is there, and of each extension the sentence that says why it is not built, or None."""
 
-    build: bool
-    why: str
+    torch: Torch | None
+    nvcc: Compiler | None
+    cxx: Compiler | None
+    no_cuda: str | None
+    no_cpu: str | None
+
+    @property
+    def extensions(self) -> list[str]:
+        return [name for name, why_not in (("_C", self.no_cuda), ("_cpu", self.no_cpu)) if why_not is None]
 
 
 # ---------------------------------------------------------------- what is there
@@ -109,7 +122,7 @@ def find_torch() -> Torch | None:
     return None
 
 
-def find_nvcc() -> Nvcc | None:
+def find_nvcc() -> Compiler | None:
     """The nvcc of CUDA_HOME, of PATH, or of the usual place, tried out on a trivial extension."""
     places = [os.path.join(os.environ.get("CUDA_HOME", ""), "bin"), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
     path = shutil.which("nvcc", path=os.pathsep.join(places))
@@ -119,17 +132,39 @@ def find_nvcc() -> Nvcc | None:
     banner = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
     archs = frozenset(f"{n[:-1]}.{n[-1]}" for n in re.findall(r"compute_(\d+)\b", known))
     release = re.search(r"release ([\d.]+)", banner)
-    return Nvcc(path, release[1] if release else "unknown", archs, try_out(path))
+    command = [path, "-shared", "-Xcompiler", "-fPIC", "-arch=sm_80", f"-I{sysconfig.get_path('include')}"]
+    fault = try_out(command, ".cu", "#include <Python.h>\n__global__ void probe() {}\nvoid run() { probe<<<1, 1>>>(); }\n")
+    return Compiler((path,), release[1] if release else "unknown", fault, archs)
 
 
-def try_out(nvcc: str) -> str | None:
-    """Compile and link three lines: finds a missing or too new host compiler, missing headers, a missing runtime."""
+# What csrc/cpu is written in: GCC 9 and clang know it.
+PROBE = """#include <optional>
+using Words __attribute__((vector_size(64))) = unsigned;
+using Halves __attribute__((vector_size(32))) = unsigned short;
+void widen(const Halves* h, Words* w) { *w = __builtin_convertvector(*h, Words) << 16; }
+std::optional<bool> probe() { return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"); }
+"""
+
+
+def find_cxx() -> Compiler | None:
+    """The C++ compiler of CXX; else the first of PATH that can compile csrc/cpu, or the last that cannot."""
+    named, found = shlex.split(os.environ.get("CXX", "")), None
+    for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
+        if shutil.which(command[0]):
+            banner = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout.splitlines()
+            fault = try_out([*command, *HOST, *INSTRUCTIONS["avx512.cpp"], "-shared"], ".cpp", PROBE)
+            found = Compiler(tuple(command), banner[0] if banner else "unknown", fault)
+            if fault is None:
+                break
+    return found
+
+
+def try_out(command: list[str], suffix: str, text: str) -> str | None:
+    """Build a few lines: finds a compiler that is missing, too old or too new, missing headers, a missing runtime."""
     with tempfile.TemporaryDirectory() as scratch:
-        source = Path(scratch, "probe.cu")
-        source.write_text("#include <Python.h>\n__global__ void probe() {}\nvoid run() { probe<<<1, 1>>>(); }\n")
-        command = [nvcc, "-shared", "-Xcompiler", "-fPIC", "-arch=sm_80", f"-I{sysconfig.get_path('include')}",
-                   str(source), "-o", str(source.with_suffix(".so"))]
-        tried = subprocess.run(command, capture_output=True, text=True)
+        source = Path(scratch, f"probe{suffix}")
+        source.write_text(text)
+        tried = subprocess.run([*command, str(source), "-o", f"{source}.so"], capture_output=True, text=True)
     if tried.returncode == 0:
         return None
     said = (tried.stderr or tried.stdout).strip().splitlines()
@@ -138,30 +173,35 @@ def try_out(nvcc: str) -> str | None:
 
 # ---------------------------------------------------------------- what to build
 
-def decide(mode: str, system: str, torch: Torch | None, nvcc: Nvcc | None) -> Decision:
-    """Whether to build the extension. Raises BuildError for an unknown mode, and if ``cuda`` lacks something."""
+def decide(mode: str, system: str, machine: str, torch: Torch | None, nvcc: Compiler | None, cxx: Compiler | None) -> Plan:
+    """What to build of what is there. Raises BuildError for an unknown mode, and if ``cuda`` lacks something."""
     if mode not in ("auto", "cuda", "none"):
         raise BuildError(f"RESNET_FAST_BUILD: got {mode!r}, expected auto, cuda or none")
+    no_cuda = no_cpu = None
     if mode == "none":
-        return Decision(False, "RESNET_FAST_BUILD=none")
-    missing = None
-    if system != "Linux":
-        missing = f"the extension is built on Linux only, this is {system}"
+        no_cuda = no_cpu = "RESNET_FAST_BUILD=none"
+    elif system != "Linux":
+        no_cuda = no_cpu = f"extensions are built on Linux only, this is {system}"
     elif torch is None:
-        missing = "torch is not installed in this environment: install it first (pip install torch)"
+        no_cuda = no_cpu = "torch is not installed in this environment: install it first (pip install torch)"
     elif torch.release < TORCH_OLDEST:
-        missing = f"torch {torch.version} is older than {'.'.join(map(str, TORCH_OLDEST))}: install a newer one"
-    elif torch.cuda is None:
-        missing = f"torch {torch.version} is not a CUDA build: install one that is"
-    elif nvcc is None:
-        missing = "nvcc was not found: install the CUDA toolkit, or set CUDA_HOME"
-    elif nvcc.fault:
-        missing = f"{nvcc.path} cannot build a Python extension: {nvcc.fault}"
-    if missing is None:
-        return Decision(True, f"nvcc {nvcc.version} works and torch {torch.version} is a CUDA build")
-    if mode == "cuda":
-        raise BuildError(f"RESNET_FAST_BUILD=cuda: {missing}")
-    return Decision(False, missing)
+        no_cuda = no_cpu = f"torch {torch.version} is older than {'.'.join(map(str, TORCH_OLDEST))}: install a newer one"
+    else:
+        if torch.cuda is None:
+            no_cuda = f"torch {torch.version} is not a CUDA build: install one that is"
+        elif nvcc is None:
+            no_cuda = "nvcc was not found: install the CUDA toolkit, or set CUDA_HOME"
+        elif nvcc.fault:
+            no_cuda = f"{nvcc.command[0]} cannot build a Python extension: {nvcc.fault}"
+        if machine != "x86_64":
+            no_cpu = f"the CPU kernels are for x86-64, this is {machine}"
+        elif cxx is None:
+            no_cpu = "no C++ compiler was found: install g++ or clang++, or set CXX"
+        elif cxx.fault:
+            no_cpu = f"{shlex.join(cxx.command)} cannot build the CPU kernels, g++ from 9 on can: {cxx.fault}"
+    if mode == "cuda" and no_cuda:
+        raise BuildError(f"RESNET_FAST_BUILD=cuda: {no_cuda}")
+    return Plan(torch, nvcc, cxx, no_cuda, no_cpu)
 
 
 def choose_archs(wanted: str | None, known: frozenset[str]) -> list[str]:
@@ -219,31 +259,35 @@ def free_gigabytes() -> float:
 # ---------------------------------------------------------------- building
 
 @functools.cache
-def plan() -> tuple[Decision, Torch | None, Nvcc | None]:
+def plan() -> Plan:
     """The decision for this machine, taken once."""
-    mode = os.environ.get("RESNET_FAST_BUILD", "auto")
-    wanted = mode in ("auto", "cuda") and platform.system() == "Linux"
-    torch, nvcc = (find_torch(), find_nvcc()) if wanted else (None, None)
-    return decide(mode, platform.system(), torch, nvcc), torch, nvcc
+    mode, system = os.environ.get("RESNET_FAST_BUILD", "auto"), platform.system()
+    wanted = mode in ("auto", "cuda") and system == "Linux"
+    found = (find_torch(), find_nvcc(), find_cxx()) if wanted else (None, None, None)
+    return decide(mode, system, platform.machine(), *found)
 
 
-def compile_commands(torch: Torch, nvcc: Nvcc, archs: list[str], jobs: int) -> dict[Path, list[str]]:
+def cuda_commands(torch: Torch, nvcc: Compiler, archs: list[str], jobs: int) -> dict[Path, list[str]]:
     """One nvcc command per source file; the two .cpp files see torch's headers, among which pybind11's are."""
-    kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    common = [nvcc.path, "-c", "-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    kernels = sorted((CSRC / "cuda").glob("*.cu"))
+    common = [*nvcc.command, "-c", "-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     threads = str(max(1, jobs // len(kernels)))  # architectures of one file side by side, where cores are left
     headers = ["-isystem", str(torch.root / "include")]
-    device = [*common, "-lineinfo", "-Xptxas", "-warn-spills", "-t", threads, *gencode(archs)]
-    commands = dict.fromkeys(kernels, device)
-    stable = ["-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
-    commands[ROOT / "csrc" / "library.cpp"] = [*common, *headers, *stable]
-    commands[ROOT / "csrc" / "bindings.cpp"] = [*common, *headers, f"-I{sysconfig.get_path('include')}"]
+    commands = dict.fromkeys(kernels, [*common, "-lineinfo", "-Xptxas", "-warn-spills", "-t", threads, *gencode(archs)])
+    commands[CSRC / "library.cpp"] = [*common, *headers, "-DUSE_CUDA", STABLE]
+    commands[CSRC / "bindings.cpp"] = [*common, *headers, f"-I{sysconfig.get_path('include')}"]
     return commands
+
+
+def cpu_commands(torch: Torch, cxx: Compiler) -> dict[Path, list[str]]:
+    """One command per source file of csrc/cpu; library.cpp sees torch's headers."""
+    common, headers = [*cxx.command, "-c", *HOST], ["-isystem", str(torch.root / "include"), STABLE]
+    return {source: [*common, *INSTRUCTIONS.get(source.name, headers)] for source in sorted((CSRC / "cpu").glob("*.cpp"))}
 
 
 def compile_one(source: Path, command: list[str]) -> Path:
     """Compile a file unless its object is newer than all it was made of and came of the same command."""
-    target = OBJECTS / f"{source.name}.o"
+    target = OBJECTS / f"{source.parent.name}-{source.name}.o"
     needs, made_by = target.with_suffix(".d"), target.with_suffix(".command")
     command = [*command, str(source), "-o", str(target)]
     if target.is_file() and needs.is_file() and made_by.is_file() and made_by.read_text() == shlex.join(command):
@@ -266,75 +310,91 @@ def run(command: list[str]) -> None:
         print(done.stdout.strip(), flush=True)
 
 
-def source_hash() -> str:
-    """Hash of csrc: together with compiler and targets, what a measured kernel was made of."""
+def source_hash(without: str) -> str:
+    """Hash of csrc without the folder of the other extension: with compiler and targets, what a measured kernel was made of."""
     digest = hashlib.sha256()
-    for source in sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file()):
+    for source in sorted(path for path in CSRC.rglob("*") if path.is_file() and CSRC / without not in path.parents):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def summary(lines: dict[str, str]) -> str:
-    """The build in five lines."""
-    return "\n".join(f"resnet_fast {key:9} {value}" for key, value in lines.items())
+def facts(found: Plan, archs: list[str]) -> dict[str, str]:
+    """The record: what was built of what. No date and nothing random, so equal builds are equal files."""
+    torch = found.torch.version if found.torch else "not seen"
+    record = {"extension": "not built" if found.no_cuda else "built",
+              "why": found.no_cuda or f"nvcc {found.nvcc.version} works and torch {torch} is a CUDA build",
+              "torch": torch, "nvcc": found.nvcc.version if found.nvcc else "not seen"}
+    if found.no_cuda:
+        record["rebuild"] = REBUILD
+    else:
+        kernels = sorted(source.stem for source in (CSRC / "cuda").glob("*.cu"))
+        record |= {"archs": " ".join(archs), "kernels": " ".join(kernels), "csrc": source_hash(without="cpu")}
+    # What begins with cpu is no part of what GPU kernels are made of (tables.source_hash).
+    record |= {"cpu": "not built" if found.no_cpu else "built",
+               "cpu_why": found.no_cpu or f"{shlex.join(found.cxx.command)} works and torch {torch} is installed",
+               "cpu_compiler": found.cxx.version if found.cxx else "not seen"}
+    return record if found.no_cpu else record | {"cpu_csrc": source_hash(without="cuda")}
 
 
-def write_record(folder: Path, facts: dict) -> None:
-    """What was built, for `info`; no date and nothing random, so equal builds are equal files."""
+def show(record: dict[str, str], **more: str) -> None:
+    """The build in a few lines."""
+    lines = {"extension": f"{record['extension']}: {record['why']}", "cpu": f"{record['cpu']}: {record['cpu_why']}", **more}
+    print("\n".join(f"resnet_fast {key:9} {value}" for key, value in lines.items()), flush=True)
+
+
+def finish(found: Plan, into: Path, record: dict[str, str]) -> None:
+    """Leave the record in the package, and no extension of an earlier build that this one did not replace."""
+    folder = into / "resnet_fast"
+    for old in (file for name in {"_C", "_cpu"} - {*found.extensions} for file in folder.glob(f"{name}.*.so")):
+        old.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECORD).write_text(json.dumps(facts, indent=1) + "\n")
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
 
 class BuildPython(build_py):
-    """Copies the Python files, and without the extension records why there is none."""
+    """Copies the Python files, and without extensions records why there are none."""
 
     def run(self) -> None:
         super().run()
-        decision, torch, nvcc = plan()
-        if decision.build:
+        found = plan()
+        if not found.extensions:
+            show(facts(found, []), rebuild=REBUILD)
+            finish(found, ROOT if self.editable_mode else Path(self.build_lib), facts(found, []))
+
+
+class BuildExtensions(build_ext):
+    """Compiles csrc, in parallel and only what changed, and records what was built."""
+
+    def run(self) -> None:
+        if not self.extensions:
             return
-        folder = ROOT / "resnet_fast" if self.editable_mode else Path(self.build_lib) / "resnet_fast"
-        if self.editable_mode:  # an extension of an earlier build would otherwise still be imported
-            for old in folder.glob("_C.*.so"):
-                old.unlink()
-        facts = {"extension": "not built (pure Python)", "why": decision.why, "rebuild": REBUILD,
-                 "torch": torch.version if torch else "not seen", "nvcc": nvcc.version if nvcc else "not seen"}
-        print(summary(facts), flush=True)
-        write_record(folder, facts)
-
-
-class BuildExtension(build_ext):
-    """Compiles csrc with nvcc, in parallel and only what changed, and records what was built."""
-
-    def run(self) -> None:
+        found, free = plan(), free_gigabytes()
+        self.archs = [] if found.no_cuda else choose_archs(os.environ.get("TORCH_CUDA_ARCH_LIST"), found.nvcc.archs)
+        self.jobs = choose_jobs(len(os.sched_getaffinity(0)), free, os.environ.get("MAX_JOBS"))
+        record = facts(found, self.archs)
+        show(record, torch=f"{found.torch.root} (stable ABI: loads on 2.11 and later)",
+             nvcc=found.nvcc.command[0] if found.nvcc else "not seen", archs=" ".join(self.archs) or "none",
+             jobs=f"{self.jobs} ({free:.0f} GB of memory free)")
         super().run()
-        if self.extensions:
-            write_record(ROOT / "resnet_fast" if self.inplace else Path(self.build_lib) / "resnet_fast", self.facts)
+        finish(found, ROOT if self.inplace else Path(self.build_lib), record)
 
     def build_extension(self, ext: Extension) -> None:
-        decision, torch, nvcc = plan()
-        archs = choose_archs(os.environ.get("TORCH_CUDA_ARCH_LIST"), nvcc.archs)
-        free = free_gigabytes()
-        jobs = choose_jobs(len(os.sched_getaffinity(0)), free, os.environ.get("MAX_JOBS"))
-        commands = compile_commands(torch, nvcc, archs, jobs)
-        kernels = [source.stem for source in commands if source.suffix == ".cu"]
-        print(summary({"extension": f"{ext.name}: {', '.join(kernels)}",
-                       "torch": f"{torch.version}, {torch.root} (stable ABI: loads on 2.11 and later)",
-                       "nvcc": f"{nvcc.version}, {nvcc.path}", "archs": " ".join(archs),
-                       "jobs": f"{jobs} ({free:.0f} GB of memory free)"}), flush=True)
+        torch, nvcc, cxx = plan().torch, plan().nvcc, plan().cxx
+        if ext.name == "resnet_fast._C":
+            commands, link = cuda_commands(torch, nvcc, self.archs, self.jobs), [*nvcc.command, "-cudart", "static"]
+            libraries = ["-ltorch_cpu", "-ltorch_cuda"]
+        else:
+            commands, link, libraries = cpu_commands(torch, cxx), cxx.command, ["-ltorch_cpu"]
         OBJECTS.mkdir(parents=True, exist_ok=True)
-        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
             objects = list(pool.map(compile_one, commands, commands.values()))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        libraries = [f"-L{torch.root / 'lib'}", "-ltorch_cpu", "-ltorch_cuda"]
-        run([nvcc.path, "-shared", "-cudart", "static", *map(str, objects), *libraries, "-o", str(target)])
-        self.facts = {"extension": "built", "why": decision.why, "torch": torch.version, "nvcc": nvcc.version,
-                      "archs": " ".join(archs), "kernels": " ".join(kernels), "csrc": source_hash()}
+        run([*link, "-shared", *map(str, objects), f"-L{torch.root / 'lib'}", *libraries, "-o", str(target)])
 
 
 if __name__ == "__main__":
     # Only commands that build need the decision: sdist and metadata work anywhere and cost nothing.
     building = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install", "develop"} & set(sys.argv)
-    setup(ext_modules=[Extension("resnet_fast._C", sources=[])] if building and plan()[0].build else [],
-          cmdclass={"build_py": BuildPython, "build_ext": BuildExtension})
+    setup(ext_modules=[Extension(f"resnet_fast.{name}", sources=[]) for name in plan().extensions] if building else [],
+          cmdclass={"build_py": BuildPython, "build_ext": BuildExtensions})

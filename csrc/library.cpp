@@ -1,5 +1,5 @@
 // The ops of namespace resnet_fast_native: schemas, checks, outputs, device guard, current stream, launch.
-// The only file that includes torch headers (through checks.h), and of those only the stable ABI: with
+// Beside cpu/library.cpp the only file that includes torch headers, and of those only the stable ABI: with
 // TORCH_TARGET_VERSION at 2.11 one binary loads on torch 2.11 and later. Users call the ops of namespace `resnet_fast`,
 // which own fake and backward.
 //

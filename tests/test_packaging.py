@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import resnet_fast
+from resnet_fast import tables
 from resnet_fast.kernels import native
 
 ROOT = Path(__file__).parents[1]
@@ -30,8 +31,13 @@ def load_setup():
 
 setup = load_setup()
 KNOWN = frozenset("7.5 8.0 8.6 8.7 8.9 9.0 10.0 10.3 12.0 12.1".split())  # as nvcc 13.0 lists them
-NVCC = setup.Nvcc("/opt/nvcc", "13.0", KNOWN, None)
+NVCC = setup.Compiler(("/opt/nvcc",), "13.0", None, KNOWN)
+CXX = setup.Compiler(("ccache", "g++"), "g++ 12.2.0", None)
 TORCH = setup.Torch(Path("/opt/torch"), "2.15.0+cu132", "13.2")
+
+
+def decide(mode: str = "auto", system: str = "Linux", machine: str = "x86_64", torch=TORCH, nvcc=NVCC, cxx=CXX):
+    return setup.decide(mode, system, machine, torch, nvcc, cxx)
 
 
 def run_python(code: str, **env: str) -> str:
@@ -43,36 +49,39 @@ def run_python(code: str, **env: str) -> str:
 
 # ---------------------------------------------------------------- the decision
 
+# What is lacking, and the sentence (part of it) that says why there are no CUDA and no CPU kernels; None: they are built.
 LACKING = {
-    "no torch": (None, NVCC, "torch is not installed"),
-    "CPU build of torch": (setup.Torch(Path("/t"), "2.15.0+cpu", None), NVCC, "not a CUDA build"),
-    "old torch": (setup.Torch(Path("/t"), "2.10.1+cu128", "12.8"), NVCC, "older than 2.11"),
-    "no nvcc": (TORCH, None, "nvcc was not found"),
-    "nvcc without a host compiler": (TORCH, setup.Nvcc("/opt/nvcc", "13.0", KNOWN, "no g++"), "no g++"),
+    "nothing": ({}, None, None),
+    "all wanted": ({"mode": "none"}, "RESNET_FAST_BUILD=none", "RESNET_FAST_BUILD=none"),
+    "Linux": ({"system": "Darwin", "torch": None}, "Linux only, this is Darwin", "Linux only, this is Darwin"),
+    "torch": ({"torch": None}, "torch is not installed", "torch is not installed"),
+    "new torch": ({"torch": setup.Torch(Path("/t"), "2.10.1+cu128", "12.8")}, "older than 2.11", "older than 2.11"),
+    "CUDA build of torch": ({"torch": setup.Torch(Path("/t"), "2.15.0+cpu", None)}, "not a CUDA build", None),
+    "nvcc": ({"nvcc": None}, "nvcc was not found", None),
+    "a host compiler for nvcc": ({"nvcc": setup.Compiler(("/opt/nvcc",), "13.0", "no g++", KNOWN)}, "/opt/nvcc cannot build .*no g", None),
+    "x86-64": ({"machine": "aarch64"}, None, "for x86-64, this is aarch64"),
+    "C++ compiler": ({"cxx": None}, None, "no C.. compiler was found"),
+    "new C++ compiler": ({"cxx": setup.Compiler(("cc", "g++"), "g++ 8", "no builtin")}, None, "cc g.. cannot build .* can: no builtin"),
+    "both compilers": ({"nvcc": None, "cxx": None}, "nvcc was not found", "no C.. compiler was found"),
 }
 
 
-def test_with_the_toolchain_the_extension_is_built():
-    for mode in ("auto", "cuda"):
-        assert setup.decide(mode, "Linux", TORCH, NVCC).build
-    assert not setup.decide("none", "Linux", TORCH, NVCC).build
-
-
 @pytest.mark.parametrize("lack", LACKING)
-def test_what_is_lacking_makes_auto_pure_and_cuda_fail_with_what_to_do(lack):
-    torch_found, nvcc, sentence = LACKING[lack]
-    decision = setup.decide("auto", "Linux", torch_found, nvcc)
-    assert not decision.build and sentence in decision.why
-    with pytest.raises(setup.BuildError, match=sentence):
-        setup.decide("cuda", "Linux", torch_found, nvcc)
-
-
-def test_other_systems_are_pure_and_unknown_modes_refused():
-    assert not setup.decide("auto", "Darwin", TORCH, NVCC).build
-    with pytest.raises(setup.BuildError, match="Windows"):
-        setup.decide("cuda", "Windows", TORCH, NVCC)
+def test_each_extension_is_built_where_its_toolchain_is_or_says_what_is_missing(lack):
+    found, no_cuda, no_cpu = LACKING[lack]
+    plan = decide(**found)
+    assert plan.extensions == ["_C"] * (no_cuda is None) + ["_cpu"] * (no_cpu is None)
+    record = setup.facts(plan, ["8.0"])
+    for why, sentence, state, told in ((plan.no_cuda, no_cuda, "extension", "why"), (plan.no_cpu, no_cpu, "cpu", "cpu_why")):
+        assert (record[state], why) == ("built", None) if sentence is None else re.search(sentence, why)
+        assert record[state] == "built" or (record[state], record[told]) == ("not built", why)
+    if no_cuda is None:
+        assert decide(**found, mode="cuda") == plan
+    elif "mode" not in found:
+        with pytest.raises(setup.BuildError, match=f"^RESNET_FAST_BUILD=cuda: .*{no_cuda}"):
+            decide(**found, mode="cuda")
     with pytest.raises(setup.BuildError, match="expected auto, cuda or none"):
-        setup.decide("gpu", "Linux", TORCH, NVCC)
+        decide(**{**found, "mode": "gpu"})
 
 
 def test_torch_is_found_by_path_and_not_imported():
@@ -81,25 +90,40 @@ def test_torch_is_found_by_path_and_not_imported():
     assert found == [torch.__version__, str(torch.version.cuda), str(Path(torch.__file__).parent)]
 
 
-def fake_nvcc(folder: Path, body: str) -> Path:
-    nvcc = folder / "bin" / "nvcc"
-    nvcc.parent.mkdir(parents=True)
-    nvcc.write_text(f"#!/bin/sh\n{body}\n")
-    nvcc.chmod(0o755)
-    return nvcc
+def fake_compiler(path: Path, body: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return path
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script plays nvcc")
 def test_an_nvcc_that_cannot_build_is_seen(tmp_path, monkeypatch):
-    nvcc = fake_nvcc(tmp_path, """case $1 in
+    nvcc = fake_compiler(tmp_path / "bin" / "nvcc", """case $1 in
         --version) echo "Cuda compilation tools, release 12.8, V12.8.61";;
         --list-gpu-arch) echo compute_80; echo compute_90;;
         *) echo "nvcc fatal   : unsupported host compiler, an error" >&2; exit 1;;
     esac""")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     found = setup.find_nvcc()
-    assert (found.path, found.version, found.archs) == (str(nvcc), "12.8", {"8.0", "9.0"})
-    assert "unsupported host compiler" in setup.decide("auto", "Linux", TORCH, found).why
+    assert (found.command, found.version, found.archs) == ((str(nvcc),), "12.8", {"8.0", "9.0"})
+    assert "unsupported host compiler" in decide(nvcc=found).no_cuda
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="shell scripts play compilers")
+def test_the_first_cxx_that_works_is_taken_and_one_that_is_named_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert setup.find_cxx() is None
+    old = fake_compiler(tmp_path / "c++", """case $1 in
+        --version) echo "c++ 8.3.0"; echo "Copyright";;
+        *) echo "In file included" >&2; echo "probe.cpp:5:1: error: no __builtin_convertvector" >&2; exit 1;;
+    esac""")
+    assert setup.find_cxx() == setup.Compiler(("c++",), "c++ 8.3.0", "probe.cpp:5:1: error: no __builtin_convertvector")
+    fake_compiler(tmp_path / "clang++", """case $1 in --version) echo "clang version 22.1.8";; esac""")
+    assert setup.find_cxx() == setup.Compiler(("clang++",), "clang version 22.1.8", None)
+    monkeypatch.setenv("CXX", f"{old} -m64")
+    assert setup.find_cxx().command == (str(old), "-m64") and setup.find_cxx().fault
 
 
 # ---------------------------------------------------------------- architectures and jobs
@@ -141,19 +165,29 @@ def test_jobs_are_capped_by_cores_memory_and_the_user(cores, free, limit, jobs):
 # ---------------------------------------------------------------- compiling
 
 def test_only_the_host_files_see_torch():
-    commands = setup.compile_commands(TORCH, NVCC, ["8.0"], jobs=4)
-    sees_torch = {source.name for source, command in commands.items() if str(TORCH.root / "include") in command}
-    assert sees_torch == {"library.cpp", "bindings.cpp"}
-    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
-    assert [s.name for s in sources if re.search(r"#include <(torch|ATen|c10)/", s.read_text())] == ["checks.h"]
-    assert [s.name for s in sources if '#include "checks.h"' in s.read_text()] == ["library.cpp"]
+    commands = setup.cuda_commands(TORCH, NVCC, ["8.0"], jobs=4) | setup.cpu_commands(TORCH, CXX)
+    names = {source: source.relative_to(setup.CSRC).as_posix() for source in setup.CSRC.rglob("*") if source.is_file()}
+    sees_torch = {names[source] for source, command in commands.items() if str(TORCH.root / "include") in command}
+    assert sees_torch == {"library.cpp", "bindings.cpp", "cpu/library.cpp"}
+    includes = {name: set(re.findall(r'#include [<"](torch|ATen|c10|(?:../)?checks.h)', s.read_text())) for s, name in names.items()}
+    assert {name for name, found in includes.items() if found} == {"checks.h", "library.cpp", "cpu/library.cpp"}
+    assert {source for source in names if source.suffix in (".cpp", ".cu")} == set(commands)
+
+
+def test_cpu_kernels_are_compiled_for_their_processors_and_what_asks_the_processor_for_all():
+    commands = {source.stem: command for source, command in setup.cpu_commands(TORCH, CXX).items()}
+    assert all(command[:3] == ["ccache", "g++", "-c"] for command in commands.values())
+    machine = {name: {flag for flag in command if flag.startswith("-m")} for name, command in commands.items()}
+    assert machine.pop("library") == set()
+    assert {"-mavx512vl", "-mfma"} < machine["avx512"] and machine["avx2"] == {"-mavx2", "-mfma"}
+    assert any("TORCH_TARGET_VERSION=0x020b" in flag for flag in commands["library"])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script plays nvcc")
 def test_only_what_changed_is_compiled_again(tmp_path, monkeypatch):
     # A compiler that writes object and dependencies, and counts how often it ran.
-    nvcc = fake_nvcc(tmp_path, 'shift; echo run >> "$(dirname "$0")/runs"; touch "$3"; '
-                               'echo "$3: $1 $(dirname "$1")/header.h" > "$6"')
+    nvcc = fake_compiler(tmp_path / "bin" / "nvcc", 'shift; echo run >> "$(dirname "$0")/runs"; touch "$3"; '
+                         'echo "$3: $1 $(dirname "$1")/header.h" > "$6"')
     source, header = tmp_path / "kernel.cu", tmp_path / "header.h"
     source.touch(), header.touch()
     monkeypatch.setattr(setup, "OBJECTS", tmp_path)
@@ -164,11 +198,55 @@ def test_only_what_changed_is_compiled_again(tmp_path, monkeypatch):
         return (nvcc.parent / "runs").read_text().count("run") > before
 
     assert compiles() and not compiles()
-    later = (tmp_path / "kernel.cu.o").stat().st_mtime + 10
+    made = tmp_path / f"{tmp_path.name}-kernel.cu.o"
+    later = made.stat().st_mtime + 10
     setup.os.utime(header, (later, later))
     assert compiles()
-    setup.os.utime(tmp_path / "kernel.cu.o", (later + 10, later + 10))
+    setup.os.utime(made, (later + 10, later + 10))
     assert not compiles() and compiles("-g"), "another command means another object"
+
+
+def test_files_of_one_name_have_objects_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(setup, "OBJECTS", tmp_path)
+    monkeypatch.setattr(setup, "run", lambda command: None)
+    sources = [*setup.cuda_commands(TORCH, NVCC, ["8.0"], jobs=4), *setup.cpu_commands(TORCH, CXX)]
+    assert len({setup.compile_one(source, ["c++"]) for source in sources}) == len(sources)
+
+
+# ---------------------------------------------------------------- the record
+
+def test_a_change_of_the_cpu_kernels_leaves_a_gpus_measurements_alone(tmp_path, monkeypatch):
+    for name in ("checks.h", "cuda/conv.cu", "cpu/avx2.cpp"):
+        (tmp_path / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "csrc" / name).write_text(name)
+    monkeypatch.setattr(setup, "CSRC", tmp_path / "csrc")
+
+    def measured_with(cxx: setup.Compiler, folder: Path) -> tuple[str, str]:
+        (folder / "resnet_fast").mkdir(parents=True)
+        setup.finish(plan := decide(cxx=cxx), folder, setup.facts(plan, ["8.0"]))
+        record = folder / "resnet_fast" / "_build.json"
+        return tables.source_hash((str(record),)), json.loads(record.read_text()).get("cpu_csrc")
+
+    gpu, cpu = measured_with(CXX, tmp_path / "1")
+    assert measured_with(None, tmp_path / "2") == (gpu, None)
+    (tmp_path / "csrc" / "cpu" / "avx2.cpp").write_text("edited")
+    edited = measured_with(CXX, tmp_path / "3")
+    assert edited[0] == gpu and edited[1] not in (cpu, None)
+    (tmp_path / "csrc" / "cuda" / "conv.cu").write_text("edited")
+    after = measured_with(CXX, tmp_path / "4")
+    assert after[0] != gpu and after[1] == edited[1]
+    (tmp_path / "csrc" / "checks.h").write_text("edited")
+    assert measured_with(CXX, tmp_path / "5")[1] != edited[1]
+
+
+def test_an_extension_of_an_earlier_build_does_not_outlive_the_record(tmp_path):
+    package = tmp_path / "resnet_fast"
+    package.mkdir()
+    for plan, left in ((decide(), {"_C.x.so", "_cpu.x.so"}), (decide(cxx=None), {"_C.x.so"}), (decide(nvcc=None), {"_cpu.x.so"}),
+                       (decide("none"), set())):
+        (package / "_C.x.so").touch(), (package / "_cpu.x.so").touch()
+        setup.finish(plan, tmp_path, setup.facts(plan, ["8.0"]))
+        assert {file.name for file in package.iterdir()} == {*left, "_build.json"}
 
 
 # ---------------------------------------------------------------- the package

@@ -1,5 +1,7 @@
-// The CPU kernels for processors with AVX2 and FMA.
-#pragma GCC target("avx2,fma")
+// The CPU kernels for processors with AVX2 and FMA, which setup.py compiles this file for.
+#if !(__AVX2__ && __FMA__)
+#error "compile with -mavx2 -mfma"
+#endif
 #define LANES 8
 #define ISA with_avx2
 #include "winograd.h"

@@ -1,5 +1,7 @@
-// The CPU kernels for processors with AVX-512.
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
+// The CPU kernels for processors with AVX-512, which setup.py compiles this file for.
+#if !(__AVX512F__ && __AVX512BW__ && __AVX512DQ__ && __AVX512VL__ && __FMA__)
+#error "compile with -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma"
+#endif
 #define LANES 16
 #define ISA with_avx512
 #include "winograd.h"
