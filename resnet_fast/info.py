@@ -55,9 +55,11 @@ def version(package: str) -> str:
 
 
 def build() -> dict:
-    """What setup.py recorded when it built the extension, or why there is none."""
+    """What setup.py recorded when it built the extensions, or why there are none; and whether the CPU kernels run here."""
+    from .kernels import cpu
     record = Path(__file__).parent / "_build.json"
-    return json.loads(record.read_text()) if record.is_file() else {"extension": "not built (pure Python)"}
+    recorded = json.loads(record.read_text()) if record.is_file() else {"extension": "not built"}
+    return {**recorded, "cpu kernels": cpu.available() or f"run with {cpu.instructions()}"}
 
 
 def kernel_rows() -> list[tuple[str, str, str]]:

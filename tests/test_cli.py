@@ -81,6 +81,14 @@ def test_info(capsys):
     assert "missing" in capsys.readouterr().out
 
 
+def test_info_says_what_the_cpu_kernels_run_with_or_why_they_do_not(monkeypatch):
+    from resnet_fast.kernels import cpu
+    monkeypatch.setattr(cpu, "instructions", lambda: "AVX2")
+    for why_not, said in ((None, "run with AVX2"), ("the CPU kernels are not built", "the CPU kernels are not built")):
+        monkeypatch.setattr(cpu, "available", lambda why_not=why_not: why_not)
+        assert info.build()["cpu kernels"] == said
+
+
 def test_missing_names_the_command(monkeypatch):
     monkeypatch.setattr(info, "version", lambda package: "none")
     assert "timm: pip install 'resnet_fast[timm]'" in info.missing()
