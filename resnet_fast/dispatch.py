@@ -225,11 +225,14 @@ def choose(problem: Problem) -> tuple[Kernel, str]:
 def rejected(problem: Problem) -> dict[str, str]:
     """Every other kernel of the op and why it was not chosen for this problem."""
     chosen, _ = choose(problem)
-    measured = {}
-    if problem.device == "cuda":
+    unproved, measured = "no measurement on this GPU: unproved kernels are never chosen by themselves", {}
+    if problem.device == "cpu":
+        from .kernels import cpu
+        unproved = cpu.yields(problem) or "kernels of one's own are never chosen by themselves"
+    else:
         from . import tables
         measured = {kernel: tables.tell(record) for kernel, record in tables.records(problem).items()}
-    return {k.id: k.reason(problem) or measured.get(k.id, "no measurement on this GPU: unproved kernels are never chosen by themselves")
+    return {k.id: k.reason(problem) or measured.get(k.id, unproved)
             for k in kernels(problem.op) if k is not chosen}
 
 

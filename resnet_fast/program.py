@@ -17,6 +17,7 @@ from .dispatch import Kernel, choose, describe, find
 from .groups import EXTERNAL, Members, flat
 from .kernels.aten import onednn_takes
 from .kernels.cpu import FORMS, Form
+from .kernels.cpu import preferred as preferred_on_cpu
 from .nodes import function
 from .planned import Filter, Lowered
 from .problem import Problem
@@ -242,8 +243,11 @@ def _bind_across(chosen: Kernel, step: Group, args: tuple) -> Run:
 
 
 def _choose(problem: Problem, graph: bool) -> tuple[Kernel, str]:
-    """As every op chooses; inside a CUDA graph, where host time is nothing, by the times measured there."""
+    """As every op chooses, but that weights lie here once; inside a CUDA graph, where host time is nothing, by the times measured there."""
     chosen, why = choose(problem)
+    if problem.device == "cpu" and why == "default" and problem.op == "conv_bn_act":
+        preferred = preferred_on_cpu(problem, live=False)
+        return (find(preferred[0]), preferred[1]) if preferred else (chosen, why)
     if not graph or problem.device != "cuda" or why.startswith("forced"):
         return chosen, why
     from . import tables

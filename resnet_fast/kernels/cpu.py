@@ -106,15 +106,18 @@ def _from_packs(form: Form, x, weight, scale, shift, residual, mean, var, eps, s
 
 # ---------------------------------------------------------------- which of them a CPU runs by itself
 
-def preferred(problem: Problem) -> tuple[str, str] | None:
-    """(kernel, why) for a problem on a CPU, or None where oneDNN is as fast or nothing of this can run."""
-    if available() is None and _winograd_supports(problem) is None and slower(problem) is None:
-        return "cpu.winograd", "a third of the products that the sum takes"
+def preferred(problem: Problem, live: bool = True) -> tuple[str, str] | None:
+    """(kernel, why) for a problem on a CPU, or None where oneDNN is to run; ``live``: beside a module's own weights, not in a plan."""
+    if available() is None and _winograd_supports(problem) is None and yields(problem, live) is None:
+        return "cpu.winograd", "a third of the sum's products"
     return None
 
 
-def slower(problem: Problem) -> str | None:
-    """Why a kernel of this file that could run a problem is not chosen for it."""
+def yields(problem: Problem, live: bool = True) -> str | None:
+    """Why a kernel of this file that could run a problem leaves it to oneDNN."""
     if problem.dtype == torch.bfloat16 and problem.x[1] > 256:
-        return "measured slower than oneDNN in bfloat16 with more than 256 channels"
+        return "measured no faster than oneDNN in bfloat16 with more than 256 channels"
+    if live and problem.x[1] > (128 if problem.x[0] == 1 else 256):
+        # All of ResNet-50's take 88 MB transformed, 33 plain: 389 MB at batch 1, where eager's 140 and two copies of the weights are 344.
+        return "filters of so many channels take more memory, transformed, than beside live weights they are worth; a plan uses them"
     return None
