@@ -335,6 +335,9 @@ def _nasty_convs() -> Iterator[dict]:
     yield case(1, 8, 6, 6, 8, 3, padding=0)
     yield case(0, 16, 8, 8, 24, 3, residual="nhwc")
     yield case(3, 32, 5, 5, 200, 1, act="none", residual="nhwc")
+    for r, stride in ((3, 1), (1, 1), (1, 2)):  # whole panels of filters
+        yield case(2, 48, 7, 9, 96, r, stride, residual="nhwc")
+        yield case(1, 16, 1, 3, 32, r, stride, act="none", bn=False)
 
 
 def _nasty_pairs() -> Iterator[dict]:
