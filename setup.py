@@ -46,10 +46,10 @@ REBUILD = "RESNET_FAST_BUILD=cuda pip install --force-reinstall --no-deps -v ."
 TORCH_OLDEST = (2, 11)
 STABLE = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"
 
-# csrc/cpu: each instruction set has its file, and library.cpp, which asks the processor, takes none for granted. Flags
-# and not `#pragma GCC target`, which clang ignores.
+# Each instruction set has its file in csrc/cpu; library.cpp asks the processor. Flags, since clang ignores `#pragma GCC target`.
 HOST = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall"]
-INSTRUCTIONS = {"avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"], "avx2.cpp": ["-mavx2", "-mfma"]}
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
+INSTRUCTIONS = {"avx512_bf16.cpp": [*AVX512, "-mavx512bf16"], "avx512.cpp": AVX512, "avx2.cpp": ["-mavx2", "-mfma"]}
 
 # One cubin runs on later chips of its own generation (8.0 on 8.7, 10.0 on 10.3, 12.0 on 12.1), so one per generation
 # would do, but for what the variants bring. Older than 8.0 has neither bf16 nor asynchronous copies.
@@ -142,7 +142,7 @@ PROBE = """#include <optional>
 using Words __attribute__((vector_size(64))) = unsigned;
 using Halves __attribute__((vector_size(32))) = unsigned short;
 void widen(const Halves* h, Words* w) { *w = __builtin_convertvector(*h, Words) << 16; }
-std::optional<bool> probe() { return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"); }
+std::optional<bool> probe() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma"); }
 """
 
 
@@ -152,7 +152,7 @@ def find_cxx() -> Compiler | None:
     for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
         if shutil.which(command[0]):
             banner = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout.splitlines()
-            fault = try_out([*command, *HOST, *INSTRUCTIONS["avx512.cpp"], "-shared"], ".cpp", PROBE)
+            fault = try_out([*command, *HOST, *INSTRUCTIONS["avx512_bf16.cpp"], "-shared"], ".cpp", PROBE)
             found = Compiler(tuple(command), banner[0] if banner else "unknown", fault)
             if fault is None:
                 break

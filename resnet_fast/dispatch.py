@@ -1,8 +1,9 @@
 """Which kernel runs: a plain-Python chooser from a frozen description of the problem to a registered kernel.
 
 Order: forced by ``use(...)`` or ``RESNET_FAST_KERNEL``; then the measured table of this GPU model, on a CPU what ``kernels/cpu.py``
-prefers; then ``aten``. Kernels live in families, one module each (``kernels/aten.py``, ``kernels/cpu.py``, ``kernels/native.py``, ``kernels/triton``, ``kernels/experimental``), imported only when
-a kernel of theirs is asked for. There is no try/except around a kernel: what it raises, the caller sees.
+prefers; then ``aten``. Kernels live in families, one module each (``kernels/aten.py``, ``kernels/cpu.py``, ``kernels/native.py``,
+``kernels/triton``, ``kernels/experimental``), imported only when a kernel of theirs is asked for. There is no try/except around a
+kernel: what it raises, the caller sees.
 """
 
 from __future__ import annotations

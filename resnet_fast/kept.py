@@ -107,12 +107,13 @@ class Kept:
         chosen, why = choose(problem)
         form, plain = FORMS.get(chosen.id), partial(entry.pack, x.shape, *geometry, onednn_filters)
         packs = entry.pack(x.shape, *geometry, form.make) if form else None
+        in_place = residual is not None and step.residual.name in writable
         if packs is not None:
-            return bind_form(step, form, packs, plain, geometry), chosen.id, why, problem
+            return bind_form(step, form, packs, plain, geometry, in_place), chosen.id, why, problem
         packs = plain()
         if packs is None:
             raise Unfit(f"a factor of {step.target} is not finite")
-        in_place = residual is not None and step.residual.name in writable and not residual.is_contiguous()
+        in_place = in_place and not residual.is_contiguous()  # one pixel or channel: torch 2.11 cannot fuse the add then
         return bind_onednn(step, *packs, geometry, in_place), "aten (oneDNN)", why, problem
 
 

@@ -210,8 +210,7 @@ def _bind_conv(f: Filter, step: Step, values: Values, writable: set[str], graph:
     form = FORMS.get(chosen.id)
     packs = f.packed(x.shape, form.make) if form else None
     if packs is not None:
-        plain = partial(f.packed, x.shape)
-        return bind_form(step, form, packs, plain, f.geometry), chosen.id, why, problem
+        return bind_form(step, form, packs, partial(f.packed, x.shape), f.geometry, in_place), chosen.id, why, problem
     if form is None and chosen.id != "aten.conv_bn_act":
         return _bind_kernel(chosen, f, affine, step), chosen.id, why, problem
     if onednn_takes(x, f.weight):
@@ -294,12 +293,14 @@ def bind_onednn(step: Step, packed: Tensor, bias: Tensor, geometry: tuple, in_pl
     return run
 
 
-def bind_form(step: Step, form: Form, packs: tuple[Tensor, Tensor], plain: Callable[[], tuple[Tensor, Tensor]], geometry: tuple) -> Run:
+def bind_form(step: Step, form: Form, packs: tuple[Tensor, Tensor], plain: Callable[[], tuple[Tensor, Tensor]], geometry: tuple,
+              in_place: bool) -> Run:
     """A kernel of ours from filters in its form; for an input that it cannot take oneDNN, whose packs ``plain`` makes then."""
     x, residual, relu = _names(step)
+    stride, rest = geometry[0][0], (relu, in_place)
 
     def run(v: Values) -> Tensor:
-        out = form.run(v[x], *packs, v[residual] if residual else None, relu)
+        out = form.run(v[x], *packs, v[residual] if residual else None, stride, *rest)
         return bind_onednn(step, *plain(), geometry, False)(v) if out is None else out
 
     return run

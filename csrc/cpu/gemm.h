@@ -2,54 +2,64 @@
 //
 // R rows of two vectors are 2R accumulators: 14 rows fill AVX-512's 32 registers but for the panel's two vectors and the
 // broadcast element. Each step of the sum loads R elements and two vectors for 2R multiply-adds, so the
-// multiply-add units are the limit and not the loads.
+// multiply-add units are the limit and not the loads. An element is a float, or a Pair of bfloat16.
 #pragma once
 
 #include "simd.h"
 
 namespace resnet_fast::cpu::ISA {
 
-// So many products are summed in registers before they join the rest: a sum's rounding errors grow with its length. Over
-// 256 channels this takes 0.55 times the error of one long sum and 3 % of the speed, 32 a further 0.8 times and 8 %.
-constexpr int64_t run_length = 64;
-
 constexpr int most_rows = LANES == 16 ? 14 : 6;  // AVX2 has 16 registers
 
-// out[i, :] = sum over c of v[i, c] * filters[c, :], for i < R; rows of v are `stride` floats apart, rows of out one panel.
-template <int R>
-void product(const float* v, int64_t stride, const float* filters, int64_t c, float* out) {
-  for (int64_t k = 0; k < c;) {
-    Vec sum[R][2];
+// sum[i, :] = sum over c of v[i, c] * filters[c, :], for i < R; rows of v are `stride` elements apart. `end`
+// is told before which rows it will get, to prefetch what it needs, and then takes their sums. Each step also prefetches
+// two lines at `ahead`, which moves on by `pace` elements.
+template <int R, class Element, class End>
+void product(const Element* v, int64_t stride, const Element* filters, int64_t c, const Element* ahead, int64_t pace, int64_t first,
+             const End& end) {
+  end.begin(first, R);
+  Vec sum[R][2];
 #pragma GCC unroll 16
-    for (int i = 0; i < R; ++i) sum[i][0] = sum[i][1] = Vec{};
-    const bool first = k == 0;
-    for (const int64_t end = k + run_length < c ? k + run_length : c; k < end; ++k, filters += panel) {
-      const Vec left = load(filters), right = load(filters + lanes);
-      __builtin_prefetch(filters + c * panel, 0, 2);  // into L2: the next panel, or the next position's
-      __builtin_prefetch(filters + c * panel + lanes, 0, 2);
+  for (int i = 0; i < R; ++i) sum[i][0] = sum[i][1] = Vec{};
+  const Element* row[(R + 2) / 3];  // every third: of the rest, x86 adds one or two strides in the load
 #pragma GCC unroll 16
-      for (int i = 0; i < R; ++i) {
-        const Vec x = v[i * stride + k] - Vec{};
-        sum[i][0] += x * left;
-        sum[i][1] += x * right;
-      }
-    }
+  for (int i = 0; i < R; i += 3) row[i / 3] = v + i * stride;
+  for (int64_t k = 0; k < c; ++k, filters += panel, ahead += pace) {
+    const auto left = load(filters), right = load(filters + lanes);
+    __builtin_prefetch(ahead);
+    __builtin_prefetch(ahead + lanes);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
-      store(out + i * panel, first ? sum[i][0] : load(out + i * panel) + sum[i][0]);
-      store(out + i * panel + lanes, first ? sum[i][1] : load(out + i * panel + lanes) + sum[i][1]);
+      const auto x = broadcast(row[i / 3][i % 3 * stride]);
+      add_product(sum[i][0], x, left);
+      add_product(sum[i][1], x, right);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < R; i += 3) {
+      ++row[i / 3];
+      asm("" : "+r"(row[i / 3]));  // or the compiler keeps a pointer for each row, more than it has registers (4 % slower)
     }
   }
+  end.take(first, sum);
 }
 
-// The same for any number of rows, in pieces as even as they go.
-inline void product_of(int64_t rows, const float* v, int64_t stride, const float* filters, int64_t c, float* out) {
-  for (int64_t pieces = (rows + most_rows - 1) / most_rows; pieces; --pieces) {
-    const int64_t r = (rows + pieces - 1) / pieces;
+// The same for any number of rows, in pieces as even as they go. Each prefetches its share of the `count` elements at
+// `ahead`, which are needed next, so that memory is read at one pace all the time.
+template <class Element, class End>
+void product_of(int64_t rows, const Element* v, int64_t stride, const Element* filters, int64_t c, const Element* ahead, int64_t count,
+                const End& end) {
+  if (!rows) return;
+  const int64_t all = (rows + most_rows - 1) / most_rows, a_step = (count + c - 1) / c;
+  const int64_t shares = 4 * all < a_step ? all : (a_step + 3) / 4;  // a pace of 4 elements or more
+  const int64_t pace = (a_step + shares - 1) / shares;
+  const Element* next = ahead;
+  for (int64_t done = 0, pieces = all; pieces; --pieces, next += c * pace) {
+    if (next >= ahead + count) next = ahead;
+    const int64_t r = (rows - done + pieces - 1) / pieces;
     switch (r) {
 #define RF_ROWS(n) \
   case n: \
-    product<n>(v, stride, filters, c, out); \
+    product<n>(v + done * stride, stride, filters, c, next, pace, done, end); \
     break;
       RF_ROWS(1) RF_ROWS(2) RF_ROWS(3) RF_ROWS(4) RF_ROWS(5) RF_ROWS(6)
 #if LANES == 16
@@ -57,8 +67,24 @@ inline void product_of(int64_t rows, const float* v, int64_t stride, const float
 #endif
 #undef RF_ROWS
     }
-    rows -= r, v += r * stride, out += r * panel;
+    done += r;
   }
 }
+
+// An end: the sums themselves, [rows, panel], added to those that are there if `more`.
+struct Sum {
+  float* out;
+  bool more;
+  void begin(int64_t, int) const {}
+  template <int R>
+  void take(int64_t first, Vec (&sum)[R][2]) const {
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+      float* at = out + (first + i) * panel;
+      store(at, more ? load(at) + sum[i][0] : sum[i][0]);
+      store(at + lanes, more ? load(at + lanes) + sum[i][1] : sum[i][1]);
+    }
+  }
+};
 
 }  // namespace resnet_fast::cpu::ISA

