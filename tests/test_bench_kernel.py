@@ -134,7 +134,7 @@ def test_triton_without_a_gpu_is_checked_and_compiled(mine, capsys, registry, mo
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["bench", "--kernel", str(mine), "--layers", "layer3.0.conv1", "conv1"]) == 0
     said = capsys.readouterr().out
-    assert "experimental.mine is right on 10 problems in Triton's interpreter" in said
+    assert "experimental.mine is right on 12 problems in Triton's interpreter" in said
     line = next(line for line in said.splitlines() if line.startswith("layer3.0.conv1"))
     assert "1×1 512→256" in line and "12544×128" in line and "%" in line
     assert "conv1: it takes only 1×1 convolutions of stride 1" in said
