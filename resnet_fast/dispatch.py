@@ -229,7 +229,8 @@ def rejected(problem: Problem) -> dict[str, str]:
     unproved, measured = "no measurement on this GPU: unproved kernels are never chosen by themselves", {}
     if problem.device == "cpu":
         from .kernels import cpu
-        unproved = cpu.yields(problem) or "kernels of one's own are never chosen by themselves"
+        unproved = "kernels of one's own are never chosen by themselves"
+        measured = {id: cpu.yields(id, problem) or f"{chosen.id} goes first" for id in cpu.FORMS}
     else:
         from . import tables
         measured = {kernel: tables.tell(record) for kernel, record in tables.records(problem).items()}

@@ -210,7 +210,7 @@ def _bind_conv(f: Filter, step: Step, values: Values, writable: set[str], graph:
     form = FORMS.get(chosen.id)
     packs = f.packed(x.shape, form.make) if form else None
     if packs is not None:
-        return bind_form(step, form, packs, partial(f.packed, x.shape), f.geometry, in_place), chosen.id, why, problem
+        return bind_form(step, form, packs, partial(f.packed, x.shape), f.weight.shape[2:], f.geometry, in_place), chosen.id, why, problem
     if form is None and chosen.id != "aten.conv_bn_act":
         return _bind_kernel(chosen, f, affine, step), chosen.id, why, problem
     if onednn_takes(x, f.weight):
@@ -244,7 +244,7 @@ def _bind_across(chosen: Kernel, step: Group, args: tuple) -> Run:
 def _choose(problem: Problem, graph: bool) -> tuple[Kernel, str]:
     """As every op chooses, but that weights lie here once; inside a CUDA graph, where host time is nothing, by the times measured there."""
     chosen, why = choose(problem)
-    if problem.device == "cpu" and why == "default" and problem.op == "conv_bn_act":
+    if problem.device == "cpu" and not why.startswith("forced") and problem.op == "conv_bn_act":
         preferred = preferred_on_cpu(problem, live=False)
         return (find(preferred[0]), preferred[1]) if preferred else (chosen, why)
     if not graph or problem.device != "cuda" or why.startswith("forced"):
@@ -293,14 +293,14 @@ def bind_onednn(step: Step, packed: Tensor, bias: Tensor, geometry: tuple, in_pl
     return run
 
 
-def bind_form(step: Step, form: Form, packs: tuple[Tensor, Tensor], plain: Callable[[], tuple[Tensor, Tensor]], geometry: tuple,
-              in_place: bool) -> Run:
-    """A kernel of ours from filters in its form; for an input that it cannot take oneDNN, whose packs ``plain`` makes then."""
+def bind_form(step: Step, form: Form, packs: tuple[Tensor, Tensor], plain: Callable[[], tuple[Tensor, Tensor]], size: torch.Size,
+              geometry: tuple, in_place: bool) -> Run:
+    """A kernel of ours from filters of that size in its form; for an input that it cannot take oneDNN, whose packs ``plain`` makes then."""
     x, residual, relu = _names(step)
-    stride, rest = geometry[0][0], (relu, in_place)
+    rest = size, geometry, relu, in_place
 
     def run(v: Values) -> Tensor:
-        out = form.run(v[x], *packs, v[residual] if residual else None, stride, *rest)
+        out = form.run(v[x], *packs, v[residual] if residual else None, *rest)
         return bind_onednn(step, *plain(), geometry, False)(v) if out is None else out
 
     return run

@@ -19,6 +19,7 @@ from resnet_fast.testing import assert_rule, check_kernel, eager, make_args, ora
 
 pytestmark = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
 NHWC = torch.channels_last
+BF16_SUM = "cpu.conv" if cpu.available() is None and torch.ops.resnet_fast_cpu.takes_bf16() else "aten.conv_bn_act"
 
 
 def winograd_problem(n=2, c=32, h=9, w=6, k=64, dtype=torch.float32, **more) -> Problem:
@@ -113,7 +114,7 @@ def test_a_processor_that_is_told_to_be_plain_runs_without() -> None:
 DECLINED = {
     "stride": ({"stride": (2, 2)}, "stride 1"), "no padding": ({"padding": (0, 0)}, "padding 1"), "dilation": ({"dilation": (2, 2)}, "dilation"),
     "groups": ({"groups": 2, "weight": (64, 16, 3, 3)}, "groups"), "channels": ({"x": (1, 24, 4, 4), "weight": (64, 24, 3, 3)}, "16 channels"),
-    "filters": ({"weight": (40, 32, 3, 3)}, "got 32 and 40"), "NCHW": ({"layout": "nchw"}, "NHWC"), "empty": ({"x": (0, 32, 4, 4)}, "empty"),
+    "filters": ({"weight": (40, 32, 3, 3)}, "filters, got 40"), "NCHW": ({"layout": "nchw"}, "NHWC"), "empty": ({"x": (0, 32, 4, 4)}, "empty"),
     "half": ({"dtype": torch.float16}, "float16"), "cuda": ({"device": "cuda"}, "cuda"), "residual": ({"residual": "nchw"}, "residual nchw"),
 }
 
@@ -126,14 +127,18 @@ def test_it_says_what_it_declines(change, sentence) -> None:
 def test_it_is_chosen_where_it_was_measured_to_win() -> None:
     assert choose(winograd_problem())[0].id == "cpu.winograd"
     assert choose(winograd_problem(c=256, k=256, dtype=torch.bfloat16))[0].id == "cpu.winograd"
-    assert choose(winograd_problem(c=512, k=512, dtype=torch.bfloat16))[0].id == "aten.conv_bn_act"
-    assert choose(winograd_problem(stride=(2, 2)))[0].id == "aten.conv_bn_act"
+    assert choose(winograd_problem(c=512, k=512, dtype=torch.bfloat16))[0].id == BF16_SUM
+    assert choose(winograd_problem(stride=(2, 2)))[0].id == "cpu.conv"
+    assert choose(winograd_problem(c=3, weight=(64, 3, 7, 7), stride=(2, 2), padding=(3, 3)))[0].id == "cpu.conv"
+    assert choose(winograd_problem(weight=(64, 32, 5, 5), padding=(2, 2)))[0].id == "aten.conv_bn_act"
+    assert rejected(winograd_problem())["cpu.conv"] == "cpu.winograd goes first"
+    assert "other sizes than" in rejected(winograd_problem(weight=(64, 32, 5, 5), padding=(2, 2)))["cpu.conv"]
 
 
 def test_live_weights_stay_within_two_copies() -> None:
     """At batch 1 the transformed filters of many channels would take more; a plan, which has no snapshot beside them, takes them."""
     assert choose(winograd_problem(1, 64, 56, 56, 64))[0].id == "cpu.winograd"
-    assert choose(winograd_problem(1, 128, 28, 28, 128))[0].id == "aten.conv_bn_act"
+    assert choose(winograd_problem(1, 128, 28, 28, 128))[0].id == "cpu.conv"
     assert "memory" in rejected(winograd_problem(1, 128, 28, 28, 128))["cpu.winograd"]
     model, x = resnet_fast.resnet18().eval(), torch.randn(1, 3, 64, 64)
     assert [step.kernel for step in resnet_fast.plan(model, x).steps].count("cpu.winograd") == 13

@@ -4,9 +4,9 @@
 #endif
 #define LANES 8
 #define ISA with_avx2
-#include "pointwise.h"
+#include "conv.h"
 #include "winograd.h"
 
 namespace resnet_fast::cpu {
-const Isa avx2{"AVX2", ISA::panel, false, ISA::winograd, ISA::winograd_filters, ISA::pointwise};
+const Isa avx2{"AVX2", ISA::panel, false, ISA::winograd, ISA::winograd_filters, ISA::conv};
 }

@@ -4,9 +4,9 @@
 #endif
 #define LANES 16
 #define ISA with_avx512
-#include "pointwise.h"
+#include "conv.h"
 #include "winograd.h"
 
 namespace resnet_fast::cpu {
-const Isa avx512{"AVX-512", ISA::panel, false, ISA::winograd, ISA::winograd_filters, ISA::pointwise};
+const Isa avx512{"AVX-512", ISA::panel, false, ISA::winograd, ISA::winograd_filters, ISA::conv};
 }

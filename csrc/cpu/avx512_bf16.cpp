@@ -5,9 +5,9 @@
 #define LANES 16
 #define BF16_PAIRS
 #define ISA with_avx512_bf16
-#include "pointwise.h"
+#include "conv.h"
 #include "winograd.h"
 
 namespace resnet_fast::cpu {
-const Isa avx512_bf16{"AVX-512 BF16", ISA::panel, true, ISA::winograd, ISA::winograd_filters, ISA::pointwise};
+const Isa avx512_bf16{"AVX-512 BF16", ISA::panel, true, ISA::winograd, ISA::winograd_filters, ISA::conv};
 }

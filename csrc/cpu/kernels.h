@@ -18,13 +18,13 @@ struct WinogradArgs {
   bool bf16, relu;
 };
 
-struct PointwiseArgs {
+struct ConvArgs {
   const void* x;  // [n, h, w, c]
-  const void* filters;  // [k / panel, c, panel] of float32, [k / panel, c / 2, panel, 2] of bfloat16
+  const void* filters;  // [k / panel, r * s * c, panel] of float32, [k / panel, (r * s * c + 1) / 2, panel, 2] of bfloat16
   const float* bias;  // [k]
   const void* residual;  // like out, or null, or out itself
-  void* out;  // [n, (h - 1) / stride + 1, (w - 1) / stride + 1, k]
-  int64_t n, h, w, c, k, stride;
+  void* out;  // [n, height, width, k]
+  int64_t n, h, w, c, k, r, s, stride, padding, height, width;
   bool bf16, relu;
 };
 
@@ -32,14 +32,14 @@ struct PointwiseArgs {
 struct Isa {
   const char* name;
   int panel;  // output channels of a panel: two vectors
-  bool bf16;  // whether pointwise takes bfloat16
+  bool bf16;  // whether conv takes bfloat16
   // Tiles [first, last) and output channels [k0, k1), through `scratch` of winograd_scratch(last - first, c) floats.
   // Returns the bits of the largest |x| it read: of a NaN or an infinity they are larger than those of any number.
   int32_t (*winograd)(const WinogradArgs&, int64_t first, int64_t last, int64_t k0, int64_t k1, float* scratch);
   // Panels [first, last) of filters [k, c, 3, 3] with the given strides, transformed in double and rounded once.
   void (*winograd_filters)(const float* weight, const int64_t stride[4], int64_t c, float* filters, int64_t first, int64_t last);
-  // Output pixels [first, last), counted over all images, and channels [k0, k1), through pointwise_scratch(last - first) floats.
-  void (*pointwise)(const PointwiseArgs&, int64_t first, int64_t last, int64_t k0, int64_t k1, float* scratch);
+  // Output pixels [first, last), counted over all images, and channels [k0, k1), through conv_scratch(last - first) floats.
+  void (*conv)(const ConvArgs&, int64_t first, int64_t last, int64_t k0, int64_t k1, float* scratch);
 };
 
 extern const Isa avx512_bf16, avx512, avx2;
@@ -54,16 +54,26 @@ static inline int64_t row_stride(int64_t c) { return c + 16; }
 
 static inline int64_t winograd_scratch(int64_t tiles, int64_t c) { return 24 * tiles * (row_stride(c) + 32); }
 
-// Rows 2 KB or more apart would share one or two sets of L1: they are copied, as are those that a stride leaves gaps between.
-static inline bool pointwise_gathers(const PointwiseArgs& a) { return a.stride > 1 || a.c * (a.bf16 ? 2 : 4) % 2048 == 0; }
+// Elements of a row, everything that one output pixel sees of x: filters go through them in the order r, s, c.
+static inline int64_t conv_depth(const ConvArgs& a) { return a.r * a.s * a.c; }
 
-// Elements from one row to the next as pointwise reads them: copies lie one cache line farther apart.
-static inline int64_t pointwise_stride(const PointwiseArgs& a) {
-  return !pointwise_gathers(a) ? a.c : a.bf16 ? a.c + 32 : row_stride(a.c);
+// Whether rows are copied: those that do not lie in x one after another, those 2 KB or more apart, which would share one or
+// two sets of L1, and those of an odd number of bfloat16, which are multiplied in pairs.
+static inline bool conv_gathers(const ConvArgs& a) {
+  return a.r * a.s > 1 || a.stride > 1 || a.padding || a.c * (a.bf16 ? 2 : 4) % 2048 == 0 || (a.bf16 && a.c % 2);
 }
 
-static inline int64_t pointwise_scratch(const PointwiseArgs& a, int64_t rows) {
-  return pointwise_gathers(a) ? rows * pointwise_stride(a) / (a.bf16 ? 2 : 1) : 0;
+// Elements from one row to the next as conv reads them: copies lie an odd number of cache lines apart.
+static inline int64_t conv_stride(const ConvArgs& a) {
+  const int64_t line = a.bf16 ? 32 : 16;
+  return conv_gathers(a) ? ((conv_depth(a) + line - 1) / line | 1) * line : a.c;
+}
+
+// Floats for the sums of one panel.
+static inline int64_t conv_sums(int64_t rows) { return rows * 32; }
+
+static inline int64_t conv_scratch(const ConvArgs& a, int64_t rows) {
+  return conv_sums(rows) + (conv_gathers(a) ? rows * conv_stride(a) / (a.bf16 ? 2 : 1) + 16 : 0);  // a line for what the last copy brings too much
 }
 
 }  // namespace resnet_fast::cpu

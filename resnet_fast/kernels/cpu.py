@@ -2,7 +2,8 @@
 
 They are what runs on a CPU where they win, measured against oneDNN's packed convolution with ReLU on an AMD EPYC with AVX-512, two
 threads, November 2026: ``cpu.winograd`` 2.0 to 2.5 times its speed in float32 for 64 to 256 channels, 1.4 to 1.7 for 512; in bfloat16 1.1 to
-1.35, and 0.8 for 512 channels, which oneDNN keeps. ``cpu.pointwise`` 1.04 to 1.3 times in float32, 1.1 to 1.5 in bfloat16, where the
+1.35. ``cpu.conv`` in float32 and bfloat16: 1×1 1.04 to 1.3 and 1.1 to 1.5; 3×3 of stride 2 0.96 to 1.1 and 1.03 to 1.5; 3×3 of 512 channels in
+bfloat16 1.04 to 1.4, where ``cpu.winograd`` has 0.8 to 1.08; the stem of 7×7 1.1 and 1.4 to 2.0; bfloat16 only where the
 processor multiplies it. Importing this module loads no library: it comes in with the first question.
 """
 
@@ -51,36 +52,35 @@ class Form:
     """A convolution that runs from filters of its own form.
 
     ``make(folded weight, bias, geometry, input shape)`` is (filters, float32 bias), or None for weights that it cannot take;
-    ``run(x, filters, bias, residual, stride, relu, in_place)`` is the result, in the residual's memory if ``in_place`` and it can, or
-    None for an input that it cannot take, which ``aten`` then computes.
+    ``run(x, filters, bias, residual, size, geometry, relu, in_place)``, of filters of that size, is the result, in the residual's memory if
+    ``in_place`` and it can, or None for an input that it cannot take, which ``aten`` then computes.
     """
 
     make: fold.Make
-    run: Callable[[Tensor, Tensor, Tensor, Tensor | None, int, bool, bool], Tensor | None]
+    run: Callable[[Tensor, Tensor, Tensor, Tensor | None, torch.Size, tuple, bool, bool], Tensor | None]
     supports: Callable[[Problem], str | None]
     why: str
 
 
-def _nhwc(x: Tensor, k: int, stride: int) -> Tensor:
-    n, _, h, w = x.shape
-    return torch.empty((n, k, (h - 1) // stride + 1, (w - 1) // stride + 1), dtype=x.dtype, memory_format=torch.channels_last)
+def _nhwc(x: Tensor, k: int, size: torch.Size, geometry: tuple) -> Tensor:
+    n, _, *hw = x.shape
+    (stride, _), (padding, _), _, _ = geometry
+    return torch.empty((n, k, *((i + 2 * padding - r) // stride + 1 for i, r in zip(hw, size, strict=True))), dtype=x.dtype,
+                       memory_format=torch.channels_last)
 
 
-def _supports(problem: Problem, size: int, padding: int, strides: tuple[int, ...]) -> str | None:
+def _supports(problem: Problem) -> str | None:
     if problem.device != "cpu":
         return f"it runs on a CPU, not on {problem.device}"
     if problem.dtype not in (torch.float32, torch.bfloat16):
         return f"it takes float32 and bfloat16, not {str(problem.dtype).removeprefix('torch.')}"
-    down, across = problem.stride
-    if (problem.weight[2:], problem.padding, problem.dilation, problem.groups) != ((size, size), (padding, padding), (1, 1), 1) \
-            or down != across or down not in strides:
-        return f"it takes {size}×{size} filters with padding {padding} and stride {' or '.join(map(str, strides))}, without dilation and groups"
-    panel = torch.ops.resnet_fast_cpu.panel()
-    if problem.x[1] % 16 or problem.weight[0] % panel:
-        return f"it wants a multiple of 16 channels and of {panel} filters, got {problem.x[1]} and {problem.weight[0]}"
+    if (problem.dilation, problem.groups) != ((1, 1), 1) or problem.stride[0] != problem.stride[1] or problem.padding[0] != problem.padding[1]:
+        return "it takes one stride and one padding for height and width, without dilation and groups"
+    if problem.weight[0] % (panel := torch.ops.resnet_fast_cpu.panel()):
+        return f"it wants a multiple of {panel} filters, got {problem.weight[0]}"
     if problem.layout != "nhwc" or problem.residual not in (None, "nhwc"):
         return f"it wants NHWC (channels_last), the input is {problem.layout}, the residual {problem.residual}"
-    return "the input is empty" if 0 in problem.x else None
+    return "the input is empty, or smaller than the filters" if 0 in problem.x or min(problem.out_hw) < 1 else None
 
 
 # ---------------------------------------------------------------- 3×3 by Winograd's minimal filtering
@@ -91,14 +91,17 @@ def winograd_filters(weight: Tensor, bias: Tensor, geometry: tuple, shape: torch
     return torch.ops.resnet_fast_cpu.winograd_filters(weight.float()), bias.float()
 
 
-def run_winograd(x: Tensor, filters: Tensor, bias: Tensor, residual: Tensor | None, stride: int, relu: bool, in_place: bool) -> Tensor | None:
+def run_winograd(x: Tensor, filters: Tensor, bias: Tensor, residual: Tensor | None, size: torch.Size, geometry: tuple, relu: bool,
+                 in_place: bool) -> Tensor | None:
     """None where x holds a NaN, an infinity or more than 2^64: within a tile they would spread. So the residual is left whole."""
-    out = _nhwc(x, len(bias), 1)
+    out = _nhwc(x, len(bias), size, geometry)
     return out if torch.ops.resnet_fast_cpu.winograd.default(x, filters, bias, residual, out, relu) else None
 
 
 def _winograd_supports(problem: Problem) -> str | None:
-    return _supports(problem, 3, 1, (1,))
+    if (problem.weight[2:], problem.stride, problem.padding) != ((3, 3), (1, 1), (1, 1)):
+        return "it takes 3×3 filters with padding 1 and stride 1"
+    return f"it wants a multiple of 16 channels, got {problem.x[1]}" if problem.x[1] % 16 else _supports(problem)
 
 
 @kernel("cpu.winograd", op="conv_bn_act", supports=_winograd_supports, available=available)
@@ -106,37 +109,39 @@ def winograd(x, weight, scale, shift, residual, mean, var, eps, stride, padding,
     return _from_packs(FORMS["cpu.winograd"], x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act)
 
 
-# ---------------------------------------------------------------- 1×1 as a product of pixels and filters
+# ---------------------------------------------------------------- any size as a product of pixels, or what each sees, and filters
 
-def pointwise_filters(weight: Tensor, bias: Tensor, geometry: tuple, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    return torch.ops.resnet_fast_cpu.pointwise_filters(weight), bias.float()
+def conv_filters(weight: Tensor, bias: Tensor, geometry: tuple, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    return torch.ops.resnet_fast_cpu.conv_filters(weight), bias.float()
 
 
-def run_pointwise(x: Tensor, filters: Tensor, bias: Tensor, residual: Tensor | None, stride: int, relu: bool, in_place: bool) -> Tensor:
-    out = residual if in_place else _nhwc(x, len(bias), stride)
-    torch.ops.resnet_fast_cpu.pointwise.default(x, filters, bias, residual, out, stride, relu)
+def run_conv(x: Tensor, filters: Tensor, bias: Tensor, residual: Tensor | None, size: torch.Size, geometry: tuple, relu: bool,
+             in_place: bool) -> Tensor:
+    (stride, _), (padding, _), _, _ = geometry
+    out = residual if in_place else _nhwc(x, len(bias), size, geometry)
+    torch.ops.resnet_fast_cpu.conv.default(x, filters, bias, residual, out, size, stride, padding, relu)
     return out
 
 
-def _pointwise_supports(problem: Problem) -> str | None:
+def _conv_supports(problem: Problem) -> str | None:
     if problem.dtype == torch.bfloat16 and not torch.ops.resnet_fast_cpu.takes_bf16():
         return "this processor does not multiply bfloat16"
-    return _supports(problem, 1, 0, (1, 2))
+    return _supports(problem)
 
 
-@kernel("cpu.pointwise", op="conv_bn_act", supports=_pointwise_supports, available=available)
-def pointwise(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
-    return _from_packs(FORMS["cpu.pointwise"], x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act)
+@kernel("cpu.conv", op="conv_bn_act", supports=_conv_supports, available=available)
+def conv(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
+    return _from_packs(FORMS["cpu.conv"], x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act)
 
 
 FORMS = {"cpu.winograd": Form(winograd_filters, run_winograd, _winograd_supports, "a third of the sum's products"),
-         "cpu.pointwise": Form(pointwise_filters, run_pointwise, _pointwise_supports, "bias, residual and ReLU in registers")}
+         "cpu.conv": Form(conv_filters, run_conv, _conv_supports, "bias, residual and ReLU in registers")}
 
 
 def _from_packs(form: Form, x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
     packs = fold.packable(weight, scale, shift, mean, var)
     pack = fold.packed(x, weight, scale, shift, mean, var, eps, stride, padding, dilation, groups, form.make) if packs else None
-    out = None if pack is None else form.run(x, *pack, residual, stride[0], act == "relu", False)
+    out = None if pack is None else form.run(x, *pack, residual, weight.shape[2:], (stride, padding, dilation, groups), act == "relu", False)
     if out is None:
         return aten.conv_bn_act(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act)
     return out if aten.nhwc(x) or aten.nhwc(weight) else out.contiguous()
@@ -148,15 +153,16 @@ def preferred(problem: Problem, live: bool = True) -> tuple[str, str] | None:
     """(kernel, why) for a problem on a CPU, or None where oneDNN is to run; ``live``: beside a module's own weights, not in a plan."""
     if available() is not None:
         return None
-    return next(((id, form.why) for id, form in FORMS.items() if form.supports(problem) is None and yields(problem, live) is None), None)
+    return next(((id, form.why) for id, form in FORMS.items() if form.supports(problem) is None and yields(id, problem, live) is None), None)
 
 
-def yields(problem: Problem, live: bool = True) -> str | None:
-    """Why a kernel of this file that could run a problem leaves it to oneDNN."""
-    if problem.weight[2:] != (3, 3):
-        return None
+def yields(id: str, problem: Problem, live: bool = True) -> str | None:
+    """Why a kernel of this file that could run a problem leaves it to the next of them, or to oneDNN."""
+    if id == "cpu.conv":
+        measured = problem.weight[2:] in ((1, 1), (3, 3), (7, 7))  # 5×5: 0.92 to 1.0 times oneDNN's speed
+        return None if measured else "measured no faster than oneDNN with filters of other sizes than 1×1, 3×3 and 7×7"
     if problem.dtype == torch.bfloat16 and problem.x[1] > 256:
-        return "measured no faster than oneDNN in bfloat16 with more than 256 channels"
+        return "measured slower than the plain sum in bfloat16 with more than 256 channels"
     if live and problem.x[1] > (64 if problem.x[0] == 1 else 256):
         # All of ResNet-50's take 88 MB transformed, 33 plain: 389 MB at batch 1, where eager's 140 and two copies of the weights are 344.
         return "filters of so many channels take more memory, transformed, than beside live weights they are worth; a plan uses them"
