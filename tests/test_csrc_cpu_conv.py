@@ -206,43 +206,46 @@ def test_weight_that_does_not_fit_is_refused(shape: tuple[int, ...]) -> None:
         ops.conv_filters(torch.zeros(shape))
 
 
-# ---------------------------------------------------------------- the copy for AVX2, which no op chooses on a processor with AVX-512
+# ---------------------------------------------------------------- the copies that no op chooses on a processor with AVX-512 BF16
 
 DRIVER = """
-#include "avx2.cpp"
+#include SOURCE
 extern "C" void run(const float* x, const float* filters, const float* bias, const float* residual, float* out, const int64_t* size,
                     bool relu, int64_t first, int64_t last, int64_t k0, int64_t k1) {
   const resnet_fast::cpu::ConvArgs args{x, filters, bias, residual, out, size[0], size[1], size[2], size[3], size[4], size[5], size[6], size[7],
                                         size[8], size[9], size[10], false, relu};
   float* scratch = new float[resnet_fast::cpu::conv_scratch(args, last - first)];
-  resnet_fast::cpu::avx2.conv(args, first, last, k0, k1, scratch);
+  resnet_fast::cpu::COPY.conv(args, first, last, k0, k1, scratch);
   delete[] scratch;
 }
 """
 
 
 @pytest.mark.skipif(host_gpu.compiler() is None, reason="needs a g++")
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="needs a processor with AVX2")
-def test_avx2(tmp_path: Path) -> None:
+@pytest.mark.parametrize("copy, flags, panel", [("avx2", ("-mavx2", "-mfma"), 16),
+                                                ("avx512", ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"), 32)])
+def test_other_instructions(copy: str, flags: tuple[str, ...], panel: int, tmp_path: Path) -> None:
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX512", copy.upper()):
+        pytest.skip(f"needs a processor with {copy}")
     (tmp_path / "driver.cpp").write_text(DRIVER)
-    subprocess.run([host_gpu.compiler(), "-std=c++17", "-O2", "-mavx2", "-mfma", "-Wall", "-Werror", "-fPIC", "-shared",
-                    f"-I{host_gpu.ROOT / 'csrc' / 'cpu'}",
+    subprocess.run([host_gpu.compiler(), "-std=c++17", "-O2", *flags, f"-DCOPY={copy}", f'-DSOURCE="{copy}.cpp"', "-Wall", "-Werror", "-fPIC",
+                    "-shared", f"-I{host_gpu.ROOT / 'csrc' / 'cpu'}",
                     tmp_path / "driver.cpp", "-o", tmp_path / "driver.so"], check=True)
     library = ctypes.CDLL(tmp_path / "driver.so")
 
     def run(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: int, padding: int, relu: bool) -> Tensor:
         k, c, r, s = weight.shape
-        out, filters = fresh(x, weight, stride, padding), weight.permute(0, 2, 3, 1).reshape(k // 16, 16, -1).transpose(1, 2).contiguous()
+        out, filters = fresh(x, weight, stride, padding), weight.permute(0, 2, 3, 1).reshape(k // panel, panel, -1).transpose(1, 2).contiguous()
         n, _, height, width = out.shape
         rows, middle = n * height * width, n * height * width // 3
         for first, last in ((0, middle), (middle, rows)):
-            for k0, k1 in ((0, 16), (16, k)):
+            for k0, k1 in ((0, panel), (panel, k)):
                 library.run(*(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (x, filters, bias, residual, out)),
                             (ctypes.c_int64 * 11)(n, *x.shape[2:], c, k, r, s, stride, padding, height, width), ctypes.c_bool(relu),
                             *map(ctypes.c_int64, (first, last, k0, k1)))
         return out
 
-    for shape in [*POINTWISE[:6], *WIDER, *((1, 16, 1, rows, 48, 1, 1, 0) for rows in range(1, 20))]:
+    for shape in [*POINTWISE[:6], *WIDER, *((1, 16, 1, rows, 3 * panel, 1, 1, 0) for rows in range(1, 20))]:
         x, weight, bias, residual = inputs(*shape, torch.float32)
         judge(run, x, weight, bias, None, *shape[-2:], False)
         judge(run, x, weight, bias, residual, *shape[-2:], True)
