@@ -140,9 +140,9 @@ def test_it_is_chosen_where_it_was_measured_to_win() -> None:
 
 def test_live_weights_stay_within_two_copies() -> None:
     """At batch 1 the transformed filters of many channels would take more; a plan, which has no snapshot beside them, takes them."""
-    assert choose(winograd_problem(1, 64, 56, 56, 64))[0].id == "cpu.winograd"
-    assert choose(winograd_problem(1, 128, 28, 28, 128))[0].id == "cpu.conv"
-    assert "memory" in rejected(winograd_problem(1, 128, 28, 28, 128))["cpu.winograd"]
+    assert choose(winograd_problem(1, 128, 28, 28, 128))[0].id == "cpu.winograd"
+    assert choose(winograd_problem(1, 256, 14, 14, 256))[0].id == "cpu.conv"
+    assert "memory" in rejected(winograd_problem(1, 256, 14, 14, 256))["cpu.winograd"]
     model, x = resnet_fast.resnet18().eval(), torch.randn(1, 3, 64, 64)
     assert [step.kernel for step in resnet_fast.plan(model, x).steps].count("cpu.winograd") == 13
 
