@@ -43,7 +43,7 @@ std::string instructions() { return isa() ? isa()->name : "none"; }
 float* scratch(int64_t floats) {
   thread_local std::unique_ptr<float[]> memory;
   thread_local int64_t size = 0;
-  if (size < floats) memory.reset(new float[size = floats]);
+  if (size < floats) memory.reset(new float[floats]), size = floats;
   return memory.get();
 }
 
