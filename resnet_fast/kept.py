@@ -109,7 +109,10 @@ class Kept:
         packs = entry.pack(x.shape, *geometry, form.make) if form else None
         in_place = residual is not None and step.residual.name in writable
         if packs is not None:
-            return bind_form(step, form, packs, plain, conv.weight.shape[2:], geometry, in_place), chosen.id, why, problem
+            def otherwise() -> Run:
+                return bind_onednn(step, *plain(), geometry, False)
+
+            return bind_form(step, form, packs, otherwise, conv.weight.shape[2:], geometry, in_place), chosen.id, why, problem
         packs = plain()
         if packs is None:
             raise Unfit(f"a factor of {step.target} is not finite")

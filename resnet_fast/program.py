@@ -210,7 +210,8 @@ def _bind_conv(f: Filter, step: Step, values: Values, writable: set[str], graph:
     form = FORMS.get(chosen.id)
     packs = f.packed(x.shape, form.make) if form else None
     if packs is not None:
-        return bind_form(step, form, packs, partial(f.packed, x.shape), f.weight.shape[2:], f.geometry, in_place), chosen.id, why, problem
+        plain = partial(_bind_plain, f, step, onednn_takes(x, f.weight), x.shape)
+        return bind_form(step, form, packs, plain, f.weight.shape[2:], f.geometry, in_place), chosen.id, why, problem
     if form is None and chosen.id != "aten.conv_bn_act":
         return _bind_kernel(chosen, f, affine, step), chosen.id, why, problem
     if onednn_takes(x, f.weight):
@@ -293,17 +294,22 @@ def bind_onednn(step: Step, packed: Tensor, bias: Tensor, geometry: tuple, in_pl
     return run
 
 
-def bind_form(step: Step, form: Form, packs: tuple[Tensor, Tensor], plain: Callable[[], tuple[Tensor, Tensor]], size: torch.Size,
-              geometry: tuple, in_place: bool) -> Run:
-    """A kernel of ours from filters of that size in its form; for an input that it cannot take oneDNN, whose packs ``plain`` makes then."""
+def bind_form(step: Step, form: Form, packs: tuple[Tensor, Tensor], plain: Callable[[], Run], size: torch.Size, geometry: tuple,
+              in_place: bool) -> Run:
+    """A kernel of ours from filters of that size in its form; for an input that it cannot take torch's, which ``plain`` binds then."""
     x, residual, relu = _names(step)
     rest = size, geometry, relu, in_place
 
     def run(v: Values) -> Tensor:
         out = form.run(v[x], *packs, v[residual] if residual else None, *rest)
-        return bind_onednn(step, *plain(), geometry, False)(v) if out is None else out
+        return plain()(v) if out is None else out
 
     return run
+
+
+def _bind_plain(f: Filter, step: Step, onednn: bool, shape: torch.Size) -> Run:
+    """oneDNN, or where it has no packed form (bfloat16 on processors with AVX2 alone) torch's convolution; the residual is left whole."""
+    return bind_onednn(step, *f.packed(shape), f.geometry, False) if onednn else _bind_torch(f, step, False)
 
 
 def _bind_torch(f: Filter, step: Step, in_place: bool, add: Callable[[Tensor, Tensor], Tensor] = Tensor.add_) -> Run:

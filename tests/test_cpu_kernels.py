@@ -170,6 +170,44 @@ def test_an_infinity_passes_through_networks_as_in_eager() -> None:
         assert torch.equal(model(x), good)
 
 
+def test_a_default_device_elsewhere_changes_nothing() -> None:
+    model, x = resnet_fast.resnet18().eval(), torch.randn(2, 3, 64, 64)
+    planned = resnet_fast.plan(model, x)
+    bottleneck = [make_args(winograd_problem()), make_args(winograd_problem(weight=(64, 32, 1, 1), padding=(0, 0)))]
+    with torch.device("meta"):
+        assert planned(x).device.type == "cpu"
+        for args in bottleneck:
+            assert resnet_fast.ops.select("conv_bn_act", args, lambda *_: None)(*args).device.type == "cpu"
+
+
+def test_a_nan_passes_through_a_plan_where_onednn_has_no_bfloat16(monkeypatch) -> None:
+    """As on a processor with AVX2 alone, where what Winograd leaves cannot go to oneDNN's packed convolution."""
+    def nothing(*args):
+        raise RuntimeError("bf16 path needs the cpu support avx_ne_convert or avx512bw, avx512vl and avx512dq")
+
+    model, x = resnet_fast.resnet18().eval().bfloat16(), torch.randn(1, 3, 64, 64).bfloat16()
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_convolution_weight", nothing)
+    planned = resnet_fast.plan(model, x)
+    assert "cpu.winograd" in [step.kernel for step in planned.steps]
+    x[0, 1, 20, 20] = torch.nan
+    with torch.inference_mode(), use("aten.conv_bn_act"):
+        bar = model(x)
+    assert same_nonfinite(planned(x), bar)
+
+
+def test_a_library_of_other_sources_is_not_used(monkeypatch) -> None:
+    """Else what it lacks would be missed in the middle of a forward."""
+    cpu.available.cache_clear()
+    monkeypatch.setitem(cpu.SCHEMAS, "pointwise", "(Tensor x, int new) -> ()")
+    try:
+        assert "was built from other sources" in cpu.available() and cpu.BUILD in cpu.available()
+        assert choose(winograd_problem())[0].id == "aten.conv_bn_act"
+    finally:
+        monkeypatch.undo()
+        cpu.available.cache_clear()
+
+
 def test_an_edited_weight_is_transformed_anew() -> None:
     args = list(make_args(winograd_problem()))
     before = find("cpu.winograd").fn(*args)

@@ -25,13 +25,21 @@ from . import aten
 BUILD = "pip install --force-reinstall --no-deps -v . (in the source folder, with a C++ compiler)"
 PACKAGE = Path(__file__).parents[1]
 RECORD = PACKAGE / "_build.json"
+# As csrc/cpu/library.cpp defines its ops: a library that was built before an edit of them is recognised by these.
+SCHEMAS = {
+    "panel": "() -> int", "takes_bf16": "() -> bool", "instructions": "() -> str",
+    "winograd_filters": "(Tensor weight) -> Tensor",
+    "winograd": "(Tensor x, Tensor filters, Tensor bias, Tensor? residual, Tensor(a!) out, bool relu) -> bool",
+    "conv_filters": "(Tensor weight) -> Tensor",
+    "conv": "(Tensor x, Tensor filters, Tensor bias, Tensor? residual, Tensor(a!) out, int[2] size, int stride, int padding, bool relu) -> ()",
+}
 LARGEST = 2.0 ** 32  # of a filter's elements: with an input below 2^64 nothing on the way to the sum overflows
 
 
 @functools.cache
 def available() -> str | None:
     """Why these kernels cannot run here, or None; loads the library."""
-    library = next(PACKAGE.glob("_cpu.*.so"), None)
+    library = max(PACKAGE.glob("_cpu.*.so"), key=lambda built: built.stat().st_mtime, default=None)  # one for each Python in a source folder
     if library is None:
         why = json.loads(RECORD.read_text()).get("cpu_why") if RECORD.is_file() else None
         return f"the CPU kernels are not built ({why or 'no build record'}): {BUILD}"
@@ -39,6 +47,9 @@ def available() -> str | None:
         torch.ops.load_library(str(library))
     except OSError as problem:
         return f"{library.name} cannot be loaded with torch {torch.__version__} ({problem}): {BUILD}"
+    known = [str(schema) for op in SCHEMAS for schema in torch._C._jit_get_schemas_for_operator(f"resnet_fast_cpu::{op}")]
+    if known != [f"resnet_fast_cpu::{op}{signature}" for op, signature in SCHEMAS.items()]:
+        return f"{library.name} was built from other sources than this package's: {BUILD}"
     return "this processor has neither AVX-512 nor AVX2, or ATEN_CPU_CAPABILITY forbids them" if instructions() == "none" else None
 
 
@@ -65,8 +76,8 @@ class Form:
 def _nhwc(x: Tensor, k: int, size: torch.Size, geometry: tuple) -> Tensor:
     n, _, *hw = x.shape
     (stride, _), (padding, _), _, _ = geometry
-    return torch.empty((n, k, *((i + 2 * padding - r) // stride + 1 for i, r in zip(hw, size, strict=True))), dtype=x.dtype,
-                       memory_format=torch.channels_last)
+    sizes = n, k, *((i + 2 * padding - r) // stride + 1 for i, r in zip(hw, size, strict=True))
+    return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _supports(problem: Problem) -> str | None:
