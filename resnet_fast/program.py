@@ -198,13 +198,13 @@ def _bind_conv(f: Filter, step: Step, values: Values, writable: set[str], graph:
         raise ValueError(f"plan: step {step.output} ({step.target}) does not fit this input: got {list(x.shape)}, expected "
                          f"{wanted} channels and at least one output pixel for filters of {list(f.weight.shape)}")
     residual = None if step.residual is None else values[step.residual.name]
-    if residual is not None and tuple(residual.shape) != _conv_shape(f, x):
-        return _bind_torch(f, step, False, torch.add), "torch", "the residual broadcasts", None
+    if residual is not None and (residual.dtype != x.dtype or tuple(residual.shape) != _conv_shape(f, x)):
+        return _bind_torch(f, step, False, torch.add), "torch", "the residual broadcasts or promotes", None
     shift = f.bias.to(torch.promote_types(f.bias.dtype, torch.float32))
     affine = (torch.ones_like(shift), shift)
     problem = describe("conv_bn_act", (x, f.weight, *affine, residual, None, None, 0.0, *f.geometry, step.act))
     chosen, why = _choose(problem, graph)
-    in_place = residual is not None and step.residual.name in writable and residual.dtype == x.dtype
+    in_place = residual is not None and step.residual.name in writable
     if chosen.id == "aten.cudnn_fused":
         return _bind_cudnn(f, step), chosen.id, why, problem
     form = FORMS.get(chosen.id)

@@ -196,6 +196,23 @@ def test_a_nan_passes_through_a_plan_where_onednn_has_no_bfloat16(monkeypatch) -
     assert same_nonfinite(planned(x), bar)
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_plan_adds_a_residual_of_another_dtype_as_eager_does(size) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = torch.nn.Conv2d(32, 32, size, padding=size // 2, bias=False), torch.nn.BatchNorm2d(32)
+
+        def forward(self, x):
+            return torch.relu(self.bn(self.conv(x)) + x.float())
+
+    model, x = Model().eval().bfloat16(), torch.randn(2, 32, 5, 5).bfloat16()
+    with torch.inference_mode():
+        planned, bar = resnet_fast.plan(model, x)(x), model(x)
+    assert planned.dtype == bar.dtype
+    assert_rule(planned, bar, Model.forward(model.double(), x.double()))
+
+
 def test_a_library_of_other_sources_is_not_used(monkeypatch) -> None:
     """Else what it lacks would be missed in the middle of a forward."""
     cpu.available.cache_clear()
