@@ -225,6 +225,14 @@ def test_a_library_of_other_sources_is_not_used(monkeypatch) -> None:
         cpu.available.cache_clear()
 
 
+def test_a_library_that_went_missing_is_not_explained_by_its_build(monkeypatch, tmp_path) -> None:
+    (tmp_path / "_build.json").write_text('{"cpu": "built", "cpu_why": "c++ works"}')
+    monkeypatch.setattr(cpu, "PACKAGE", tmp_path)
+    monkeypatch.setattr(cpu, "RECORD", tmp_path / "_build.json")
+    said = cpu.available.__wrapped__()
+    assert f"not in {tmp_path}" in said and "works" not in said
+
+
 def test_an_edited_weight_is_transformed_anew() -> None:
     args = list(make_args(winograd_problem()))
     before = find("cpu.winograd").fn(*args)

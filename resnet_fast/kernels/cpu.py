@@ -41,8 +41,9 @@ def available() -> str | None:
     """Why these kernels cannot run here, or None; loads the library."""
     library = max(PACKAGE.glob("_cpu.*.so"), key=lambda built: built.stat().st_mtime, default=None)  # one for each Python in a source folder
     if library is None:
-        why = json.loads(RECORD.read_text()).get("cpu_why") if RECORD.is_file() else None
-        return f"the CPU kernels are not built ({why or 'no build record'}): {BUILD}"
+        record = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
+        why = f"_cpu was built, but is not in {PACKAGE}" if record.get("cpu") == "built" else record.get("cpu_why", "no build record")
+        return f"the CPU kernels are not built ({why}): {BUILD}"
     try:
         torch.ops.load_library(str(library))
     except OSError as problem:
