@@ -388,9 +388,9 @@ class BuildExtensions(build_ext):
         OBJECTS.mkdir(parents=True, exist_ok=True)
         with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
             objects = list(pool.map(compile_one, commands, commands.values()))
-        target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        run([*link, "-shared", *map(str, objects), f"-L{torch.root / 'lib'}", *libraries, "-o", str(target)])
+        (target := Path(self.get_ext_fullpath(ext.name))).parent.mkdir(parents=True, exist_ok=True)
+        run([*link, "-shared", *map(str, objects), f"-L{torch.root / 'lib'}", *libraries, "-o", f"{target}.part"])
+        os.replace(f"{target}.part", target)  # half a library, loaded, is a bus error
 
 
 if __name__ == "__main__":

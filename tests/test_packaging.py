@@ -398,3 +398,22 @@ def test_bad_input_gets_one_sentence(op, args, sentence):
 def test_good_input_is_refused_only_for_being_on_the_cpu(op, args):
     with pytest.raises(RuntimeError, match=f"^{op}: got tensors on the CPU, expected CUDA tensors"):
         call(op, *args)
+
+
+def test_an_interrupted_link_leaves_no_half_a_library(monkeypatch, tmp_path):
+    """Loading one is a bus error, which no sentence can explain."""
+    def killed(command):
+        Path(command[command.index("-o") + 1]).write_text("half")
+        raise KeyboardInterrupt
+
+    builder = object.__new__(setup.BuildExtensions)
+    builder.jobs, target = 1, tmp_path / "_cpu.x.so"
+    target.write_text("whole")
+    monkeypatch.setattr(setup, "OBJECTS", tmp_path)
+    monkeypatch.setattr(setup, "plan", lambda: setup.Plan(TORCH, None, CXX, "no", None))
+    monkeypatch.setattr(setup, "compile_one", lambda source, command: source)
+    monkeypatch.setattr(setup, "run", killed)
+    builder.get_ext_fullpath = lambda name: str(target)
+    with pytest.raises(KeyboardInterrupt):
+        builder.build_extension(setup.Extension("resnet_fast._cpu", sources=[]))
+    assert target.read_text() == "whole"
