@@ -2,8 +2,8 @@
 
 Packed weights are compared with the parameters in one go before the first convolution, and if nothing has changed since the last
 pass this one runs as a kept program (``kept``), which adds residuals in place. ResNet-50, two threads of an AVX-512 EPYC, November 2026:
-1.18 times eager's speed at batch 1 and 1.71 at batch 16, of which the comparison takes 8.5 ms; 1.26 and 1.91 on a day when eager was slower, and
-op by op 1.06 and 1.55 then. A batch goes through in pieces: glibc keeps freed blocks of up to 32 MB for the next call and gives larger
+1.37 times eager's speed at batch 1 and 1.97 at batch 16, of which the comparison takes 8.5 ms; with oneDNN's convolutions alone 1.21 and 1.72.
+A batch goes through in pieces: glibc keeps freed blocks of up to 32 MB for the next call and gives larger
 ones back, to be faulted in again page by page (28,229 faults a pass uncut, 4 in pieces of 8 MB; by time all sizes from 8 to 30 MB are within 4 %).
 """
 
