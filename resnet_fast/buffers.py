@@ -1,6 +1,6 @@
 """When a plan's values die, whose memory a step may write to, and whether each image is computed by itself.
 
-oneDNN's convolutions make their own outputs, so an arena has nowhere to be used; what costs is the allocator (see ``whole``).
+No arena: oneDNN's convolutions make their own outputs, and what an output costs is the allocator's, which pieces of a batch settle (see ``whole``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Folding batch norm into the convolution before it, and the packed weights that oneDNN wants, with the guard that keeps them true.
+"""Folding batch norm into the convolution before it, and the packed weights that CPU kernels want, with the guard that keeps them true.
 
 A packed weight is reused only while weight and BN vectors are, byte for byte, those it was made from: an edit through ``.data``
 bumps no version counter, so nothing less would see it (measured on two CPU cores, times eager at batch 1 and 16: checked 1.22 and 2.16,

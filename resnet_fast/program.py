@@ -212,7 +212,9 @@ def _bind_conv(f: Filter, step: Step, values: Values, writable: set[str], graph:
     if packs is not None:
         plain = partial(_bind_plain, f, step, onednn_takes(x, f.weight), x.shape)
         return bind_form(step, form, packs, plain, f.weight.shape[2:], f.geometry, in_place), chosen.id, why, problem
-    if form is None and chosen.id != "aten.conv_bn_act":
+    if form is not None:
+        why = f"{chosen.id} cannot take these weights: not finite, or too large"
+    elif chosen.id != "aten.conv_bn_act":
         return _bind_kernel(chosen, f, affine, step), chosen.id, why, problem
     if onednn_takes(x, f.weight):
         # One pixel or one channel is NCHW and NHWC at once: torch 2.11 cannot fuse the add then.

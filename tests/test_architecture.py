@@ -141,6 +141,14 @@ def test_no_exception_is_swallowed() -> None:
                 assert node.type is not None and ast.unparse(node.type) not in ("Exception", "BaseException"), f"{name}:{node.lineno}"
 
 
+def test_the_cpu_library_that_was_built_runs() -> None:
+    """Else all its tests would be skipped, and nothing be red."""
+    from resnet_fast.info import build
+    from resnet_fast.kernels import cpu
+    if build().get("cpu") == "built":
+        assert cpu.available() is None or "processor" in cpu.available()
+
+
 def test_the_cpu_library_has_the_ops_that_python_asks_for() -> None:
     """Else a good build would count as one of other sources, and every test of it would be skipped."""
     from resnet_fast.kernels import cpu

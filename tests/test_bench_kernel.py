@@ -175,7 +175,8 @@ def test_a_cpu_kernel_is_timed_beside_its_rivals(capsys, registry) -> None:
     assert "→ aten.conv_bn_act" in said and "folded" in said and "× aten" in said and "No roofline on a CPU" in said
     assert main([*call, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert {row["provider"] for row in rows} >= {"eager", "folded", "aten.conv_bn_act"} and len({row["case"] for row in rows}) == 2
+    assert {row["provider"] for row in rows if not row["provider"].startswith("cpu.")} == {"eager", "folded", "aten.conv_bn_act"}
+    assert len({row["case"] for row in rows}) == 2
 
 
 def test_a_wrong_cpu_kernel_is_not_timed(capsys, registry, monkeypatch) -> None:

@@ -65,6 +65,13 @@ def test_filters_that_could_overflow_are_left_to_onednn(value) -> None:
     assert cpu.winograd_filters(folded, bias, (), torch.Size()) is None
 
 
+def test_a_plan_says_why_such_weights_go_elsewhere() -> None:
+    model = resnet_fast.resnet18().eval()
+    model.layer1[0].conv1.weight.data[0, 0, 0, 0] = torch.nan
+    step = next(s for s in resnet_fast.plan(model, torch.randn(2, 3, 64, 64)).steps if s.name == "layer1.0.conv1")
+    assert step.kernel == "aten (oneDNN)" and "cpu.winograd cannot take these weights" in step.why
+
+
 def test_a_nan_in_the_residual_stays_where_it_is() -> None:
     args = list(make_args(winograd_problem(residual="nhwc")))
     args[4][0, 3, 2, 1] = torch.nan

@@ -38,7 +38,7 @@ struct Isa {
   int32_t (*winograd)(const WinogradArgs&, int64_t first, int64_t last, int64_t k0, int64_t k1, float* scratch);
   // Panels [first, last) of filters [k, c, 3, 3] with the given strides, transformed in double and rounded once.
   void (*winograd_filters)(const float* weight, const int64_t stride[4], int64_t c, float* filters, int64_t first, int64_t last);
-  // Output pixels [first, last), counted over all images, and channels [k0, k1), through conv_scratch(last - first) floats.
+  // Output pixels [first, last), counted over all images, and channels [k0, k1), through conv_scratch(args, last - first) floats.
   void (*conv)(const ConvArgs&, int64_t first, int64_t last, int64_t k0, int64_t k1, float* scratch);
 };
 
