@@ -88,6 +88,24 @@ struct ConvArgs {
   Act act;
 };
 
+// A bottleneck's tail and the next one's first 1x1: 3x3, 1x1 + residual, 1x1, folded and with ReLU. Everything dense,
+// activations NHWC, weights KRSC, biases float32.
+struct TailArgs {
+  const void* x;            // [n, h, w, channels]
+  const void* weight2;      // [middle, 3, 3, channels]
+  const float* bias2;
+  const void* weight3;      // [wide, middle]
+  const float* bias3;       // the projection's too
+  const void* residual;     // [n, h, w, wide], or [n, h, w, projected] with a projection
+  const void* projection;   // [wide, projected]; null: none
+  const void* weight1;      // [next, wide]
+  const float* bias1;
+  void* y;                  // [n, h, w, wide]
+  void* z;                  // [n, h, w, next]
+  int64_t n, h, w, channels, middle, wide, projected, next;
+  DType dtype;
+};
+
 // Training batch norm over [pixels, channels], dense (NHWC). partial: bn_act_workspace(pixels, channels) floats.
 struct BnArgs {
   const void* x;

@@ -236,6 +236,58 @@ Tensor conv_hopper(const Tensor& x, const Tensor& weight, const Tensor& scale, c
                   {1, 1}, relu);
 }
 
+// A folded filter of a tail, its bias, and that many channels as the kernel keeps.
+void check_tail_filter(const char* op, const char* what, const Tensor& weight, const Tensor& bias, const Tensor& x,
+                       int64_t channels, int64_t taps, int64_t most) {
+  RF_CHECK(weight.dim() == 4 && weight.scalar_type() == x.scalar_type() && weight.size(1) == channels &&
+               weight.size(2) == taps && weight.size(3) == taps && weight.size(0) > 0 && weight.size(0) <= most, op,
+           ": got ", what, " ", shape(weight), " ", name(weight.scalar_type()), ", expected [K, ", channels, ", ", taps,
+           ", ", taps, "] ", name(x.scalar_type()), " with K up to ", most);
+  check_hopper(op, x, weight, std::nullopt, taps);
+  check_channels_last(op, what, weight);
+  RF_CHECK(bias.dim() == 1 && bias.size(0) == weight.size(0) && bias.scalar_type() == ScalarType::Float &&
+               bias.is_contiguous() && reinterpret_cast<uintptr_t>(bias.const_data_ptr()) % 16 == 0, op, ": got ", what,
+           "'s bias ", shape(bias), " ", name(bias.scalar_type()), ", expected [", weight.size(0),
+           "] Float, contiguous, at a multiple of 16");
+}
+
+std::tuple<Tensor, Tensor> conv_tail_hopper(const Tensor& x, const Tensor& weight2, const Tensor& bias2,
+                                            const Tensor& weight3, const Tensor& bias3, const Tensor& residual,
+                                            const std::optional<Tensor>& projection, const Tensor& weight1,
+                                            const Tensor& bias1) {
+  constexpr const char* op = "conv_tail_hopper";
+  const DType dtype = float_type(op, "x", x.scalar_type());
+  check_channels_last(op, "x", x);
+  RF_CHECK(x.size(1) <= 64, op, ": got x ", shape(x), ", expected up to 64 channels");
+  check_tail_filter(op, "weight2", weight2, bias2, x, x.size(1), 3, 64);
+  check_tail_filter(op, "weight3", weight3, bias3, x, weight2.size(0), 1, 256);
+  check_tail_filter(op, "weight1", weight1, bias1, x, weight3.size(0), 1, projection ? 64 : 128);
+  check_channels_last(op, "residual", residual);
+  const int64_t n = x.size(0), h = x.size(2), w = x.size(3), added = projection ? residual.size(1) : weight3.size(0);
+  RF_CHECK(residual.size(0) == n && residual.size(1) == added && residual.size(2) == h && residual.size(3) == w &&
+               residual.scalar_type() == x.scalar_type(), op, ": got residual ", shape(residual), " ",
+           name(residual.scalar_type()), ", expected [", n, ", ", added, ", ", h, ", ", w, "] ", name(x.scalar_type()));
+  check_hopper(op, residual, weight1, std::nullopt, 1);
+  if (projection) {
+    RF_CHECK(added <= 64, op, ": got residual ", shape(residual), ", expected up to 64 channels to project");
+    check_tail_filter(op, "projection", *projection, bias3, x, added, 1, 256);
+  }
+  check_device(op, {&x, &weight2, &bias2, &weight3, &bias3, &residual, projection ? &*projection : &x, &weight1, &bias1});
+  const auto result = [&](const Tensor& weight) {
+    const int64_t k = weight.size(0);
+    return empty_strided({n, k, h, w}, {h * w * k, 1, w * k, k}, x.scalar_type(), x);
+  };
+  Tensor y = result(weight3), z = result(weight1);
+  const resnet_fast::TailArgs args{x.const_data_ptr(), weight2.const_data_ptr(), bias2.const_data_ptr<float>(),
+                                   weight3.const_data_ptr(), bias3.const_data_ptr<float>(), residual.const_data_ptr(),
+                                   projection ? projection->const_data_ptr() : nullptr, weight1.const_data_ptr(),
+                                   bias1.const_data_ptr<float>(), y.mutable_data_ptr(), z.mutable_data_ptr(), n, h, w,
+                                   x.size(1), weight2.size(0), weight3.size(0), projection ? added : 0, weight1.size(0),
+                                   dtype};
+  on_device_of(op, x, [&](cudaStream_t stream) { return resnet_fast::conv_tail_hopper(args, stream); });
+  return {y, z};
+}
+
 // What both directions of training batch norm get; the number of pixels.
 int64_t check_bn(const char* op, const Tensor& x, const Tensor& weight) {
   check_channels_last(op, "x", x);
@@ -316,6 +368,9 @@ STABLE_TORCH_LIBRARY(resnet_fast_native, m) {
       "conv_hopper(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor? mean, Tensor? var, "
       "float eps, bool relu) -> Tensor");
   m.def(
+      "conv_tail_hopper(Tensor x, Tensor weight2, Tensor bias2, Tensor weight3, Tensor bias3, Tensor residual, "
+      "Tensor? projection, Tensor weight1, Tensor bias1) -> (Tensor, Tensor)");
+  m.def(
       "bn_act(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps, bool relu) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
@@ -332,6 +387,7 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fast_native, CompositeExplicitAutograd, m) {
   m.impl("pointwise", TORCH_BOX(&pointwise));
   m.impl("pointwise_hopper", TORCH_BOX(&pointwise_hopper));
   m.impl("conv_hopper", TORCH_BOX(&conv_hopper));
+  m.impl("conv_tail_hopper", TORCH_BOX(&conv_tail_hopper));
   m.impl("bn_act", TORCH_BOX(&bn_act));
   m.impl("bn_act_backward", TORCH_BOX(&bn_act_backward));
 }

@@ -158,6 +158,26 @@ class HostGpu:
         self._launch("host_conv", CONVOLUTIONS.index(kernel), x, weight, residual, out, affine, float(eps), DTYPES[scale.dtype],
                      sizes, numbers, DTYPES[x.dtype], int(act == "relu"))
 
+    def conv_tail_hopper(self, x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1) -> tuple[Tensor, Tensor]:
+        with self._call():
+            y, z = (self._allocate((x.shape[0], w.shape[0], *x.shape[2:]), x.dtype) for w in (weight3, weight1))
+            self._tail(*map(self._put, (x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1)), y, z)
+            return y.clone(), z.clone()
+
+    def tail_of_last_image(self, args: tuple, images: int) -> tuple[Tensor, Tensor]:
+        """Its y and z in a batch of ``images``, all zeros but the last, from the block that makes them."""
+        with self._call():
+            x, residual, y, z = (self._allocate((images, channels, *args[0].shape[2:]), args[0].dtype, poison=False)
+                                 for channels in (args[0].shape[1], args[5].shape[1], args[3].shape[0], args[7].shape[0]))
+            x[-1], residual[-1] = args[0][0], args[5][0]
+            self._tail(x, *map(self._put, args[1:5]), residual, *map(self._put, args[6:]), y, z)
+            return y[-1:].clone(), z[-1:].clone()
+
+    def _tail(self, x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1, y, z) -> None:
+        sizes = (ctypes.c_int64 * 8)(x.shape[0], *x.shape[2:], x.shape[1], *(w.shape[0] for w in (weight2, weight3)),
+                                     0 if projection is None else projection.shape[1], weight1.shape[0])
+        self._launch("host_tail", x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1, y, z, sizes, DTYPES[x.dtype])
+
     def bn_act(self, x, weight, bias, residual, eps, act) -> tuple[Tensor, Tensor, Tensor]:
         with self._call():
             y = self._allocate(tuple(x.shape), x.dtype)

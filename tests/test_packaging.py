@@ -341,6 +341,8 @@ GATE = torch.rand(2, 8, 1, 1)
 BN = [torch.rand(8) for _ in range(4)]
 FILTER = torch.randn(8, 8, 3, 3).contiguous(memory_format=torch.channels_last)
 GEOMETRY = [1, 1], [1, 1], [1, 1]  # stride, padding, dilation
+ONE = FILTER[:, :, :1, :1].contiguous().half()
+TAIL = NHWC.half(), FILTER.half(), BN[0], ONE, BN[1], NHWC.half(), None, ONE, BN[2]
 
 
 @built
@@ -371,6 +373,11 @@ GEOMETRY = [1, 1], [1, 1], [1, 1]  # stride, padding, dilation
     ("pointwise_hopper", (torch.zeros(9).half()[1:].view(1, 8, 1, 1), FILTER[..., :1, :1].half(), *BN[:2], None, None, None, 0.0, True),
      r"got \[1, 8, 1, 1\] at an address that is no multiple of 16"),
     ("conv_hopper", (NHWC.half(), FILTER[..., :1, :1].half(), *BN[:2], None, None, None, 0.0, True), r"expected \[K, C, 3, 3\] with K"),
+    ("conv_tail_hopper", (*TAIL[:1], TAIL[1].float(), *TAIL[2:]), r"got weight2 \[8, 8, 3, 3\] Float, expected \[K, 8, 3, 3\] Half"),
+    ("conv_tail_hopper", (*TAIL[:3], torch.zeros(264, 8, 1, 1).half(), *TAIL[4:]), r"got weight3 \[264, 8, 1, 1\].* with K up to 256"),
+    ("conv_tail_hopper", (*TAIL[:8], TAIL[8].half()), r"got weight1's bias \[8\] Half, expected \[8\] Float"),
+    ("conv_tail_hopper", (*TAIL[:5], TAIL[5][:1], *TAIL[6:]), r"got residual \[1, 8, 4, 4\] Half, expected \[2, 8, 4, 4\] Half"),
+    ("conv_tail_hopper", (*TAIL[:6], TAIL[3][:, :4].contiguous(), *TAIL[7:]), r"got projection \[8, 4, 1, 1\] Half, expected \[K, 8, 1, 1\]"),
     ("bn_act", (NHWC, BN[0][:4], BN[1], None, 1e-5, True), r"got weight of shape \[4\], expected \[8\]"),
     ("bn_act", (NHWC, *BN[:2], X, 1e-5, True), "got residual with other strides than x"),
     ("bn_act_backward", (NHWC, NHWC, NHWC, *BN[:2], BN[2].double(), 1e-5, True, True), "got statistics of shape"),
@@ -392,6 +399,7 @@ def test_bad_input_gets_one_sentence(op, args, sentence):
     ("pointwise", (NHWC, FILTER[:, :, :1, :1].contiguous(), *BN[:2], None, None, None, 0.0, [2, 2], False)),
     ("pointwise_hopper", (NHWC.half(), FILTER[:, :, :1, :1].contiguous().half(), *BN[:2], NHWC.half(), None, None, 0.0, False)),
     ("conv_hopper", (NHWC.half(), FILTER.half(), *BN[:2], NHWC.half(), None, None, 0.0, False)),
+    ("conv_tail_hopper", TAIL), ("conv_tail_hopper", (*TAIL[:6], TAIL[3], *TAIL[7:])),
     ("bn_act", (NHWC, *BN[:2], NHWC, 1e-5, True)),
     ("bn_act_backward", (NHWC, NHWC, NHWC, *BN[:3], 1e-5, True, False)),
 ])

@@ -197,6 +197,14 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(N) : "memory");
 }
 
+// The same, and nothing of these sums is computed with before: to the compiler they are made here.
+template <int N, int D>
+__device__ __forceinline__ void wgmma_wait(float (&d)[D]) {
+  wgmma_wait<N>();
+#pragma unroll
+  for (int i = 0; i < D; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 // Names of N / 2 registers and the accumulators bound to them, built up from eight.
 #define RF_D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
                  "+f"(d[i + 6]), "+f"(d[i + 7])
@@ -251,6 +259,33 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b,
   }
 }
 
+// The same with a[64 x 16] in registers: thread t's four pairs are rows 16 (t / 32) + t % 32 / 4 (+ 8: odd ones), columns
+// 2 (t % 4), + 1 (+ 8: the last two), so that sums, rounded to pairs, are the next product's rows. Until the products are
+// waited for, `a` must stay as it is.
+#define RF_WGMMA_ROWS(shape, types, names, a0, a1, a2, a3, b_at, add_at, ...)                                         \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" add_at ", 0;\nwgmma.mma_async.sync.aligned." shape "k16.f32." types \
+               " {" names "}, {%" a0 ", %" a1 ", %" a2 ", %" a3 "}, %" b_at ", p, 1, 1, 0;\n}\n"                      \
+               : __VA_ARGS__                                                                                          \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)))
+#define RF_WGMMA_ROWS_N(types)                                                                                         \
+  if constexpr (N == 64) {                                                                                            \
+    RF_WGMMA_ROWS("m64n64", types, RF_NAMES32, "32", "33", "34", "35", "36", "37", RF_D32(0));                         \
+  } else {                                                                                                            \
+    RF_WGMMA_ROWS("m64n128", types, RF_NAMES64, "64", "65", "66", "67", "68", "69", RF_D32(0), RF_D32(32));            \
+  }
+
+template <class T, int N>
+__device__ __forceinline__ void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool add) {
+  static_assert(N == 64 || N == 128, "add the width that is wanted");
+  if constexpr (std::is_same_v<T, __half>) {
+    RF_WGMMA_ROWS_N("f16.f16")
+  } else {
+    RF_WGMMA_ROWS_N("bf16.bf16")
+  }
+}
+
+#undef RF_WGMMA_ROWS_N
+#undef RF_WGMMA_ROWS
 #undef RF_WGMMA_N
 #undef RF_WGMMA
 #undef RF_NAMES128

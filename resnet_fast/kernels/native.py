@@ -183,6 +183,32 @@ def conv_hopper(x, weight, scale, shift, residual, mean, var, eps, stride, paddi
     return out if nhwc(x) or nhwc(weight) else out.contiguous()
 
 
+def _conv_tail_hopper_supports(problem: Problem) -> str | None:
+    if problem.layout != "nhwc" or problem.residual != "nhwc":
+        return f"it wants NHWC (channels_last), input and residual are {problem.layout} and {problem.residual}"
+    why = declines(problem) or hopper_declines(problem)
+    if why is not None:
+        return why
+    (wide, middle, *_), projection, (after, *_) = problem.chain
+    projected = projection[1] if projection else 0
+    for what, channels, most in (("input", problem.x[1], 64), ("middle", middle, 64), ("projected residual", projected, 64),
+                                 ("output", wide, 256), ("next convolution", after, 64 if projection else 128)):
+        if channels > most:
+            return f"it keeps all filters in shared memory, with up to {most} channels of the {what}, and there are {channels}"
+        if channels % 8:
+            return f"TMA wants pixels of whole 16 bytes, the {what} has {channels} channels"
+    n, _, h, w = problem.x
+    return f"it counts tiles in 31 bits, and there are {n * h * w} pixels" if n * h * w > MOST_PIXELS // 2 else None
+
+
+@kernel("native.conv_tail_hopper", op="conv_tail", supports=_conv_tail_hopper_supports, available=hopper_available, sources=SOURCES)
+def conv_tail_hopper(x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1) -> tuple[Tensor, Tensor]:
+    filters = [w if w is None else _aligned(_nhwc(w)) for w in (weight2, weight3, projection, weight1)]
+    biases = [_aligned(b.contiguous()) for b in (bias2, bias3, bias1)]
+    return _op("conv_tail_hopper")(_aligned(x), filters[0], biases[0], filters[1], biases[1], _aligned(residual), filters[2], filters[3],
+                                   biases[2])
+
+
 def _aligned(t: Tensor | None) -> Tensor | None:
     """The tensor where TMA can take it, at a multiple of 16 bytes: itself but for odd slices."""
     return t if t is None or t.data_ptr() % 16 == 0 else t.clone()

@@ -14,7 +14,10 @@ struct Product {
   int n;
   bool half, add;
   float* d;
-  bool same(const Product& o) const { return a == o.a && b == o.b && n == o.n && half == o.half && add == o.add; }
+  const uint32_t* rows = nullptr;  // where a lane holds its part of A, instead of descriptor a: looked at when taken
+  bool same(const Product& o) const {
+    return a == o.a && b == o.b && n == o.n && half == o.half && add == o.add && (rows == nullptr) == (o.rows == nullptr);
+  }
 };
 
 // Warps are on their own: a warp's quarter of a product is taken when that warp waits for it, whatever the group's other
@@ -71,6 +74,13 @@ inline const unsigned char* matrix_element(uint64_t descriptor, int row, int k) 
   return shared_memory + (address ^ (((address >> 7) - base) & 7) << 4);
 }
 
+// Element (row, k) of a warp's 16 x 16 of A in its lanes' registers.
+inline const unsigned char* row_element(const WgmmaWarp& warp, size_t which, int row, int k) {
+  const uint32_t* held = warp.groups[size_t(row % 8 * 4 + k % 8 / 2)].front()[which].rows;
+  if (held == nullptr) fail("lanes of a warp disagree on a product");
+  return reinterpret_cast<const unsigned char*>(held + k / 8 * 2 + row / 8) + k % 2 * 2;
+}
+
 inline float element_as_float(const unsigned char* at, bool half) {
   uint16_t bits;
   std::memcpy(&bits, at, 2);
@@ -81,7 +91,9 @@ __attribute__((optimize("O3"), no_sanitize("undefined"))) inline void multiply(W
   const Product first = warp.groups[0].front()[which];
   static float a[16][16], b[16][256], d[16][256];
   for (int k = 0; k < 16; ++k) {
-    for (int i = 0; i < 16; ++i) a[i][k] = element_as_float(matrix_element(first.a, 16 * quarter + i, k), first.half);
+    for (int i = 0; i < 16; ++i)
+      a[i][k] = element_as_float(first.rows != nullptr ? row_element(warp, which, i, k)
+                                                       : matrix_element(first.a, 16 * quarter + i, k), first.half);
     for (int j = 0; j < first.n; ++j) b[k][j] = element_as_float(matrix_element(first.b, j, k), first.half);
   }
   for (int i = 0; i < 16; ++i) {
@@ -126,13 +138,23 @@ inline void wgmma_commit() {
   warp.fenced[size_t(host_cuda::block.current % 32)] = false;
 }
 
-template <class T, int N>
-void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {
-  static_assert(N >= 8 && N <= 256 && N % 8 == 0);
+inline void start(const host_cuda::Product& product) {
   host_cuda::WgmmaWarp& warp = host_cuda::wgmma_warp();
   const size_t lane = size_t(host_cuda::block.current % 32);
   if (!warp.fenced[lane]) host_cuda::fail("wgmma without wgmma.fence before it");
-  warp.groups[lane].back().push_back({a, b, N, std::is_same_v<T, __half>, add, d});
+  warp.groups[lane].back().push_back(product);
+}
+
+template <class T, int N>
+void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {
+  static_assert(N >= 8 && N <= 256 && N % 8 == 0);
+  start({a, b, N, std::is_same_v<T, __half>, add, d});
+}
+
+template <class T, int N>
+void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool add) {
+  static_assert(N >= 8 && N <= 256 && N % 8 == 0);
+  start({0, b, N, std::is_same_v<T, __half>, add, d, a});
 }
 
 template <int N>
@@ -147,6 +169,11 @@ void wgmma_wait() {
   } else {
     host_cuda::wait_for(warp.round);
   }
+}
+
+template <int N, int D>
+void wgmma_wait(float (&)[D]) {
+  wgmma_wait<N>();
 }
 
 }  // namespace resnet_fast

@@ -51,6 +51,14 @@ int host_conv(int kernel, const void* x, const void* weight, const void* residua
   return launch(p, nullptr);
 }
 
+int host_tail(const void* x, const void* weight2, const float* bias2, const void* weight3, const float* bias3,
+              const void* residual, const void* projection, const void* weight1, const float* bias1, void* y, void* z,
+              const int64_t* sizes, int dtype) {
+  host_cuda::settings.shared_limit = host_cuda::kHopperShared;
+  return conv_tail_hopper({x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1, y, z, sizes[0],
+                           sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], DType(dtype)}, nullptr);
+}
+
 int64_t host_bn_workspace(int64_t pixels, int64_t channels) { return bn_act_workspace(pixels, channels); }
 
 int host_bn(const void* x, const void* residual, const void* gamma, const void* beta, void* y, float* mean, float* var,
