@@ -229,11 +229,14 @@ Tensor pointwise_hopper(const Tensor& x, const Tensor& weight, const Tensor& sca
 
 Tensor conv_hopper(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
                    const std::optional<Tensor>& residual, const std::optional<Tensor>& mean,
-                   const std::optional<Tensor>& var, double eps, bool relu) {
+                   const std::optional<Tensor>& var, double eps, Pair stride, bool relu) {
   constexpr const char* op = "conv_hopper";
   check_hopper(op, x, weight, residual, 3);
-  return run_conv(op, resnet_fast::conv_hopper, x, weight, scale, shift, residual, mean, var, eps, {1, 1}, {1, 1},
-                  {1, 1}, relu);
+  RF_CHECK(stride[0] == stride[1] && (stride[0] == 1 || (stride[0] == 2 && x.size(2) > 1 && x.size(3) > 1)), op,
+           ": got stride [", stride[0], ", ", stride[1], "] for x ", shape(x),
+           ", expected [1, 1], or [2, 2] with two rows and two columns at least");
+  return run_conv(op, resnet_fast::conv_hopper, x, weight, scale, shift, residual, mean, var, eps, stride, {1, 1}, {1, 1},
+                  relu);
 }
 
 // A folded filter of a tail, its bias, and that many channels as the kernel keeps.
@@ -366,7 +369,7 @@ STABLE_TORCH_LIBRARY(resnet_fast_native, m) {
       "Tensor? var, float eps, bool relu) -> Tensor");
   m.def(
       "conv_hopper(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor? mean, Tensor? var, "
-      "float eps, bool relu) -> Tensor");
+      "float eps, int[2] stride, bool relu) -> Tensor");
   m.def(
       "conv_tail_hopper(Tensor x, Tensor weight2, Tensor bias2, Tensor weight3, Tensor bias3, Tensor residual, "
       "Tensor? projection, Tensor weight1, Tensor bias1) -> (Tensor, Tensor)");

@@ -19,7 +19,7 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 HOPPER = "arch=compute_90a,code=sm_90a"
 CONVOLUTIONS = {"conv", "pointwise"}
 # Warp-group products in a pass of the main loop, or of all loops, and how often a kernel waits for some.
-ON_HOPPER = {"conv_hopper": ({4}, 2), "pointwise_hopper": ({8}, 2), "conv_tail_hopper": ({44, 48}, 3)}
+ON_HOPPER = {"conv_hopper": ({4}, {2, 3}), "pointwise_hopper": ({8}, {2}), "conv_tail_hopper": ({44, 48}, {3})}
 FILES = sorted(source.stem for source in CSRC.glob("cuda/*.cu"))
 SHARED_STATIC = 48 * 1024  # what a kernel gets without asking; index_check.cpp holds dynamic shared memory to 99 kB
 NVCC = shutil.which("nvcc")
@@ -128,7 +128,7 @@ def test_hopper_kernels_are_tensor_copies_and_warp_group_products(compiled, file
         # Launched as dependents: griddepcontrol.wait comes before any access to global memory, launch_dependents after it.
         assert text.index("ACQBULK") < text.index("PREEXIT") < re.search(r"\b(UTMALDG|UTMASTG|LDG)\b", text).start(), name
         products, waits = text.count("HGMMA"), text.count("WARPGROUP.DEPBAR")
-        assert products in ON_HOPPER[file][0] and waits == ON_HOPPER[file][1], f"{name}: {products} products, {waits} waits"
+        assert products in ON_HOPPER[file][0] and waits in ON_HOPPER[file][1], f"{name}: {products} products, {waits} waits"
     assert any("MULTICAST" in text for text in code.values()) == (file == "pointwise_hopper")
 
 

@@ -19,9 +19,9 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=[
 ONE_BLOCK, MANY_BLOCKS = 1, 10**6  # as many processors: one block walks over all tiles, or each tile has its own
 
 
-def problem(n, c, h, w, k, dtype=torch.float16, act="relu", **more) -> Problem:
+def problem(n, c, h, w, k, dtype=torch.float16, act="relu", stride=1, **more) -> Problem:
     return Problem(op="conv_bn_act", device="cpu", dtype=dtype, x=(n, c, h, w), layout="nhwc", weight=(k, c, 3, 3),
-                   stride=(1, 1), padding=(1, 1), act=act, **more)
+                   stride=(stride, stride), padding=(1, 1), act=act, **more)
 
 
 # Each width of products, with 64 filters and with 128; batches, rows, channels and filters with tails and without; several
@@ -34,6 +34,12 @@ PROBLEMS = [
     problem(1, 16, 28, 28, 200), problem(1, 200, 13, 28, 256, residual="nhwc", bn=True),
     problem(9, 128, 7, 7, 128), problem(6, 40, 7, 7, 264, residual="nhwc", bn=True), problem(1, 64, 5, 63, 72),
 ]
+# The same of what takes two pixels at a time: sizes even and odd, a single row of output, many images a box.
+PROBLEMS += [problem(*sizes, stride=2, **more) for sizes, more in [
+    ((1, 8, 2, 2, 8), {}), ((2, 64, 3, 5, 24), {"act": "none"}), ((1, 24, 2, 128, 40), {"residual": "nhwc"}),
+    ((130, 8, 3, 2, 8), {}), ((1, 72, 21, 112, 64), {"residual": "nhwc", "bn": True}), ((1, 128, 14, 56, 128), {}),
+    ((1, 136, 28, 27, 136), {"residual": "nhwc", "bn": True}), ((6, 40, 14, 14, 264), {"residual": "nhwc"}), ((5, 64, 13, 14, 64), {}),
+]]
 
 
 @pytest.mark.parametrize("dtype, processors", [(torch.float16, ONE_BLOCK), (torch.float16, 3),
@@ -49,7 +55,8 @@ def test_numerics(gpu: host_gpu.HostGpu, dtype: torch.dtype, processors: int) ->
 @pytest.mark.parametrize("one", [
     problem(5, 136, 7, 7, 136, residual="nhwc", bn=True), problem(4, 72, 8, 40, 64, residual="nhwc"),
     problem(24, 16, 7, 7, 64, bn=True),  # filters stay in shared memory, so that nothing of them holds warps together
-], ids=["128 filters", "64 filters", "64 filters that stay"])
+    problem(5, 136, 14, 13, 136, stride=2, residual="nhwc", bn=True), problem(4, 72, 14, 80, 64, stride=2, residual="nhwc"),
+], ids=["128 filters", "64 filters", "64 filters that stay", "128 filters, stride 2", "64 filters, stride 2"])
 def test_never_depends_on_the_order_of_threads(gpu: host_gpu.HostGpu, one: Problem) -> None:
     """A missing barrier, wait or fence lets it show: early copies if a slot is refilled, late ones if it is read, too soon."""
     args = make_args(one)
@@ -62,16 +69,16 @@ def test_never_depends_on_the_order_of_threads(gpu: host_gpu.HostGpu, one: Probl
         assert torch.equal(results[0], other)
 
 
-@pytest.mark.parametrize("k", [64, 72])
+@pytest.mark.parametrize("k, stride", [(64, 1), (72, 1), (64, 2), (72, 2)])
 @DTYPES
-def test_passes_nan_and_infinity(gpu: host_gpu.HostGpu, dtype: torch.dtype, k: int) -> None:
+def test_passes_nan_and_infinity(gpu: host_gpu.HostGpu, dtype: torch.dtype, k: int, stride: int) -> None:
     """NaN survives the ReLU, and neither spreads beyond its 3×3 neighbours: not over a row's end, not into another image."""
     x = torch.randn(5, 24, 7, 7, dtype=dtype).to(memory_format=torch.channels_last)
     weight = (torch.randn(k, 24, 3, 3, dtype=dtype) / 10).to(memory_format=torch.channels_last)
     x[0, 1, 0, 0], x[1, 3, 6, 6], x[2, 5, 3, 6], x[3, 7, 0, 3] = (float(v) for v in ("nan", "inf", "-inf", "nan"))
     scale, shift = torch.ones(k), torch.zeros(k)
-    out = gpu.conv_hopper(x, weight, scale, shift, None, None, None, 0.0, (1, 1), (1, 1), (1, 1), 1, "relu")
-    assert testing.same_nonfinite(out, F.conv2d(x.float(), weight.float(), padding=1).relu())
+    out = gpu.conv_hopper(x, weight, scale, shift, None, None, None, 0.0, (stride, stride), (1, 1), (1, 1), 1, "relu")
+    assert testing.same_nonfinite(out, F.conv2d(x.float(), weight.float(), None, stride, 1).relu())
 
 
 @pytest.mark.parametrize("k", [64, 128])
@@ -97,7 +104,12 @@ ON_HOPPER = {"device": "cuda", "capability": (9, 0)}
     ({"capability": (8, 0)}, "8.0"),
     ({"capability": (10, 0)}, "10.0"),
     ({"device": "cpu", "capability": None}, "cpu"),
-    ({"stride": (2, 2)}, "stride"),
+    ({"stride": (2, 2)}, None),
+    ({"stride": (2, 1)}, "stride"),
+    ({"stride": (3, 3)}, "stride"),
+    ({"stride": (2, 2), "x": (2, 64, 9, 1)}, "9×1 pixels"),
+    ({"stride": (2, 2), "x": (2, 64, 9, 128)}, None),
+    ({"stride": (2, 2), "x": (2, 64, 9, 129)}, "65"),
     ({"padding": (0, 1)}, "padding"),
     ({"dilation": (2, 2), "padding": (2, 2)}, "dilation"),
     ({"weight": (64, 64, 1, 1), "padding": (0, 0)}, "1×1"),

@@ -1,14 +1,15 @@
-// 3x3 convolution with stride, padding and dilation 1 over NHWC on Hopper, with the shared epilogue:
+// 3x3 convolution with stride 1 or 2, padding and dilation 1 over NHWC on Hopper, with the shared epilogue:
 //
 //   out[n, i, j, k] = act(sum * scale[k] + shift[k] + residual[n, i, j, k]),
-//   sum = sum_{r, s, c} x[n, i + r - 1, j + s - 1, c] * weight[k, r, s, c],   x = 0 outside the image
+//   sum = sum_{r, s, c} x[n, t i + r - 1, t j + s - 1, c] * weight[k, r, s, c],   stride t, x = 0 outside the image
 //
-// Layout: x [N, H, W, C], weight [K, 3, 3, C], residual and out [N, H, W, K], dense, 16-byte aligned, C and K multiples
-// of 8, W up to 64; float16 or bfloat16; float32 accumulation and epilogue, one rounding on store. sm_90a only.
+// Layout: x [N, H, W, C], weight [K, 3, 3, C], residual and out [N, H', W', K], dense, 16-byte aligned, C and K multiples
+// of 8, W' up to 64, H and W at least t; float16 or bfloat16; float32 accumulation and epilogue, one rounding on store. sm_90a only.
 //
 // An implicit product reads its pixels nine times, once a tap, and L2 cannot feed that: by a model with 6.5 TB/s it stops
 // a whole ResNet-50 at 43k images a second. Here TMA loads a box of pixels with its halo once for every 64 channels, and
-// a tap is a shift of the matrix descriptor by whole pixels of 128 bytes (halo.h). Filters are the rows of the product
+// a tap is a shift of the matrix descriptor by whole pixels of 128 bytes (halo.h). With stride 2 that is true of four planes,
+// rows and columns even or odd, which pass through the same ring one after the other with their own taps. Filters are the rows of the product
 // (M = 64) and pixels its columns, because a product has any multiple of eight columns: boxes of whole rows fill 79 to
 // 97 % of those, of multiples of 64 it would be 77 to 87 %. And 64 filters times 232 pixels read some 80 bytes of shared
 // memory a clock, 64 x 64 would read all of its 128.
@@ -38,6 +39,10 @@
 //   2      28      128    75 (DRAM 24)   7 rows            208   94 %      8       67       86        120
 //   3      14      256    75 (DRAM 12)   an image          216   91 %      4       61       87        116
 //   4       7      512    75 (DRAM  7)   4 images          248   79 %      2       61       99        126
+//   stride 2, to
+//   2      28      128    75 (DRAM 60)   7 rows            208   94 %      8       92       96        120
+//   3      14      256    75 (DRAM 30)   an image          216   91 %      4       87       89        116
+//   4       7      512    75 (DRAM 15)   4 images          248   79 %      2       90       99        139
 //
 // Left for a measurement to ask for: weights multicast to two blocks (they are most of L2's bytes), groups a few taps
 // apart so that one's epilogue hides behind the other's products, less padding at 7 x 7.
@@ -57,7 +62,6 @@ constexpr int kHaloThreads = 3 * kGroup;   // two multiply, one loads
 constexpr int kHaloShared = 227 * 1024;    // what a block may have
 constexpr int kSlots = 2;                  // boxes in flight
 constexpr int kLoadRegisters = 40, kMathRegisters = 232;  // 40 + 2 * 232 = 3 * 168, what the launch gives
-constexpr int kTaps = 9;
 constexpr int kSlice = kRowBytes / 2;      // channels of a pixel's 128 bytes
 
 // The columns of a product, and what the two groups share: one box for 128 filters, or 64 filters for two boxes.
@@ -72,7 +76,7 @@ struct HaloTile {
 };
 
 struct HaloArgs {
-  CUtensorMap x, weight, residual, out;
+  CUtensorMap x[4], weight, residual, out;  // x: plane by plane
   AffineArgs affine;
   Halo halo;
   int batch, filters, slices, tiles, tiles_n, slot_bytes;
@@ -103,19 +107,20 @@ struct HaloShared {
   }
 };
 
-// One thread: every slice of every box this block works on, each with all its halo in one copy.
+// One thread: every slice and plane of every box this block works on, each with all its halo in one copy.
 template <class Tile>
 __device__ __forceinline__ void load_boxes(const HaloArgs& p, const HaloShared<Tile>& shared) {
   Ring ring{0};
   for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x)
     for (int slice = 0; slice < p.slices; ++slice)
-      for (int b = 0; b < Tile::kBoxes; ++b, ring.step(1, kSlots)) {
-        const HaloBox box = halo_box(p.halo, tile / p.tiles_n * Tile::kBoxes + b, p.batch);
-        uint64_t* const full = &shared.barriers->box_full[ring.slot];
-        mbarrier_wait(&shared.barriers->box_free[ring.slot], ring.parity ^ 1);
-        mbarrier_expect(full, p.halo.box_pixels() * kRowBytes);
-        tma_load(shared.boxes + ring.slot * p.slot_bytes, &p.x, full, {slice * kSlice, -1, box.row - 1, box.image});
-      }
+      for (int plane = p.halo.planes() - 1; plane >= 0; --plane)
+        for (int b = 0; b < Tile::kBoxes; ++b, ring.step(1, kSlots)) {
+          const HaloBox box = halo_box(p.halo, tile / p.tiles_n * Tile::kBoxes + b, p.batch);
+          uint64_t* const full = &shared.barriers->box_full[ring.slot];
+          mbarrier_wait(&shared.barriers->box_free[ring.slot], ring.parity ^ 1);
+          mbarrier_expect(full, p.halo.box_pixels() * kRowBytes);
+          tma_load(shared.boxes + ring.slot * p.slot_bytes, &p.x[plane], full, {slice * kSlice, -1, box.row - 1, box.image});
+        }
 }
 
 // One thread: the weights of every slice and tap of every tile, or once if they all fit.
@@ -124,7 +129,8 @@ __device__ __forceinline__ void load_weights(const HaloArgs& p, const HaloShared
   Ring ring{0};
   for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
     for (int slice = 0; slice < p.slices; ++slice)
-      for (int tap = 0; tap < kTaps; ++tap, ring.step(1, Tile::kStages)) {
+      for (int i = 0; i < kTaps; ++i, ring.step(1, Tile::kStages)) {
+        const int tap = p.halo.tap(i);
         uint64_t* const full = &shared.barriers->weight_full[ring.slot];
         mbarrier_wait(&shared.barriers->weight_free[ring.slot], ring.parity ^ 1);
         mbarrier_expect(full, Tile::kWeightBytes);
@@ -184,38 +190,51 @@ __device__ __forceinline__ void multiply(const HaloArgs& p, const HaloShared<Til
 
     float sum[Tile::kColumns / 2];
     if (p.resident) weight_ring = {0};
-    for (int slice = 0; slice < p.slices; ++slice, box_ring.step(Tile::kBoxes, kSlots)) {
-      mbarrier_wait(&barriers.box_full[box_ring.slot], box_ring.parity);
-      const uint64_t pixel = matrix_descriptor(shared_address(shared.boxes + box_ring.slot * p.slot_bytes));
-      uint64_t* read = nullptr;  // weights that the products before the last have read
+    uint64_t *read_weights = nullptr, *read_box = nullptr;  // by the products before the last
+    uint64_t pixel = 0;
+    for (int slice = 0; slice < p.slices; ++slice) {
 #pragma unroll 1
-      for (int tap = 0; tap < kTaps; ++tap, weight_ring.step(1, Tile::kStages)) {
+      for (int i = 0; i < kTaps; ++i, weight_ring.step(1, Tile::kStages)) {
+        if (i == 0 || p.halo.last_of_plane(i - 1)) {
+          mbarrier_wait(&barriers.box_full[box_ring.slot], box_ring.parity);
+          pixel = matrix_descriptor(shared_address(shared.boxes + box_ring.slot * p.slot_bytes));
+        }
         mbarrier_wait(&barriers.weight_full[weight_ring.slot], weight_ring.parity);
         const uint64_t filter = matrix_descriptor(
             shared_address(shared.weights + weight_ring.slot * Tile::kWeightBytes + own_filters * kRowBytes));
-        const uint64_t shifted = further_descriptor(pixel, p.halo.shift(tap / 3, tap % 3) * kRowBytes);
+        const uint64_t shifted = further_descriptor(pixel, p.halo.shift(p.halo.tap(i)) * kRowBytes);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kRowBytes; step += 2 * kChunkBytes)
           wgmma<T, Tile::kColumns>(sum, further_descriptor(filter, step), further_descriptor(shifted, step),
-                                   slice + tap + step > 0);
+                                   slice + i + step > 0);
         wgmma_commit();
         wgmma_wait<1>();
         // By now the last tile has left the staging area, mostly, and the residual has half a slice's time to arrive.
-        if (slice == 0 && tap == kTaps / 2 && thread == 0) {
+        if (slice == 0 && i == kTaps / 2 && thread == 0) {
           tma_store_wait_read<0>();
           if (p.has_residual) {
             mbarrier_expect(&barriers.residual[group], p.halo.pixels() * kRowBytes);
             tma_load(staging, &p.residual, &barriers.residual[group], at);
           }
         }
-        if (read != nullptr) release(read);
-        read = p.resident ? nullptr : &barriers.weight_free[weight_ring.slot];
+        if (read_weights != nullptr) release(read_weights);
+        if (read_box != nullptr) release(read_box);
+        read_weights = p.resident ? nullptr : &barriers.weight_free[weight_ring.slot];
+        read_box = nullptr;
+        if (p.halo.last_of_plane(i)) {
+          read_box = &barriers.box_free[box_ring.slot];
+          box_ring.step(Tile::kBoxes, kSlots);
+          if (Tile::kBoxes == kSlots) {  // the next box wants the same slot
+            wgmma_wait<0>();
+            release(read_box), read_box = nullptr;
+          }
+        }
       }
-      wgmma_wait<0>();
-      if (read != nullptr) release(read);
-      release(&barriers.box_free[box_ring.slot]);
     }
+    wgmma_wait<0>(sum);
+    if (read_weights != nullptr) release(read_weights);
+    if (read_box != nullptr) release(read_box);
 
     named_barrier(1 + group, kGroup);  // the staging area is free
     if (p.has_residual) {
@@ -251,7 +270,7 @@ __global__ void __launch_bounds__(kHaloThreads, 1)
         mbarrier_init(&barriers.weight_free[i], 8);
       }
       mbarrier_init_fence();
-      tma_prefetch(&p.x), tma_prefetch(&p.weight), tma_prefetch(&p.out);
+      tma_prefetch(&p.x[0]), tma_prefetch(&p.weight), tma_prefetch(&p.out);
       if (p.has_residual) tma_prefetch(&p.residual);
     }
     for (int n = threadIdx.x; n < Tile::kColumns; n += kHaloThreads) {
@@ -291,16 +310,25 @@ cudaError_t launch_halo(const ConvArgs& c, const Halo& halo, int processors, cud
   const int shared = HaloShared<Tile>::bytes(p.slot_bytes);
   if (halo.rows == 0 || shared > kHaloShared || tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
   p.tiles = int(tiles);
-  const auto pixels = [&](CUtensorMap& map, const void* data, int64_t channels, int width, int rows) {
-    const uint64_t pixel = uint64_t(channels) * sizeof(typename Tile::T), row = pixel * uint64_t(c.w);
-    return encode_tensor_map<4>(map, c.dtype, data, {uint64_t(channels), uint64_t(c.w), uint64_t(c.h), uint64_t(c.n)},
-                                {pixel, row, row * uint64_t(c.h)},
-                                {kSlice, uint32_t(width), uint32_t(rows), uint32_t(halo.images)});
+  constexpr uint64_t size = sizeof(typename Tile::T);
+  const uint64_t w = uint64_t(c.w), h = uint64_t(c.h), n = uint64_t(c.n), stride = uint64_t(halo.stride);
+  const uint64_t pixel = uint64_t(c.c) * size, tap = pixel;
+  cudaError_t error = cudaSuccess;
+  for (uint64_t plane = 0; plane < uint64_t(halo.planes()) && error == cudaSuccess; ++plane) {
+    const uint64_t down = plane / 2, right = plane % 2;  // of its first pixel
+    error = encode_tensor_map<4>(p.x[plane], c.dtype, static_cast<const unsigned char*>(c.x) + (down * w + right) * pixel,
+                                 {uint64_t(c.c), (w - right + stride - 1) / stride, (h - down + stride - 1) / stride, n},
+                                 {stride * pixel, stride * w * pixel, h * w * pixel},
+                                 {kSlice, uint32_t(halo.pitch), uint32_t(halo.box_rows), uint32_t(halo.images)});
+  }
+  const auto made = [&](CUtensorMap& map, const void* data) {
+    const uint64_t at = uint64_t(c.k) * size, row = at * uint64_t(c.out_w);
+    return encode_tensor_map<4>(map, c.dtype, data, {uint64_t(c.k), uint64_t(c.out_w), uint64_t(c.out_h), n},
+                                {at, row, row * uint64_t(c.out_h)},
+                                {kSlice, uint32_t(halo.width), uint32_t(halo.rows), uint32_t(halo.images)});
   };
-  const uint64_t tap = uint64_t(c.c) * sizeof(typename Tile::T);
-  cudaError_t error = pixels(p.x, c.x, c.c, halo.pitch, halo.box_rows);
-  if (error == cudaSuccess) error = pixels(p.out, c.out, c.k, halo.width, halo.rows);
-  if (error == cudaSuccess && p.has_residual) error = pixels(p.residual, c.residual, c.k, halo.width, halo.rows);
+  if (error == cudaSuccess) error = made(p.out, c.out);
+  if (error == cudaSuccess && p.has_residual) error = made(p.residual, c.residual);
   if (error == cudaSuccess)
     error = encode_tensor_map<4>(p.weight, c.dtype, c.weight, {uint64_t(c.c), 3, 3, uint64_t(c.k)},
                                  {tap, 3 * tap, kTaps * tap}, {kSlice, 1, 1, Tile::kFilters});
@@ -312,10 +340,10 @@ cudaError_t launch_halo(const ConvArgs& c, const Halo& halo, int processors, cud
 
 template <class T>
 cudaError_t launch_best(const ConvArgs& c, int processors, cudaStream_t stream) {
-  const int h = int(c.h), w = int(c.w);
-  if (c.k <= 64) return launch_halo<HaloTile<T, 232, 2>>(c, make_halo(h, w, 232), processors, stream);
+  const int h = int(c.out_h), w = int(c.out_w);
+  if (c.k <= 64) return launch_halo<HaloTile<T, 232, 2>>(c, make_halo(h, w, 232, c.stride_h), processors, stream);
   const int columns = choose_columns(int(c.n), h, w, int(ceil_div(c.k, 128)), processors);
-  const Halo halo = make_halo(h, w, columns);
+  const Halo halo = make_halo(h, w, columns, c.stride_h);
   switch (columns) {
     case 208: return launch_halo<HaloTile<T, 208, 1>>(c, halo, processors, stream);
     case 216: return launch_halo<HaloTile<T, 216, 1>>(c, halo, processors, stream);
@@ -343,6 +371,8 @@ const bool registered = register_type<__half>("f16") && register_type<__nv_bfloa
 
 cudaError_t conv_hopper(const ConvArgs& c, cudaStream_t stream) {
   if (c.n * c.h * c.w * c.k == 0) return cudaSuccess;
+  const bool strided = c.stride_h == 2 && c.h > 1 && c.w > 1;  // all four planes have pixels
+  if (c.stride_w != c.stride_h || !(strided || c.stride_h == 1)) return cudaErrorInvalidValue;
   if (c.c % 8 != 0 || c.k % 8 != 0 || !aligned16(c.x, c.weight, c.residual, c.out)) return cudaErrorInvalidValue;
   int device = 0, processors = 0;
   cudaError_t error = cudaGetDevice(&device);

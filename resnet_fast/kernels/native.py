@@ -162,23 +162,25 @@ def pointwise_hopper(x, weight, scale, shift, residual, mean, var, eps, stride, 
     return out if nhwc(x) or nhwc(weight) else out.contiguous()
 
 
-WIDEST = 64  # pixels of a row: two boxes of such rows with their halo fit shared memory beside filters and results
+WIDEST = 64  # pixels of an output row: two boxes of such rows with their halo fit shared memory beside filters and results
 
 
 def _conv_hopper_supports(problem: Problem) -> str | None:
     geometry = problem.weight[2:], problem.stride, problem.padding, problem.dilation
-    if geometry != ((3, 3), (1, 1), (1, 1), (1, 1)):
-        return ("it is for 3×3 filters with stride, padding and dilation 1, this one is {}×{} with stride {}×{}, padding {}×{} "
-                "and dilation {}×{}".format(*chain(*geometry)))
-    if problem.x[3] > WIDEST:
-        return f"it keeps whole rows in shared memory, of up to {WIDEST} pixels, and these have {problem.x[3]}"
+    if geometry not in (((3, 3), (1, 1), (1, 1), (1, 1)), ((3, 3), (2, 2), (1, 1), (1, 1))):
+        return ("it is for 3×3 filters with stride 1 or 2 and padding and dilation 1, this one is {}×{} with stride {}×{}, "
+                "padding {}×{} and dilation {}×{}".format(*chain(*geometry)))
+    if min(problem.x[2:]) < problem.stride[0]:
+        return "with stride 2 it reads even and odd rows and columns, and the input has {}×{} pixels".format(*problem.x[2:])
+    if problem.out_hw[1] > WIDEST:
+        return f"it keeps whole rows in shared memory, of up to {WIDEST} output pixels, and these have {problem.out_hw[1]}"
     return _conv_supports(problem) or hopper_declines(problem)
 
 
 @kernel("native.conv_hopper", op="conv_bn_act", supports=_conv_hopper_supports, available=hopper_available, sources=SOURCES)
 def conv_hopper(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
     scale, shift, mean, var = _vectors(scale, shift, mean, var)
-    out = _op("conv_hopper")(_aligned(x), _aligned(_nhwc(weight)), scale, shift, _aligned(residual), mean, var, eps,
+    out = _op("conv_hopper")(_aligned(x), _aligned(_nhwc(weight)), scale, shift, _aligned(residual), mean, var, eps, stride,
                              act == "relu")
     return out if nhwc(x) or nhwc(weight) else out.contiguous()
 
