@@ -4,7 +4,9 @@ from the PTX ISA, and land as late (or as early) as it allows.
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import host_gpu
 import pytest
@@ -130,3 +132,15 @@ def test_a_build_without_code_for_hopper_is_not_run(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(native, "available", lambda: None)
     said = native.hopper_available()
     assert said is None if reason is None else reason in said
+
+
+def test_the_probe_tells_the_two_base_offsets_apart(tmp_path: Path) -> None:
+    """Here, where the emulation takes the ISA as the kernels do, the pattern's is right wherever a matrix begins."""
+    program = tmp_path / "probe"
+    source = host_gpu.ROOT / "benchmarks" / "descriptor_probe.cu"
+    subprocess.run([host_gpu.compiler(), "-std=c++17", "-O1", f"-I{host_gpu.ROOT / 'csrc'}", f"-I{host_gpu.EMULATION}", "-x", "c++", source,
+                    "-o", program], check=True)
+    said = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
+    rows = {"pattern": "0 1 2 3 4 5 6 7", "matrix": "0"}
+    assert said == [f"operand {operand}, stride {stride}, base offset of the {of}: right from rows {rows[of]}"
+                    for operand in "ab" for stride in (1024, 1280) for of in rows]

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdlib>
+#include <cstring>
 
 enum cudaError_t {
   cudaSuccess = 0,
@@ -47,3 +49,23 @@ template <class F>
 cudaError_t cudaFuncSetAttribute(F, cudaFuncAttribute, int bytes) {
   return bytes <= host_cuda::settings.shared_limit ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
+
+enum cudaMemcpyKind { cudaMemcpyDeviceToHost };
+
+template <class T>
+cudaError_t cudaMalloc(T** p, size_t bytes) {
+  *p = static_cast<T*>(std::malloc(bytes));
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaMemset(void* p, int value, size_t bytes) {
+  std::memset(p, value, bytes);
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+
+inline const char* cudaGetErrorString(cudaError_t) { return "an error"; }
