@@ -20,14 +20,14 @@
 // are turned (stmatrix) into the staging area, where the residual has arrived during the main loop, and leave by TMA
 // during the next one; both clip rows, images and filters that are not there.
 //
-// DOUBT, for a GPU to settle (`make gpu` finds the kernel wrong if so; benchmarks/descriptor_probe.cu says why): a matrix that begins inside a pattern of eight
-// rows, here at any of them. The PTX ISA wants starts at multiples of 16 bytes, and a base offset of zero where the
-// *pattern* starts at a multiple of 1024 ("Matrix Descriptor Format": (pattern start addr >> 7) & 7). It does, since TMA
-// swizzles by absolute address, so the offset is zero for every tap. Nvidia's TensorRT-LLM too takes it from the pattern's
-// address and not from the matrix's (xqa/gmma.cuh); Triton would take the matrix's, but begins at multiples of eight rows.
-// With the matrix's the emulation gives wrong results. Should the hardware want that, or neither: without swizzle a shift
-// by a pixel is certain (pixels of 16 bytes in core matrices of eight, one 5-D box {8, W + 1, rows, images, 8}, still one
-// copy), for TMA rows of 16 bytes instead of 128.
+// DOUBT, for a GPU to settle (`make gpu` finds the kernel wrong if so, and benchmarks/descriptor_probe.cu shows why): a matrix
+// that begins inside a pattern of eight rows, here at any of them. The PTX ISA wants starts at multiples of 16 bytes, and a
+// base offset of zero where the *pattern* starts at a multiple of 1024 ("Matrix Descriptor Format": (pattern start addr >> 7)
+// & 7). It does, since TMA swizzles by absolute address, so the offset is zero for every tap. Nvidia's TensorRT-LLM too takes
+// it from the pattern's address and not from the matrix's (xqa/gmma.cuh); Triton would take the matrix's, but begins at
+// multiples of eight rows. With the matrix's the emulation gives wrong results. Should the hardware want that, or neither:
+// without swizzle a shift by a pixel is certain (pixels of 16 bytes in core matrices of eight, one 5-D box {8, W + 1, rows,
+// images, 8}, still one copy), for TMA rows of 16 bytes instead of 128.
 //
 // Floor, for P pixels: max(2 (P C + 9 K C + P K [+ P K for the residual]) bytes / DRAM, 18 P C K / matrix units).
 // PREDICTED, nothing of it measured, for ResNet-50 at 224^2, batch 256, on an H200 (roofline.py: 4.3 TB/s, 790 TFLOP/s;
