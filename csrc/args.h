@@ -14,8 +14,8 @@ namespace resnet_fast {
 enum class DType : int { f32, f16, bf16 };
 enum class Act : int { none, relu };
 
-// Per-channel affine of an epilogue, y = act(acc * s + t + residual): either s and t themselves, or the four batch
-// norm vectors they are formed from (then gamma, beta, mean and var are set, scale and shift are null).
+// Per-channel affine of an epilogue, y = act(acc * s + t + residual): either s and t themselves (a null scale is 1), or
+// the four batch norm vectors they are formed from (then gamma, beta, mean and var are set, scale and shift are null).
 struct AffineArgs {
   const void* scale = nullptr;
   const void* shift = nullptr;

@@ -15,7 +15,9 @@ int64_t add_act_gate_backward_workspace(const GateBackwardArgs&);  // floats tha
 cudaError_t add_act_gate_backward(const GateBackwardArgs&, cudaStream_t);
 cudaError_t fold_bn(const FoldArgs&, cudaStream_t);
 cudaError_t pointwise(const ConvArgs&, cudaStream_t);  // R = S = 1, no padding
-cudaError_t pointwise_hopper(const ConvArgs&, cudaStream_t);  // stride 1 too, 16-bit, C and K multiples of 8, sm_90a
+cudaError_t pointwise_hopper(const ConvArgs&, cudaStream_t);  // strides to 8, 16-bit, C and K multiples of 8, sm_90a
+// The sum of two such convolutions with one result: out, residual, affine and activation are the first one's.
+cudaError_t pointwise_pair_hopper(const ConvArgs&, const ConvArgs&, cudaStream_t);
 cudaError_t conv(const ConvArgs&, cudaStream_t);
 cudaError_t conv_hopper(const ConvArgs&, cudaStream_t);  // R = S = 3, stride 1 or 2, padding, dilation 1; 16 bits; sm_90a
 cudaError_t conv_tail_hopper(const TailArgs&, cudaStream_t);  // 16 bits; up to 64 -> 64 -> 256 -> 128 channels; sm_90a

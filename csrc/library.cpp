@@ -6,6 +6,7 @@
 // Registered for every backend, and the device is checked last, so that a machine without a GPU can test the checks.
 #include <torch/csrc/stable/accelerator.h>
 
+#include <functional>
 #include <tuple>
 
 #include "checks.h"
@@ -153,9 +154,9 @@ int64_t out_size(int64_t size, int64_t pad, int64_t dilation, int64_t kernel, in
 }
 
 using Pair = std::vector<int64_t>;  // height, width
-using ConvLauncher = cudaError_t (*)(const resnet_fast::ConvArgs&, cudaStream_t);
+using ConvLauncher = std::function<cudaError_t(const resnet_fast::ConvArgs&, cudaStream_t)>;
 
-Tensor run_conv(const char* op, ConvLauncher launcher, const Tensor& x, const Tensor& weight, const Tensor& scale,
+Tensor run_conv(const char* op, const ConvLauncher& launcher, const Tensor& x, const Tensor& weight, const Tensor& scale,
                 const Tensor& shift, const std::optional<Tensor>& residual, const std::optional<Tensor>& mean,
                 const std::optional<Tensor>& var, double eps, const Pair& stride, const Pair& padding,
                 const Pair& dilation, bool relu) {
@@ -218,13 +219,52 @@ void check_hopper(const char* op, const Tensor& x, const Tensor& weight, const s
              " at an address that is no multiple of 16, expected one");
 }
 
+// The steps that tensor copies can take over an image.
+void check_steps(const char* op, const Pair& stride) {
+  RF_CHECK(stride[0] >= 1 && stride[0] <= 8 && stride[1] >= 1 && stride[1] <= 8, op, ": got strides ", stride[0], " and ",
+           stride[1], ", expected 1 to 8");
+}
+
 Tensor pointwise_hopper(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
                         const std::optional<Tensor>& residual, const std::optional<Tensor>& mean,
-                        const std::optional<Tensor>& var, double eps, bool relu) {
+                        const std::optional<Tensor>& var, double eps, Pair stride, bool relu) {
   constexpr const char* op = "pointwise_hopper";
   check_hopper(op, x, weight, residual, 1);
-  return run_conv(op, resnet_fast::pointwise_hopper, x, weight, scale, shift, residual, mean, var, eps, {1, 1}, {0, 0},
+  check_steps(op, stride);
+  return run_conv(op, resnet_fast::pointwise_hopper, x, weight, scale, shift, residual, mean, var, eps, stride, {0, 0},
                   {1, 1}, relu);
+}
+
+// relu(conv(x, weight) + conv(x2, weight2, stride2) + bias).
+Tensor pointwise_pair_hopper(const Tensor& x, const Tensor& weight, const Tensor& x2, const Tensor& weight2,
+                             const Tensor& bias, Pair stride2) {
+  constexpr const char* op = "pointwise_pair_hopper";
+  check_hopper(op, x, weight, std::nullopt, 1);
+  check_hopper(op, x2, weight2, std::nullopt, 1);
+  check_steps(op, stride2);
+  check_channels_last(op, "x", x);
+  check_channels_last(op, "x2", x2);
+  check_channels_last(op, "weight2", weight2);
+  RF_CHECK(x2.scalar_type() == x.scalar_type() && weight2.scalar_type() == x.scalar_type(), op, ": got x2 of dtype ",
+           name(x2.scalar_type()), " and weight2 ", name(weight2.scalar_type()), ", expected x's, ", name(x.scalar_type()));
+  const auto left = [&](int dim, int64_t step) { return (x2.size(dim) + step - 1) / step; };
+  RF_CHECK(x2.size(0) == x.size(0) && left(2, stride2[0]) == x.size(2) && left(3, stride2[1]) == x.size(3), op,
+           ": got x2 ", shape(x2), ", expected images and pixels that strides ", stride2[0], " and ", stride2[1],
+           " make those of x, ", shape(x));
+  RF_CHECK(weight2.size(0) == weight.size(0) && weight2.size(1) == x2.size(1) && x2.size(1) > 0, op, ": got weight2 ",
+           shape(weight2), ", expected [", weight.size(0), ", ", x2.size(1), ", 1, 1], weight's filters and x2's channels");
+  RF_CHECK(bias.dim() == 1 && bias.size(0) == weight.size(0), op, ": got bias of shape ", shape(bias), ", expected [",
+           weight.size(0), "]");
+  RF_CHECK(x2.device() == x.device() && weight2.device() == x.device(), op, ": got tensors on two devices, expected one");
+  const auto launch = [&](resnet_fast::ConvArgs first, cudaStream_t stream) {
+    first.affine.scale = nullptr;
+    resnet_fast::ConvArgs second = first;
+    second.x = x2.const_data_ptr(), second.weight = weight2.const_data_ptr();
+    second.h = x2.size(2), second.w = x2.size(3), second.c = x2.size(1);
+    second.stride_h = int(stride2[0]), second.stride_w = int(stride2[1]);
+    return resnet_fast::pointwise_pair_hopper(first, second, stream);
+  };
+  return run_conv(op, launch, x, weight, bias, bias, {}, {}, {}, 0.0, {1, 1}, {0, 0}, {1, 1}, true);
 }
 
 Tensor conv_hopper(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
@@ -366,7 +406,10 @@ STABLE_TORCH_LIBRARY(resnet_fast_native, m) {
       "float eps, int[2] stride, bool relu) -> Tensor");
   m.def(
       "pointwise_hopper(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor? mean, "
-      "Tensor? var, float eps, bool relu) -> Tensor");
+      "Tensor? var, float eps, int[2] stride, bool relu) -> Tensor");
+  m.def(
+      "pointwise_pair_hopper(Tensor x, Tensor weight, Tensor x2, Tensor weight2, Tensor bias, int[2] stride2) "
+      "-> Tensor");
   m.def(
       "conv_hopper(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor? mean, Tensor? var, "
       "float eps, int[2] stride, bool relu) -> Tensor");
@@ -389,6 +432,7 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fast_native, CompositeExplicitAutograd, m) {
   m.impl("conv", TORCH_BOX(&conv));
   m.impl("pointwise", TORCH_BOX(&pointwise));
   m.impl("pointwise_hopper", TORCH_BOX(&pointwise_hopper));
+  m.impl("pointwise_pair_hopper", TORCH_BOX(&pointwise_pair_hopper));
   m.impl("conv_hopper", TORCH_BOX(&conv_hopper));
   m.impl("conv_tail_hopper", TORCH_BOX(&conv_tail_hopper));
   m.impl("bn_act", TORCH_BOX(&bn_act));

@@ -178,6 +178,26 @@ class HostGpu:
                                      0 if projection is None else projection.shape[1], weight1.shape[0])
         self._launch("host_tail", x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1, y, z, sizes, DTYPES[x.dtype])
 
+    def pointwise_pair_hopper(self, x, weight, x2, weight2, bias, stride2) -> Tensor:
+        with self._call():
+            out = self._allocate((x.shape[0], weight.shape[0], *x.shape[2:]), x.dtype)
+            self._pair(*map(self._put, (x, weight, x2, weight2)), bias, stride2, out)
+            return out.clone()
+
+    def pair_last_image(self, image, image2, images, weight, weight2, bias, stride2) -> Tensor:
+        """The last image's output in a batch of ``images``, all zeros but the last, from the block that makes it."""
+        with self._call():
+            shape = images, weight.shape[0], *image.shape[2:]
+            x, x2, out = (self._allocate((images, *s[1:]), image.dtype, poison=False) for s in (image.shape, image2.shape, shape))
+            x[-1], x2[-1] = image[0], image2[0]
+            self._pair(x, self._put(weight), x2, self._put(weight2), bias, stride2, out)
+            return out[-1:].clone()
+
+    def _pair(self, x, weight, x2, weight2, bias, stride2, out) -> None:
+        n, c, h, w = x.shape
+        sizes = (ctypes.c_int64 * 8)(n, h, w, c, weight.shape[0], *x2.shape[2:], x2.shape[1])
+        self._launch("host_pair", x, weight, x2, weight2, self._put(bias), out, sizes, *stride2, DTYPES[x.dtype])
+
     def bn_act(self, x, weight, bias, residual, eps, act) -> tuple[Tensor, Tensor, Tensor]:
         with self._call():
             y = self._allocate(tuple(x.shape), x.dtype)

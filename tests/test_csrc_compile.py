@@ -129,6 +129,7 @@ def test_hopper_kernels_are_tensor_copies_and_warp_group_products(compiled, file
         assert text.index("ACQBULK") < text.index("PREEXIT") < re.search(r"\b(UTMALDG|UTMASTG|LDG)\b", text).start(), name
         products, waits = text.count("HGMMA"), text.count("WARPGROUP.DEPBAR")
         assert products in ON_HOPPER[file][0] and waits in ON_HOPPER[file][1], f"{name}: {products} products, {waits} waits"
+        assert ("UTMALDG.4D.IM2COL" in text) == (file == "pointwise_hopper"), f"{name}: strides are TMA's"
     assert any("MULTICAST" in text for text in code.values()) == (file == "pointwise_hopper")
 
 

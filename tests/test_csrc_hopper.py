@@ -29,8 +29,11 @@ def problem(n, c, h, w, k, *, dtype=torch.float16, act="relu", **more) -> Proble
     return Problem(op="conv_bn_act", device="cpu", dtype=dtype, x=(n, c, h, w), layout="nhwc", weight=(k, c, 1, 1), act=act, **more)
 
 
+TWO = {"stride": (2, 2)}
+
+
 def problems(dtype: torch.dtype) -> list[Problem]:
-    """Tails in pixels, channels and filters, one slice and many, each of the five tiles; and of the nasty grid what it takes."""
+    """Tails in pixels, channels and filters, one slice and many, each of the five tiles, strides; and of the nasty grid what it takes."""
     several = [
         problem(1, 8, 5, 7, 8, dtype=dtype),
         problem(2, 72, 9, 11, 136, dtype=dtype, residual="nhwc", bn=True),
@@ -40,6 +43,13 @@ def problems(dtype: torch.dtype) -> list[Problem]:
         problem(1, 640, 16, 16, 72, dtype=dtype, act="none"),
         problem(1, 392, 21, 29, 392, dtype=dtype, residual="nhwc"),
         problem(1, 256, 21, 19, 40, dtype=dtype, residual="nhwc"),
+        problem(3, 64, 13, 26, 128, dtype=dtype, **TWO),  # the tiles again, over odd and even sizes
+        problem(2, 136, 22, 27, 40, dtype=dtype, residual="nhwc", bn=True, **TWO),
+        problem(5, 328, 9, 14, 72, dtype=dtype, act="none", **TWO),
+        problem(9, 264, 14, 13, 136, dtype=dtype, **TWO),
+        problem(3, 520, 28, 26, 264, dtype=dtype, residual="nhwc", **TWO),
+        problem(300, 72, 2, 1, 8, dtype=dtype, **TWO),  # images of one pixel
+        problem(2, 72, 17, 40, 64, dtype=dtype, stride=(1, 3)), problem(2, 24, 33, 9, 72, dtype=dtype, stride=(8, 1)),
     ]
     nasty = [p for p in nasty_problems("conv_bn_act", dtype) if find("native.pointwise_hopper").supports(replace(p, **HOPPER)) is None]
     assert len(nasty) >= 3
@@ -58,8 +68,9 @@ def test_pointwise(gpu: host_gpu.HostGpu, dtype: torch.dtype, processors: int) -
 
 @pytest.mark.parametrize("each", [problem(2, 200, 17, 16, 200, residual="nhwc", bn=True), problem(1, 520, 26, 26, 120, residual="nhwc"),
                                   problem(1, 520, 26, 26, 136, residual="nhwc"),
-                                  problem(2, 136, 21, 19, 64, residual="nhwc"), problem(2, 328, 21, 19, 64, residual="nhwc")],
-                         ids=["kept", "together", "paired", "kept-narrow", "streamed"])
+                                  problem(2, 136, 21, 19, 64, residual="nhwc"), problem(2, 328, 21, 19, 64, residual="nhwc"),
+                                  problem(2, 200, 34, 31, 200, residual="nhwc", **TWO), problem(2, 520, 37, 38, 136, **TWO)],
+                         ids=["kept", "together", "paired", "kept-narrow", "streamed", "kept-strided", "paired-strided"])
 def test_pointwise_never_depends_on_order(gpu: host_gpu.HostGpu, each: Problem) -> None:
     """Threads in any order, loads and stores at once or as late as can be."""
     args = make_args(each)
@@ -83,18 +94,19 @@ def test_pointwise_beyond_two_to_the_31_elements(gpu: host_gpu.HostGpu) -> None:
     assert_rule(out, testing.eager("conv_bn_act", args)[0], testing.oracle("conv_bn_act", args)[0])
 
 
+@pytest.mark.parametrize("stride", [1, 2])
 @DTYPES
-def test_pointwise_passes_nan_and_infinity(gpu: host_gpu.HostGpu, dtype: torch.dtype) -> None:
-    """NaN survives the ReLU, and neither spreads into tails or neighbours, as in eager."""
+def test_pointwise_passes_nan_and_infinity(gpu: host_gpu.HostGpu, dtype: torch.dtype, stride: int) -> None:
+    """NaN survives the ReLU, and neither spreads into tails or neighbours, nor from pixels that a stride leaves out, as in eager."""
     x = torch.randn(1, 72, 13, 11, dtype=dtype).to(memory_format=torch.channels_last)
     weight = torch.randn(136, 72, 1, 1, dtype=dtype) / 10
-    residual = torch.randn(1, 136, 13, 11, dtype=dtype).to(memory_format=torch.channels_last)
+    residual = torch.randn(1, 136, -(-13 // stride), -(-11 // stride), dtype=dtype).to(memory_format=torch.channels_last)
     x[0, 1, 2, 2], x[0, 71, 5, 0], x[0, 5, 12, 10] = float("nan"), float("inf"), float("-inf")
-    residual[0, 3, 4, 4], residual[0, 135, 0, 9] = float("nan"), float("inf")
+    residual[0, 3, 4, 4], residual[0, 135, 0, 5] = float("nan"), float("inf")
     scale, shift = torch.ones(136), torch.zeros(136)
     gpu.settings(processors=1)
-    out = gpu.pointwise_hopper(x, weight, scale, shift, residual, None, None, 0.0, (1, 1), (0, 0), (1, 1), 1, "relu")
-    assert testing.same_nonfinite(out, (F.conv2d(x.float(), weight.float()) + residual.float()).relu())
+    out = gpu.pointwise_hopper(x, weight, scale, shift, residual, None, None, 0.0, (stride, stride), (0, 0), (1, 1), 1, "relu")
+    assert testing.same_nonfinite(out, (F.conv2d(x.float(), weight.float(), stride=stride) + residual.float()).relu())
 
 
 def test_pointwise_wants_addresses_of_whole_16_bytes(gpu: host_gpu.HostGpu) -> None:
@@ -111,7 +123,8 @@ def test_pointwise_wants_addresses_of_whole_16_bytes(gpu: host_gpu.HostGpu) -> N
     ({"dtype": torch.float32}, "float32"),
     ({"x": (2, 65, 9, 9), "weight": (64, 65, 1, 1)}, "input has 65"),
     ({"weight": (12, 64, 1, 1)}, "output has 12"),
-    ({"stride": (2, 2)}, "stride 2×2"),
+    ({"stride": (2, 2)}, None),
+    ({"stride": (1, 9), "x": (2, 64, 9, 19)}, "stride 1×9"),
     ({"weight": (64, 64, 3, 3), "padding": (1, 1)}, "3×3"),
     ({"layout": "nchw"}, "nchw"),
     ({"residual": "strided"}, "strided"),

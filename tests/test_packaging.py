@@ -340,6 +340,7 @@ NHWC = X.contiguous(memory_format=torch.channels_last)
 GATE = torch.rand(2, 8, 1, 1)
 BN = [torch.rand(8) for _ in range(4)]
 FILTER = torch.randn(8, 8, 3, 3).contiguous(memory_format=torch.channels_last)
+POINT, WIDE_POINT = torch.randn(8, 8, 1, 1), torch.randn(16, 8, 1, 1)
 GEOMETRY = [1, 1], [1, 1], [1, 1]  # stride, padding, dilation
 ONE = FILTER[:, :, :1, :1].contiguous().half()
 TAIL = NHWC.half(), FILTER.half(), BN[0], ONE, BN[1], NHWC.half(), None, ONE, BN[2]
@@ -368,10 +369,19 @@ TAIL = NHWC.half(), FILTER.half(), BN[0], ONE, BN[1], NHWC.half(), None, ONE, BN
     ("conv", (NHWC, FILTER, *BN[:2], NHWC[:1], None, None, 0.0, *GEOMETRY, True), "got residual of shape"),
     ("conv", (NHWC, FILTER, *BN[:2], None, BN[2], BN[3][:7], 0.0, *GEOMETRY, True), r"got var of shape \[7\]"),
     ("pointwise", (NHWC, FILTER, *BN[:2], None, None, None, 0.0, [1, 1], True), r"expected \[K, C, 1, 1\]"),
-    ("pointwise_hopper", (NHWC, FILTER[..., :1, :1], *BN[:2], None, None, None, 0.0, True), "got x of dtype Float, expected Half or BFloat16"),
-    ("pointwise_hopper", (NHWC.half(), FILTER.half(), *BN[:2], None, None, None, 0.0, True), r"expected \[K, C, 1, 1\] with K and C mult"),
-    ("pointwise_hopper", (torch.zeros(9).half()[1:].view(1, 8, 1, 1), FILTER[..., :1, :1].half(), *BN[:2], None, None, None, 0.0, True),
+    ("pointwise_hopper", (NHWC, POINT, *BN[:2], None, None, None, 0.0, [1, 1], True), "got x of dtype Float, expected Half or BFloat16"),
+    ("pointwise_hopper", (NHWC.half(), FILTER.half(), *BN[:2], None, None, None, 0.0, [1, 1], True), r"expected \[K, C, 1, 1\] with K and C mult"),
+    ("pointwise_hopper", (torch.zeros(9).half()[1:].view(1, 8, 1, 1), FILTER[..., :1, :1].half(), *BN[:2], None, None, None, 0.0, [1, 1], True),
      r"got \[1, 8, 1, 1\] at an address that is no multiple of 16"),
+    ("pointwise_hopper", (NHWC.half(), POINT.half(), *BN[:2], None, None, None, 0.0, [9, 1], True), "got strides 9 and 1, expected 1 to 8"),
+    ("pointwise_pair_hopper", (NHWC.half(), POINT.half(), NHWC, POINT, BN[0], [1, 1]), "got x of dtype Float, expected Half or BFloat16"),
+    ("pointwise_pair_hopper", (NHWC.half(), POINT.half(), NHWC.bfloat16(), POINT.half(), BN[0], [1, 1]), "got x2 of dtype BFloat16 and w"),
+    ("pointwise_pair_hopper", (NHWC.half(), POINT.half(), NHWC.half(), FILTER.half(), BN[0], [1, 1]), r"expected \[K, C, 1, 1\] with K and C m"),
+    ("pointwise_pair_hopper", (NHWC.half(), POINT.half(), X.half(), POINT.half(), BN[0], [1, 1]), "got x2 that is not dense in channels_last"),
+    ("pointwise_pair_hopper", (NHWC.half(), POINT.half(), NHWC.half(), POINT.half(), BN[0], [2, 2]), r"got x2 \[2, 8, 4, 4\], expected images and"),
+    ("pointwise_pair_hopper", (NHWC.half(), POINT.half(), NHWC.half(), POINT.half(), BN[0], [0, 1]), "got strides 0 and 1, expected 1 to 8"),
+    ("pointwise_pair_hopper", (NHWC.half(), POINT.half(), NHWC.half(), WIDE_POINT.half(), BN[0], [1, 1]), r"got weight2 \[16, 8, 1, 1\], exp"),
+    ("pointwise_pair_hopper", (NHWC.half(), POINT.half(), NHWC.half(), POINT.half(), BN[0][:4], [1, 1]), r"got bias of shape \[4\], expected \[8\]"),
     ("conv_hopper", (NHWC.half(), FILTER[..., :1, :1].half(), *BN[:2], None, None, None, 0.0, [1, 1], True), r"expected \[K, C, 3, 3\] with K"),
     ("conv_hopper", (NHWC.half(), FILTER.half(), *BN[:2], None, None, None, 0.0, [2, 1], True), r"got stride \[2, 1\] for x"),
     ("conv_tail_hopper", (*TAIL[:1], TAIL[1].float(), *TAIL[2:]), r"got weight2 \[8, 8, 3, 3\] Float, expected \[K, 8, 3, 3\] Half"),
@@ -398,7 +408,11 @@ def test_bad_input_gets_one_sentence(op, args, sentence):
     ("fold_bn", (torch.randn(8, 6, 1, 1)[:, ::2], *BN, 0.0)),
     ("conv", (NHWC, FILTER, *BN[:2], NHWC, *BN[2:], 1e-5, *GEOMETRY, True)),
     ("pointwise", (NHWC, FILTER[:, :, :1, :1].contiguous(), *BN[:2], None, None, None, 0.0, [2, 2], False)),
-    ("pointwise_hopper", (NHWC.half(), FILTER[:, :, :1, :1].contiguous().half(), *BN[:2], NHWC.half(), None, None, 0.0, False)),
+    ("pointwise_hopper", (NHWC.half(), POINT.half(), *BN[:2], NHWC.half(), None, None, 0.0, [1, 1], False)),
+    ("pointwise_hopper", (NHWC.half(), POINT.half(), *BN[:2], None, None, None, 0.0, [2, 3], False)),
+    ("pointwise_pair_hopper", (NHWC.half()[:, :, :2, :1].contiguous(memory_format=torch.channels_last), POINT.half(), NHWC.half(), POINT.half(),
+                               BN[0], [2, 4])),
+    ("pointwise_pair_hopper", (NHWC.half()[:0], POINT.half(), NHWC.half()[:0], POINT.half(), BN[0], [1, 1])),
     ("conv_hopper", (NHWC.half(), FILTER.half(), *BN[:2], NHWC.half(), None, None, 0.0, [1, 1], False)),
     ("conv_tail_hopper", TAIL), ("conv_tail_hopper", (*TAIL[:6], TAIL[3], *TAIL[7:])),
     ("bn_act", (NHWC, *BN[:2], NHWC, 1e-5, True)),

@@ -23,7 +23,7 @@ RF_HD Affine affine_from_bn(float gamma, float beta, float mean, float var, floa
 
 // Channel i of whichever form the caller handed over.
 RF_HD Affine load_affine(const AffineArgs& a, int64_t i) {
-  if (a.scale != nullptr) return {load_as_float(a.scale, a.dtype, i), load_as_float(a.shift, a.dtype, i)};
+  if (a.shift != nullptr) return {a.scale == nullptr ? 1.f : load_as_float(a.scale, a.dtype, i), load_as_float(a.shift, a.dtype, i)};
   return affine_from_bn(load_as_float(a.gamma, a.dtype, i), load_as_float(a.beta, a.dtype, i),
                         load_as_float(a.mean, a.dtype, i), load_as_float(a.var, a.dtype, i), a.eps);
 }

@@ -148,6 +148,25 @@ __device__ __forceinline__ void tma_load_multicast(void* shared, const CUtensorM
       : "memory");
 }
 
+// Rows of an im2col map (encode_im2col_map), from the pixel at {channel, w, h, image} on; past the last image, zeros.
+__device__ __forceinline__ void tma_load_im2col(void* shared, const CUtensorMap* map, uint64_t* barrier, const int (&at)[4]) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2], {%7, %7};\n" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "h"(uint16_t(0))
+      : "memory");
+}
+
+__device__ __forceinline__ void tma_load_im2col_multicast(void* shared, const CUtensorMap* map, uint64_t* barrier,
+                                                          const int (&at)[4], unsigned blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%3, %4, %5, %6}], [%2], {%7, %7}, %8;\n" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "h"(uint16_t(0)),
+      "h"(uint16_t(blocks))
+      : "memory");
+}
+
 template <int D>
 __device__ __forceinline__ void tma_store(const CUtensorMap* map, const void* shared, const int (&at)[D]) {
   static_assert(D == 2 || D == 4, "add the rank that is wanted");
@@ -197,12 +216,19 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(N) : "memory");
 }
 
-// The same, and nothing of these sums is computed with before: to the compiler they are made here.
+// The same, and nothing is computed with these sums before: to the compiler they are made here.
 template <int N, int D>
 __device__ __forceinline__ void wgmma_wait(float (&d)[D]) {
   wgmma_wait<N>();
 #pragma unroll
   for (int i = 0; i < D; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+template <int N, int D>
+__device__ __forceinline__ void wgmma_wait(float (&d)[2][D]) {
+  wgmma_wait<N>();
+#pragma unroll
+  for (int i = 0; i < 2 * D; ++i) asm volatile("" : "+f"(d[i / D][i % D])::"memory");
 }
 
 // Names of N / 2 registers and the accumulators bound to them, built up from eight.

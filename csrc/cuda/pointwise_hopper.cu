@@ -1,21 +1,25 @@
-// 1x1 convolution of stride 1 over NHWC on Hopper, a matrix product over pixels, with the shared epilogue:
+// 1x1 convolutions over NHWC on Hopper, one or the sum of two, as a matrix product over pixels, with the shared epilogue:
 //
-//   out[p, k] = act(sum_c x[p, c] * weight[k, c] * scale[k] + shift[k] + residual[p, k])
+//   out[p, k] = act(sum_c x[q(p), c] * weight[k, c] * scale[k] + shift[k] + residual[p, k])         pointwise_hopper
+//   out[p, k] = relu(sum_c x[p, c] * weight[k, c] + sum_c x2[q(p), c] * weight2[k, c] + bias[k])    pointwise_pair_hopper
 //
-// Layout: x [P, C], weight [K, C], residual and out [P, K], dense, 16-byte aligned, C and K multiples of 8; float16 or
-// bfloat16; float32 accumulation and epilogue, one rounding on store. sm_90a only: TMA, mbarriers, wgmma. Tails in P, C
-// and K are zeros that TMA reads and values that it does not write.
+// q(p): the pixel that the stride takes for output pixel p. The pair is the end of a stage's first bottleneck, its last
+// convolution and its projection, which is never written: one product over the channels of both, [x | x2] . [w | w2]^T,
+// whose main loop walks the slices of x and then those of x2.
 //
-// A persistent block of three warp groups: one thread loads, two groups multiply. Slices of 64 channels pass through a
-// ring of slots, so the loads of the next tiles go on while a tile is finished; the residual arrives, during the main
-// loop, in the staging area that the output leaves from. Why two ways of sharing the work: by roofline.py's ceilings for
-// an H200 and the shapes of ResNet-50 all products of up to 256 channels are bound by DRAM, their epilogue is as long as
-// their main loop, and what counts is that loads never pause: groups take turns ("ping-pong"), and the filters stay in
-// shared memory, since at 128 x 128 they would cost as many bytes from L2 as x. Deeper products are bound by L2 or the
-// matrix units and have long main loops: both groups share a tile of 256 pixels, which reads a quarter less, and a
-// cluster of two blocks shares the pixels of two such tiles by multicast, which saves another third.
+// Layout: x [N, H, W, C], weight [K, C], residual and out [P, K], dense, 16-byte aligned, C and K multiples of 8, strides
+// up to 8; float16 or bfloat16; float32 accumulation and epilogue, one rounding on store. sm_90a only: TMA, mbarriers,
+// wgmma. Tails in P, C and K are zeros that TMA reads and values that it does not write. pointwise_hopper.cuh has the
+// schedule.
 //
-// Floor, for P pixels: max(2 (P C + K C + P K [+ P K for the residual]) bytes / DRAM, 2 P C K / matrix units).
+// Strides are TMA's own: a map in im2col mode steps over the pixels that are left out and goes on over the ends of lines
+// and images, so a tile is 128 output pixels one after the other whatever the stride, and outputs and residuals know
+// nothing of it. (Boxes of a tiled map over every second pixel would end with lines and images: of 128 rows 28 x 28 fills
+// 112, and 14 x 14 and 7 x 7 want batches that divide.) So does CUTLASS 3 in strided convolutions; PTX ISA, "im2col mode",
+// "Traversal Stride". DOUBT, for a GPU to settle: how fast TMA is in this mode.
+//
+// Floor, for P pixels: max(2 (P C + K C + P K [+ P K for the residual]) bytes / DRAM, 2 P C K / matrix units), C being the
+// channels of both inputs of a pair.
 // PREDICTED, nothing of it measured, for ResNet-50 at 224^2, batch 256, on an H200 (roofline.py: 4.3 TB/s, 790 TFLOP/s;
 // a guess: 6.5 TB/s from L2), in microseconds; "predicted" adds L2 and the last wave of tiles to the floor:
 //
@@ -28,281 +32,62 @@
 //   28^2   128 ->  512 + residual          4      108 DRAM      108      kept 128x128
 //   28^2   512 ->  128                     3       60 DRAM       60      together 256x128
 //   28^2   512 ->  256                     1       72 DRAM       72      paired   256x128
+//   28^2   256 ->  512, stride 2           1       72 DRAM       72      kept 128x128
 //   14^2   256 -> 1024 + residual          6       54 DRAM       54      kept 128x128
 //   14^2  1024 ->  256                     5       33 matrix     34      paired   256x128
 //   14^2  1024 ->  512                     1       67 matrix     67      paired   256x128
+//   14^2   512 -> 1024, stride 2           1       67 matrix     67      paired   256x128
 //    7^2   512 -> 2048 + residual          3       33 matrix     40      paired   256x128
 //    7^2  2048 ->  512                     2       33 matrix     45      paired   256x128
+//    7^2  1024 -> 2048, stride 2           1       67 matrix     67      paired   256x128
 //
-// Together 2.65 ms, of floors of 2.60. Stride 2 (three projections) is declined: the pixels of a tile follow each other in
-// memory, and a strided box would end with each line of the image.
-// Source: the persistent ping-pong and cooperative schedules are those of CUTLASS 3 (Nvidia, 2023); PTX ISA.
-#include "epilogue.cuh"
-#include "hopper.cuh"
+// Together 2.85 ms, of floors of 2.80. The pairs take the place of eight of these, 742 (734) by 446 (443):
+//
+//   56^2    64 +   64          ->  256     1      143 DRAM      143      kept 128x128
+//   28^2   128 +  256 stride 2 ->  512     1      100 matrix    101      paired   256x128
+//   14^2   256 +  512 stride 2 -> 1024     1      100 matrix    101      paired   256x128
+//    7^2   512 + 1024 stride 2 -> 2048     1      100 matrix    101      paired   256x128
+//
+// Source: K-concatenation of two linear maps with one sum; He et al. 2016; PTX ISA; CUTLASS 3 (Nvidia, 2023).
 #include "launch.cuh"
+#include "pointwise_hopper.cuh"
 #include "tensor_map.h"
-#include "tile.h"
 
 namespace resnet_fast {
 namespace {
 
-constexpr int kGroup = 128;         // threads of a warp group
-constexpr int kBlock = 3 * kGroup;  // one that loads, two that multiply
-constexpr int kRows = 128;          // pixels of a multiplying group's tile
-constexpr int kBoxBytes = kRows * kRowBytes;              // 64 channels of them, on the way in or out
-constexpr int kLoadRegisters = 40, kMathRegisters = 232;  // 40 + 2 * 232 = 3 * 168, what the launch gives
+cudaError_t encode_matrix(CUtensorMap& map, DType dtype, const void* data, int64_t columns, int64_t rows, uint32_t box_rows) {
+  return encode_tensor_map(map, dtype, data, {uint64_t(columns), uint64_t(rows)}, {uint64_t(columns) * 2},
+                           {uint32_t(kSlice), box_rows});
+}
 
-// How a block works: on 128 x kN tiles, its two multiplying groups in turns, or (`kTogether`) on the halves of one of 256
-// pixels. Slices of x, and with them of the weight, pass through a ring of `kStages` slots, unless the weight of up to
-// `kKept` slices stays: all tiles of a block then have the same filters. `kBlocks` make neighbouring tiles of the same
-// pixels, as a cluster: each loads its share of x into all of them.
-template <int kN_, bool kTogether_, int kKept_, int kStages_, int kBlocks_ = 1>
-struct HopperTile {
-  static constexpr int kN = kN_, kKept = kKept_, kStages = kStages_, kBlocks = kBlocks_, kBoxes = kN / 64;
-  static constexpr bool kTogether = kTogether_;
-  static constexpr int kM = kTogether ? 2 * kRows : kRows;
-  static constexpr int kBytesA = kM * kRowBytes, kBytesB = kN * kRowBytes;
-  static constexpr int kStageBytes = kKept > 0 ? kBytesA : kBytesA + kBytesB;
-  static constexpr int kStagingBytes = kBoxes * kBoxBytes;  // of one group
-  static constexpr int kKeptAt = kStages * kStageBytes, kStagingAt = kKeptAt + kKept * kBytesB;
-  static constexpr int kAffineAt = kStagingAt + 2 * kStagingBytes;
-  static constexpr int kBarriersAt = kAffineAt + 2 * kN * int(sizeof(Affine));
-  static constexpr int kSharedBytes = kBarriersAt + (2 * kStages + 5) * 8;
-  static_assert(kSharedBytes <= 227 * 1024 && kN <= kGroup);
-  // First pixel and filter of tile t.
-  static __device__ Coordinates at(uint32_t t, uint32_t tiles_n) {
-    const Coordinates tile = tile_at(t, tiles_n);
-    return {tile.m * kM, (tile.n * kBlocks + (kBlocks > 1 ? int(cluster_rank()) : 0)) * kN};
-  }
-};
-
-using Kept128x128 = HopperTile<128, false, kKeptSlices, 6>;
-using Kept128x64 = HopperTile<64, false, kKeptSlices, 8>;
-using Streamed128x64 = HopperTile<64, false, 0, 8>;
-using Together256x128 = HopperTile<128, true, 0, 3>;
-using Paired256x128 = HopperTile<128, true, 0, 3, 2>;
-
-struct PointwiseArgs {
-  CUtensorMap x, weight, residual, out;
-  AffineArgs affine;
-  uint32_t tiles, tiles_n;  // of a cluster
-  int slices, n;
-  bool has_residual;
-  Act act;
-};
-
-// The block's shared memory: slots of a ring, filled and emptied in order; then each multiplying group's own.
 template <class Tile>
-struct Shared {
-  unsigned char* const base;
-  __device__ uint64_t* full(uint32_t slot) const { return reinterpret_cast<uint64_t*>(base + Tile::kBarriersAt) + slot; }
-  __device__ uint64_t* empty(uint32_t slot) const { return full(Tile::kStages + slot); }
-  __device__ uint64_t* residual(int group) const { return full(2 * Tile::kStages + group); }
-  __device__ uint64_t* turn(int group) const { return residual(2 + group); }
-  __device__ uint64_t* kept() const { return residual(4); }
-  __device__ unsigned char* kept_weight(int slice) const { return base + Tile::kKeptAt + slice * Tile::kBytesB; }
-  __device__ unsigned char* staging(int group) const { return base + Tile::kStagingAt + group * Tile::kStagingBytes; }
-  __device__ Affine* affine(int group) const { return reinterpret_cast<Affine*>(base + Tile::kAffineAt) + group * Tile::kN; }
-
-  __device__ void init() const {
-    for (int slot = 0; slot < Tile::kStages; ++slot) {
-      mbarrier_init(full(slot), 1);
-      mbarrier_init(empty(slot), (Tile::kTogether ? 8 : 4) * Tile::kBlocks);  // warps that read what is loaded into it
-    }
-    mbarrier_init(kept(), 1);
-    for (int group = 0; group < 2; ++group) {
-      mbarrier_init(residual(group), 1);
-      mbarrier_init(turn(group), 4);
-    }
-    mbarrier_init_fence();
-  }
-};
-
-// One thread keeps the ring full, tile after tile: while a group finishes a tile, the slices of the next ones arrive.
-template <class Tile>
-__device__ __forceinline__ void load_tiles(const PointwiseArgs& p, const Shared<Tile>& shared) {
-  if constexpr (Tile::kKept > 0) {
-    const int n = int(blockIdx.x % p.tiles_n) * Tile::kN;  // the grid is a multiple of tiles_n
-    mbarrier_expect(shared.kept(), p.slices * Tile::kBytesB);
-    for (int slice = 0; slice < p.slices; ++slice)
-      tma_load(shared.kept_weight(slice), &p.weight, shared.kept(), {slice * kSlice, n});
-  }
-  uint32_t at = 0;  // slices since the start
-  for (uint32_t t = blockIdx.x / Tile::kBlocks; t < p.tiles; t += gridDim.x / Tile::kBlocks) {
-    const auto [m, n] = Tile::at(t, p.tiles_n);
-    for (int slice = 0; slice < p.slices; ++slice, ++at) {
-      const uint32_t slot = at % Tile::kStages, round = at / Tile::kStages;
-      unsigned char* a = shared.base + slot * Tile::kStageBytes;
-      mbarrier_wait(shared.empty(slot), (round & 1) ^ 1);  // the first round finds it empty
-      mbarrier_expect(shared.full(slot), Tile::kStageBytes);
-      if constexpr (Tile::kBlocks > 1) {
-        const int share = cluster_rank() * (Tile::kM / Tile::kBlocks);
-        tma_load_multicast(a + share * kRowBytes, &p.x, shared.full(slot), {slice * kSlice, m + share},
-                           (1u << Tile::kBlocks) - 1);
-      } else {
-        tma_load(a, &p.x, shared.full(slot), {slice * kSlice, m});
-      }
-      if constexpr (Tile::kKept == 0) tma_load(a + Tile::kBytesA, &p.weight, shared.full(slot), {slice * kSlice, n});
-    }
-  }
-}
-
-// sum[128 x kN] over the whole depth, from slice `at` of the ring on. A slot is given back once the products that read
-// it are known to be done: when those of the next slice have been started. Groups that take turns start their main loops
-// in the order of the ring: a group ahead of a slice that is still on its way to the other would take the slot's last
-// round for its own, since a phase is known by its parity alone.
-template <class T, class Tile>
-__device__ __forceinline__ void multiply(float (&sum)[2][Tile::kN / 2], const Shared<Tile>& shared, int group,
-                                         uint32_t at, int slices, uint32_t tiles_before) {
-  const uint32_t lane = threadIdx.x % 32;
-  const auto give_back = [&](uint32_t slice) {
-    uint64_t* empty = shared.empty(slice % Tile::kStages);
-    if constexpr (Tile::kBlocks > 1) {
-      if (lane < Tile::kBlocks) mbarrier_arrive_at(empty, lane);
-    } else {
-      if (lane == 0) mbarrier_arrive(empty);
-    }
-  };
-  if constexpr (!Tile::kTogether) mbarrier_wait(shared.turn(group), (tiles_before & 1) ^ (group == 0));
-  for (int slice = 0; slice < slices; ++slice, ++at) {
-    const uint32_t slot = at % Tile::kStages;
-    const unsigned char* tile = shared.base + slot * Tile::kStageBytes;
-    const uint64_t a = matrix_descriptor(shared_address(tile + (Tile::kTogether ? group * kBoxBytes : 0)));
-    const uint64_t b = matrix_descriptor(shared_address(Tile::kKept > 0 ? shared.kept_weight(slice) : tile + Tile::kBytesA));
-    mbarrier_wait(shared.full(slot), at / Tile::kStages & 1);
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kRowBytes; k += 32)
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        wgmma<T, Tile::kN>(sum[half], further_descriptor(a, k + half * kBoxBytes / 2), further_descriptor(b, k),
-                           slice > 0 || k > 0);
-    wgmma_commit();
-    wgmma_wait<1>();
-    if (slice > 0) give_back(at - 1);
-  }
-  if (!Tile::kTogether && lane == 0) mbarrier_arrive(shared.turn(1 - group));  // nothing more to wait for in the ring
-  wgmma_wait<0>();
-  give_back(at - 1);
-}
-
-// act(sum * s + t + residual), rounded once, into the staging tile, where the residual lies at the same place. Eight
-// rows of four lanes touch all 32 banks once.
-template <class T, class Tile, bool kResidual>
-__device__ __forceinline__ void finish(const float (&sum)[2][Tile::kN / 2], unsigned char* staging, const Affine* affine,
-                                       Act act) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x % kGroup / 32;
-#pragma unroll
-  for (int j = 0; j < Tile::kN / 8; ++j) {
-    const float4 two = *reinterpret_cast<const float4*>(affine + 8 * j + 2 * (lane % 4));
-#pragma unroll
-    for (int rows = 0; rows < 4; ++rows) {  // of 64, then of 8
-      const int row = rows / 2 * 64 + warp * 16 + rows % 2 * 8 + lane / 4, i = 4 * j + 2 * (rows % 2);
-      unsigned char* at = staging + j / kChunks * kBoxBytes + swizzled(row, j % kChunks) + 4 * (lane % 4);
-      float old[2] = {};
-      if constexpr (kResidual) load(reinterpret_cast<const T*>(at), old);
-      const Pack<T, 2> pack{from_float<T>(epilogue(sum[rows / 2][i], {two.x, two.y}, old[0], act)),
-                            from_float<T>(epilogue(sum[rows / 2][i + 1], {two.z, two.w}, old[1], act))};
-      store_for_async(at, reinterpret_cast<const uint32_t&>(pack));
-    }
-  }
-}
-
-// One warp group's tiles, from residual to output.
-template <class T, class Tile>
-__device__ __forceinline__ void make_tiles(const PointwiseArgs& p, const Shared<Tile>& shared, int group) {
-  constexpr uint32_t kEvery = Tile::kTogether ? 1 : 2;  // of the block's tiles this group takes every first or second
-  const uint32_t thread = threadIdx.x % kGroup, first = Tile::kTogether ? 0 : group;
-  unsigned char* const staging = shared.staging(group);
-  Affine* const affine = shared.affine(group);
-  uint32_t at = first * p.slices, tiles = 0;
-  int affine_of = -1;
-  if constexpr (Tile::kKept > 0) mbarrier_wait(shared.kept(), 0);
-  const uint32_t step = gridDim.x / Tile::kBlocks;
-  for (uint32_t t = blockIdx.x / Tile::kBlocks + first * step; t < p.tiles; t += kEvery * step, ++tiles) {
-    const Coordinates tile = Tile::at(t, p.tiles_n);
-    const int m = tile.m + (Tile::kTogether ? group * kRows : 0), n = tile.n;
-    if (thread == 0) {
-      tma_store_wait_read<0>();  // the last tile has left the staging area
-      if (p.has_residual) {
-        mbarrier_expect(shared.residual(group), Tile::kStagingBytes);
-#pragma unroll
-        for (int box = 0; box < Tile::kBoxes; ++box)
-          tma_load(staging + box * kBoxBytes, &p.residual, shared.residual(group), {n + 64 * box, m});
-      }
-    }
-    if (n != affine_of && thread < Tile::kN && n + int(thread) < p.n)
-      affine[thread] = load_affine(p.affine, n + thread);
-    affine_of = n;
-    __syncwarp();
-    float sum[2][Tile::kN / 2];
-    multiply<T, Tile>(sum, shared, group, at, p.slices, tiles);
-    at += kEvery * p.slices;
-    named_barrier(1 + group, kGroup);  // the staging area is free, the affine there
-    if (p.has_residual) {
-      mbarrier_wait(shared.residual(group), tiles & 1);
-      finish<T, Tile, true>(sum, staging, affine, p.act);
-    } else {
-      finish<T, Tile, false>(sum, staging, affine, p.act);
-    }
-    fence_proxy_async();
-    named_barrier(1 + group, kGroup);
-    if (thread == 0) {
-#pragma unroll
-      for (int box = 0; box < Tile::kBoxes; ++box) tma_store(&p.out, staging + box * kBoxBytes, {n + 64 * box, m});
-      tma_store_commit();
-    }
-  }
-  if (thread == 0) tma_store_wait<0>();
+cudaError_t encode_input(Input& input, const ConvArgs& c, int64_t pixels) {
+  constexpr uint32_t kShare = Tile::kM / Tile::kBlocks;
+  input.slices = int(ceil_div(c.c, kSlice)), input.stride_h = c.stride_h, input.stride_w = c.stride_w;
+  input.strided = c.stride_h > 1 || c.stride_w > 1;
+  const cudaError_t error =
+      input.strided ? encode_im2col_map(input.x, c.dtype, c.x, uint64_t(c.n), uint64_t(c.h), uint64_t(c.w), uint64_t(c.c),
+                                        uint32_t(c.stride_h), uint32_t(c.stride_w), kShare)
+                    : encode_matrix(input.x, c.dtype, c.x, c.c, pixels, kShare);
+  return error == cudaSuccess ? encode_matrix(input.weight, c.dtype, c.weight, c.c, c.k, Tile::kN) : error;
 }
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(kBlock, 1) pointwise_hopper_kernel(const __grid_constant__ PointwiseArgs p) {
-  if constexpr (kHopper) {
-    const Shared<Tile> shared{hopper_shared()};
-    if (threadIdx.x == 0) {
-      shared.init();
-      tma_prefetch(&p.x), tma_prefetch(&p.weight), tma_prefetch(&p.out);
-      if (p.has_residual) tma_prefetch(&p.residual);
-    }
-    wait_for_kernels_before();
-    Tile::kBlocks > 1 ? cluster_sync() : __syncthreads();
-    if (threadIdx.x < kGroup) {
-      registers_down<kLoadRegisters>();
-      if (threadIdx.x == 0) load_tiles<Tile>(p, shared);
-    } else {
-      registers_up<kMathRegisters>();
-      make_tiles<T, Tile>(p, shared, int(threadIdx.x) / kGroup - 1);
-    }
-    if constexpr (Tile::kBlocks > 1) {  // the other still loads into this block and arrives here
-      __syncwarp();
-      cluster_sync();
-    }
-  } else {
-    trap();  // never a wrong answer: the binary lacks sm_90a, and the caller did not look
-  }
-}
-
-// ---- Host side
-
-template <class T, class Tile>
-cudaError_t launch_tile(const ConvArgs& c, int64_t pixels, int64_t processors, cudaStream_t stream) {
+cudaError_t launch_tile(const ConvArgs& c, const ConvArgs* second, int64_t pixels, int64_t processors, cudaStream_t stream) {
   PointwiseArgs p{};
-  const auto encode = [&](CUtensorMap& map, const void* data, int64_t columns, int64_t rows, uint32_t box_rows) {
-    return encode_tensor_map(map, c.dtype, data, {uint64_t(columns), uint64_t(rows)}, {uint64_t(columns) * sizeof(T)},
-                             {uint32_t(kSlice), box_rows});
-  };
-  cudaError_t error = encode(p.x, c.x, c.c, pixels, Tile::kM / Tile::kBlocks);
-  if (error == cudaSuccess) error = encode(p.weight, c.weight, c.c, c.k, Tile::kN);
-  if (error == cudaSuccess) error = encode(p.out, c.out, c.k, pixels, kRows);
-  if (error == cudaSuccess && c.residual != nullptr) error = encode(p.residual, c.residual, c.k, pixels, kRows);
+  cudaError_t error = encode_input<Tile>(p.input[0], c, pixels);
+  if (error == cudaSuccess && second != nullptr) error = encode_input<Tile>(p.input[1], *second, pixels);
+  if (error == cudaSuccess) error = encode_matrix(p.out, c.dtype, c.out, c.k, pixels, kRows);
+  if (error == cudaSuccess && c.residual != nullptr) error = encode_matrix(p.residual, c.dtype, c.residual, c.k, pixels, kRows);
   constexpr auto kernel = pointwise_hopper_kernel<T, Tile>;
   if (error == cudaSuccess) error = allow_shared<kernel>(Tile::kSharedBytes);
   if (error != cudaSuccess) return error;
   const int64_t tiles_n = ceil_div(c.k, Tile::kN * Tile::kBlocks), tiles = ceil_div(pixels, Tile::kM) * tiles_n;
   if (tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
   p.affine = c.affine, p.act = c.act, p.has_residual = c.residual != nullptr;
-  p.tiles = uint32_t(tiles), p.tiles_n = uint32_t(tiles_n), p.slices = int(ceil_div(c.c, kSlice)), p.n = int(c.k);
+  p.tiles = uint32_t(tiles), p.tiles_n = uint32_t(tiles_n), p.out_h = uint32_t(c.out_h), p.out_w = uint32_t(c.out_w);
+  p.slices = p.input[0].slices + p.input[1].slices, p.n = int(c.k);
   const int64_t most = Tile::kKept > 0 ? processors / tiles_n * tiles_n : larger(processors / Tile::kBlocks, 1);
   return launch_dependent(kernel, dim3(unsigned(smaller(tiles, most) * Tile::kBlocks)), dim3(kBlock), Tile::kBlocks,
                          Tile::kSharedBytes, stream, p);
@@ -322,27 +107,36 @@ bool register_type(const std::string& type) {
 
 const bool registered = register_type<__half>("f16") && register_type<__nv_bfloat16>("bf16");
 
-}  // namespace
-
-cudaError_t pointwise_hopper(const ConvArgs& c, cudaStream_t stream) {
+// One convolution, or the sum of two.
+cudaError_t launch_sum(const ConvArgs& c, const ConvArgs* second, cudaStream_t stream) {
   const int64_t pixels = c.n * c.out_h * c.out_w;
   if (pixels == 0 || c.k == 0) return cudaSuccess;
-  if (!aligned16(c.x, c.weight, c.residual, c.out)) return cudaErrorMisalignedAddress;
+  if (!aligned16(c.x, c.weight, c.residual, c.out) || (second != nullptr && !aligned16(second->x, second->weight)))
+    return cudaErrorMisalignedAddress;
   int device = 0, processors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
+  const int64_t slices = ceil_div(c.c, kSlice) + (second != nullptr ? ceil_div(second->c, kSlice) : 0);
   const auto choose = [&](auto type) {
     using T = typename decltype(type)::type;
-    switch (choose_hopper_tile(pixels, c.k, c.c, processors)) {
-      case HopperChoice::kept128x128: return launch_tile<T, Kept128x128>(c, pixels, processors, stream);
-      case HopperChoice::kept128x64: return launch_tile<T, Kept128x64>(c, pixels, processors, stream);
-      case HopperChoice::streamed128x64: return launch_tile<T, Streamed128x64>(c, pixels, processors, stream);
-      case HopperChoice::paired256x128: return launch_tile<T, Paired256x128>(c, pixels, processors, stream);
-      default: return launch_tile<T, Together256x128>(c, pixels, processors, stream);
+    switch (choose_hopper_tile(pixels, c.k, slices * kSlice, processors)) {
+      case HopperChoice::kept128x128: return launch_tile<T, Kept128x128>(c, second, pixels, processors, stream);
+      case HopperChoice::kept128x64: return launch_tile<T, Kept128x64>(c, second, pixels, processors, stream);
+      case HopperChoice::streamed128x64: return launch_tile<T, Streamed128x64>(c, second, pixels, processors, stream);
+      case HopperChoice::paired256x128: return launch_tile<T, Paired256x128>(c, second, pixels, processors, stream);
+      default: return launch_tile<T, Together256x128>(c, second, pixels, processors, stream);
     }
   };
   return c.dtype == DType::f16 ? choose(Type<__half>{}) : choose(Type<__nv_bfloat16>{});
+}
+
+}  // namespace
+
+cudaError_t pointwise_hopper(const ConvArgs& c, cudaStream_t stream) { return launch_sum(c, nullptr, stream); }
+
+cudaError_t pointwise_pair_hopper(const ConvArgs& c, const ConvArgs& second, cudaStream_t stream) {
+  return launch_sum(c, &second, stream);
 }
 
 }  // namespace resnet_fast

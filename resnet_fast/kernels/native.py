@@ -135,10 +135,13 @@ def pointwise(x, weight, scale, shift, residual, mean, var, eps, stride, padding
 
 
 def _pointwise_hopper_supports(problem: Problem) -> str | None:
-    why = _pointwise_supports(problem)
-    if why is None and problem.stride != (1, 1):
-        return "its tiles are pixels that follow each other in memory, this convolution has stride {}×{}".format(*problem.stride)
-    return why or hopper_declines(problem)
+    return _pointwise_supports(problem) or _steps_declined(problem) or hopper_declines(problem)
+
+
+def _steps_declined(problem: Problem) -> str | None:
+    if max(problem.stride) > 8:
+        return "TMA steps over an image by up to 8 pixels, this convolution has stride {}×{}".format(*problem.stride)
+    return None
 
 
 def hopper_declines(problem: Problem) -> str | None:
@@ -158,8 +161,22 @@ def hopper_declines(problem: Problem) -> str | None:
 def pointwise_hopper(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
     scale, shift, mean, var = _vectors(scale, shift, mean, var)
     out = _op("pointwise_hopper")(_aligned(x), _aligned(_nhwc(weight)), scale, shift, _aligned(residual), mean, var, eps,
-                                  act == "relu")
+                                  stride, act == "relu")
     return out if nhwc(x) or nhwc(weight) else out.contiguous()
+
+
+def _pair_supports(problem: Problem) -> str | None:
+    if (problem.layout, problem.residual) != ("nhwc", "nhwc"):
+        return f"it wants both inputs in NHWC (channels_last), they are {problem.layout} and {problem.residual}"
+    if problem.chain[0][1] % 8:
+        return f"TMA wants pixels of whole 16 bytes, the second input has {problem.chain[0][1]} channels"
+    return _conv_supports(problem) or _steps_declined(problem) or hopper_declines(problem)
+
+
+@kernel("native.pointwise_pair_hopper", op="pointwise_pair", supports=_pair_supports, available=hopper_available, sources=SOURCES)
+def pointwise_pair_hopper(x: Tensor, weight: Tensor, x2: Tensor, weight2: Tensor, bias: Tensor, stride2: tuple[int, int]) -> Tensor:
+    x, weight, x2, weight2 = (_aligned(t) for t in (x, _nhwc(weight), x2, _nhwc(weight2)))
+    return _op("pointwise_pair_hopper")(x, weight, x2, weight2, bias.contiguous(), stride2)
 
 
 WIDEST = 64  # pixels of an output row: two boxes of such rows with their halo fit shared memory beside filters and results

@@ -115,6 +115,37 @@ void check_copies(bool late) {
   }
 }
 
+// Rows of an im2col map, from a pixel that the stride takes on, over the ends of lines and images and past the last.
+void check_im2col(int stride_h, int stride_w, bool late) {
+  constexpr int kC = 72, kW = 9, kH = 6, kN = 3, kRows = 24;
+  const auto x = numbers(size_t(kC) * kW * kH * kN + 8);
+  const auto* from = reinterpret_cast<const __half*>((reinterpret_cast<uintptr_t>(x.data()) + 15) / 16 * 16);
+  CUtensorMap map;
+  EXPECT(encode_im2col_map(map, DType::f16, from, kN, kH, kW, kC, stride_h, stride_w, kRows) == cudaSuccess, "map");
+  std::vector<int> taken;  // pixels, as they lie in memory
+  for (int pixel = 0; pixel < kN * kH * kW; ++pixel)
+    if (pixel % kW % stride_w == 0 && pixel / kW % kH % stride_h == 0) taken.push_back(pixel);
+  EXPECT(int(taken.size()) == kN * int(ceil_div(kH, stride_h) * ceil_div(kW, stride_w)), "as many as the header says");
+  for (int first = 0; first <= int(taken.size()); ++first)
+    for (int channel : {0, 64}) {
+      const int pixel = first < int(taken.size()) ? taken[first] : kN * kH * kW;  // the image behind the last
+      expect_said("", run(32, [&] {
+        init_barriers(1, 1);
+        if (threadIdx.x == 0) {
+          mbarrier_expect(barriers(), kRows * 128);
+          tma_load_im2col(hopper_shared() + 1024, &map, barriers(), {channel, pixel % kW, pixel / kW % kH, pixel / kW / kH});
+        }
+        mbarrier_wait(barriers(), 0);
+      }, 1, late));
+      for (int i = 0; i < kRows * 64; ++i) {
+        const int row = first + i / 64, c = channel + i % 64;
+        const auto* landed = reinterpret_cast<const __half*>(hopper_shared() + 1024 + swizzled(i / 64, i % 64 / 8));
+        const float expected = row < int(taken.size()) && c < kC ? __half2float(from[taken[row] * kC + c]) : 0.f;
+        EXPECT(__half2float(landed[i % 8]) == expected, "channel %d of row %d, strides %d and %d", c, row, stride_h, stride_w);
+      }
+    }
+}
+
 // Products of tiles as TMA lays them down, from any row and any multiple of 16 columns, with rows of A in groups of
 // eight that need not follow each other (a halo's lines).
 template <int N>
@@ -212,6 +243,20 @@ void check_it_notices() {
       mbarrier_wait(barriers(), unsigned(parity));
     });
   };
+  CUtensorMap images, none;  // of 8x8 pixels
+  EXPECT(encode_im2col_map(images, DType::f16, from, 1, 8, 8, 64, 2, 2, 64) == cudaSuccess, "map");
+  EXPECT(encode_im2col_map(none, DType::f16, from, 1, 8, 8, 64, 2, 9, 64) != cudaSuccess, "a stride too large");
+  EXPECT(encode_im2col_map(none, DType::f16, from, 1, 8, 8, 64, 2, 2, 1025) != cudaSuccess, "too many rows");
+  EXPECT(encode_im2col_map(none, DType::f16, from, 1, 8, 8, 60, 2, 2, 64) != cudaSuccess, "pixels that end amid 16 bytes");
+  const auto load_pixels = [&](const CUtensorMap& by, int w) {
+    return run(32, [&by, w] {
+      init_barriers(1, 1);
+      if (threadIdx.x == 0) tma_load_im2col(hopper_shared(), &by, barriers(), {0, w, 0, 0});
+    }, 1, false);
+  };
+  expect_said("outside of its bounding box", load_pixels(images, 8));
+  expect_said("a map of the other", load_pixels(map, 0));
+  expect_said("a map of the other", run(32, [&images] { tma_store(&images, hopper_shared(), {0, 0, 0, 0}); }));
   expect_said("", load(hopper_shared(), 8192, 0));
   expect_said("deadlock", load(hopper_shared(), 8190, 0));
   expect_said("deadlock", load(hopper_shared(), 8194, 0));
@@ -287,6 +332,8 @@ int main() {
   check_descriptor();
   check_map_limits();
   check_copies(true), check_copies(false);
+  for (int stride_h : {1, 2, 8})
+    for (int stride_w : {1, 2, 5}) check_im2col(stride_h, stride_w, stride_h != 2);
   check_product<64>(0, 0, 8), check_product<128>(0, 0, 8), check_product<256>(0, 0, 8);
   for (int row : {1, 7, 8, 30, 59}) check_product<64>(row, row % 4 * 16, 8);
   check_product<128>(3, 16, 10), check_product<64>(13, 32, 30);

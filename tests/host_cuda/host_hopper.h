@@ -12,9 +12,31 @@
 
 namespace host_cuda {
 
+// The pixels of an im2col map from {c, w, h, n} on ("im2col mode", "Traversal Stride"), for walk_box.
+template <class F>
+void walk_pixels(const Map& map, const std::array<int, 5>& at, F&& f) {
+  std::array<int64_t, 3> p{at[1], at[2], at[3]};
+  const auto last = [&](size_t d) { return int64_t(map.size[d + 1]) - 1 + map.upper[d]; };
+  for (size_t d = 0; d < 2; ++d)
+    if (p[d] < map.lower[d] || p[d] > last(d)) fail("im2col from a pixel outside of its bounding box");
+  for (size_t i = 0; i < map.box[1]; ++i) {
+    bool inside = true;
+    for (size_t d = 0; d < 3; ++d) inside = inside && uint64_t(p[d]) < map.size[d + 1];
+    for (int64_t j = 0; j < map.box[0]; ++j) {
+      unsigned char* element = inside && uint64_t(at[0] + j) < map.size[0] ? map.data + 2 * (at[0] + j) : nullptr;
+      for (size_t d = 0; d < 3 && element != nullptr; ++d) element += p[d] * int64_t(map.stride[d]);
+      f((i * map.box[0] + size_t(j)) * 2, element);
+    }
+    size_t d = 0;
+    for (; d < 2 && (p[d] += map.every[d]) > last(d); ++d) p[d] = map.lower[d];
+    p[2] += d == 2;
+  }
+}
+
 // A map's box at coordinates `at`: f(bytes from the tile's begin before swizzling, element in memory or null outside).
 template <class F>
 void walk_box(const Map& map, const std::array<int, 5>& at, F&& f) {
+  if (map.im2col) return walk_pixels(map, at, f);
   size_t offset = 0;
   std::array<uint32_t, 5> i{};
   for (bool more = true; more; offset += 2) {
@@ -160,7 +182,8 @@ inline const Map& map_of(const CUtensorMap* map) {
   return m;
 }
 
-inline size_t tile_address(const void* shared, const Map& map) {
+inline size_t tile_address(const void* shared, const Map& map, bool im2col = false) {
+  if (map.im2col != im2col) fail("TMA of one mode with a map of the other");
   if (before_runs) fail("a copy by TMA while the kernels before may still run");
   const auto* at = static_cast<const unsigned char*>(shared);
   if (at < shared_memory || at + box_bytes(map) > shared_memory + shared_bytes) fail("TMA outside shared memory");
@@ -251,9 +274,10 @@ inline void tma_prefetch(const CUtensorMap* map) { host_cuda::map_of(map); }
 
 // Into every block whose bit is set, each counting the bytes on its own barrier at the same place.
 template <int D>
-void tma_load_multicast(void* shared, const CUtensorMap* map, uint64_t* barrier, const int (&at)[D], unsigned blocks) {
+void tma_load_multicast(void* shared, const CUtensorMap* map, uint64_t* barrier, const int (&at)[D], unsigned blocks,
+                        bool im2col = false) {
   const host_cuda::Map& box = host_cuda::map_of(map);
-  const size_t to = host_cuda::tile_address(shared, box);
+  const size_t to = host_cuda::tile_address(shared, box, im2col);
   host_cuda::load_barrier(barrier);
   if (blocks == 0 || blocks >> host_cuda::block.blocks != 0) host_cuda::fail("TMA into a block that the cluster has not");
   for (unsigned rank = 0; rank < host_cuda::block.blocks; ++rank) {
@@ -284,6 +308,15 @@ void tma_load_multicast(void* shared, const CUtensorMap* map, uint64_t* barrier,
 template <int D>
 void tma_load(void* shared, const CUtensorMap* map, uint64_t* barrier, const int (&at)[D]) {
   tma_load_multicast(shared, map, barrier, at, 1u << host_cuda::self().rank);
+}
+
+inline void tma_load_im2col_multicast(void* shared, const CUtensorMap* map, uint64_t* barrier, const int (&at)[4],
+                                      unsigned blocks) {
+  tma_load_multicast(shared, map, barrier, at, blocks, true);
+}
+
+inline void tma_load_im2col(void* shared, const CUtensorMap* map, uint64_t* barrier, const int (&at)[4]) {
+  tma_load_multicast(shared, map, barrier, at, 1u << host_cuda::self().rank, true);
 }
 
 template <int D>

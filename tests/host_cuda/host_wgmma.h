@@ -171,8 +171,8 @@ void wgmma_wait() {
   }
 }
 
-template <int N, int D>
-void wgmma_wait(float (&)[D]) {
+template <int N, class Sums>
+void wgmma_wait(Sums&) {
   wgmma_wait<N>();
 }
 

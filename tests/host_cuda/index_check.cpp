@@ -67,6 +67,8 @@ void check_tiles() {
   EXPECT(choose_hopper_tile(256 * 56 * 56, 64, 256, 132) == HopperChoice::kept128x64, "layer1's conv1");
   EXPECT(choose_hopper_tile(256 * 14 * 14, 256, 1024, 132) == HopperChoice::paired256x128, "layer3's conv1");
   EXPECT(choose_hopper_tile(256 * 28 * 28, 128, 512, 132) == HopperChoice::together256x128, "layer2's conv1");
+  EXPECT(choose_hopper_tile(256 * 56 * 56, 256, 64 + 64, 132) == HopperChoice::kept128x128, "layer1's pair");
+  EXPECT(choose_hopper_tile(256 * 28 * 28, 512, 128 + 256, 132) == HopperChoice::paired256x128, "layer2's pair");
   EXPECT(choose_hopper_tile(8 * 14 * 14, 512, 2048, 132) == HopperChoice::streamed128x64, "fewer tiles than processors");
   EXPECT(choose_hopper_tile(1 << 20, 132 * 128 + 8, 64, 132) == HopperChoice::together256x128, "filters for more blocks");
 }

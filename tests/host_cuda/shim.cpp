@@ -59,6 +59,21 @@ int host_tail(const void* x, const void* weight2, const float* bias2, const void
                            sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], DType(dtype)}, nullptr);
 }
 
+// Sizes: n, h, w (of x and out), c, k, h2, w2, c2.
+int host_pair(const void* x, const void* weight, const void* x2, const void* weight2, const void* bias, void* out,
+              const int64_t* sizes, int stride_h, int stride_w, int dtype) {
+  AffineArgs a;
+  a.shift = bias;
+  const auto [n, h, w, c, k, h2, w2, c2] = std::array{sizes[0], sizes[1], sizes[2], sizes[3],
+                                                      sizes[4], sizes[5], sizes[6], sizes[7]};
+  const ConvArgs first{x, weight, nullptr, out, a, n, h, w, c, k, 1, 1, h, w, 1, 1, 0, 0, 1, 1, DType(dtype), Act::relu};
+  ConvArgs second = first;
+  second.x = x2, second.weight = weight2, second.h = h2, second.w = w2, second.c = c2;
+  second.stride_h = stride_h, second.stride_w = stride_w;
+  host_cuda::settings.shared_limit = host_cuda::kHopperShared;
+  return pointwise_pair_hopper(first, second, nullptr);
+}
+
 int64_t host_bn_workspace(int64_t pixels, int64_t channels) { return bn_act_workspace(pixels, channels); }
 
 int host_bn(const void* x, const void* residual, const void* gamma, const void* beta, void* y, float* mean, float* var,
