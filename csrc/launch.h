@@ -20,6 +20,7 @@ cudaError_t pointwise_hopper(const ConvArgs&, cudaStream_t);  // strides to 8, 1
 cudaError_t pointwise_pair_hopper(const ConvArgs&, const ConvArgs&, cudaStream_t);
 cudaError_t conv(const ConvArgs&, cudaStream_t);
 cudaError_t conv_hopper(const ConvArgs&, cudaStream_t);  // R = S = 3, stride 1 or 2, padding, dilation 1; 16 bits; sm_90a
+cudaError_t conv_cluster_hopper(const ConvArgs&, cudaStream_t);  // strides to 8, 16 bits, C and K multiples of 8; sm_90a
 cudaError_t conv_tail_hopper(const TailArgs&, cudaStream_t);  // 16 bits; up to 64 -> 64 -> 256 -> 128 channels; sm_90a
 int64_t bn_act_workspace(int64_t pixels, int64_t channels);  // floats that `partial` must hold, either direction
 cudaError_t bn_act(const BnArgs&, cudaStream_t);

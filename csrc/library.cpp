@@ -206,14 +206,15 @@ Tensor pointwise(const Tensor& x, const Tensor& weight, const Tensor& scale, con
                   {0, 0}, {1, 1}, relu);
 }
 
-// What tensor copies and warp-group products want of a convolution with `taps` x `taps` filters.
+// What tensor copies and warp-group products want of a convolution, with `taps` x `taps` filters or any.
 void check_hopper(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& residual,
-                  int64_t taps) {
+                  std::optional<int64_t> taps) {
   RF_CHECK(x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16, op, ": got x of dtype ",
            name(x.scalar_type()), ", expected Half or BFloat16");
-  RF_CHECK(weight.dim() == 4 && weight.size(2) == taps && weight.size(3) == taps && weight.size(0) % 8 == 0 &&
-               weight.size(1) % 8 == 0, op, ": got weight ", shape(weight), ", expected [K, C, ", taps, ", ", taps,
-           "] with K and C multiples of 8");
+  const std::string size = taps ? std::to_string(*taps) + ", " + std::to_string(*taps) : "R, S";
+  RF_CHECK(weight.dim() == 4 && (!taps || (weight.size(2) == *taps && weight.size(3) == *taps)) &&
+               weight.size(0) % 8 == 0 && weight.size(1) % 8 == 0, op, ": got weight ", shape(weight), ", expected [K, C, ",
+           size, "] with K and C multiples of 8");
   for (const Tensor* t : {&x, &weight, residual ? &*residual : &x})
     RF_CHECK(reinterpret_cast<uintptr_t>(t->const_data_ptr()) % 16 == 0, op, ": got ", shape(*t),
              " at an address that is no multiple of 16, expected one");
@@ -277,6 +278,19 @@ Tensor conv_hopper(const Tensor& x, const Tensor& weight, const Tensor& scale, c
            ", expected [1, 1], or [2, 2] with two rows and two columns at least");
   return run_conv(op, resnet_fast::conv_hopper, x, weight, scale, shift, residual, mean, var, eps, stride, {1, 1}, {1, 1},
                   relu);
+}
+
+Tensor conv_cluster_hopper(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
+                           const std::optional<Tensor>& residual, const std::optional<Tensor>& mean,
+                           const std::optional<Tensor>& var, double eps, Pair stride, Pair padding, Pair dilation, bool relu) {
+  constexpr const char* op = "conv_cluster_hopper";
+  check_hopper(op, x, weight, residual, std::nullopt);
+  check_steps(op, stride);
+  for (int i = 0; i < 2; ++i)
+    RF_CHECK(padding[i] <= 127 && dilation[i] * (weight.size(2 + i) - 1) <= 127, op, ": got padding ", padding[i],
+             " and a filter that reaches ", dilation[i] * (weight.size(2 + i) - 1), " pixels, expected up to 127");
+  return run_conv(op, resnet_fast::conv_cluster_hopper, x, weight, scale, shift, residual, mean, var, eps, stride, padding,
+                  dilation, relu);
 }
 
 // A folded filter of a tail, its bias, and that many channels as the kernel keeps.
@@ -414,6 +428,9 @@ STABLE_TORCH_LIBRARY(resnet_fast_native, m) {
       "conv_hopper(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor? mean, Tensor? var, "
       "float eps, int[2] stride, bool relu) -> Tensor");
   m.def(
+      "conv_cluster_hopper(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor? mean, "
+      "Tensor? var, float eps, int[2] stride, int[2] padding, int[2] dilation, bool relu) -> Tensor");
+  m.def(
       "conv_tail_hopper(Tensor x, Tensor weight2, Tensor bias2, Tensor weight3, Tensor bias3, Tensor residual, "
       "Tensor? projection, Tensor weight1, Tensor bias1) -> (Tensor, Tensor)");
   m.def(
@@ -434,6 +451,7 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fast_native, CompositeExplicitAutograd, m) {
   m.impl("pointwise_hopper", TORCH_BOX(&pointwise_hopper));
   m.impl("pointwise_pair_hopper", TORCH_BOX(&pointwise_pair_hopper));
   m.impl("conv_hopper", TORCH_BOX(&conv_hopper));
+  m.impl("conv_cluster_hopper", TORCH_BOX(&conv_cluster_hopper));
   m.impl("conv_tail_hopper", TORCH_BOX(&conv_tail_hopper));
   m.impl("bn_act", TORCH_BOX(&bn_act));
   m.impl("bn_act_backward", TORCH_BOX(&bn_act_backward));

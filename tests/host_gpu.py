@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-CONVOLUTIONS = ("conv", "pointwise", "pointwise_hopper", "conv_hopper")  # as shim.cpp counts them
+CONVOLUTIONS = ("conv", "pointwise", "pointwise_hopper", "conv_hopper", "conv_cluster_hopper")  # as shim.cpp counts them
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 EMULATION = ROOT / "tests" / "host_cuda"
 # Undefined behaviour traps, which the emulation reports as the launch's error. No fortification: fibres change stacks.
@@ -127,6 +127,9 @@ class HostGpu:
 
     def conv_hopper(self, *args) -> Tensor:
         return self.conv(*args, kernel="conv_hopper")
+
+    def conv_cluster_hopper(self, *args) -> Tensor:
+        return self.conv(*args, kernel="conv_cluster_hopper")
 
     def conv(self, x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act, *,
              kernel: str = "conv") -> Tensor:

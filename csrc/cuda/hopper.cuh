@@ -111,11 +111,35 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::: "memory");
 }
 
+// The same where nothing is to be seen by the others: what they were to read, they have read.
+__device__ __forceinline__ void cluster_sync_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;\n" ::: "memory");
+}
+
+// What lies in the same place of another block's shared memory (`rank` in the cluster), or in one's own.
+__device__ __forceinline__ float4 load_from_block(const float4* shared, unsigned rank) {
+  float4 v;
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}\n"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+      : "r"(shared_address(shared)), "r"(rank)
+      : "memory");
+  return v;
+}
+
 // ---- Tensor copies. One thread starts a copy of the map's box at element coordinates `at`, innermost first; what lies
 // outside the tensor is read as zero and never written. Shared addresses: multiples of 128, of 1024 if swizzled.
 
 __device__ __forceinline__ void tma_prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
+}
+
+// Brings a box on its way into L2 and says nothing about when. It shows nobody anything: what is written later shows there too.
+__device__ __forceinline__ void tma_prefetch_l2(const CUtensorMap* map, const int (&at)[4]) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];\n" ::"l"(map), "r"(at[0]), "r"(at[1]),
+               "r"(at[2]), "r"(at[3])
+               : "memory");
 }
 
 template <int D>
@@ -148,12 +172,15 @@ __device__ __forceinline__ void tma_load_multicast(void* shared, const CUtensorM
       : "memory");
 }
 
-// Rows of an im2col map (encode_im2col_map), from the pixel at {channel, w, h, image} on; past the last image, zeros.
-__device__ __forceinline__ void tma_load_im2col(void* shared, const CUtensorMap* map, uint64_t* barrier, const int (&at)[4]) {
+// Rows of an im2col map (encode_im2col_map), from the pixel at {channel, w, h, image} on, each from the tap that is so much
+// further right and down; past the last image, zeros.
+__device__ __forceinline__ void tma_load_im2col(void* shared, const CUtensorMap* map, uint64_t* barrier, const int (&at)[4],
+                                                int right = 0, int down = 0) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
-      "[%2], {%7, %7};\n" ::"r"(shared_address(shared)),
-      "l"(map), "r"(shared_address(barrier)), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "h"(uint16_t(0))
+      "[%2], {%7, %8};\n" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "h"(uint16_t(right)),
+      "h"(uint16_t(down))
       : "memory");
 }
 
@@ -236,8 +263,8 @@ __device__ __forceinline__ void wgmma_wait(float (&d)[2][D]) {
                  "+f"(d[i + 6]), "+f"(d[i + 7])
 #define RF_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define RF_D32(i) RF_D8(i), RF_D8(i + 8), RF_D8(i + 16), RF_D8(i + 24)
-#define RF_NAMES32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25," \
-                   "%26,%27,%28,%29,%30,%31"
+#define RF_NAMES16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define RF_NAMES32 RF_NAMES16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define RF_NAMES64 RF_NAMES32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52," \
                    "%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define RF_NAMES104 RF_NAMES64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83" \
@@ -252,7 +279,9 @@ __device__ __forceinline__ void wgmma_wait(float (&d)[2][D]) {
                : __VA_ARGS__                                                                                          \
                : "l"(a), "l"(b), "r"(int(add)))
 #define RF_WGMMA_N(types)                                                                                             \
-  if constexpr (N == 64) {                                                                                            \
+  if constexpr (N == 32) {                                                                                            \
+    RF_WGMMA("m64n32", types, RF_NAMES16, "16", "17", "18", RF_D8(0), RF_D8(8));                                      \
+  } else if constexpr (N == 64) {                                                                                     \
     RF_WGMMA("m64n64", types, RF_NAMES32, "32", "33", "34", RF_D32(0));                                               \
   } else if constexpr (N == 128) {                                                                                    \
     RF_WGMMA("m64n128", types, RF_NAMES64, "64", "65", "66", RF_D32(0), RF_D32(32));                                  \
@@ -277,7 +306,7 @@ __device__ __forceinline__ void wgmma_wait(float (&d)[2][D]) {
 // columns 8 (j / 2) + 2 (t % 4), + 1 of the row (even j) or of the row + 8 (odd j).
 template <class T, int N>
 __device__ __forceinline__ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {
-  static_assert(N == 64 || N == 128 || N == 208 || N == 216 || N == 232 || N == 248 || N == 256, "add the width that is wanted");
+  static_assert(N == 32 || N == 64 || N == 128 || N == 208 || N == 216 || N == 232 || N == 248 || N == 256, "add the width that is wanted");
   if constexpr (std::is_same_v<T, __half>) {
     RF_WGMMA_N("f16.f16")
   } else {
@@ -321,6 +350,7 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 2], const uint32_t (&a)[4],
 #undef RF_NAMES104
 #undef RF_NAMES64
 #undef RF_NAMES32
+#undef RF_NAMES16
 #undef RF_D32
 #undef RF_D4
 #undef RF_D8

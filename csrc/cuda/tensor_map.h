@@ -39,19 +39,23 @@ inline cudaError_t encode_tensor_map(CUtensorMap& map, DType dtype, const void* 
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// Of dense NHWC images of 16-bit elements the pixels that strides (1 to 8) leave, 1 + (H - 1) / stride_h rows of
-// 1 + (W - 1) / stride_w, as a matrix whose rows go on from line to line and from image to image; the box is `rows` (at
-// most 1024) of its rows and 64 channels. What a box fetches ahead into L2 is its own 128 bytes: the next 128 may belong
-// to a pixel that is left out.
+// Of dense NHWC images of 16-bit elements the pixels that a convolution's tap reads, as a matrix whose rows go on from line to
+// line and from image to image, with strides of 1 to 8; the box is `rows` (at most 1024) of its rows and 64 channels. Corners
+// (w, h) are those of the pixels that tap (0, 0) reads, from the image's: without padding and for 1x1 filters both zero. What
+// a box fetches ahead into L2 is its own 128 bytes: the next 128 may belong to a pixel that is left out.
+struct Corners {
+  int first[2], last[2];
+};
+
 inline cudaError_t encode_im2col_map(CUtensorMap& map, DType dtype, const void* data, uint64_t n, uint64_t h, uint64_t w,
-                                     uint64_t c, uint32_t stride_h, uint32_t stride_w, uint32_t rows) {
+                                     uint64_t c, uint32_t stride_h, uint32_t stride_w, uint32_t rows,
+                                     const Corners& corners = {}) {
   static auto* const encode = driver_function<decltype(cuTensorMapEncodeIm2col)>("cuTensorMapEncodeIm2col");
   if (encode == nullptr) return cudaErrorNotSupported;
   const uint64_t size[4] = {c, w, h, n}, stride[3] = {2 * c, 2 * c * w, 2 * c * w * h};
-  const int corner[2] = {0, 0};  // the box that pixels are taken from is the image
   const uint32_t every[4] = {1, stride_w, stride_h, 1};
   const CUresult result =
-      encode(&map, map_type(dtype), 4, const_cast<void*>(data), size, stride, corner, corner, 64, rows, every,
+      encode(&map, map_type(dtype), 4, const_cast<void*>(data), size, stride, corners.first, corners.last, 64, rows, every,
              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;

@@ -75,6 +75,30 @@ RF_HD HopperChoice choose_hopper_tile(int64_t m, int64_t n, int64_t depth, int64
   return ceil_div(n, 128) % 2 == 0 ? HopperChoice::paired256x128 : HopperChoice::together256x128;
 }
 
+// With few pixels: tiles of 64 pixels, of how many filters, and how many blocks of a cluster share a tile's depth of `steps`
+// slices. Clocks of one block: to be there and to see its first slice, then slice by slice; where blocks share, two barriers
+// of the cluster and what is read from it. All guesses, which only have to rank.
+struct ClusterChoice {
+  int filters, split;
+};
+
+RF_HD int64_t cluster_clocks(int64_t pixels, int64_t filters, int steps, int64_t processors, const ClusterChoice& by) {
+  const int64_t rounds = ceil_div(ceil_div(pixels, 64) * ceil_div(filters, by.filters) * by.split, processors);
+  const int64_t depth = ceil_div(steps, by.split) * (by.filters == 64 ? 180 : 140);
+  return rounds * (1500 + depth + (by.split > 1 ? 900 : 0));
+}
+
+RF_HD ClusterChoice choose_cluster(int64_t pixels, int64_t filters, int steps, int64_t processors) {
+  ClusterChoice best{64, 1};
+  for (int n = 64; n >= 32; n /= 2)
+    for (int split = 1; split <= 8 && split <= steps; split *= 2) {
+      const ClusterChoice by{n, split};
+      if (cluster_clocks(pixels, filters, steps, processors, by) < cluster_clocks(pixels, filters, steps, processors, best))
+        best = by;
+    }
+  return best;
+}
+
 // ---- Fragments of mma.m16n8k16. Chunks count along the depth, within one step of 16 elements (two chunks).
 
 struct RowChunk {

@@ -179,6 +179,24 @@ def pointwise_pair_hopper(x: Tensor, weight: Tensor, x2: Tensor, weight2: Tensor
     return _op("pointwise_pair_hopper")(x, weight, x2, weight2, bias.contiguous(), stride2)
 
 
+def _conv_cluster_supports(problem: Problem) -> str | None:
+    reach = [d * (size - 1) for d, size in zip(problem.dilation, problem.weight[2:], strict=True)]
+    if max(*reach, *problem.padding) > MOST_OFFSET:
+        return f"TMA's offsets go to {MOST_OFFSET}, the filter reaches {reach[0]}×{reach[1]} pixels with padding {problem.padding}"
+    return _conv_supports(problem) or _steps_declined(problem) or hopper_declines(problem)
+
+
+MOST_OFFSET = 127  # corners of TMA's im2col mode have 8 bits with their sign
+
+
+@kernel("native.conv_cluster_hopper", op="conv_bn_act", supports=_conv_cluster_supports, available=hopper_available, sources=SOURCES)
+def conv_cluster_hopper(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
+    scale, shift, mean, var = _vectors(scale, shift, mean, var)
+    out = _op("conv_cluster_hopper")(_aligned(x), _aligned(_nhwc(weight)), scale, shift, _aligned(residual), mean, var, eps, stride,
+                                     padding, dilation, act == "relu")
+    return out if nhwc(x) or nhwc(weight) else out.contiguous()
+
+
 WIDEST = 64  # pixels of an output row: two boxes of such rows with their halo fit shared memory beside filters and results
 
 

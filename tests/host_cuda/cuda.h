@@ -29,6 +29,7 @@ struct Map {
   bool im2col;
   int8_t lower[2], upper[2];  // corners of its bounding box, from those of the image: w, h
   uint8_t every[2];           // its traversal strides
+  uint8_t tap[2];             // how much further a load looks: w, h
 };
 static_assert(sizeof(Map) <= sizeof(CUtensorMap));
 

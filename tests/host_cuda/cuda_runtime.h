@@ -73,7 +73,7 @@ struct Warp {
   alignas(16) unsigned char in[32][64], out[32][32];
 };
 
-constexpr unsigned kMostBlocks = 2;  // of a cluster
+constexpr unsigned kMostBlocks = 8;  // of a cluster
 
 struct Barrier {
   unsigned round = 0, arrived = 0;

@@ -20,11 +20,12 @@ void walk_pixels(const Map& map, const std::array<int, 5>& at, F&& f) {
   for (size_t d = 0; d < 2; ++d)
     if (p[d] < map.lower[d] || p[d] > last(d)) fail("im2col from a pixel outside of its bounding box");
   for (size_t i = 0; i < map.box[1]; ++i) {
+    const std::array<int64_t, 3> read{p[0] + map.tap[0], p[1] + map.tap[1], p[2]};
     bool inside = true;
-    for (size_t d = 0; d < 3; ++d) inside = inside && uint64_t(p[d]) < map.size[d + 1];
+    for (size_t d = 0; d < 3; ++d) inside = inside && uint64_t(read[d]) < map.size[d + 1];
     for (int64_t j = 0; j < map.box[0]; ++j) {
       unsigned char* element = inside && uint64_t(at[0] + j) < map.size[0] ? map.data + 2 * (at[0] + j) : nullptr;
-      for (size_t d = 0; d < 3 && element != nullptr; ++d) element += p[d] * int64_t(map.stride[d]);
+      for (size_t d = 0; d < 3 && element != nullptr; ++d) element += read[d] * int64_t(map.stride[d]);
       f((i * map.box[0] + size_t(j)) * 2, element);
     }
     size_t d = 0;
@@ -214,6 +215,8 @@ inline void cluster_sync() {
   host_cuda::arrive_and_wait(all.cluster_barrier, blockDim.x * blockDim.y * blockDim.z * all.blocks);
 }
 
+inline void cluster_sync_relaxed() { cluster_sync(); }
+
 inline void trap() { host_cuda::fail("a trap"); }
 
 inline uint32_t shared_address(const void* p) {
@@ -275,8 +278,10 @@ inline void tma_prefetch(const CUtensorMap* map) { host_cuda::map_of(map); }
 // Into every block whose bit is set, each counting the bytes on its own barrier at the same place.
 template <int D>
 void tma_load_multicast(void* shared, const CUtensorMap* map, uint64_t* barrier, const int (&at)[D], unsigned blocks,
-                        bool im2col = false) {
-  const host_cuda::Map& box = host_cuda::map_of(map);
+                        bool im2col = false, int right = 0, int down = 0) {
+  host_cuda::Map box = host_cuda::map_of(map);
+  if (right < 0 || right > 255 || down < 0 || down > 255) host_cuda::fail("an im2col offset of more than 8 bits");
+  box.tap[0] = uint8_t(right), box.tap[1] = uint8_t(down);
   const size_t to = host_cuda::tile_address(shared, box, im2col);
   host_cuda::load_barrier(barrier);
   if (blocks == 0 || blocks >> host_cuda::block.blocks != 0) host_cuda::fail("TMA into a block that the cluster has not");
@@ -315,8 +320,18 @@ inline void tma_load_im2col_multicast(void* shared, const CUtensorMap* map, uint
   tma_load_multicast(shared, map, barrier, at, blocks, true);
 }
 
-inline void tma_load_im2col(void* shared, const CUtensorMap* map, uint64_t* barrier, const int (&at)[4]) {
-  tma_load_multicast(shared, map, barrier, at, 1u << host_cuda::self().rank, true);
+inline void tma_load_im2col(void* shared, const CUtensorMap* map, uint64_t* barrier, const int (&at)[4], int right = 0,
+                            int down = 0) {
+  tma_load_multicast(shared, map, barrier, at, 1u << host_cuda::self().rank, true, right, down);
+}
+
+inline void tma_prefetch_l2(const CUtensorMap* map, const int (&)[4]) { host_cuda::map_of(map); }
+
+inline float4 load_from_block(const float4* shared, unsigned rank) {
+  const auto* at = reinterpret_cast<const unsigned char*>(shared);
+  if (at < host_cuda::shared_memory || at + sizeof(float4) > host_cuda::shared_memory + host_cuda::shared_bytes)
+    host_cuda::fail("a load outside shared memory");
+  return *in_block(shared, rank);
 }
 
 template <int D>

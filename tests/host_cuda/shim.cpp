@@ -46,7 +46,7 @@ int host_conv(int kernel, const void* x, const void* weight, const void* residua
   const ConvArgs p{x, weight, residual, out, a, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6],
                    sizes[7], sizes[8], geometry[0], geometry[1], geometry[2], geometry[3], geometry[4], geometry[5],
                    DType(dtype), Act(relu)};
-  const auto launch = std::array{conv, pointwise, pointwise_hopper, conv_hopper}.at(size_t(kernel));
+  const auto launch = std::array{conv, pointwise, pointwise_hopper, conv_hopper, conv_cluster_hopper}.at(size_t(kernel));
   host_cuda::settings.shared_limit = kernel < 2 ? host_cuda::kSharedLimit : host_cuda::kHopperShared;
   return launch(p, nullptr);
 }

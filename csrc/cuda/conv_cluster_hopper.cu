@@ -1,0 +1,265 @@
+// Convolutions of few pixels over NHWC on Hopper, such as those of one image: a cluster of blocks shares each tile's depth.
+//
+//   out[p, k] = act(sum_{r, s, c} x[q(p) + (r, s), c] * weight[k, r, s, c] * scale[k] + shift[k] + residual[p, k])
+//
+// q(p) + (r, s): the pixel that tap (r, s) of output pixel p reads, zero outside the image. Layout: x [N, H, W, C], weight
+// [K, R, S, C], residual and out [N, H', W', K], dense, 16-byte aligned, C and K multiples of 8, strides up to 8; float16 or
+// bfloat16; float32 accumulation and epilogue, one rounding on store. sm_90a only.
+//
+// A tile is 64 pixels times 32 or 64 filters: 14 x 14 pixels of 256 filters are 16 tiles, an eighth of the chip, each 36
+// slices deep (9 taps of 4). So up to eight blocks share a tile's slices, leave their sums in shared memory, and after one
+// barrier of the cluster each adds all of them, always in the same order, for its share of the pixels: no second kernel, no
+// sums in global memory, the same bits every time. Pixels come by TMA in im2col mode, which steps over strides, takes the tap
+// as an offset and reads zeros outside. What a layer is made of is mostly its weights, and they do not depend on the kernel
+// before: while that one still runs, they are fetched into L2, which is where it would show if somebody wrote to them.
+//
+// Floor: the weights from DRAM, 2 R S C K bytes at 4.3 TB/s: 0.3 us for 256 filters of 3x3x256. PREDICTED, nothing of it
+// measured: a block's clocks by cluster_clocks (tile.h), whose rates are guesses, at 1.755 GHz, for ResNet-50's convolutions of
+// one image at 224^2 on an H200 in microseconds, beside what the Triton kernels' own model gives, two launches where it splits:
+//
+//   H' = W'   C -> K                   filters x blocks of a tile    all blocks   predicted   triton
+//   56          64 ->   64, 3x3                 32 x 1                    98          1.6       3.5
+//   56          64 ->  256, 1x1                 64 x 1                   196          1.9       2.2
+//   56         256 ->   64, 1x1                 32 x 1                    98          1.2       2.2
+//   28         128 ->  128, 3x3                 64 x 4                   104          1.9       5.2
+//   28         128 ->  512, 1x1                 64 x 1                   104          1.1       2.0
+//   28         512 ->  128, 1x1                 32 x 1                    52          1.5       2.9
+//   14         256 ->  256, 3x3                 64 x 8                   128          1.9       7.4
+//   14         256 -> 1024, 1x1                 32 x 1                   128          1.2       2.3
+//   14        1024 ->  256, 1x1                 64 x 8                   128          1.6       4.7
+//    7         512 ->  512, 3x3                 32 x 8                   128          2.1       8.8
+//    7         512 -> 2048, 1x1                 32 x 1                    64          1.5       2.9
+//    7        2048 ->  512, 1x1                 32 x 8                   128          1.7       6.8
+//
+// Source: split-K; distributed shared memory as in "CUDA C++ Programming Guide", "Distributed Shared Memory"; PTX ISA.
+#include "epilogue.cuh"
+#include "hopper.cuh"
+#include "launch.cuh"
+#include "tensor_map.h"
+#include "tile.h"
+
+namespace resnet_fast {
+namespace {
+
+constexpr int kGroup = 128;     // threads of a block: one warp group
+constexpr int kPixels = 64;     // of a tile
+constexpr int kStages = 4;      // slices in flight; two blocks fit a processor, so the next kernel's can be there early
+constexpr int kPixelBytes = kPixels * kRowBytes;
+constexpr int kVector = 8;      // channels that a thread adds and stores together
+
+template <class T_, int kN_>
+struct ClusterTile {
+  using T = T_;
+  static constexpr int kN = kN_;  // filters
+  static constexpr int kStageBytes = kPixelBytes + kN * kRowBytes;
+  static constexpr int kPitch = kN + 8;  // floats; eight rows of four lanes then touch all banks once
+  static constexpr int kSumsAt = kStages * kStageBytes;
+  static constexpr int kBarriersAt = kSumsAt + kPixels * kPitch * int(sizeof(float));
+  static constexpr int kSharedBytes = kBarriersAt + 2 * kStages * 8;
+};
+
+struct ClusterArgs {
+  CUtensorMap x, weight;
+  AffineArgs affine;
+  const void* residual;
+  void* out;
+  int out_h, out_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, taps_w;
+  int pixels, filters, tiles_n, slices, steps, split;  // steps: taps times slices of 64 channels
+  Act act;
+};
+
+template <class Tile>
+struct ClusterShared {
+  unsigned char* const base;
+  __device__ unsigned char* stage(int i) const { return base + i * Tile::kStageBytes; }
+  __device__ float* sums() const { return reinterpret_cast<float*>(base + Tile::kSumsAt); }
+  __device__ uint64_t* full(int i) const { return reinterpret_cast<uint64_t*>(base + Tile::kBarriersAt) + i; }
+  __device__ uint64_t* empty(int i) const { return full(kStages + i); }
+};
+
+// A block's part of the depth of its tile.
+struct Part {
+  int first_pixel, first_filter, begin, end;
+};
+
+__device__ __forceinline__ Part part_of(const ClusterArgs& p, int n) {
+  const Coordinates tile = tile_at(blockIdx.x / unsigned(p.split), uint32_t(p.tiles_n));
+  const int rank = int(blockIdx.x % unsigned(p.split));
+  return {tile.m * kPixels, tile.n * n, p.steps * rank / p.split, p.steps * (rank + 1) / p.split};
+}
+
+struct WeightPlace {
+  int at[4];
+};
+
+__device__ __forceinline__ WeightPlace weight_at(const ClusterArgs& p, int step, int filter) {
+  const int tap = step / p.slices;
+  return {{step % p.slices * kSlice, tap % p.taps_w, tap / p.taps_w, filter}};
+}
+
+// One thread: the pixels and weights of a step into its slot.
+template <class Tile>
+__device__ __forceinline__ void load_step(const ClusterArgs& p, const ClusterShared<Tile>& shared, const Part& part, int i) {
+  const int slot = i % kStages, step = part.begin + i;
+  const WeightPlace weight = weight_at(p, step, part.first_filter);
+  const Pixel pixel = pixel_at(uint32_t(part.first_pixel), uint32_t(p.out_h), uint32_t(p.out_w));
+  mbarrier_expect(shared.full(slot), Tile::kStageBytes);
+  tma_load_im2col(shared.stage(slot), &p.x, shared.full(slot),
+                  {weight.at[0], pixel.w * p.stride_w - p.pad_w, pixel.h * p.stride_h - p.pad_h, pixel.image},
+                  weight.at[1] * p.dilation_w, weight.at[2] * p.dilation_h);
+  tma_load(shared.stage(slot) + kPixelBytes, &p.weight, shared.full(slot), weight.at);
+}
+
+// This block's sums over its part of the depth. Thread 0 fills a slot again once all four warps are done with it.
+template <class Tile>
+__device__ __forceinline__ void multiply(float (&sum)[Tile::kN / 2], const ClusterArgs& p, const ClusterShared<Tile>& shared,
+                                         const Part& part) {
+  const int steps = part.end - part.begin;
+  if (threadIdx.x == 0)
+    for (int i = 0; i < kStages && i < steps; ++i) load_step<Tile>(p, shared, part, i);
+  for (int i = 0; i < steps; ++i) {
+    const uint64_t pixels = matrix_descriptor(shared_address(shared.stage(i % kStages)));
+    const uint64_t filters = further_descriptor(pixels, kPixelBytes);
+    mbarrier_wait(shared.full(i % kStages), i / kStages & 1);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kRowBytes; k += 32)
+      wgmma<typename Tile::T, Tile::kN>(sum, further_descriptor(pixels, k), further_descriptor(filters, k), i > 0 || k > 0);
+    wgmma_commit();
+    wgmma_wait<1>();
+    const int done = i - 1, next = done + kStages;
+    if (done >= 0 && next < steps) {
+      if (threadIdx.x % 32 == 0) mbarrier_arrive(shared.empty(done % kStages));
+      if (threadIdx.x == 0) {
+        mbarrier_wait(shared.empty(done % kStages), done / kStages & 1);
+        load_step<Tile>(p, shared, part, next);
+      }
+    }
+  }
+  wgmma_wait<0>(sum);
+}
+
+template <class Tile>
+__device__ __forceinline__ void leave_sums(const float (&sum)[Tile::kN / 2], float* sums) {
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
+#pragma unroll
+  for (int j = 0; j < Tile::kN / 8; ++j)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      *reinterpret_cast<float2*>(sums + (row + 8 * half) * Tile::kPitch + 8 * j + 2 * (lane % 4)) =
+          make_float2(sum[4 * j + 2 * half], sum[4 * j + 2 * half + 1]);
+}
+
+// The sums of all blocks of the cluster for this one's share of the pixels, with the epilogue.
+template <class Tile>
+__device__ __forceinline__ void add_and_store(const ClusterArgs& p, const float* sums, const Part& part) {
+  using T = typename Tile::T;
+  constexpr int kVectors = Tile::kN / kVector;
+  const int rank = int(cluster_rank()), begin = kPixels * rank / p.split, end = kPixels * (rank + 1) / p.split;
+  for (int i = begin * kVectors + int(threadIdx.x); i < end * kVectors; i += kGroup) {
+    const int row = i / kVectors, column = i % kVectors * kVector;
+    const int pixel = part.first_pixel + row, filter = part.first_filter + column;
+    if (pixel >= p.pixels || filter >= p.filters) continue;
+    float value[kVector] = {};
+    for (int from = 0; from < p.split; ++from)
+#pragma unroll
+      for (int four = 0; four < kVector; four += 4) {
+        const float4 add = load_from_block(reinterpret_cast<const float4*>(sums + row * Tile::kPitch + column + four), from);
+        value[four] += add.x, value[four + 1] += add.y, value[four + 2] += add.z, value[four + 3] += add.w;
+      }
+    const int64_t at = int64_t(pixel) * p.filters + filter;
+    float old[kVector] = {};
+    if (p.residual != nullptr) load(static_cast<const T*>(p.residual) + at, old);
+#pragma unroll
+    for (int v = 0; v < kVector; ++v)
+      value[v] = epilogue(value[v], load_affine(p.affine, filter + v), old[v], p.act);
+    store(static_cast<T*>(p.out) + at, value);
+  }
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(kGroup, 1) conv_cluster_hopper_kernel(const __grid_constant__ ClusterArgs p) {
+  if constexpr (kHopper) {
+    const ClusterShared<Tile> shared{hopper_shared()};
+    const Part part = part_of(p, Tile::kN);
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < kStages; ++i) {
+        mbarrier_init(shared.full(i), 1);
+        mbarrier_init(shared.empty(i), kGroup / 32);
+      }
+      mbarrier_init_fence();
+      tma_prefetch(&p.x), tma_prefetch(&p.weight);
+      if (part.first_pixel == 0)
+        for (int step = part.begin; step < part.end; ++step)
+          tma_prefetch_l2(&p.weight, weight_at(p, step, part.first_filter).at);
+    }
+    wait_for_kernels_before();
+    __syncthreads();
+    float sum[Tile::kN / 2];
+    multiply<Tile>(sum, p, shared, part);
+    leave_sums<Tile>(sum, shared.sums());
+    cluster_sync();
+    add_and_store<Tile>(p, shared.sums(), part);
+    cluster_sync_relaxed();  // others still read this block's sums
+  } else {
+    trap();  // the binary lacks sm_90a, and the caller did not look
+  }
+}
+
+// ---- Host side
+
+template <class Tile>
+cudaError_t launch_cluster(const ConvArgs& c, int split, cudaStream_t stream) {
+  ClusterArgs p{};
+  p.affine = c.affine, p.residual = c.residual, p.out = c.out, p.act = c.act;
+  p.out_h = int(c.out_h), p.out_w = int(c.out_w), p.stride_h = c.stride_h, p.stride_w = c.stride_w;
+  p.pad_h = c.pad_h, p.pad_w = c.pad_w, p.dilation_h = c.dilation_h, p.dilation_w = c.dilation_w, p.taps_w = int(c.s);
+  p.pixels = int(c.n * c.out_h * c.out_w), p.filters = int(c.k), p.slices = int(ceil_div(c.c, kSlice));
+  p.tiles_n = int(ceil_div(c.k, Tile::kN)), p.steps = int(c.r * c.s) * p.slices, p.split = split;
+  const int64_t blocks = ceil_div(p.pixels, kPixels) * p.tiles_n * split;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const uint64_t tap = uint64_t(c.c) * sizeof(typename Tile::T);
+  const Corners corners{{-c.pad_w, -c.pad_h},
+                        {c.pad_w - int(c.s - 1) * c.dilation_w, c.pad_h - int(c.r - 1) * c.dilation_h}};
+  cudaError_t error = encode_im2col_map(p.x, c.dtype, c.x, uint64_t(c.n), uint64_t(c.h), uint64_t(c.w), uint64_t(c.c),
+                                        uint32_t(c.stride_h), uint32_t(c.stride_w), kPixels, corners);
+  if (error == cudaSuccess)
+    error = encode_tensor_map<4>(p.weight, c.dtype, c.weight, {uint64_t(c.c), uint64_t(c.s), uint64_t(c.r), uint64_t(c.k)},
+                                 {tap, uint64_t(c.s) * tap, uint64_t(c.r * c.s) * tap}, {kSlice, 1, 1, Tile::kN});
+  constexpr auto kernel = conv_cluster_hopper_kernel<Tile>;
+  if (error == cudaSuccess) error = allow_shared<kernel>(Tile::kSharedBytes);
+  if (error != cudaSuccess) return error;
+  return launch_dependent(kernel, dim3(unsigned(blocks)), dim3(kGroup), split, Tile::kSharedBytes, stream, p);
+}
+
+template <class T>
+bool register_type(const std::string& type) {
+  Registration("conv_cluster_hopper<" + type + ",64x32>", conv_cluster_hopper_kernel<ClusterTile<T, 32>>, kGroup,
+               ClusterTile<T, 32>::kSharedBytes);
+  Registration("conv_cluster_hopper<" + type + ",64x64>", conv_cluster_hopper_kernel<ClusterTile<T, 64>>, kGroup,
+               ClusterTile<T, 64>::kSharedBytes);
+  return true;
+}
+
+const bool registered = register_type<__half>("f16") && register_type<__nv_bfloat16>("bf16");
+
+}  // namespace
+
+cudaError_t conv_cluster_hopper(const ConvArgs& c, cudaStream_t stream) {
+  const int64_t pixels = c.n * c.out_h * c.out_w;
+  if (pixels == 0 || c.k == 0) return cudaSuccess;
+  if (!aligned16(c.x, c.weight, c.residual, c.out)) return cudaErrorMisalignedAddress;
+  int device = 0, processors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  const ClusterChoice choice = choose_cluster(pixels, c.k, int(c.r * c.s * ceil_div(c.c, kSlice)), processors);
+  const auto launch_type = [&](auto type) {
+    using T = typename decltype(type)::type;
+    return choice.filters == 32 ? launch_cluster<ClusterTile<T, 32>>(c, choice.split, stream)
+                                : launch_cluster<ClusterTile<T, 64>>(c, choice.split, stream);
+  };
+  return c.dtype == DType::f16 ? launch_type(Type<__half>{}) : launch_type(Type<__nv_bfloat16>{});
+}
+
+}  // namespace resnet_fast
