@@ -8,6 +8,7 @@ kernel: what it raises, the caller sees.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import os
@@ -106,12 +107,14 @@ def kernels(op: str | None = None) -> list[Kernel]:
 
 
 def find(id: str, op: str | None = None) -> Kernel:
-    """The kernel of that id (``aten`` has one for each op); raises LookupError with the known ids."""
+    """The kernel of that id (``aten`` has one for each op); raises LookupError with the ids that may have been meant, or all."""
     name = f"{id}.{op}" if id in FAMILIES and op else id
     if name not in _registry and name.split(".")[0] in FAMILIES:
         load(name.split(".")[0])
     if name not in _registry:
-        raise LookupError(f"kernel {id!r} is unknown; known: {', '.join(sorted(k.id for k in kernels()))}")
+        ids = sorted(k.id for k in kernels())
+        meant = [k for k in ids if k.startswith(f"{id}.")] or difflib.get_close_matches(id, ids)
+        raise LookupError(f"kernel {id!r} is unknown; " + (f"did you mean {' or '.join(meant)}?" if meant else f"known: {', '.join(ids)}"))
     return _registry[name]
 
 

@@ -51,10 +51,19 @@ def test_an_unknown_op_is_refused_when_registering() -> None:
 
 def test_find_names_what_is_known() -> None:
     assert dispatch.find("aten", "bn_act").id == dispatch.find("aten.bn_act").id == "aten.bn_act"
-    with pytest.raises(LookupError, match=r"kernel 'aten.magic' is unknown; known: aten.add_act, "):
-        dispatch.find("aten.magic")
-    with pytest.raises(LookupError, match="magic"):
+    with pytest.raises(LookupError, match=r"kernel 'magic.kernel' is unknown; known: aten.add_act, "):
         dispatch.find("magic.kernel")
+
+
+@pytest.mark.parametrize(("id", "meant"), [
+    ("cpu", "cpu.conv or cpu.winograd"), ("cpu.winogard", "cpu.winograd"), ("aten.conv_bn", "aten.conv_bn_act"),
+])
+def test_an_id_that_is_nearly_one_is_told_which_it_may_be(id, meant, monkeypatch) -> None:
+    with pytest.raises(LookupError, match=f"kernel '{id}' is unknown; did you mean {meant}"):
+        use(id)
+    monkeypatch.setenv(dispatch.ENV, id)
+    with pytest.raises(LookupError, match=f"kernel '{id}' is unknown; did you mean {meant}"):
+        conv()
 
 
 def test_every_op_has_an_aten_kernel_and_every_kernel_a_reason_for_foreign_problems() -> None:
