@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -176,7 +177,7 @@ def create_model(name: str, *, weights: Any = None, progress: bool = True, **kwa
     ``weights``: None, or an entry of torchvision's enum for this model or its name ("IMAGENET1K_V2", "DEFAULT"),
     downloaded through torchvision;
     ``progress``: show that download; the rest goes to :class:`ResNet`. Raises ValueError for an unknown name or
-    contradicting ``num_classes``.
+    contradicting ``num_classes``, OSError for weights that cannot be fetched.
     """
     if name not in MODELS:
         raise ValueError(f"create_model: got {name!r}, expected one of {', '.join(MODELS)}")
@@ -192,7 +193,7 @@ def create_model(name: str, *, weights: Any = None, progress: bool = True, **kwa
             raise ValueError(f"{name}: {key}: got {kwargs[key]}, expected {value}, which makes it a {name}")
     model = ResNet(spec.block, list(spec.layers), **kwargs)
     if weights is not None:
-        model.load_state_dict(weights.get_state_dict(progress=progress, check_hash=True))
+        model.load_state_dict(_fetched(weights, progress))
     return model
 
 
@@ -202,6 +203,15 @@ def _verify_weights(spec: ModelSpec, weights: Any):
     except ImportError as error:
         raise ImportError(f"{spec.name}: weights come through torchvision: pip install 'resnet_fast[vision]'") from error
     return get_model_weights(spec.name).verify(weights)
+
+
+def _fetched(weights: Any, progress: bool) -> dict[str, Tensor]:
+    try:
+        return weights.get_state_dict(progress=progress, check_hash=True)
+    except OSError as error:  # no network, no space
+        folder = Path(torch.hub.get_dir(), "checkpoints")
+        raise OSError(f"{weights}: {weights.url} could not be fetched ({error}): put that file into {folder}, or build the model without "
+                      "weights and give a file of yours to resnet_fast.load_checkpoint") from error
 
 
 def list_models() -> list[str]:

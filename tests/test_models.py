@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -179,6 +180,17 @@ def test_weights_by_name_and_by_enum(download, weights) -> None:
     torch.manual_seed(11)
     expected = torchvision.models.resnet18().state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
+
+
+def test_weights_that_cannot_be_fetched(monkeypatch, tmp_path) -> None:
+    def offline(url, *args, **kwargs):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    with pytest.raises(OSError, match=rf"resnet18-f37072fd.pth could not be fetched \(.*no route.* put that file into {tmp_path}/checkp") as raised:
+        resnet_fast.resnet18(weights="DEFAULT")
+    assert isinstance(raised.value.__cause__, URLError)
 
 
 def test_wrong_weights(download) -> None:

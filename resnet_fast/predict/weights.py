@@ -63,8 +63,8 @@ def _from_torchvision(name: str, weights: str | None) -> Weights:
     entry = entries[weights or "DEFAULT"]
     try:
         model = create_model(name, weights=entry).eval()
-    except OSError as error:  # no network, no space
-        raise ValueError(f"no weights for {name}: {entry.url} could not be fetched ({error}); {instead}") from error
+    except OSError as error:  # no network, no space; its cause is what the network said
+        raise ValueError(f"no weights for {name}: {entry.url} could not be fetched ({error.__cause__}); {instead}") from error
     preset = entry.transforms()
     return Weights(model, preset.resize_size[0], preset.crop_size[0], tuple(preset.mean), tuple(preset.std),
                    entry.meta["categories"])
