@@ -41,6 +41,8 @@ def plan(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None = None,
 
 
 def load_plan(path: str | Path, device: torch.device | str = "cpu", *, cuda_graph: bool | None = None) -> Plan:
-    """The plan that :meth:`Plan.save` wrote, on a device; runs nobody's code. Raises ValueError for what is no plan or another version's."""
+    """The plan that :meth:`Plan.save` wrote, on a device; runs nobody's code. Raises ValueError for what is no plan or another version's,
+    and for a device that this machine has not.
+    """
     from .planfile import load
     return load(path, device, cuda_graph)

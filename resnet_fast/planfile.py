@@ -13,7 +13,7 @@ from .console import DTYPES
 from .fusion import known
 from .nodes import function
 from .planned import Filter, Lowered, attributes
-from .planning import Plan
+from .planning import Plan, place
 from .schedule import Attribute, Step, Value, names, references
 
 VERSION = 2
@@ -30,33 +30,46 @@ _SAFE_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
 
 def save(plan: Plan, path: str | Path) -> None:
     """Write whole or not at all. Raises ValueError naming the modules and functions that are not plain data."""
+    found = record(plan)
+    with replacing(Path(path)) as part:
+        torch.save(found, part)
+
+
+def record(plan: Plan) -> dict[str, Any]:
+    """The plan as plain data. Raises ValueError naming the modules and functions that are none."""
     held = plan._plain
     code = [step.target for step in held.steps if not _is_safe(step)]
     if code:
         raise ValueError(f"plan: cannot be saved: {', '.join(code)} would have to travel as code")
-    record = {
+    return {
         "resnet_fast_plan": VERSION, "steps": [_encode({f.name: getattr(step, f.name) for f in fields(step)}) for step in held.steps],
         "inputs": list(held.inputs), "output": _encode(held.output), "tensors": dict(held.tensors),
         "filters": {k: {"weight": f.weight, "bias": f.bias, "geometry": list(map(_encode, f.geometry))} for k, f in held.filters.items()},
         "dtype": str(plan.dtype).removeprefix("torch."), "normalize": _encode(plan.normalize), "softmax": plan.softmax, "topk": plan.topk,
         "across": list(plan.across),
     }
-    with replacing(Path(path)) as part:
-        torch.save(record, part)
 
 
 def load(path: str | Path, device: torch.device | str, cuda_graph: bool | None) -> Plan:
-    """The plan in a file, on a device. Raises ValueError for what is no plan, another version, damaged, or names a function no plan calls."""
+    """The plan in a file, on a device. Raises ValueError for what is no plan, another version's, damaged or names a function no plan calls,
+    and for a device that this machine has not.
+    """
     with open(path, "rb") as file:  # a path that cannot be read is an OSError
         try:
             record = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as problem:  # a foreign or torn file makes torch's reader and its safe unpickler raise anything
             raise ValueError(f"plan: {path}: not a plan, or damaged ({type(problem).__name__})") from problem
+    return restored(record, device, cuda_graph, str(path))
+
+
+def restored(record: Any, device: torch.device | str, cuda_graph: bool | None, path: str = "a pickle") -> Plan:
+    """The plan of a record that came from ``path``; raises as ``load`` does."""
     version = record.get("resnet_fast_plan") if isinstance(record, dict) else None
     if version is None:
         raise ValueError(f"plan: {path}: not a plan: Plan.save writes them")
     if version != VERSION:
         raise ValueError(f"plan: {path}: got version {version}, expected {VERSION}: make and save the plan anew")
+    device = place(device)
     try:
         steps = tuple(Step(**_decode(step)) for step in record["steps"])
         filters = {k: _filter(f) for k, f in record["filters"].items()}
@@ -68,7 +81,6 @@ def load(path: str | Path, device: torch.device | str, cuda_graph: bool | None) 
         raise ValueError(f"plan: {path}: damaged ({type(problem).__name__}: {problem})") from problem
     if wrong is not None:
         raise ValueError(f"plan: {path}: {wrong}")
-    device = torch.device(device)
     return Plan(lowered if device.type == "cpu" else lowered.to(device), dtype, device, cuda_graph=cuda_graph, across=across, **ends)
 
 

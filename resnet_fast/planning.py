@@ -39,6 +39,7 @@ def make(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None, cuda_g
     _check_example(example, normalize)
     if dtype is None:
         dtype = example.dtype if example.is_floating_point() else torch.float32
+    place(example.device)
     _check_options(model, dtype, cuda_graph and example.device.type != "cuda", topk, features if softmax or topk else None)
     found = _schedule(model, fuse, features)
     made = Plan(lower(found, model, dtype, example.device), dtype, example.device, cuda_graph=cuda_graph, normalize=normalize,
@@ -115,7 +116,7 @@ class Plan:
 
     def __init__(self, lowered: Lowered, dtype: torch.dtype, device: torch.device, *, cuda_graph: bool | None, normalize: Any,
                  softmax: bool, topk: int | None, across: Sequence[str] = (), source: tuple | None = None) -> None:
-        self._plain, self.dtype, self.device = lowered, dtype, _indexed(device)  # its steps before any is part of a group
+        self._plain, self.dtype, self.device = lowered, dtype, place(device)  # its steps before any is part of a group
         self.cuda_graph, self.normalize, self.softmax, self.topk, self.across = cuda_graph, normalize, softmax, topk, tuple(across)
         self._source = source  # a weak reference to the model, and how its schedule was made
         self._lock, self._replaying = threading.RLock(), threading.Lock()
@@ -307,8 +308,8 @@ class Plan:
         return self._replace(lower(_schedule(model, *self._source[1:]), model, self.dtype, self.device), self.device)
 
     def to(self, device: torch.device | str) -> Plan:
-        """Move the weights to another device, in place."""
-        return self._replace(self._plain.to(_indexed(device)), _indexed(device))
+        """Move the weights to another device, in place. Raises ValueError for one that this machine has not."""
+        return self._replace(self._plain.to(place(device)), place(device))
 
     def _replace(self, lowered: Lowered, device: torch.device) -> Plan:
         with self._lock:
@@ -338,15 +339,42 @@ class Plan:
             self.notes = [*(note for note in self.notes if not note.startswith("across:")), *why]
             self._forget()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        """A plan of its own over the same weights, which no plan writes. ``refresh`` takes the same model, or its copy if that came before."""
+        copied = self.variant(self.across)
+        copied.notes = list(self.notes)
+        model = self._source[0]() if self._source else None
+        if id(model) in memo:
+            copied._source = (weakref.ref(memo[id(model)]), *self._source[1:])
+        return copied
+
+    def __copy__(self) -> Plan:
+        return self.__deepcopy__({})
+
+    def __reduce__(self) -> tuple:
+        """A pickle holds what ``save`` writes, and raises as that does; without the model, so ``refresh`` raises."""
+        from .planfile import record, restored
+        return restored, (record(self), self.device, self.cuda_graph)
+
     def save(self, path: str | Path) -> None:
         """Write schedule and weights; ``load_plan`` reads them. Raises ValueError if a module that is not data is part of the plan."""
         from .planfile import save
         save(self, path)
 
 
-def _indexed(device: torch.device | str) -> torch.device:
-    device = torch.device(device)
-    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
+def place(device: torch.device | str) -> torch.device:
+    """The device with its number; raises ValueError for one that a plan cannot be on, or that this machine has not."""
+    try:
+        found = torch.device(device)
+        if found.type in ("cpu", "cuda"):
+            torch.empty(0, device=found)
+    except (RuntimeError, TypeError, AssertionError) as problem:  # AssertionError: a torch that was built without CUDA
+        first, *_ = str(problem).splitlines()
+        raise ValueError(f'plan: device: got {device}, which is not to be had here ({first}): use "cpu", or "cuda" on a machine whose GPU '
+                         f"torch {torch.__version__} sees") from problem
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"plan: device: got {found}, expected cpu or cuda")
+    return torch.device("cuda", torch.cuda.current_device()) if found.type == "cuda" and found.index is None else found
 
 
 @contextmanager

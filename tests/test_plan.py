@@ -1,6 +1,7 @@
 """The plan: the model's answers by the error rule from a snapshot, in any shape, saved, compared, and never somebody else's memory."""
 
 import copy
+import pickle
 import threading
 
 import pytest
@@ -405,6 +406,57 @@ def test_moved_to_the_same_place(model):
     run, x = plan(model, images()), images()
     wanted = run(x)
     assert torch.equal(run.to("cpu")(x), wanted)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_is_a_plan_of_its_own_over_the_same_weights(copied, model, monkeypatch):
+    monkeypatch.setenv("RESNET_FAST_KERNEL", "aten")  # oneDNN's packs have no storage that could be copied
+    model, x = copy.deepcopy(model), images()
+    run = plan(model, x, softmax=True)
+    twin, wanted = copied(run), run(x)
+    assert torch.equal(twin(x), wanted) and twin._lowered.filters == run._lowered.filters
+    with torch.no_grad():
+        model.fc.bias.add_(torch.randn(1000))
+    assert not torch.equal(twin.refresh()(x), wanted) and torch.equal(run(x), wanted)
+
+
+def test_what_is_copied_with_its_model_is_refreshed_from_the_copy(model):
+    class Service(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = model
+            self.run = plan(model, images())
+
+    service, x = copy.deepcopy(Service()), images()
+    with torch.no_grad():
+        service.net.fc.bias.add_(1)
+        torch.testing.assert_close(service.run.refresh()(x), service.net(x), rtol=1e-4, atol=1e-4)
+
+
+def test_pickled_it_is_what_save_writes(model):
+    run, x = plan(model, images(), topk=3, dtype=torch.bfloat16), images()
+    again = pickle.loads(pickle.dumps(run))
+    assert all(map(torch.equal, again(x), run(x))) and (again.dtype, again.topk) == (torch.bfloat16, 3)
+    with pytest.raises(RuntimeError, match="is gone: make a new plan"):
+        again.refresh()
+    with pytest.raises(ValueError, match="cannot be saved: 1 would have to travel as code"):
+        pickle.dumps(plan(nn.Sequential(nn.Conv2d(3, 8, 3), Odd()).eval(), x))
+
+
+@pytest.mark.parametrize(("device", "words"), [
+    ("gpu", 'got gpu, which is not to be had here .*: use "cpu"'), ("mps", "got mps, (which is not|expected cpu or cuda)"),
+    ("meta", "got meta, expected cpu or cuda"), ("cuda:99", "got cuda:99, which is not to be had here .* on a machine whose GPU torch .* sees"),
+])
+def test_a_device_that_is_not_here_is_refused_in_a_sentence(model, device, words, tmp_path):
+    run = plan(model, images())
+    run.save(tmp_path / "net.plan")
+    for ask in (lambda: load_plan(tmp_path / "net.plan", device), lambda: run.to(device)):
+        with pytest.raises(ValueError, match=f"^plan: device: {words}") as raised:
+            ask()
+        assert device == "meta" or device == "mps" or isinstance(raised.value.__cause__, RuntimeError)
+    assert run(images()).shape == (2, 1000)
+    with pytest.raises(ValueError, match="plan: device: got meta"):
+        plan(model, images().to("meta"))
 
 
 def test_tuning_needs_a_gpu(model):
