@@ -1,7 +1,8 @@
 """Builds resnet_fast: pure Python everywhere, and where the toolchain allows ``resnet_fast._C``, the CUDA kernels, and
 ``resnet_fast._cpu``, the CPU kernels, which is a library of torch ops and no Python module.
 
-RESNET_FAST_BUILD=auto (default)  _C if nvcc works and torch is a CUDA build, _cpu if a C++ compiler works
+RESNET_FAST_BUILD=auto (default)  _C if nvcc works and torch is a CUDA build, _cpu if a C++ compiler works; what then fails to compile
+                                  is left out, and the record says so
                   cuda            _C, or an error that says what is missing; _cpu as in auto
                   none            pure Python
 TORCH_CUDA_ARCH_LIST              as in PyTorch: "9.0a", "8.0;9.0+PTX" ...
@@ -29,7 +30,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -165,10 +166,13 @@ def try_out(command: list[str], suffix: str, text: str) -> str | None:
         source = Path(scratch, f"probe{suffix}")
         source.write_text(text)
         tried = subprocess.run([*command, str(source), "-o", f"{source}.so"], capture_output=True, text=True)
-    if tried.returncode == 0:
-        return None
-    said = (tried.stderr or tried.stdout).strip().splitlines()
-    return next((line for line in said if "error" in line), said[-1] if said else f"exit status {tried.returncode}")
+    return None if tried.returncode == 0 else complaint(tried.stderr or tried.stdout) or f"exit status {tried.returncode}"
+
+
+def complaint(output: str) -> str:
+    """The line of a compiler's output that tells the most."""
+    said = output.strip().splitlines()
+    return next((line for line in said if "error" in line), said[-1] if said else "")
 
 
 # ---------------------------------------------------------------- what to build
@@ -305,7 +309,8 @@ def run(command: list[str]) -> None:
     """Run a compiler; its output is shown only if it fails or has something to say."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
-        raise BuildError(f"{shlex.join(command)}\n{done.stdout}\nThat failed. RESNET_FAST_BUILD=none does without.")
+        print(f"{shlex.join(command)}\n{done.stdout}", file=sys.stderr, flush=True)
+        raise BuildError(f"{command[0]} failed: {complaint(done.stdout) or f'exit status {done.returncode}'}")
     if done.stdout.strip():
         print(done.stdout.strip(), flush=True)
 
@@ -342,13 +347,14 @@ def show(record: dict[str, str], **more: str) -> None:
     print("\n".join(f"resnet_fast {key:9} {value}" for key, value in lines.items()), flush=True)
 
 
-def finish(found: Plan, into: Path, record: dict[str, str]) -> None:
-    """Leave the record in the package, and no extension of an earlier build that this one did not replace."""
-    folder = into / "resnet_fast"
-    for old in (file for name in {"_C", "_cpu"} - {*found.extensions} for file in folder.glob(f"{name}.*.so")):
+def finish(found: Plan, into: Path, archs: list[str]) -> None:
+    """Leave the record in the package, tell it, and leave no extension of an earlier build that this one did not replace."""
+    folder, record, absent = into / "resnet_fast", facts(found, archs), {"_C", "_cpu"} - {*found.extensions}
+    for old in (file for name in absent for file in folder.glob(f"{name}.*.so")):
         old.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    show(record, **({"rebuild": REBUILD.removeprefix("RESNET_FAST_BUILD=cuda ")} if absent else {}))
 
 
 class BuildPython(build_py):
@@ -356,27 +362,36 @@ class BuildPython(build_py):
 
     def run(self) -> None:
         super().run()
-        found = plan()
-        if not found.extensions:
-            show(facts(found, []), rebuild=REBUILD)
-            finish(found, ROOT if self.editable_mode else Path(self.build_lib), facts(found, []))
+        if not plan().extensions:
+            finish(plan(), ROOT if self.editable_mode else Path(self.build_lib), [])
 
 
 class BuildExtensions(build_ext):
     """Compiles csrc, in parallel and only what changed, and records what was built."""
 
     def run(self) -> None:
-        if not self.extensions:
-            return
-        found, free = plan(), free_gigabytes()
-        self.archs = [] if found.no_cuda else choose_archs(os.environ.get("TORCH_CUDA_ARCH_LIST"), found.nvcc.archs)
-        self.jobs = choose_jobs(len(os.sched_getaffinity(0)), free, os.environ.get("MAX_JOBS"))
-        record = facts(found, self.archs)
-        show(record, torch=f"{found.torch.root} (stable ABI: loads on 2.11 and later)",
-             nvcc=found.nvcc.command[0] if found.nvcc else "not seen", archs=" ".join(self.archs) or "none",
-             jobs=f"{self.jobs} ({free:.0f} GB of memory free)")
-        super().run()
-        finish(found, ROOT if self.inplace else Path(self.build_lib), record)
+        self.found, self.archs, free = plan(), [], free_gigabytes()
+        into = ROOT if self.inplace else Path(self.build_lib)
+        if self.extensions:
+            nvcc, torch = self.found.nvcc, self.found.torch
+            self.archs = [] if self.found.no_cuda else choose_archs(os.environ.get("TORCH_CUDA_ARCH_LIST"), nvcc.archs)
+            self.jobs = choose_jobs(len(os.sched_getaffinity(0)), free, os.environ.get("MAX_JOBS"))
+            show(facts(self.found, self.archs), torch=f"{torch.root} (stable ABI: loads on 2.11 and later)",
+                 nvcc=nvcc.command[0] if nvcc else "not seen", archs=" ".join(self.archs) or "none",
+                 jobs=f"{self.jobs} ({free:.0f} GB of memory free)")
+            super().run()
+        finish(self.found, into, self.archs)
+
+    def build_extensions(self) -> None:
+        """One by one; what cannot be compiled is left out, for the package works without, unless RESNET_FAST_BUILD insists on it."""
+        for ext in tuple(self.extensions):
+            try:
+                self.build_extension(ext)
+            except BuildError as error:
+                if ext.name == "resnet_fast._C" and os.environ.get("RESNET_FAST_BUILD") == "cuda":
+                    raise BuildError(f"RESNET_FAST_BUILD=cuda: {error} (auto does without)") from error
+                self.found = replace(self.found, **{"no_cuda" if ext.name == "resnet_fast._C" else "no_cpu": str(error)})
+                self.extensions = [other for other in self.extensions if other is not ext]  # it is not there to be installed
 
     def build_extension(self, ext: Extension) -> None:
         torch, nvcc, cxx = plan().torch, plan().nvcc, plan().cxx

@@ -70,9 +70,12 @@ def kernel_rows() -> list[tuple[str, str, str]]:
 
 def missing() -> list[str]:
     """One line for each thing that is not here and what would bring it."""
+    from .kernels import cpu
     lines = [f"{package}: pip install 'resnet_fast[{extra}]'" for package, extra in EXTRAS.items() if version(package) == "none"]
     if version("triton") == "none":
         lines.append("triton: comes with torch's CUDA builds on Linux")
+    if (why := cpu.available()) is not None:
+        lines.append(f"kernels for this processor, without which oneDNN runs: {why}")
     if not torch.cuda.is_available():
         lines.append("a CUDA device: without one the CPU path runs (oneDNN); GPU kernels are compiled and interpreted in tests only")
     return lines

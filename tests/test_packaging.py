@@ -12,11 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 import resnet_fast
-from resnet_fast import tables
-from resnet_fast.kernels import native
+from resnet_fast import info, tables
+from resnet_fast.kernels import cpu, native
 
 ROOT = Path(__file__).parents[1]
 
@@ -224,7 +225,7 @@ def test_a_change_of_the_cpu_kernels_leaves_a_gpus_measurements_alone(tmp_path, 
 
     def measured_with(cxx: setup.Compiler, folder: Path) -> tuple[str, str]:
         (folder / "resnet_fast").mkdir(parents=True)
-        setup.finish(plan := decide(cxx=cxx), folder, setup.facts(plan, ["8.0"]))
+        setup.finish(decide(cxx=cxx), folder, ["8.0"])
         record = folder / "resnet_fast" / "_build.json"
         return tables.source_hash((str(record),)), json.loads(record.read_text()).get("cpu_csrc")
 
@@ -246,7 +247,7 @@ def test_an_extension_of_an_earlier_build_does_not_outlive_the_record(tmp_path):
     for plan, left in ((decide(), {"_C.x.so", "_cpu.x.so"}), (decide(cxx=None), {"_C.x.so"}), (decide(nvcc=None), {"_cpu.x.so"}),
                        (decide("none"), set())):
         (package / "_C.x.so").touch(), (package / "_cpu.x.so").touch()
-        setup.finish(plan, tmp_path, setup.facts(plan, ["8.0"]))
+        setup.finish(plan, tmp_path, ["8.0"])
         assert {file.name for file in package.iterdir()} == {*left, "_build.json"}
 
 
@@ -444,3 +445,62 @@ def test_an_interrupted_link_leaves_no_half_a_library(monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         builder.build_extension(setup.Extension("resnet_fast._cpu", sources=[]))
     assert target.read_text() == "whole"
+
+
+def test_info_counts_cpu_kernels_that_do_not_run_among_what_is_missing(monkeypatch):
+    monkeypatch.setattr(cpu, "available", lambda: "the CPU kernels are not built (c++ failed: no such intrinsic): pip install")
+    assert any("oneDNN runs: the CPU kernels are not built (c++ failed: no such intrinsic): pip install" in line for line in info.missing())
+
+
+# ---------------------------------------------------------------- a whole build
+
+def build_here(folder: Path, monkeypatch, plan: setup.Plan, mode: str, *failing: str) -> dict:
+    """``setup.py build_ext --inplace`` in a folder that holds an older build, with compilers that fail on some extensions; its record."""
+    def compiler(command: list[str]) -> None:
+        target = command[command.index("-o") + 1]
+        if any(f"{name}." in target for name in failing):
+            raise setup.BuildError("c++ failed: avx2.cpp:7:1: error: no such intrinsic")
+        Path(target).write_text("new")
+
+    package = folder / "resnet_fast"
+    package.mkdir()
+    for name in ("__init__.py", "_C.x.so", "_cpu.x.so", "_build.json"):
+        (package / name).write_text("old")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("RESNET_FAST_BUILD", mode)
+    for name, value in {"ROOT": folder, "OBJECTS": folder, "plan": lambda: plan, "compile_one": lambda source, command: source, "run": compiler}.items():
+        monkeypatch.setattr(setup, name, value)
+    extensions = [setup.Extension(f"resnet_fast.{name}", sources=[]) for name in plan.extensions]
+    building = setuptools.Distribution({"name": "p", "packages": ["resnet_fast"], "ext_modules": extensions,
+                                        "cmdclass": {"build_ext": setup.BuildExtensions}})
+    building.get_command_obj("build_ext").inplace = True
+    building.run_command("build_ext")
+    return json.loads((package / "_build.json").read_text())
+
+
+def libraries(folder: Path) -> set[str]:
+    return {f"{file.name.split('.')[0]} {file.read_text()}" for file in (folder / "resnet_fast").glob("*.so") if ".x." not in file.name}
+
+
+def test_a_build_of_nothing_leaves_neither_the_old_record_nor_old_libraries(tmp_path, monkeypatch):
+    record = build_here(tmp_path, monkeypatch, decide("none"), "none")
+    assert [record[key] for key in ("extension", "why", "cpu", "cpu_why")] == ["not built", "RESNET_FAST_BUILD=none"] * 2
+    assert not list((tmp_path / "resnet_fast").glob("*.so"))
+
+
+@pytest.mark.parametrize(("mode", "failing", "built"), [
+    ("auto", ["_cpu"], {"_C new"}), ("auto", ["_C"], {"_cpu new"}), ("auto", ["_C", "_cpu"], set()), ("cuda", ["_cpu"], {"_C new"}),
+])
+def test_what_cannot_be_compiled_after_all_is_left_out_and_the_record_says_so(mode, failing, built, tmp_path, monkeypatch, capsys):
+    record = build_here(tmp_path, monkeypatch, decide(), mode, *failing)
+    assert libraries(tmp_path) == built
+    for name, state, why in (("_C", "extension", "why"), ("_cpu", "cpu", "cpu_why")):
+        assert record[state] == ("not built" if name in failing else "built")
+        assert ("avx2.cpp:7:1: error: no such intrinsic" in record[why]) == (name in failing)
+        assert not (tmp_path / "resnet_fast" / f"{name}.x.so").exists() or name not in failing
+    assert capsys.readouterr().out.count("not built: c++ failed: avx2.cpp:7:1") == len(failing)
+
+
+def test_an_extension_that_was_insisted_on_stops_the_build(tmp_path, monkeypatch):
+    with pytest.raises(setup.BuildError, match="^RESNET_FAST_BUILD=cuda: c.. failed: avx2.cpp:7:1: error: no such intrinsic .auto does without"):
+        build_here(tmp_path, monkeypatch, decide(), "cuda", "_C")
