@@ -131,6 +131,21 @@ def test_features_in_every_format_are_those_of_the_plain_path(photos, suffix):
     torch.testing.assert_close(torch.tensor([row["features"] for row in rows]), features, rtol=1e-4, atol=1e-5)
 
 
+def test_of_few_classes_all_are_told_unless_more_are_asked_for(photos, capsys):
+    torch.save(create_model("resnet18", num_classes=3).state_dict(), "three.pt")
+    few = ("--model", "resnet18", "--weights", "three.pt", "--size", "32", "--device", "cpu", "--workers", "1")
+    assert predict(photos / "1.png", trial=few) == 0
+    assert capsys.readouterr().out.count("class ") == 3
+    assert predict(photos / "1.png", "--top", 5, trial=few) == 2
+    assert "--top: got 5, expected at most 3" in capsys.readouterr().err
+
+
+def test_five_classes_and_features_contradict_each_other(capsys):
+    with pytest.raises(SystemExit):  # argparse sees no contradiction in what is the default
+        predict("photos", "--top", 5, "--features")
+    assert "--features: not allowed with argument --top" in capsys.readouterr().err
+
+
 def test_without_out_the_answers_go_to_the_terminal(photos, capsys):
     assert predict(photos / "1.png", photos / "b" / "5.png", "--top", 2) == 0
     paths, probabilities, _ = expected(photos)
@@ -355,7 +370,7 @@ def test_an_existing_table_is_replaced_only_on_demand(photos, capsys):
     (("empty",), "no images in empty"),
     (("photos", "--labels", "two.txt"), "got 2 names, expected 1000"),
     (("photos", "--labels", "absent.txt"), "--labels absent.txt: there is no such file"),
-    (("photos", "--out", "nowhere/out.csv"), "nowhere"),
+    (("photos", "--out", "nowhere/out.csv"), "nowhere"), (("photos", "--top", "1001"), "--top: got 1001, expected at most 1000"),
 ])
 def test_mistakes_end_in_a_sentence(photos, capsys, arguments, sentence):
     Path("empty").mkdir()

@@ -25,8 +25,7 @@ def add_parser(commands) -> None:
     p.add_argument("--out", type=Path, metavar="OUT", help="table to write: .csv, .json, .jsonl or .parquet")
     p.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     answer = p.add_mutually_exclusive_group()
-    answer.add_argument("--top", type=positive, default=5, metavar="K",
-                        help="the K most probable classes (default %(default)s)")
+    answer.add_argument("--top", type=positive, metavar="K", help="the K most probable classes (default 5, or as many as there are)")
     answer.add_argument("--features", action="store_true", help="the pooled features before the classifier instead")
     p.add_argument("--model", default="resnet50", help="one that `list` shows (default %(default)s)")
     weights = p.add_mutually_exclusive_group()

@@ -42,12 +42,14 @@ class Job:
         classes = source.model.fc.out_features
         if self.labels is not None and len(self.labels) != classes:
             raise ValueError(f"--labels {args.labels}: got {len(self.labels)} names, expected {classes}, one a class")
+        if args.top is not None and args.top > classes:
+            raise ValueError(f"--top: got {args.top}, expected at most {classes}: {args.model} with these weights has no more classes")
         size = args.size or source.crop
         self.preset = Preset(resize=round(source.resize * size / source.crop), crop=size, fast=args.fast_decode,
                              max_pixels=args.max_pixels or MAX_PIXELS)
         self.batch = args.batch or (128 if device.type == "cuda" else 16)
         self.workers = args.workers or _workers(device, ranks)
-        top = None if args.features else min(args.top, classes)
+        top = None if args.features else args.top or min(5, classes)
         answer = "features" if args.features else f"top {top}"
         self.settings = {
             "model": args.model, "weights": source.digest(), "dtype": args.dtype, "size": size,
