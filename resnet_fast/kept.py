@@ -6,6 +6,8 @@ It holds no weights of its own: packed filters are those of ``fold``, everything
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -33,10 +35,11 @@ SHAPES = 8  # programs kept for each network, oldest out
 class Kept:
     """The programs of one network in inference, one for each input shape. Raises Unfit for a network that has none.
 
+    ``forget`` is called when memory of packed weights is freed, by ``.to("cuda")`` say.
     ``imagewise``: a batch may go through in pieces; ``inside``: the modules inside ``owner``, itself not held.
     """
 
-    def __init__(self, owner: nn.Module, inside: list[nn.Module]) -> None:
+    def __init__(self, owner: nn.Module, inside: list[nn.Module], forget: Callable[[], None]) -> None:
         self.inside = tuple(inside)
         self._made = Made(owner, self.inside)  # first: what changes while the rest is read is seen by the next pass
         try:
@@ -52,6 +55,8 @@ class Kept:
         self._filters = {step.output: _filter(*(owner.get_submodule(path) for path in step.modules[:2]))
                          for step in steps if step.op == "conv_bn_act"}
         entries = dict.fromkeys(entry for _, entry in self._filters.values())
+        # A network that moved to a GPU, or to another dtype, may never come back to ask whether this still holds.
+        self._memory = [weakref.ref(conv.weight.untyped_storage(), lambda _: forget()) for conv, _ in self._filters.values()]
         self._places = [place for entry in entries for place in entry.places]
         self.imagewise = imagewise(steps, found.output)
         self._programs: dict[tuple, Program | None] = {}

@@ -82,8 +82,14 @@ def at_once(owner: nn.Module, forward: Callable[[Tensor], Any], x: Tensor, look:
 def _keep(state: _State, owner: nn.Module, x: Tensor, inside: list[nn.Module]) -> Tensor | None:
     """The answer of a program that is made now, since two passes used the same weights; None if there can be none."""
     from .kept import Kept
+    still = weakref.ref(state)  # it holds what is to forget it
+
+    def forget() -> None:
+        if (it := still()) is not None:
+            it.kept, it.settled = None, False
+
     try:
-        state.kept = kept = Kept(owner, inside)
+        state.kept = kept = Kept(owner, inside, forget)
     except Unfit:
         state.unfit = tuple(inside)
         return None

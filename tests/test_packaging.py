@@ -468,7 +468,7 @@ def build_here(folder: Path, monkeypatch, plan: setup.Plan, mode: str, *failing:
         (package / name).write_text("old")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("RESNET_FAST_BUILD", mode)
-    for name, value in {"ROOT": folder, "OBJECTS": folder, "plan": lambda: plan, "compile_one": lambda source, command: source, "run": compiler}.items():
+    for name, value in {"ROOT": folder, "OBJECTS": folder, "plan": lambda: plan, "compile_one": lambda source, _: source, "run": compiler}.items():
         monkeypatch.setattr(setup, name, value)
     extensions = [setup.Extension(f"resnet_fast.{name}", sources=[]) for name in plan.extensions]
     building = setuptools.Distribution({"name": "p", "packages": ["resnet_fast"], "ext_modules": extensions,
