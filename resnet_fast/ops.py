@@ -113,6 +113,7 @@ def check_vectors(op: str, channels: int, **vectors: Tensor | None) -> None:
     for name, v in vectors.items():
         if v is not None:
             require(tuple(v.shape) == (channels,), op, f"{name} shape", list(v.shape), [channels])
+            require(v.is_floating_point(), op, f"{name} dtype", v.dtype, "a floating dtype")
 
 
 def check_convolution(x: Tensor, weight: Tensor, groups: int, **others: Tensor | None) -> None:
@@ -125,16 +126,26 @@ def check_convolution(x: Tensor, weight: Tensor, groups: int, **others: Tensor |
              f"{weight.shape[1] * groups} (weight is {list(weight.shape)}, groups {groups})")
 
 
+def check_geometry(op: str, x: Tensor, weight: Tensor, groups: int, **geometry: tuple[int, int]) -> tuple[int, ...]:
+    """The output's shape. Libraries divide by a stride and by groups without asking: a 0 would end the process."""
+    for name, numbers in geometry.items():
+        least = 0 if name == "padding" else 1
+        require(len(numbers) == 2 and min(numbers) >= least, op, name, list(numbers), f"one or two whole numbers of {least} or more")
+    require(groups >= 1, op, "groups", groups, "1 or more")
+    require(weight.numel() > 0 and weight.shape[0] % groups == 0, op, "weight", list(weight.shape), f"filters, a multiple of groups ({groups})")
+    sizes = [(i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d in zip(x.shape[2:], weight.shape[2:], *geometry.values(), strict=True)]
+    require(min(sizes) >= 1, op, "image", f"{x.shape[2]}×{x.shape[3]} pixels",
+            f"at least one output pixel for filters of {list(weight.shape)} with {', '.join(f'{k} {list(v)}' for k, v in geometry.items())}")
+    return x.shape[0], weight.shape[0], *sizes
+
+
 def check_conv_bn_act(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> None:
     op = "conv_bn_act"
     _check_act(op, act)
     check_convolution(x, weight, groups, scale=scale, shift=shift, residual=residual, mean=mean, var=var)
     require((mean is None) == (var is None), op, "mean and var", "one of them", "both or neither")
     check_vectors(op, weight.shape[0], scale=scale, shift=shift, mean=mean, var=var)
-    if residual is not None:
-        sizes = [(i + 2 * p - d * (k - 1) - 1) // s + 1 for i, p, d, k, s in
-                 zip(x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True)]
-        check_like(op, "residual", residual, (x.shape[0], weight.shape[0], *sizes), x.dtype)
+    check_like(op, "residual", residual, check_geometry(op, x, weight, groups, stride=stride, padding=padding, dilation=dilation), x.dtype)
 
 
 def check_bn_act(x, weight, bias, residual, eps, act) -> None:

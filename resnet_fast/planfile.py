@@ -90,7 +90,8 @@ def _filter(record: dict) -> Filter:
     pairs, groups = geometry[:3], geometry[3]
     if weight.dim() != 4 or bias.shape != weight.shape[:1] or weight.dtype != bias.dtype or not weight.is_floating_point():
         raise ValueError(f"weight {list(weight.shape)} and bias {list(bias.shape)} of no convolution")
-    if len(geometry) != 4 or not all(len(pair) == 2 and min(pair) >= 0 for pair in pairs) or groups < 1 or len(weight) % groups:
+    least = 1, 0, 1  # of stride, padding, dilation
+    if len(geometry) != 4 or any(len(p) != 2 or min(p) < n for p, n in zip(pairs, least, strict=True)) or groups < 1 or len(weight) % groups:
         raise ValueError(f"geometry {geometry} of no convolution")
     return Filter(weight.contiguous(memory_format=torch.channels_last), bias, geometry)
 

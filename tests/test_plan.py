@@ -222,6 +222,7 @@ def test_foreign_and_torn_files_are_refused_in_a_sentence(model, tmp_path):
     (lambda r: r["steps"].pop(1), "reads maxpool, which is not there"), (lambda r: r["steps"].pop(), "the answer is fc, which is not there"),
     (lambda r: r["filters"]["relu"].update(bias=torch.zeros(3)), "of no convolution"),
     (lambda r: r["filters"]["relu"].update(geometry=[{"tuple": [1, 1]}] * 3 + [5]), "geometry .* of no convolution"),
+    (lambda r: r["filters"]["relu"].update(geometry=[{"tuple": [0, 0]}, *[{"tuple": [1, 1]}] * 2, 1]), "geometry .* of no convolution"),
     (lambda r: r["steps"][0]["dict"].update(extra=1), "damaged .TypeError"), (lambda r: r.update(output={}), "damaged .ValueError"),
 ])
 def test_tampered_files_are_refused_in_a_sentence(model, tmp_path, spoil, words):
