@@ -24,8 +24,8 @@ _F = "torch.nn.functional."
 
 def known(across: Iterable[str]) -> tuple[str, ...]:
     """The names as a tuple: kinds, or "kind:step" for one group; raises ValueError for one whose kind is none."""
-    across = (across,) if isinstance(across, str) else tuple(across)
-    strange = [name for name in across if name.partition(":")[0] not in ACROSS]
+    across = (across,) if isinstance(across, str) or not isinstance(across, Iterable) else tuple(across)
+    strange = [name for name in across if not isinstance(name, str) or name.partition(":")[0] not in ACROSS]
     if strange:
         raise ValueError(f"plan: across: got {', '.join(map(repr, strange))}, expected some of {', '.join(map(repr, ACROSS))}")
     return across

@@ -48,6 +48,8 @@ def _why_plain_here(x: Tensor) -> str | None:
         return "a global module hook is registered"
     if x.numel() == 0:
         return "the input is empty: nothing to compute, and torch's batch norm leaves its statistics alone"
+    if x.layout is not torch.strided:
+        return f"the input's layout is {x.layout}"
     if x.device.type not in _DEVICES:
         return f"no fused kernels for device {x.device.type}"
     if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):

@@ -35,6 +35,8 @@ def make(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None, cuda_g
     """See :func:`resnet_fast.plan`."""
     across = known(across)
     features = (features,) if isinstance(features, str) else features
+    if features is not None and (not isinstance(features, (tuple, list)) or not features or not all(isinstance(f, str) for f in features)):
+        raise ValueError(f"plan: features: got {features!r}, expected names of modules, or None")
     normalize = _numbers(normalize)
     _check_example(example, normalize)
     if dtype is None:
@@ -54,16 +56,18 @@ def make(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None, cuda_g
 def _schedule(model: nn.Module, fuse: bool, features: Sequence[str] | None) -> Schedule:
     """The whole network's schedule, or ValueError with everything that stands against it."""
     name = type(model).__name__
+    inside = next((child for child in ("module", "_orig_mod") if list(model._modules) == [child]), None)  # DDP, EMA; torch.compile
+    hint = f"; it wraps another model: plan that, model.{inside}" if inside else ""
 
     def check(why: dict[str, str]) -> None:
         if why:
-            raise ValueError(f"plan: cannot plan {name}: " + "; ".join(f"{what}: {reason}" for what, reason in why.items()))
+            raise ValueError(f"plan: cannot plan {name}: " + "; ".join(f"{what}: {reason}" for what, reason in why.items()) + hint)
 
     check(refused(model))
     try:
         found = schedule(model, _leaf, training=False, lone=True, fuse=fuse, outputs=features)
     except Untraceable as reason:
-        raise ValueError(f"plan: {name} cannot be planned: {reason}") from None
+        raise ValueError(f"plan: {name} cannot be planned: {reason}{hint}") from None
     if len(found.inputs) != 1:
         raise ValueError(f"plan: {name}: got {len(found.inputs)} inputs ({', '.join(found.inputs)}), expected one tensor")
     check(refused(model, found))
@@ -105,8 +109,10 @@ def _check_options(model: nn.Module, dtype: torch.dtype, graph_nowhere: bool | N
         raise ValueError(f"plan: dtype: got {dtype}, expected torch.float32, float64, float16 or bfloat16")
     if graph_nowhere:
         raise ValueError("plan: cuda_graph: got True for an example that is not on CUDA, expected None or False")
-    if topk is not None and topk < 1:
-        raise ValueError(f"plan: topk: got {topk}, expected at least 1, or None")
+    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        raise ValueError("plan: model: got one with meta tensors, which have no values, expected weights: load them first")
+    if topk is not None and (type(topk) is not int or topk < 1):
+        raise ValueError(f"plan: topk: got {topk!r}, expected a whole number, at least 1, or None")
     if features is not None:
         raise ValueError("plan: features: softmax and topk are of the classes; make two plans, they share their weights")
 
@@ -140,6 +146,8 @@ class Plan:
 
     def __call__(self, x: Tensor) -> Any:
         """Run on [N, C, H, W] (uint8 [N, H, W, 3] if made with ``normalize``); raises ValueError for what the plan was not made for."""
+        if torch.compiler.is_compiling():  # its kernels have no fakes: a break in the compiler's graph
+            return torch.compiler.disable(self.__call__)(x)
         with _quiet(self.device):
             x = self._prepared(x)
             sizes = self._pieces(x)
@@ -206,7 +214,7 @@ class Plan:
             program = Program(self._lowered, x, graph=graph)
         except ValueError as problem:
             made_for = f" (the plan was made for {list(self._made_for)})" if self._made_for else ""
-            raise ValueError(f"plan: got {list(x.shape)}{made_for}: {problem}") from problem
+            raise ValueError(f"plan: got {list(x.shape)}{made_for}: {str(problem).removeprefix('plan: ')}") from problem
         answer, program.answer = _own(program.answer, x, self._lowered), None
         if graph:
             self._capture(program, x)
@@ -341,9 +349,8 @@ class Plan:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
         """A plan of its own over the same weights, which no plan writes. ``refresh`` takes the same model, or its copy if that came before."""
-        copied = self.variant(self.across)
+        copied, model = self.variant(self.across), self._source[0]() if self._source else None
         copied.notes = list(self.notes)
-        model = self._source[0]() if self._source else None
         if id(model) in memo:
             copied._source = (weakref.ref(memo[id(model)]), *self._source[1:])
         return copied
@@ -352,7 +359,7 @@ class Plan:
         return self.__deepcopy__({})
 
     def __reduce__(self) -> tuple:
-        """A pickle holds what ``save`` writes, and raises as that does; without the model, so ``refresh`` raises."""
+        """A pickle holds what ``save`` writes, not the model, and raises as ``save`` does."""
         from .planfile import record, restored
         return restored, (record(self), self.device, self.cuda_graph)
 
@@ -369,9 +376,8 @@ def place(device: torch.device | str) -> torch.device:
         if found.type in ("cpu", "cuda"):
             torch.empty(0, device=found)
     except (RuntimeError, TypeError, AssertionError) as problem:  # AssertionError: a torch that was built without CUDA
-        first, *_ = str(problem).splitlines()
-        raise ValueError(f'plan: device: got {device}, which is not to be had here ({first}): use "cpu", or "cuda" on a machine whose GPU '
-                         f"torch {torch.__version__} sees") from problem
+        raise ValueError(f'plan: device: got {device}, which is not to be had here ({str(problem).splitlines()[0]}): use "cpu", or "cuda" '
+                         f"on a machine whose GPU torch {torch.__version__} sees") from problem
     if found.type not in ("cpu", "cuda"):
         raise ValueError(f"plan: device: got {found}, expected cpu or cuda")
     return torch.device("cuda", torch.cuda.current_device()) if found.type == "cuda" and found.index is None else found

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+import torch.utils.mkldnn
 from torch import nn
 from torch.fx import symbolic_trace
 from torch.testing import assert_close
@@ -21,6 +22,16 @@ from resnet_fast.testing import same_nonfinite
 
 X = images(2, 40)
 X64 = X.double()
+
+
+def test_onednns_own_tensors_and_modules() -> None:
+    ours, theirs = twins()
+    accelerated = resnet_fast.accelerate(copy.deepcopy(theirs))
+    with torch.no_grad():
+        for _ in range(3):  # the third pass would be a kept one
+            for model in (ours, accelerated):
+                assert_close(model(X.to_mkldnn()).to_dense(), theirs(X), rtol=1e-4, atol=1e-4)
+        assert_close(torch.utils.mkldnn.to_mkldnn(accelerated)(X.to_mkldnn()).to_dense(), theirs(X), rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------- fx, jit, compile, export

@@ -273,7 +273,10 @@ def test_refusals_come_before_anything_is_built():
 
 
 @pytest.mark.parametrize(("how", "words"), [
-    (dict(topk=0), "topk: got 0"), (dict(topk=1001), "at least 1001 classes, got .2, 1000."), (dict(dtype=torch.int8), "dtype: got torch.int8"),
+    (dict(topk=0), "topk: got 0"), (dict(topk="5"), "topk: got '5', expected a whole number"), (dict(topk=2.5), "topk: got 2.5"),
+    (dict(features=[]), "features: got .., expected names of modules"), (dict(features=3), "features: got 3, expected names"),
+    (dict(across=3), "across: got 3, expected some of"), (dict(across=[None]), "across: got None, expected some of"),
+    (dict(topk=1001), "at least 1001 classes, got .2, 1000."), (dict(dtype=torch.int8), "dtype: got torch.int8"),
     (dict(topk=2, features=("layer1",)), "features: softmax and topk are of the classes"), (dict(cuda_graph=True), "not on CUDA"),
     (dict(normalize=((0, 0, 0), (1, 1, 1))), "expected uint8"), (dict(normalize=((0, 0), (1, 1))), "three numbers each"),
     (dict(normalize=((0, 0, 0), (1, 0, 1))), "no std 0"), (dict(normalize="imagenet"), "three numbers each"),
@@ -290,6 +293,21 @@ def test_what_is_no_model_or_answers_no_classes_is_refused(model):
         plan(block(lambda self, x: self.bn(self.conv(x))), images(), softmax=True)
     with pytest.raises(ValueError, match="got torch.int64"):
         plan(model, images().long())
+
+
+def test_what_wraps_a_model_is_told_apart_from_it(model):
+    for wrapper in (nn.DataParallel(model), torch.optim.swa_utils.AveragedModel(model)):
+        with pytest.raises(ValueError, match="it wraps another model: plan that, model.module$"):
+            plan(wrapper, images())
+    with pytest.raises(ValueError, match="it wraps another model: plan that, model._orig_mod$"):
+        plan(torch.compile(model, backend="eager"), images())
+    with pytest.raises(ValueError, match="plan: model: got one with meta tensors"):
+        plan(copy.deepcopy(model).to("meta"), images())
+
+
+def test_inside_a_compiled_function_a_plan_runs_as_it_is(model):
+    run, x = plan(model, images()), images()
+    assert torch.equal(torch.compile(lambda x: run(x) * 2, backend="eager")(x), run(x) * 2)
 
 
 def test_bad_input_is_one_sentence(model):
@@ -616,7 +634,7 @@ def test_steps_know_kernel_shapes_and_flops(model):
 def test_refusals_of_another_size_name_the_one_it_was_made_for():
     net = ready(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 5)))
     run = plan(net, images(2, 8, 8))
-    sentence = r"got \[2, 3, 9, 9\] \(the plan was made for \[2, 3, 8, 8\]\): plan: step .* \(torch.nn.functional.linear\)"
+    sentence = r"got \[2, 3, 9, 9\] \(the plan was made for \[2, 3, 8, 8\]\): step .* \(torch.nn.functional.linear\)"
     with pytest.raises(ValueError, match=sentence):
         run(images(2, 9, 9))
 
