@@ -17,6 +17,7 @@ from torch import Tensor
 from . import dispatch, tables
 from .dispatch import Kernel, find
 from .problem import Problem
+from .program import once
 from .testing import Verdict
 from .timing import Timing, interleaved
 from .verify import full_args, verify
@@ -244,18 +245,21 @@ class _Job:
                 self.note(kernel, "out of memory", reason=f"arguments to time it on: {first_line(error)}")
             self.device.settle()
             return {"entries": {}, "graph": {}}
-        calls = sets * ceil(CALLS / len(sets))
+        times = ceil(CALLS / len(sets))
 
-        def runner(kernel: Kernel) -> Callable[[], object]:
-            return lambda: [kernel.fn(*args) for args in calls]  # the list keeps each output, so none is written twice
+        def warmed(kernel: Kernel) -> Callable[[], object]:
+            calls = [once(kernel, self.problem, args) for args in sets] * times
+            run = lambda: [call() for call in calls]  # noqa: E731 the list keeps each output, so none is written twice
+            run()
+            return run
 
         with torch.no_grad():
-            runs = {k.id: runner(k) for k in kernels}
-            ready = {k.id: runs[k.id] for k in kernels if self.attempt(k, runs[k.id]) is not None}
+            runs = {k.id: self.attempt(k, lambda k=k: warmed(k)) for k in kernels}
+            ready = {id: run for id, run in runs.items() if run is not None}
             timings = {"entries": self.device.clock(ready)}
             graphs, reasons = self.device.capture(ready)
             timings["graph"] = self.device.clock(graphs)
-        timings = {name: {id: Timing(tuple(s / len(calls) for s in timing.seconds)) for id, timing in found.items()}
+        timings = {name: {id: Timing(tuple(s / (times * len(sets)) for s in timing.seconds)) for id, timing in found.items()}
                    for name, found in timings.items()}
         for id, timing in timings["entries"].items():
             self.records[id] |= {"time_us": timing.median * 1e6, "spread": timing.spread}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .buffers import deaths, own_memory
 from .dispatch import Kernel, choose, describe, find
+from .fold import fold
 from .groups import EXTERNAL, Members, flat
 from .kernels.aten import onednn_takes
 from .kernels.cpu import FORMS, Form
@@ -324,6 +325,17 @@ def _bind_torch(f: Filter, step: Step, in_place: bool, add: Callable[[Tensor, Te
         return out.relu_() if relu else out
 
     return run
+
+
+def once(chosen: Kernel, problem: Problem, args: tuple) -> Callable[[], Any]:
+    """One call of a kernel on a problem's arguments as it is in use: torch's convolutions on folded weights as a plan binds them, folded before."""
+    if problem.op != "conv_bn_act" or problem.bn or not chosen.id.startswith("aten."):
+        return lambda: chosen.fn(*args)
+    x, weight, scale, shift, residual, mean, var, eps, *geometry, act = args
+    f = Filter(*fold(weight, scale, shift, mean, var, eps), tuple(geometry))
+    step = Step("conv_bn_act", "", "", (Value("x"),), residual=None if residual is None else Value("residual"), act=act)
+    run = _bind_cudnn(f, step) if chosen.id == "aten.cudnn_fused" else _bind_torch(f, step, False)
+    return lambda: run({"x": x, "residual": residual})
 
 
 def _conv_shape(f: Filter, x: Tensor) -> tuple[int, ...]:

@@ -16,11 +16,13 @@ from resnet_fast import autotune, dispatch, tables, testing
 from resnet_fast.__main__ import main
 from resnet_fast.autotune import Device, DeviceLost, tune
 from resnet_fast.problem import Problem
+from resnet_fast.program import once
 from resnet_fast.timing import Timing
 from resnet_fast.verify import full_args, repeats, verify
 
 GPU = "Pretended GPU"
 PROBLEM = Problem("add_act", "cpu", torch.float32, (2, 8, 5, 7), "nhwc", residual="nhwc", act="relu")
+CONV = Problem("conv_bn_act", "cpu", torch.float32, (2, 8, 6, 6), "nhwc", (8, 8, 3, 3), padding=(1, 1), bn=True, act="relu")
 OTHER = replace(PROBLEM, x=(3, 16, 5, 7))
 
 
@@ -178,6 +180,20 @@ def test_cudnn_may_choose_by_timing_while_tuning_and_not_afterwards(candidates, 
     candidates(looks=lambda *args: seen.append(torch.backends.cudnn.benchmark) or right(*args))
     tune([PROBLEM], device=Pretended())
     assert all(seen) and not torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize("residual, act", [("nhwc", "relu"), (None, "none")])
+def test_a_folded_convolution_is_timed_as_a_plan_binds_it(monkeypatch, residual, act) -> None:
+    """Or what our kernels have to beat would fold anew in each call, which a plan does not."""
+    problem = replace(CONV, bn=False, residual=residual, act=act)
+    aten, args = dispatch.find("aten", "conv_bn_act"), full_args(problem)
+    direct, call = aten.fn(*args), once(aten, problem, args)
+    live = once(aten, replace(problem, bn=True), full_args(replace(problem, bn=True)))
+    monkeypatch.setattr("resnet_fast.fold.fold", lambda *args: 1 / 0)
+    monkeypatch.setattr("resnet_fast.fold.packed", lambda *args: 1 / 0)
+    torch.testing.assert_close(call(), direct)
+    with pytest.raises(ZeroDivisionError):
+        live()
 
 
 # ---------------------------------------------------------------- resuming
