@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .timing import Timing
 
+UNTRIED = "not tried by itself: the time was up"
 MARGIN = 1.002  # of what is certain of a gain: two measurements of the same network, each in a graph of its own, differ too
 
 Option = tuple[str, ...]  # the names of its groups, "kind:step"
@@ -76,4 +77,4 @@ def _turned(chosen: Choice, option: Option, formed: Callable[[Iterable[Option]],
 
 def _told(option: Option, chosen: Choice, how: dict[Option, str]) -> str:
     used = "used" if option in chosen else "not used"
-    return f"across: {', '.join(option)}: {used}: {how.get(option, 'not tried by itself: the time was up')}"
+    return f"across: {', '.join(option)}: {used}: {how.get(option, UNTRIED)}"

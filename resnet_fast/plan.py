@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def plan(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None = None, cuda_graph: bool | None = None, tune: bool = False,
          fuse: bool = True, features: Sequence[str] | None = None, normalize: tuple[Sequence[float], Sequence[float]] | None = None,
-         softmax: bool = False, topk: int | None = None, across: Sequence[str] = ()) -> Plan:
+         softmax: bool = False, topk: int | None = None, across: Sequence[str] | None = None) -> Plan:
     """A callable snapshot of ``model`` in eval, made for ``example``'s device and tried on it; the model is left unchanged.
 
     ``model``: ours, torchvision's, timm's, accelerated or any whose forward can be traced, of one input [N, C, H, W]; other batch
@@ -31,8 +31,9 @@ def plan(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None = None,
     ``features``: return these modules' results as a dict instead of the forward's own. ``normalize``: (mean, std) of RGB in [0, 1]; the
     input is then uint8 [N, H, W, 3]. ``softmax``: probabilities; ``topk``: (probabilities, classes) of the k likeliest.
     ``across``: ops over several convolutions to use wherever the network has their form: "pointwise_pair", "conv_tail", "conv_pool",
-    "pointwise_pool" (see :mod:`resnet_fast.fused`), or "conv_tail:layer1.1.conv2" for the one at that step; none by default, and with
-    ``tune`` those that make the whole network faster, each distinct shape decided by itself.
+    "pointwise_pool" (see :mod:`resnet_fast.fused`), or "conv_tail:layer1.1.conv2" for the one at that step; () for none. With
+    ``tune`` those that make the whole network faster, each distinct shape decided by itself; that choice is remembered in the GPU's table, and
+    by default a plan of the same network, input shape and dtype uses it (none where nothing was measured), with a line in ``notes``.
     Raises ValueError, before anything is built, with what cannot be planned and why.
     """
     from .planning import make

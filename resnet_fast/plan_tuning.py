@@ -1,4 +1,7 @@
-"""``Plan.tune``: kernels measured one by one, then groups of steps end to end, by the whole network's time and not by summing kernels."""
+"""``Plan.tune``: kernels measured one by one, then groups of steps end to end, by the whole network's time and not by summing kernels.
+
+What wins is remembered in the GPU's table: the next process's plan is as fast without measuring.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import autotune
+from . import autotune, remembered
 from .autotune import Device, first_line
 from .fusion import group, label
-from .group_search import Choice, Option, search
+from .group_search import UNTRIED, Choice, Option, search
 from .problem import ACROSS, Problem
 from .schedule import Group
 
@@ -21,48 +24,69 @@ if TYPE_CHECKING:
     from .planning import Plan
     from .timing import Timing
 
+FAILED = "could not be run"
 NETWORK_CONFIDENCE = 0.0005  # of a whole network's median: one group is a small part of it
 
 
 def tune(plan: Plan, example: Tensor, device: Device, seconds: float, say: Callable[[str], None]) -> None:
-    """Fill the table for the plan's problems, and for those of every group; then use the groups that make the network faster.
+    """Fill the table for the plan's problems, and for those of every group; then :func:`choose_groups`.
 
-    The groups are those that the plan was made with, or all; ``seconds`` is what their search may take. A variant that runs out of memory
-    or fails is named in ``notes`` and left out. The plan changes at the end only.
+    The groups are those that the plan's user named, or all. What was settled before is taken from the table.
     """
-    told: list[str] = []
-
-    def tried(across: tuple[str, ...], work: Callable[[Plan], Any]) -> Any:
-        """``work`` on the plan with these groups, or None with a note why not."""
-        try:
-            return work(plan.variant(across))
-        except (torch.OutOfMemoryError, RuntimeError, ValueError) as trouble:
-            told.append(f"across: {', '.join(across) or 'the plan without groups'} could not be run: {first_line(trouble)}")
-            return None
-        finally:
-            device.settle()
-
-    found = {(): plan.variant(()).explain(example)}
-    for name in plan.across or ACROSS:
-        if _labels(plan, (name,)):
-            found[(name,)] = tried((name,), lambda variant: variant.explain(example))
-    problems = [line.problem for lines in found.values() for line in lines or () if line.problem is not None]
+    found = None if plan.asked else remembered.find(plan, example, device.name)
+    if found is not None and found.settled:
+        say(f"measured before: {', '.join(found.across) or 'no groups'}")
+        return plan.use_across(found.across, found.notes)
+    tried = _Tried(plan, device)
+    lines = {(): plan.variant(()).explain(example)}
+    for name in _kinds(plan):
+        lines[name] = tried((name,), lambda variant: variant.explain(example))
+    problems = [line.problem for some in lines.values() for line in some or () if line.problem is not None]
     autotune.tune(list(dict.fromkeys(problems)), device=device, say=say)
+    choose_groups(plan, example, device, seconds, say)
+
+
+def choose_groups(plan: Plan, example: Tensor, device: Device, seconds: float, say: Callable[[str], None]) -> None:
+    """Use the groups that make the whole network faster by the kernels that the table has now, and remember them there.
+
+    ``seconds`` is what the search may take. A variant that runs out of memory or fails is named in ``notes`` and left out. The plan changes
+    at the end only. What was found among groups that a user named is not remembered: it says nothing of the others.
+    """
+    tried = _Tried(plan, device)
     options: list[Option] = []
-    for name in (name for across, lines in found.items() if lines is not None for name in across):
+    for name in _kinds(plan):
         lines = tried((name,), lambda variant: variant.explain(example))
         won = {} if lines is None else _won(lines)
         options += [option for option in won.values() if option not in options]
-        told += [f"across: {name}: not used: no kernel of it won against single steps"] if lines is not None and not won else []
-    chosen, decisions = search(options, _Networks(options, plan, example, device, tried), lambda some: _formed(plan, options, some),
-                               _deadline(seconds), say)
-    plan.use_across(_names(options, chosen), list(dict.fromkeys([*told, *decisions])))
+        tried.told += [f"across: {name}: not used: no kernel of it won against single steps"] if lines is not None and not won else []
+    networks = _Networks(options, plan, example, device, tried)
+    chosen, decisions = search(options, networks, lambda some: _formed(plan, options, some), _deadline(seconds), say)
+    plan.use_across(_names(options, chosen), list(dict.fromkeys([*tried.told, *decisions])))
+    if not plan.asked and (networks.ready or not options):
+        remembered.keep(device.name, plan, example, complete=not any(UNTRIED in note or FAILED in note for note in plan.notes))
+
+
+class _Tried:
+    """Runs work on variants of a plan; ``told`` has why one could not be run."""
+
+    def __init__(self, plan: Plan, device: Device) -> None:
+        self.plan, self.device, self.told = plan, device, []
+
+    def __call__(self, across: tuple[str, ...], work: Callable[[Plan], Any]) -> Any:
+        """``work`` on the plan with these groups, or None with a note why not."""
+        try:
+            return work(self.plan.variant(across))
+        except (torch.OutOfMemoryError, RuntimeError, ValueError) as trouble:
+            self.told.append(f"across: {', '.join(across) or 'the plan without groups'} {FAILED}: {first_line(trouble)}")
+            return None
+        finally:
+            self.device.settle()
 
 
 class _Networks:
     """The search's clock: whole networks, built and captured; those of the last call are kept, for the next goes on from one of them."""
 
-    def __init__(self, options: list[Option], plan: Plan, example: Tensor, device: Device, tried: Callable) -> None:
+    def __init__(self, options: list[Option], plan: Plan, example: Tensor, device: Device, tried: _Tried) -> None:
         self.options, self.plan, self.example, self.device, self.tried = options, plan, example, device, tried
         self.ready: dict[Choice, Callable[[], Any]] = {}
 
@@ -87,6 +111,11 @@ def _deadline(seconds: float) -> Callable[[], bool]:
 
 def _names(options: list[Option], choice: Choice) -> tuple[str, ...]:
     return tuple(name for option in options if option in choice for name in option)
+
+
+def _kinds(plan: Plan) -> list[str]:
+    """What the user named, or every kind, as far as the network has its form."""
+    return [name for name in plan.asked or ACROSS if _labels(plan, (name,))]
 
 
 def _labels(plan: Plan, across: Iterable[str]) -> set[str]:

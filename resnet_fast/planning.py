@@ -31,9 +31,9 @@ Normalize = tuple[Sequence[float], Sequence[float]]
 
 
 def make(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None, cuda_graph: bool | None, tune: bool, fuse: bool,
-         features: Sequence[str] | None, normalize: Normalize | None, softmax: bool, topk: int | None, across: Sequence[str]) -> Plan:
+         features: Sequence[str] | None, normalize: Normalize | None, softmax: bool, topk: int | None, across: Sequence[str] | None) -> Plan:
     """See :func:`resnet_fast.plan`."""
-    across = known(across)
+    named = known(across or ())
     features = (features,) if isinstance(features, str) else features
     if features is not None and (not isinstance(features, (tuple, list)) or not features or not all(isinstance(f, str) for f in features)):
         raise ValueError(f"plan: features: got {features!r}, expected names of modules, or None")
@@ -45,9 +45,11 @@ def make(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None, cuda_g
     _check_options(model, dtype, cuda_graph and example.device.type != "cuda", topk, features if softmax or topk else None)
     found = _schedule(model, fuse, features)
     made = Plan(lower(found, model, dtype, example.device), dtype, example.device, cuda_graph=cuda_graph, normalize=normalize,
-                softmax=softmax, topk=topk, across=across, source=(weakref.ref(model), fuse, features))
+                softmax=softmax, topk=topk, across=named, source=(weakref.ref(model), fuse, features))
     if tune:
         made.tune(example)
+    elif across is None:
+        made.recall(example)
     made.build(example)
     made.check_classes()
     return made
@@ -124,6 +126,7 @@ class Plan:
                  softmax: bool, topk: int | None, across: Sequence[str] = (), source: tuple | None = None) -> None:
         self._plain, self.dtype, self.device = lowered, dtype, place(device)  # its steps before any is part of a group
         self.cuda_graph, self.normalize, self.softmax, self.topk, self.across = cuda_graph, normalize, softmax, topk, tuple(across)
+        self.asked = self.across  # the groups that the user named, whichever are in use
         self._source = source  # a weak reference to the model, and how its schedule was made
         self._lock, self._replaying = threading.RLock(), threading.Lock()
         self.notes: list[str] = []
@@ -328,12 +331,21 @@ class Plan:
     def tune(self, example: Tensor, *, seconds: float = 60.0, say: Callable[[str], None] = lambda line: None) -> None:
         """Measure this plan's kernels, and then for so many ``seconds`` whole networks with and without groups, on this GPU, and use what won.
 
-        ``say`` gets a line for each decision. See ``plan_tuning``.
+        What was measured before with the same sources and versions, in whichever process, is not measured again. ``say`` gets a line for each
+        decision. See ``plan_tuning``.
         """
         if self.device.type != "cuda":
             raise ValueError(f"plan: tune measures GPU kernels, this plan is on {self.device}")
         from . import plan_tuning
         plan_tuning.tune(self, example, plan_tuning.Device.current(), seconds, say)
+
+    def recall(self, example: Tensor) -> None:
+        """Use the groups that :meth:`tune` found to pay for this network and input, in whichever process; ``notes`` say so."""
+        from . import remembered, tables
+        if self.device.type == remembered.DEVICE and example.numel() > 0:
+            found = remembered.find(self, example, tables.gpu_name(self.device.index))
+            if found is not None:
+                self.use_across(found.across, found.notes)
 
     def variant(self, across: Sequence[str]) -> Plan:
         """The same plan over the same weights with other groups."""

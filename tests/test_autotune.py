@@ -297,7 +297,7 @@ def test_a_failed_write_leaves_the_old_table(tmp_path) -> None:
 def test_a_table_that_cannot_be_used_is_ignored_and_says_so(tmp_path, text) -> None:
     (tmp_path / "pretended-gpu.json").write_text(text)
     with pytest.warns(UserWarning, match="pretended-gpu.json is ignored"):
-        assert tables.read(tmp_path / "pretended-gpu.json", GPU) == {"entries": {}, "graph": {}, "measured": {}}
+        assert tables.read(tmp_path / "pretended-gpu.json", GPU) == dict.fromkeys(tables.SECTIONS, {})
 
 
 def test_lookup_wants_this_gpu_this_source_and_these_versions(candidates, monkeypatch, tmp_path) -> None:

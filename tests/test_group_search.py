@@ -6,7 +6,7 @@ from test_fusion import count, groups, images, ready
 from torch import Tensor
 
 import resnet_fast
-from resnet_fast import autotune, plan, plan_tuning
+from resnet_fast import autotune, plan, plan_tuning, tables
 from resnet_fast.dispatch import use
 from resnet_fast.fusion import label
 from resnet_fast.group_search import search
@@ -93,6 +93,15 @@ def test_rivals_for_the_same_steps_are_tried_in_each_other_s_place() -> None:
 def model():
     """Two shapes of tails, the first projected, and three of pairs."""
     return ready(resnet_fast.ResNet(resnet_fast.Bottleneck, [4, 1, 1, 2], width_per_group=16, num_classes=12))
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Where choices are remembered."""
+    monkeypatch.setenv("RESNET_FAST_TABLES", str(tmp_path))
+    tables.load.cache_clear()
+    yield tmp_path
+    tables.load.cache_clear()
 
 
 class Clockwork(autotune.Device):

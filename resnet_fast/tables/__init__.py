@@ -1,6 +1,7 @@
 """Measured choices: one JSON file for each GPU model, written by ``autotune``, read by ``dispatch``.
 
-A file is ``{"gpu": name, "entries": {problem key: entry}, "graph": {…}, "measured": {problem key: {kernel: record}}}``.
+A file is ``{"gpu": name, "entries": {problem key: entry}, "graph": {…}, "measured": {problem key: {kernel: record}},
+"networks": {…}}``, the last kept by ``remembered``.
 An entry keeps kernel, time_us, aten_us, spread, error, eager_error, versions and the normalised source hash of its
 kernel; ``entries`` holds for ordinary calls (host and device time), ``graph`` for what runs inside a CUDA graph (device
 time), ``measured`` is what tuning found for every candidate. An entry counts only while kernel source and versions are
@@ -26,7 +27,7 @@ from ..atomic import replacing
 from ..problem import Problem
 
 SHIPPED = Path(__file__).parent
-SECTIONS = ("entries", "graph", "measured")
+SECTIONS = ("entries", "graph", "measured", "networks")
 
 
 def user_folder() -> Path:
