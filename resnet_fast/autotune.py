@@ -6,6 +6,7 @@ an interruption loses at most the problem in hand, two processes may tune at onc
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import ceil
@@ -25,6 +26,7 @@ from .verify import full_args, verify
 MARGIN = 1.01  # a kernel must beat aten by more than a repetition of the same measurement moves
 CALLS = 8  # at least so many calls between two clock readings
 SETS = 128  # at most so many sets of arguments in rotation
+BEFORE = "measured before"
 LOST = "lost the device"
 
 
@@ -124,18 +126,26 @@ def tune(problems: Iterable[Problem], *, kernels: Iterable[str] | None = None, d
     device = device or Device.current()
     wanted = None if kernels is None else {find(id).id for id in kernels}
     problems = list(dict.fromkeys(problems))
-    outcomes = []
+    outcomes, start, measured = [], time.monotonic(), 0
     benchmark = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True  # cuDNN at its best is what a kernel has to beat
     try:
         for i, problem in enumerate(problems, 1):
             outcomes.append(_Job(problem, device, folder).run(wanted))
-            say(f"[{i}/{len(problems)}] {outcomes[-1]}")
+            measured += outcomes[-1].note != BEFORE
+            say(f"[{i}/{len(problems)}] {_progress(time.monotonic() - start, measured, len(problems) - i)}{outcomes[-1]}")
     finally:
         torch.backends.cudnn.benchmark = benchmark
         with dispatch._lock:  # choices made before the table changed
             dispatch._memo.clear()
     return outcomes
+
+
+def _progress(seconds: float, measured: int, left: int) -> str:
+    """Time so far and to come, if any problem took time: at most, for some of those left may have been measured before."""
+    if not measured or not left:
+        return f"after {seconds:.0f} s: " if measured else ""
+    return f"after {seconds:.0f} s, at most some {seconds / measured * left / 60:.1f} min to go: "
 
 
 class _Job:
@@ -153,7 +163,7 @@ class _Job:
     def run(self, wanted: set[str] | None) -> Outcome:
         candidates = self.candidates(wanted)
         if all(self.fresh(k.id, k) for k in candidates):
-            return self.outcome("measured before")
+            return self.outcome(BEFORE)
         if all(self.fresh(k.id, k, versions=False) and self.known[k.id]["status"] == "right" for k in candidates):
             if all(self.verified(k) for k in candidates if k.id in {e["kernel"] for e in self.chosen.values()}):
                 self.write({id: {**record, "versions": tables.versions()} for id, record in self.known.items()},

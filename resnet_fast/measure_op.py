@@ -31,6 +31,7 @@ CHECK_BATCH = 2  # the oracle is float64 on the CPU
 _EAGER = ("eager",)
 BASELINES = {"conv_bn_act": ("eager", "folded"), "bn_act": _EAGER, "bn_act_backward": _EAGER, "add_act": _EAGER,
              "add_act_backward": _EAGER, **dict.fromkeys(ACROSS, _EAGER)}
+TRAINING = tuple(op for op in BASELINES if op not in ("conv_bn_act", *ACROSS))
 
 
 def op_problems(model: str, batch: int, size: int, dtype: torch.dtype, device: str,
@@ -41,7 +42,7 @@ def op_problems(model: str, batch: int, size: int, dtype: torch.dtype, device: s
     convs = [layer.problem for layer in single]
     found |= dict.fromkeys(convs)
     for conv in convs:
-        found |= dict.fromkeys(filter(None, (after(conv, op) for op in BASELINES if op not in ("conv_bn_act", *ACROSS))))
+        found |= dict.fromkeys(filter(None, (after(conv, op) for op in TRAINING)))
     found |= dict.fromkeys(group.problem for group in across(single))
     return list(found)
 

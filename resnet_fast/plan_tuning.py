@@ -33,10 +33,8 @@ def tune(plan: Plan, example: Tensor, device: Device, seconds: float, say: Calla
 
     The groups are those that the plan's user named, or all. What was settled before is taken from the table.
     """
-    found = None if plan.asked else remembered.find(plan, example, device.name)
-    if found is not None and found.settled:
-        say(f"measured before: {', '.join(found.across) or 'no groups'}")
-        return plan.use_across(found.across, found.notes)
+    if recall(plan, example, device, say):
+        return
     tried = _Tried(plan, device)
     lines = {(): plan.variant(()).explain(example)}
     for name in _kinds(plan):
@@ -44,6 +42,16 @@ def tune(plan: Plan, example: Tensor, device: Device, seconds: float, say: Calla
     problems = [line.problem for some in lines.values() for line in some or () if line.problem is not None]
     autotune.tune(list(dict.fromkeys(problems)), device=device, say=say)
     choose_groups(plan, example, device, seconds, say)
+
+
+def recall(plan: Plan, example: Tensor, device: Device, say: Callable[[str], None]) -> bool:
+    """Whether the groups of this network are settled; they are used then."""
+    found = None if plan.asked else remembered.find(plan, example, device.name)
+    if found is None or not found.settled:
+        return False
+    say(f"{autotune.BEFORE}: {', '.join(found.across) or 'no groups'}")
+    plan.use_across(found.across, found.notes)
+    return True
 
 
 def choose_groups(plan: Plan, example: Tensor, device: Device, seconds: float, say: Callable[[str], None]) -> None:

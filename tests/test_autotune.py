@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 from collections.abc import Callable
@@ -12,10 +13,12 @@ import pytest
 import torch
 
 import resnet_fast
-from resnet_fast import autotune, dispatch, tables, testing
+from resnet_fast import autotune, dispatch, plan, remembered, tables, testing
+from resnet_fast import tune as tune_command
 from resnet_fast.__main__ import main
 from resnet_fast.autotune import Device, DeviceLost, tune
-from resnet_fast.problem import Problem
+from resnet_fast.measure_op import TRAINING
+from resnet_fast.problem import ACROSS, Problem
 from resnet_fast.program import once
 from resnet_fast.timing import Timing
 from resnet_fast.verify import full_args, repeats, verify
@@ -51,7 +54,7 @@ class Pretended(Device):
         self.verified.append((kernel.id, problem.key))
         return super().verify(kernel, problem)
 
-    def clock(self, variants):
+    def clock(self, variants, confidence=0.01):
         for run in variants.values():
             run()
         self.timed += variants
@@ -87,9 +90,9 @@ def broken(x, y, gate, act):
 
 @pytest.fixture
 def candidates(registry, tmp_path, monkeypatch):
-    """Registers kernels for add_act by name; only they and ``aten`` exist; tables live in a folder of the test's."""
+    """Registers kernels for add_act by name; only they, ``aten`` and what a plan on a CPU asks for exist; tables live in a folder of the test's."""
     monkeypatch.setattr(dispatch, "FAMILIES", ("aten",))
-    for id in [id for id in registry if not id.startswith("aten.")]:
+    for id in [id for id in registry if not id.startswith(("aten.", "cpu."))]:
         del registry[id]
     monkeypatch.setenv("RESNET_FAST_TABLES", str(tmp_path))
     tables.load.cache_clear()
@@ -413,44 +416,75 @@ def test_command_without_a_gpu_says_so(capsys, monkeypatch) -> None:
 def pretended_command(candidates, monkeypatch):
     monkeypatch.setattr("resnet_fast.__main__.COMMANDS", ("tune",))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    conv = testing.nasty_problems("conv_bn_act")[0]
-    monkeypatch.setattr("resnet_fast.measure_op.op_problems", lambda *args: [conv, PROBLEM, OTHER])
+    monkeypatch.setattr(tables, "gpu_name", lambda device=None: GPU)
     return lambda device: monkeypatch.setattr(Device, "current", classmethod(lambda cls: device))
 
 
-def test_command_reports_choices_and_who_failed(pretended_command, candidates, capsys) -> None:
+@pytest.fixture
+def two_adds(monkeypatch):
+    monkeypatch.setattr("resnet_fast.tune.networks", lambda args, device: [[PROBLEM, OTHER]])
+
+
+def test_command_reports_choices_and_who_failed(pretended_command, two_adds, candidates, capsys) -> None:
     candidates(fast=right, wrong=wrong)
     pretended_command(Pretended(calls={"experimental.fast": 5e-6}))
     assert main(["tune", "resnet50", "--batch", "2", "--train"]) == 1
     out, err = capsys.readouterr()
     assert "2 problems, 2 with a kernel faster than aten, 0 in graphs" in out
-    assert "never chosen: experimental.wrong on add_act" in out and "[2/2]" in err
+    assert "never chosen: experimental.wrong on add_act" in out and "[1/2] after 0 s, at most some 0.0 min to go: add_act" in err
+    assert err.index(OTHER.key) < err.index(PROBLEM.key)  # the larger first
+    assert main(["tune", "resnet50", "--batch", "2", "--train"]) == 1
+    assert "[2/2] add_act" in capsys.readouterr().err  # measured before: no time to speak of
 
 
-def test_command_tunes_convolutions_unless_told_to_train(pretended_command, capsys) -> None:
-    pretended_command(Pretended())
-    assert main(["tune", "resnet50"]) == 0
-    out = capsys.readouterr().out
-    assert "1 problems" in out and out.count("conv_bn_act") == 1 and "add_act" not in out
+ASK = ["tune", "resnet18", "--batch", "2", "--size", "32", "--dtype", "float32"]
 
 
-def test_command_tunes_the_stem_of_photographs_too(monkeypatch) -> None:
-    """What a plan that normalises by itself asks for, next to the floating stem."""
-    asked: list = []
-    monkeypatch.setattr("resnet_fast.__main__.COMMANDS", ("tune",))
+def test_command_tunes_what_drop_in_and_plan_ask_and_goes_on(pretended_command, capsys, tmp_path, monkeypatch) -> None:
+    """And the groups of the whole network, which later plans then use."""
+    device = Pretended()
+    pretended_command(device)
+    assert main(ASK) == 0
+    x, model = torch.randn(2, 3, 32, 32), resnet_fast.resnet18().eval()
+    photos = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+    asked = {line.problem for line in resnet_fast.explain(model, x) if line.op == "conv_bn_act"}
+    asked |= {line.problem for line in plan(model, x, across=ACROSS).explain(x) if line.problem is not None}
+    asked |= {line.problem for line in plan(model, photos, normalize=((0.5,) * 3, (0.2,) * 3), across=ACROSS).explain(photos) if line.problem}
+    keys = {replace(problem, capability=(9, 0)).key for problem in asked} | {replace(p, bn=False).key for p in asked}
+    assert set(table(tmp_path)["measured"]) == keys and sum("bytes" in key for key in keys) == 1
+    record, = table(tmp_path)["networks"].values()
+    assert record["notes"] == ["across: conv_pool: not used: no kernel of it won against single steps"] and record["complete"]
+    out, err = capsys.readouterr()
+    assert f"{len(keys)} problems" in out and "groups at batch 2: none\n  across: conv_pool: not used" in out
+    tries = len(device.verified)
+    assert main(ASK) == 0
+    out, err = capsys.readouterr()
+    assert len(device.verified) == tries and "measured before: no groups" in err and "groups at batch 2: none\n  across: as measured on" in out
+    monkeypatch.setattr(remembered, "DEVICE", "cpu")
+    assert plan(model, x).notes[0].startswith("across: as measured on Pretended GPU")
+
+
+def test_command_begins_with_the_largest_share_of_its_network(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(Device, "current", classmethod(lambda cls: Pretended()))
-    monkeypatch.setattr(autotune, "tune", lambda problems, **how: asked.extend(problems) or [])
-    assert main(["tune", "resnet18", "--batch", "2", "--size", "64"]) == 0
-    stems = [p for p in asked if p.op == "conv_pool"]
-    assert [p.bytes for p in stems] == [False, True] and len(set(asked)) == len(asked)
-    photos = torch.zeros(2, 64, 64, 3, dtype=torch.uint8)
-    run = resnet_fast.plan(resnet_fast.resnet18(), photos, dtype=torch.bfloat16, normalize=((0.5,) * 3, (0.2,) * 3), across=("conv_pool",))
-    stem = next(line.problem for line in run.explain(photos) if line.op == "conv_pool")
-    assert replace(stem, device="cuda", capability=(9, 0)) == stems[1]
+    args = argparse.Namespace(model="resnet50", batch=[256, 1], size=224, dtype="bfloat16", train=False)
+    order = tune_command.problems(args, Pretended(kind="cuda"))
+    assert order[0].weight == (256, 64, 1, 1) and order[0].residual  # the last of layer1's blocks, three times: the most bytes
+    assert {p.x[0] for p in order[:12]} == {256, 1} and {p.bn for p in order[:12]} == {False, True}
+    args.train = True
+    assert {p.op for p in tune_command.problems(args, Pretended(kind="cuda"))} == set(TRAINING)
 
 
-def test_command_interrupted_says_how_to_go_on(pretended_command, candidates, capsys) -> None:
+def test_command_says_that_a_network_could_not_be_planned(pretended_command, two_adds, capsys, monkeypatch) -> None:
+    def make(model, example, **how):
+        raise ValueError("plan: step relu (conv1) failed on this input: CUDA out of memory. Tried to allocate 3.00 GiB.")
+
+    pretended_command(Pretended())
+    monkeypatch.setattr("resnet_fast.planning.make", make)
+    assert main(ASK) == 1
+    assert "groups at batch 2: not searched: plan: step relu (conv1) failed on this input: CUDA out of memory" in capsys.readouterr().out
+
+
+def test_command_interrupted_says_how_to_go_on(pretended_command, two_adds, candidates, capsys) -> None:
     def stop(*args):
         raise KeyboardInterrupt
 
