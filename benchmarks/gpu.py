@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +50,11 @@ class Run:
         if self.rehearse:  # on a machine that others use too
             job = replace(job, env={**job.env, "OMP_NUM_THREADS": "1"})
         return self.watchdog.run(stage, job, deadline)
+
+    def note(self, title: str, text: str) -> None:
+        """Keep what a tool said beside what the children said."""
+        with (self.folder / "log.txt").open("a", encoding="utf-8") as log:
+            log.write(f"==== {title}\n{text}\n")
 
     def args(self, **more) -> dict:
         return {"rehearse": True, **more} if self.rehearse else more
@@ -92,13 +98,12 @@ def extension(run: Run, deadline: float) -> str | None:
         return "left out of a rehearsal"
     if not (ROOT / "csrc").is_dir():
         return "there are no sources to build from"
-    if prebuilt() == sources():
-        return "prebuilt"
     major, minor = run.found.one("environment", "machine")["capability"]
     arch = "9.0a" if (major, minor) == (9, 0) else f"{major}.{minor}"
+    if prebuilt() == sources() and arch in targets():
+        return "prebuilt"
     env = {**os.environ, "RESNET_FAST_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": arch}
-    output = run.folder / "build.txt"
-    with output.open("w") as log:
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT,
                                    stdin=subprocess.DEVNULL, start_new_session=True)
@@ -108,7 +113,10 @@ def extension(run: Run, deadline: float) -> str | None:
             return "stopped at its deadline: the kernels of csrc are left out"
         finally:
             kill(process)
-    return f"failed: {last_words(output.read_text(errors='replace'))}" if code else None
+            log.seek(0)
+            said = log.read()
+            run.note("build", said)
+    return f"failed: {last_words(said)}" if code else None
 
 
 def sources() -> str:
@@ -129,20 +137,27 @@ def prebuilt() -> str | None:
     return json.loads(record.read_text()).get("csrc")
 
 
-def check(run: Run, deadline: float) -> str | None:
-    """A process of its own for each kernel, many at once, as nothing is timed; the dtype that will be timed first."""
+def targets() -> list[str]:
+    """The architectures that the extension has machine code for; one with PTX alone would leave out what Hopper has of its own."""
+    return json.loads((ROOT / "resnet_fast" / "_build.json").read_text()).get("archs", "").replace("+PTX", "").split()
+
+
+def check(run: Run, deadline: float, dtypes: tuple[str, ...] = ("bfloat16",)) -> str | None:
+    """A process of its own for each kernel, many at once, as nothing is timed."""
+    dtypes = ("float32",) if run.rehearse else dtypes
     cores = os.cpu_count() or 1
     memory = run.found.one("environment", "machine").get("memory_bytes", 0)
     workers = max(1, min(cores - 2, memory // PROCESS_BYTES)) if memory else 1
     threads = {"OMP_NUM_THREADS": str(max(1, cores // workers))}
-    rounds = (["float32"],) if run.rehearse else (["bfloat16"], ["float16", "float32"])
-    found = []
-    for dtypes in rounds:
-        jobs = [Job(f"{id} {share + 1}/{shares(id)} {dtypes[0]}", "check", env=threads,
-                    args=run.args(kernel=id, dtypes=dtypes, share=share, shares=shares(id)))
-                for id in run.kernels() for share in range(shares(id))]
-        found.append(each(run, "check", jobs, deadline, workers))
-    return "; ".join(filter(None, found)) or None
+    jobs = [Job(f"{id} {share + 1}/{shares(id)} {dtypes[0]}", "check", env=threads,
+                args=run.args(kernel=id, dtypes=dtypes, share=share, shares=shares(id)))
+            for id in run.kernels() for share in range(shares(id))]
+    return each(run, "check", jobs, deadline, workers)
+
+
+def others(run: Run, deadline: float) -> str | None:
+    """The dtypes that are not timed."""
+    return None if run.rehearse else check(run, deadline, ("float16", "float32"))
 
 
 def shares(kernel: str) -> int:
@@ -168,16 +183,18 @@ def layers(run: Run, deadline: float) -> str | None:
 
 
 def tables(run: Run, deadline: float) -> str | None:
-    """The layers first that gain most from a kernel other than aten."""
-    def gain(row: dict) -> float:
-        times = {id: time["us"] for id, time in row["times"].items() if id in proved}
-        return row["count"] * (row["times"].get("aten.conv_bn_act", {"us": 0})["us"] - min(times.values(), default=0))
-
-    proved = run.proved()
-    rows = [row for row in run.ledger.of("layers") if row["status"] == "measured"]
-    first = [row["case"] for row in sorted(rows, key=gain, reverse=True)]
-    args = run.args(proved=proved, first=first, folder=str(run.folder))
+    """What a plan and the drop-in ask for, with the layers' times to tell what is most at stake."""
+    times = {row["case"]: {id: time["us"] for id, time in row["times"].items()} for row in run.ledger.of("layers")
+             if row["status"] == "measured"}
+    args = run.args(proved=run.proved(), times=times, folder=str(run.folder))
     return run.job("tables", Job("tables", "fill_tables", args), deadline)
+
+
+def groups(run: Run, deadline: float) -> str | None:
+    """Plans as a user tunes them: which groups of layers pay is remembered in the table, and the headline's plan uses it."""
+    seconds = max(5.0, (deadline - time.monotonic() - 20) / 3)  # two batches, and what building them takes
+    job = Job("plans", "tune_plans", run.args(seconds=seconds), env={"RESNET_FAST_TABLES": str(run.folder)}, silence=60, restarts=1)
+    return run.job("groups", job, deadline)
 
 
 PLAYERS = ("eager-nchw", "eager", "folded", "ours", "ours-plan", "ours-plan-across")
@@ -197,11 +214,11 @@ def headline(run: Run, deadline: float) -> str | None:
 
 
 def peers(run: Run, deadline: float) -> str | None:
-    """Again, beside torch.compile: its default first, since its best mode takes minutes."""
-    trouble = network(run, "peers", "compile", deadline, 300, "compile")
+    """Again, beside torch.compile: first its best mode, which takes minutes, where throughput is compared; the rest if there is time."""
+    trouble = network(run, "peers", "compile-best", deadline, 400, "compile-best", batches=(256,))
     if trouble or run.rehearse:
         return trouble
-    return network(run, "peers", "compile-best", deadline, 400, "compile", "compile-best")
+    return network(run, "peers", "compile", deadline, 400, "compile", "compile-best")
 
 
 def train(run: Run, deadline: float) -> str | None:
@@ -264,9 +281,9 @@ class Stage:
         return self.work.__name__
 
 
-STAGES = (Stage(environment, 10, 75), Stage(build, 20, 150), Stage(check, 40, 150), Stage(layers, 30, 90),
-          Stage(tables, 15, 60), Stage(headline, 40, 90), Stage(large, 20, 40, True), Stage(peers, 60, 200, True),
-          Stage(sanitizer, 20, 60, True), Stage(train, 30, 60, True))
+STAGES = (Stage(environment, 10, 120), Stage(build, 20, 150), Stage(check, 40, 170), Stage(layers, 30, 70),
+          Stage(tables, 40, 90), Stage(groups, 35, 60), Stage(headline, 50, 80), Stage(peers, 90, 250), Stage(others, 30, 120, True),
+          Stage(large, 20, 40, True), Stage(sanitizer, 20, 60, True), Stage(train, 30, 60, True))
 
 
 # ---------------------------------------------------------------- the run
@@ -274,7 +291,7 @@ STAGES = (Stage(environment, 10, 75), Stage(build, 20, 150), Stage(check, 40, 15
 def perform(run: Run, stages: tuple[Stage, ...], sensors: Sensors, seconds: float) -> None:
     """Every stage in turn; an earlier one never eats what a later one that is not optional needs."""
     end = time.monotonic() + seconds
-    complete = {row["job"] for row in run.ledger.of("stages") if row["status"] == "done"}
+    complete = done(run.ledger)
     for i, stage in enumerate(stages):
         if stage.name in complete:
             say(f"{stage.name}: done before")
@@ -292,18 +309,25 @@ def perform(run: Run, stages: tuple[Stage, ...], sensors: Sensors, seconds: floa
         say(f"{stage.name}: {time.monotonic() - start:.0f} s" + (f", {trouble}" if trouble else ""))
 
 
+def done(ledger: Ledger) -> set[str]:
+    """The stages that need not run again."""
+    return {row["job"] for row in ledger.of("stages") if row["status"] == "done"}
+
+
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def open_run(results: Path, rehearse: bool) -> Run:
-    """A new run's folder, or that of one of the same sources that was not finished."""
-    digest = hashlib.sha256(b"rehearsal" if rehearse else b"")
+def open_run(results: Path, rehearse: bool, stages: tuple[Stage, ...], sensors: Sensors) -> Run:
+    """A new run's folder, or that of one of the same sources on such a card in which some of these stages are not done."""
+    card = sensors.query("name", "driver_version") or []
+    digest = hashlib.sha256(" ".join(["rehearsal" if rehearse else "", sys.executable, *card]).encode())
     files = [p for folder in ("resnet_fast", "csrc", "benchmarks") for p in (ROOT / folder).rglob("*")]
     for path in sorted(p for p in files if p.suffix in (".py", ".cu", ".cuh", ".h", ".cpp")):
         digest.update(path.read_bytes())
     name = digest.hexdigest()[:8]
-    unfinished = [p for p in sorted(results.glob(f"gpu-*-{name}")) if not (p / "summary.json").is_file()]
+    wanted = {stage.name for stage in stages}
+    unfinished = [p for p in sorted(results.glob(f"gpu-*-{name}")) if wanted - done(Ledger(p / "rows.jsonl"))]
     folder = unfinished[-1] if unfinished else results / f"gpu-{time.strftime('%Y%m%d%H%M%S')}-{name}"
     folder.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(folder / "rows.jsonl")
@@ -322,14 +346,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     wanted = None if args.stages is None else {*args.stages.split(","), "environment", "build"}
     stages = tuple(stage for stage in STAGES if wanted is None or stage.name in wanted)
-    results = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
-    run = open_run(results, args.rehearse)
+    results = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results").absolute()  # children run elsewhere
     interrupted = False
     with Sensors() as sensors:
+        run = open_run(results, args.rehearse, stages, sensors)
         try:
             perform(run, stages, sensors, args.seconds)
         except NoGpu as reason:
-            shutil.rmtree(run.folder)
+            if not run.ledger.of("stages"):
+                shutil.rmtree(run.folder)
             say(f"make gpu found no GPU to run on: {reason}")
             return 2
         except KeyboardInterrupt:
@@ -339,9 +364,11 @@ def main(argv: list[str] | None = None) -> int:
     if found.one("environment", "machine") is None:
         return 130
     found.machine["facts"] |= {"driver": driver[0]} if driver else {}
+    print(summary(found), flush=True)
+    for lock in run.folder.glob("*.lock"):  # of the table; nobody else writes there
+        lock.unlink()
     if not interrupted:
         say("written: " + ", ".join(map(str, write(found, run.folder, results))))
-    print(summary(found), flush=True)
     return 130 if interrupted else 1 if found.bad() else 0
 
 

@@ -21,7 +21,7 @@ BROKEN = 3  # exit code after a fault that this process cannot outlive
 
 TASKS = {"environment": "gpu_measure", "inventory": "gpu_check", "check": "gpu_check", "memory": "gpu_check",
          "large": "gpu_check", "layer_times": "gpu_measure", "fill_tables": "gpu_measure",
-         "whole_network": "gpu_measure"}
+         "tune_plans": "gpu_measure", "whole_network": "gpu_measure"}
 
 
 class Events:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import math
 import subprocess
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import ceil
 from pathlib import Path
 
@@ -14,18 +15,22 @@ import torch
 from gpu_check import graph, of_network, place
 from gpu_scale import Alive, Cases, Scale
 
-from resnet_fast import autotune, folded, info, roofline, tables, testing
+from resnet_fast import autotune, folded, info, plan_tuning, roofline, tables, testing
 from resnet_fast.dispatch import find
 from resnet_fast.fold import fold
-from resnet_fast.layers import layers
+from resnet_fast.layers import across, layers
 from resnet_fast.measure import Case, known_ceilings, measure
-from resnet_fast.problem import ACROSS, Problem
-from resnet_fast.providers import PROVIDERS
+from resnet_fast.measure_op import TRAINING
+from resnet_fast.plan import plan
+from resnet_fast.problem import Problem
+from resnet_fast.program import once
+from resnet_fast.providers import DTYPES, PROVIDERS, example_input, fair, reference_model
 from resnet_fast.report.ledger import Machine, here
 from resnet_fast.timing import Timing, interleaved
 
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 CACHE = "compile_cache.bin"
+ATEN = "aten.conv_bn_act"
 
 
 def environment(scale: Scale, alive: Alive) -> Cases:
@@ -131,12 +136,12 @@ class Rehearsed(autotune.Device):
 
 
 def listed(scale: Scale, batch: int) -> dict[Problem, tuple[str, int]]:
-    """Each distinct convolution of the network at a batch: its first layer and how many have it; dearest first."""
+    """Each distinct convolution of the network's plan at a batch: its first layer and how many have it; dearest first."""
     found = layers(scale.model, batch, scale.size, getattr(torch, scale.dtypes[0]), *place(scale))
-    count = Counter(layer.problem for layer in found)
+    count = Counter(replace(layer.problem, bn=False) for layer in found)
     names: dict[Problem, str] = {}
     for layer in found:
-        names.setdefault(layer.problem, layer.name)
+        names.setdefault(replace(layer.problem, bn=False), layer.name)
     limits = known_ceilings(scale.device) or roofline.ceilings("h200")  # only the order hangs on it
     cost = {p: n * roofline.problem_floor(p, limits).seconds for p, n in count.items()}
     return {p: (names[p], count[p]) for p in sorted(cost, key=cost.get, reverse=True)}
@@ -155,10 +160,10 @@ def layer(problem: Problem, name: str, count: int, proved: list[str], machine: a
     """Median device time of one call of each variant, with its floor; a variant that fails is named with its reason."""
     sets = autotune.argument_sets(problem, machine.cache_bytes)
     sets *= ceil(autotune.CALLS / len(sets))
-    kernels = [k for k in map(find, dict.fromkeys(["aten.conv_bn_act", *proved])) if k.reason(problem) is None]
+    kernels = [k for k in map(find, dict.fromkeys([ATEN, *proved])) if k.reason(problem) is None]
     calls: dict[str, list[Callable[[], object]]] = {"eager": [lambda a=a: testing.eager(problem.op, a) for a in sets]}
     calls["folded"] = bar(sets, problem)
-    calls |= {k.id: [lambda k=k, a=a: k.fn(*a) for a in sets] for k in kernels}
+    calls |= {k.id: [once(k, problem, a) for a in sets] for k in kernels}
     runs, failed = {}, {}
     with torch.no_grad():
         for id, each in calls.items():
@@ -200,21 +205,74 @@ def bar(sets: list[tuple], problem: Problem) -> list[Callable[[], object]]:
 
 # ---------------------------------------------------------------- tables
 
-def fill_tables(scale: Scale, alive: Alive, proved: list[str], first: list[str], folder: str) -> Cases:
-    """``autotune`` on the named problems, most to be gained first, then on ops across convolutions and a training step's."""
-    dtype = getattr(torch, scale.dtypes[0])
-    convs = {p.key: p for batch in scale.batches for p in listed(scale, batch)}
-    groups = [p for op in ACROSS for batch in scale.batches for p in of_network(scale.model, batch, dtype, scale, op)]
-    training = [p for op in ("bn_act", "bn_act_backward", "add_act", "add_act_backward")
-                for p in of_network(scale.model, scale.batches[0], dtype, scale, op)]
-    machine = device(scale)
-    for problem in [*(convs[key] for key in first), *groups, *training]:
-        yield problem.key, lambda p=problem: tuned(p, proved, machine, Path(folder))
+SHORTLIST = 1.5  # of the fastest proved kernel's time: slower ones are not tuned
+
+
+def fill_tables(scale: Scale, alive: Alive, proved: list[str], times: dict[str, dict[str, float]], folder: str) -> Cases:
+    """``autotune`` on what a plan asks for, then on what the drop-in and a training step ask for, as long as there is time.
+
+    ``times``: microseconds of each timed convolution by variant. What is most at stake for its network comes first.
+    """
+    machine, device_name, dtype = device(scale), place(scale), getattr(torch, scale.dtypes[0])
+    best = {key: min(t for id, t in found.items() if id in {*proved, ATEN}) for key, found in times.items()}
+    stakes: dict[Problem, float] = {}
+    for batch in scale.batches:
+        single = layers(scale.model, batch, scale.size, dtype, *device_name)
+        gains = at_stake(single, times, best, proved)
+        whole = sum(best.get(key(layer.problem), 0.0) for layer in single) or sum(us for _, us in gains)
+        for problem, us in gains:
+            stakes[problem] = stakes.get(problem, 0.0) + us / whole
+    order = sorted(stakes, key=stakes.get, reverse=True)
+    planned = [problem for problem in order if stakes[problem] > 0 or problem.op != "conv_bn_act"]
+    live = [replace(problem, bn=True) for problem in order if problem.op == "conv_bn_act"]
+    training = [p for op in TRAINING for p in of_network(scale.model, scale.batches[0], dtype, scale, op)]
+    for problem in [*planned, *live, *training]:
+        found = times.get(key(problem), {})
+        some = [id for id in proved if found.get(id, math.inf) <= SHORTLIST * best[key(problem)]] if found else proved
+        yield problem.key, lambda p=problem, some=some: tuned(p, some, machine, Path(folder))
+
+
+def key(problem: Problem) -> str:
+    """Under which name the layers stage has a convolution."""
+    return replace(problem, bn=False).key
+
+
+def at_stake(single: list, times: dict, best: dict, proved: list[str]) -> list[tuple[Problem, float]]:
+    """(problem of a plan, microseconds to be gained by a proved kernel): beside torch's, and for a group beside its members one by one."""
+    limits = known_ceilings(single[0].problem.device) or roofline.ceilings("h200")
+
+    def floor(problem: Problem) -> float:
+        return 1e6 * roofline.problem_floor(problem, limits).seconds
+
+    gains = []
+    for layer in single:
+        problem, found = replace(layer.problem, bn=False), times.get(key(layer.problem), {})
+        gains.append((problem, found[ATEN] - best[problem.key] if ATEN in found else floor(problem)))  # not timed: who knows
+    ops = {find(id).op for id in proved}
+    return gains + [(group.problem, sum(best.get(key(m), floor(m)) for m in group.members) - floor(group.problem))
+                    for group in across(single) if group.problem.op in ops]
 
 
 def tuned(problem: Problem, proved: list[str], machine: autotune.Device, folder: Path) -> dict:
     outcome, = autotune.tune([problem], kernels=proved, device=machine, folder=folder)
     return {"status": "tuned", "calls": outcome.calls, "graph": outcome.graph, "bad": outcome.bad, "note": outcome.note}
+
+
+def tune_plans(scale: Scale, alive: Alive, seconds: float) -> Cases:
+    """The plan of the network at each batch: which groups make it faster by the kernels that the table has; remembered there."""
+    for batch in scale.batches:
+        case = Case("infer", scale.model, SHORT[scale.dtypes[0]], batch, scale.size, scale.device)
+        yield case.name, lambda case=case: tuned_plan(case, seconds, device(scale), alive)
+
+
+def tuned_plan(case: Case, seconds: float, machine: autotune.Device, alive: Alive) -> dict:
+    """Planned and tuned under what the networks are timed under, so that the choice is of the same algorithms of cuDNN's."""
+    alive("planning")
+    x = example_input(case.batch, case.size, DTYPES[case.dtype], case.device)
+    with fair():
+        made = plan(reference_model(case.model, case.device), x, dtype=x.dtype, across=())
+        plan_tuning.choose_groups(made, x, machine, seconds, alive)
+    return {"status": "tuned", "across": made.across, "notes": made.notes}
 
 
 # ---------------------------------------------------------------- networks

@@ -119,7 +119,8 @@ class Watchdog:
             job_file, events, words = (Path(scratch, name) for name in ("job", "events", "words"))
             job_file.write_text(json.dumps(request), encoding="utf-8")
             events.touch()
-            env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **job.env}
+            path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # what a user has beside the environment
+            env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **job.env}
             env.pop("RESNET_FAST_KERNEL", None)  # a user's choice is not the subject here
             with words.open("wb") as output:
                 process = subprocess.Popen([*job.under, *self.command, str(job_file), str(events)], cwd=ROOT, env=env,

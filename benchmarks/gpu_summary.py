@@ -89,7 +89,7 @@ def complete(rows: list[dict]) -> bool:
 
 def summary(found: Found) -> str:
     """The run in a screenful: machine, ceilings, kernels, worst layers, networks, what to decide next."""
-    parts = [_heading(found), _ceilings(found), _kernels(found), _layers(found), _networks(found), _stages(found)]
+    parts = [_heading(found), _ceilings(found), _kernels(found), _layers(found), _groups(found), _networks(found), _stages(found)]
     next_up = "\n".join(f"- {line}" for line in decisions(found) or ["nothing stands out"])
     return "\n\n".join([*filter(None, parts), f"NEXT\n{next_up}"])
 
@@ -180,10 +180,22 @@ def _networks(found: Found) -> str:
             ratio = f"{over:.2f}×" if over else "1×"
             memory = f"{r['peak_bytes'] / 2**20:,.0f} MiB" if r["peak_bytes"] else "-"
             lines.append(f"  {r['provider']:18} {r['img_s']:10,.0f} img/s {r['seconds'] * 1e3:9.3f} ms {ratio:>7} eager"
-                         f"{share:>6} of floor  error {r['error']:.1e} (eager {r['eager_error']:.1e}) {memory}")
+                         f"{share:>6} of floor  error {_small(r['error'])} (eager {_small(r['eager_error'])}) {memory}")
         lines += [f"  {id:18} skipped: {why}"[:160] for id, why in row.get("skipped", {}).items()]
         lines += [f"  {id:18} WRONG: {why}"[:160] for id, why in row.get("wrong", {}).items()]
     return "NETWORKS\n" + "\n".join(lines) if lines else ""
+
+
+def _small(value: float | None) -> str:
+    """A peer's answer may be NaN, which a row has as None."""
+    return "NaN" if value is None else f"{value:.1e}"
+
+
+def _groups(found: Found) -> str:
+    """Which groups of layers the tuned plans use."""
+    lines = [f"  {row['case']}: {', '.join(row['across']) or 'none'}" if row["status"] == "tuned" else
+             f"  {row['case']}: {row['status']}: {row.get('reason')}" for row in found.of("groups")]
+    return "GROUPS of layers that the tuned plan (ours-plan) runs as one\n" + "\n".join(lines) if lines else ""
 
 
 def _stages(found: Found) -> str:

@@ -209,6 +209,59 @@ def test_a_killed_run_goes_on_where_it_stopped(dog, tmp_path) -> None:
     assert [row["case"] for row in third.rows] == ["a", "b"] and third.done("check", "kernel") == ["a", "b"]
 
 
+def a_folder(results: Path, **status: str) -> gpu.Run:
+    """A run with rows of stages."""
+    run = gpu.open_run(results, True, gpu.STAGES, Sensors(program="absent"))
+    for name, how in status.items():
+        run.ledger.add({"stage": "stages", "job": name, "case": name, "status": how})
+    return run
+
+
+def test_a_run_goes_on_as_long_as_a_stage_is_missing(tmp_path) -> None:
+    """Also one that has its summary: peers that were left out find the tables of the first nine minutes."""
+    first = a_folder(tmp_path, **{stage.name: "done" for stage in gpu.STAGES if stage.name != "peers"}, peers="left out")
+    (first.folder / "summary.json").write_text("{}")
+    again = a_folder(tmp_path, peers="done")
+    assert again.folder == first.folder and "check" in gpu.done(again.ledger)
+    time.sleep(1.1)  # a folder's name has the second
+    assert a_folder(tmp_path).folder != first.folder
+
+
+def test_another_card_does_not_go_on_with_the_run_of_one(tmp_path, monkeypatch) -> None:
+    first = a_folder(tmp_path, check="done")
+    monkeypatch.setattr(Sensors, "query", lambda self, *names: ["NVIDIA L40S", "580.1"])
+    assert a_folder(tmp_path).folder != first.folder
+
+
+def test_no_gpu_any_more_does_not_throw_a_run_away(tmp_path, monkeypatch) -> None:
+    def gone_now(run, stages, sensors, seconds):
+        raise gpu.NoGpu("torch sees no CUDA device")
+
+    first = a_folder(tmp_path, check="done")
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(gpu, "perform", gone_now)
+    assert gpu.main(["--rehearse"]) == 2 and (first.folder / "rows.jsonl").is_file()
+
+
+def test_results_lie_where_they_are_wanted_from_any_folder(tmp_path, monkeypatch) -> None:
+    """Children run in the checkout, so a relative $OUT is made absolute."""
+    seen: list[Path] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OUT", "results")
+    monkeypatch.setattr(gpu, "perform", lambda run, *rest: seen.append(run.folder))
+    assert gpu.main(["--rehearse"]) == 130  # nothing was found
+    assert seen[0].parent == tmp_path / "results"
+
+
+def test_children_see_what_the_user_has_beside_the_environment(dog, monkeypatch, tmp_path) -> None:
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "timm_for_a_test.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "beside"))
+    child = tmp_path / "child.py"
+    child.write_text("import resnet_fast, timm_for_a_test\n" + child.read_text())
+    assert dog.run("check", job("a", start=60), soon(60)) is None
+
+
 # ---------------------------------------------------------------- stages
 
 def a_run(tmp_path: Path, dog: Watchdog | None = None) -> gpu.Run:
@@ -291,12 +344,16 @@ def test_a_prebuilt_extension_is_taken_if_it_is_of_these_sources(tmp_path, monke
         (tmp_path / folder).mkdir()
     (tmp_path / "csrc" / "a.cu").write_text("kernel")
     record = tmp_path / "resnet_fast" / "_build.json"
-    record.write_text(json.dumps({"csrc": gpu.sources()}))
+    record.write_text(json.dumps({"csrc": gpu.sources(), "archs": "8.0+PTX 9.0a"}))
     assert gpu.prebuilt() is None
     (tmp_path / "resnet_fast" / "_C.this.so").touch()
     run = a_run(tmp_path)
     run.rehearse = False
+    run.ledger.add({"stage": "environment", "job": "machine", "case": "machine", "capability": [9, 0]})
     assert gpu.extension(run, soon()) == "prebuilt"
+    (tmp_path / "setup.py").write_text("raise SystemExit('built anew')")
+    record.write_text(json.dumps({"csrc": gpu.sources(), "archs": "8.0+PTX"}))  # it would run, without what is Hopper's own
+    assert gpu.extension(run, soon()) == "failed: built anew" and "==== build\nbuilt anew" in (tmp_path / "log.txt").read_text()
     (tmp_path / "csrc" / "a.cu").write_text("another kernel")
     assert gpu.prebuilt() != gpu.sources()
 
@@ -479,6 +536,17 @@ def test_the_later_stage_with_more_peers_stands_for_a_network() -> None:
     assert len(Found([*rows, cut]).networks()["infer/resnet50/bf16/256"]["rows"]) == 3
 
 
+def test_summary_of_a_peer_whose_answer_is_nan_and_of_tuned_plans() -> None:
+    rows = a_whole_run()
+    rows[-2]["rows"].append({**network_row("compile", 0.01), "error": None})
+    tuned = {"stage": "groups", "job": "plans", "case": "infer/resnet50/bf16/256", "status": "tuned", "across": ["conv_tail:layer1.1.conv2"]}
+    text = summary(Found([*rows, tuned, {**tuned, "case": "infer/resnet50/bf16/1", "across": []},
+                          {**tuned, "case": "infer/resnet50/bf16/8", "status": "failed", "reason": "no memory"}]))
+    assert "error NaN (eager 4.0e-03)" in text
+    for line in ("infer/resnet50/bf16/256: conv_tail:layer1.1.conv2", "infer/resnet50/bf16/1: none", "bf16/8: failed: no memory"):
+        assert line in text
+
+
 def test_files_are_the_ledgers_own(tmp_path) -> None:
     summary_file, ledger_file = write(Found(a_whole_run()), tmp_path, tmp_path)
     assert json.loads(summary_file.read_text())["proved"]["bfloat16"] == ["triton.conv"]
@@ -588,6 +656,71 @@ def test_layers_are_timed_beside_the_bars_and_tables_filled(tmp_path) -> None:
     assert row["times"]["eager"]["over"].keys() == {"folded", "aten.conv_bn_act"}
     row = gpu_measure.tuned(problem, [], machine, tmp_path)
     assert row["status"] == "tuned" and row["calls"] == "aten" and (tmp_path / "rehearsal.json").is_file()
+
+
+MORE = Scale(**{**TINY.__dict__, "model": "resnet50", "size": 64, "batches": (2, 1)})
+
+
+def test_full_sizes_are_what_a_plan_asks_for() -> None:
+    from resnet_fast import plan, resnet50
+    from resnet_fast.problem import ACROSS
+    x = torch.randn(2, 3, 64, 64)
+    asked = {line.problem for across in ((), *((op,) for op in ACROSS)) for line in plan(resnet50(), x, across=across).explain(x)}
+    small = Scale(**{**MORE.__dict__, "batches": (2,)})
+    kernels = [dispatch.find("aten", op) for op in ("conv_bn_act", *ACROSS)]
+    assert asked - {None} == {p for k in kernels for kind, p in gpu_check.problems(k, torch.float32, small) if kind == "full"}
+
+
+def test_tables_begin_with_what_is_most_at_stake_for_plans(registry) -> None:
+    """A convolution by what the layers stage saw, a group by what its members take; then the drop-in's, then training's."""
+    dispatch.kernel("experimental.fast", op="conv_bn_act", supports=lambda p: None)(lambda *args: None)
+    dispatch.kernel("experimental.slow", op="conv_bn_act", supports=lambda p: None)(lambda *args: None)
+    dispatch.kernel("experimental.tail", op="conv_tail", supports=lambda p: None)(lambda *args: None)
+    proved = ["experimental.fast", "experimental.slow", "experimental.tail"]
+    times = {p.key: {gpu_measure.ATEN: 10.0, "experimental.fast": 10.0, "experimental.slow": 30.0}
+             for batch in MORE.batches for p in gpu_measure.listed(MORE, batch)}
+    gains, second = list(times)[2], list(times)[-1]
+    times[gains]["experimental.fast"], times[second]["experimental.fast"] = 2.0, 5.0
+    tuned = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_measure, "tuned", lambda problem, some, *rest: tuned.append((problem, some)) or {})
+        cases = run_task(gpu_measure.fill_tables(MORE, print, proved, times, "folder"))
+    problems = [problem for problem, _ in tuned]
+    planned = [p for p in problems if p.op in ("conv_bn_act", "conv_tail") and not p.bn]
+    assert problems[:len(planned)] == planned and {p.op for p in planned} == {"conv_bn_act", "conv_tail"}
+    assert [p.key for p in planned if p.op == "conv_bn_act"] == [gains, second]  # the others have nothing to gain
+    assert dict(tuned)[planned[0]] and all("experimental.slow" not in some for p, some in tuned if p.op == "conv_bn_act")
+    live = [p for p in problems if p.bn]
+    assert len(live) == len(times) and problems.index(live[0]) == len(planned) and live[0].x[0] in (1, 2)
+    assert {p.op for p in problems[len(planned) + len(live):]} == set(gpu_measure.TRAINING) and len(cases) == len(problems)
+    first = next(iter(gpu_measure.fill_tables(MORE, print, proved, {}, "folder")))[0]  # the layers stage did not come so far
+    assert first.startswith(("conv_tail", "conv_bn_act"))
+
+
+def test_a_tuned_plan_is_remembered_for_the_headline(tmp_path, monkeypatch) -> None:
+    from resnet_fast import plan, remembered, tables
+    from resnet_fast.dispatch import use
+    monkeypatch.setenv("RESNET_FAST_TABLES", str(tmp_path))
+    monkeypatch.setattr(tables, "gpu_name", lambda device=None: "rehearsal")
+    monkeypatch.setattr(remembered, "DEVICE", "cpu")
+    tables.load.cache_clear()
+    small = Scale(**{**MORE.__dict__, "batches": (2,)})
+
+    class Prefers(gpu_measure.Rehearsed):
+        def clock(self, variants, confidence=0.01):
+            [run() for run in variants.values()]
+            return {choice: gpu_measure.Timing((10.0 - len(choice),) * 5) for choice in variants}
+
+    monkeypatch.setattr(gpu_measure, "device", lambda scale: Prefers("rehearsal", "cpu"))
+    with use("aten.conv_pool"):
+        row, = run_task(gpu_measure.tune_plans(small, lambda text: None, 5.0)).values()
+    assert row["status"] == "tuned" and row["across"] == ("conv_pool:conv1",)
+    case = gpu_measure.Case("infer", "resnet50", "fp32", 2, 64, "cpu")
+    made: list = []
+    monkeypatch.setattr("resnet_fast.providers.plan", lambda *args, **how: made.append(plan(*args, **how)) or made[-1])
+    gpu_measure.network(case, ["eager-nchw", "ours-plan"], small, lambda text: None, tmp_path)
+    assert made[0].across == ("conv_pool:conv1",)
+    tables.load.cache_clear()
 
 
 def test_ceilings_of_whatever_this_is() -> None:
