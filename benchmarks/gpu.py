@@ -297,7 +297,8 @@ def perform(run: Run, stages: tuple[Stage, ...], sensors: Sensors, seconds: floa
             say(f"{stage.name}: done before")
             continue
         start = time.monotonic()
-        limit = min(stage.most, end - start - sum(later.least for later in stages[i + 1:] if not later.optional))
+        spare = end - start - sum(later.least for later in stages[i + 1:] if not later.optional)
+        limit = min(stage.most, spare if stage.optional else max(spare, min(stage.least, end - start)))  # what comes first has first to be
         if limit < stage.least and stage.optional or limit <= 0:
             trouble, status = f"left out: {max(0, limit):.0f} s left, it needs {stage.least:.0f}", "left out"
         else:

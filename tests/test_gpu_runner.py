@@ -291,6 +291,14 @@ def test_no_stage_eats_what_a_later_one_needs(tmp_path) -> None:
     assert left_out["status"] == "left out" and left_out["reason"] == "left out: 25 s left, it needs 30"
 
 
+def test_too_little_time_for_all_leaves_out_the_last_not_the_first(tmp_path) -> None:
+    """Without the machine's row no later stage could say anything."""
+    took: list = []
+    stages = (stage("environment", took, 10, 50), stage("check", took, 30, 60), stage("peers", took, 30, 60))
+    gpu.perform(a_run(tmp_path), stages, Sensors(program="absent"), 20)
+    assert took == [("environment", 10), ("check", 20), ("peers", 20)]  # these take no time
+
+
 def test_stages_that_are_done_are_not_done_again_and_those_cut_are(tmp_path) -> None:
     took: list = []
     stages = (stage("check", took, 1, 5), stage("layers", took, 1, 5, says="layers: stopped at its deadline in x"))
