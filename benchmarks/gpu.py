@@ -64,10 +64,11 @@ class Run:
         return Found(self.ledger.rows)
 
     def kernels(self) -> list[str]:
-        """The kernels that can run here; those of an extension made of other sources are not this checkout's."""
+        """The kernels that can run here, what may win first: a deadline costs the others' checks. Of an extension made of other sources, none."""
         stale = not self.rehearse and prebuilt() != sources()
-        return [row["case"] for row in self.ledger.of("inventory")
-                if row["status"] == "here" and not (stale and row["case"].startswith("native"))]
+        found = {row["case"]: row.get("op", "") for row in self.ledger.of("inventory")
+                 if row["status"] == "here" and not (stale and row["case"].startswith("native"))}
+        return sorted(found, key=lambda id: (not ours(id), found[id].startswith(("bn_act", "add_act"))))
 
     def proved(self) -> list[str]:
         """The kernels proved in the dtype that is timed."""
@@ -81,7 +82,7 @@ def environment(run: Run, deadline: float) -> str | None:
     trouble = run.job("environment", Job("machine", "environment", run.args()), deadline)
     row = run.found.one("environment", "machine")
     if row is None or row["status"] != "here":
-        raise NoGpu(trouble or row["reason"])
+        raise NoGpu(row["reason"] if row else f"it did not answer: {trouble}")
     return trouble
 
 
@@ -145,7 +146,7 @@ def targets() -> list[str]:
 def check(run: Run, deadline: float, dtypes: tuple[str, ...] = ("bfloat16",)) -> str | None:
     """A process of its own for each kernel, many at once, as nothing is timed."""
     dtypes = ("float32",) if run.rehearse else dtypes
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     memory = run.found.one("environment", "machine").get("memory_bytes", 0)
     workers = max(1, min(cores - 2, memory // PROCESS_BYTES)) if memory else 1
     threads = {"OMP_NUM_THREADS": str(max(1, cores // workers))}
@@ -162,7 +163,9 @@ def others(run: Run, deadline: float) -> str | None:
 
 def shares(kernel: str) -> int:
     """Among how many processes a kernel's cases are shared: Triton compiles anew for most of them, a second each."""
-    return 4 if kernel.startswith("triton") else 1
+    if not kernel.startswith("triton"):
+        return 1
+    return 4 if kernel.startswith(("triton.conv", "triton.pointwise")) else 2
 
 
 def each(run: Run, stage: str, jobs: list[Job], deadline: float, workers: int = 1) -> str | None:

@@ -77,8 +77,11 @@ def alive() -> bool:
 
 
 def warm_up(scale: Scale) -> None:
-    """Open the device and load cuDNN, so that no kernel is taken for hung while libraries load."""
+    """Import every kernel, open the device and load cuDNN, so that no kernel is taken for hung while libraries load."""
     import torch
+
+    from resnet_fast.dispatch import kernels
+    kernels()
     if scale.device == "cuda" and not torch.cuda.is_available():
         return  # the first task says so
     x = torch.ones(1, 8, 8, 8, device=scale.device)

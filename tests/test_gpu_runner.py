@@ -377,6 +377,23 @@ def test_kernels_of_an_extension_made_of_other_sources_do_not_take_part(tmp_path
     assert run.kernels() == ["triton.conv"]
 
 
+def test_what_may_win_is_checked_first(tmp_path) -> None:
+    run = a_run(tmp_path)
+    for id, op in (("aten.conv_bn_act", "conv_bn_act"), ("native.bn_act", "bn_act"), ("triton.add_act_backward", "add_act_backward"),
+                   ("triton.conv_tail", "conv_tail"), ("native.conv", "conv_bn_act")):
+        run.ledger.add({"stage": "inventory", "job": "inventory", "case": id, "status": "here", "op": op})
+    assert run.kernels() == ["triton.conv_tail", "native.conv", "native.bn_act", "triton.add_act_backward", "aten.conv_bn_act"]
+
+
+def test_a_child_is_ready_once_everything_is_imported() -> None:
+    """After that it may be silent for seconds only, and so many children at once import slowly."""
+    code = f"import sys; sys.path[:0] = [{str(BENCHMARKS)!r}, {str(gpu.ROOT)!r}]; import gpu_child; from gpu_scale import REHEARSAL\n" \
+        "gpu_child.warm_up(REHEARSAL); before = set(sys.modules); from resnet_fast.dispatch import kernels; kernels()\n" \
+        "print(sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr
+
+
 def test_sources_are_hashed_as_the_build_hashes_them() -> None:
     import importlib.util
     spec = importlib.util.spec_from_file_location("resnet_fast_setup", gpu.ROOT / "setup.py")
