@@ -29,6 +29,7 @@ from gpu_summary import Found, ours, summary, write
 
 TOTAL = 525.0  # seconds
 PROCESS_BYTES = 8 << 30  # of GPU memory that a process checking a batch of 256 may take
+COMPILING = 45.0  # seconds that a case may be silent in which several kernels, all of them proved, may have to be compiled
 SANITIZER = "compute-sanitizer"
 
 
@@ -182,7 +183,7 @@ def each(run: Run, stage: str, jobs: list[Job], deadline: float, workers: int = 
 
 def layers(run: Run, deadline: float) -> str | None:
     proved = list(dict.fromkeys([*run.proved(), *(k for k in run.kernels() if k == "aten.cudnn_fused")]))
-    return run.job("layers", Job("layers", "layer_times", run.args(proved=proved)), deadline)
+    return run.job("layers", Job("layers", "layer_times", run.args(proved=proved), silence=COMPILING), deadline)
 
 
 def tables(run: Run, deadline: float) -> str | None:
@@ -190,7 +191,7 @@ def tables(run: Run, deadline: float) -> str | None:
     times = {row["case"]: {id: time["us"] for id, time in row["times"].items()} for row in run.ledger.of("layers")
              if row["status"] == "measured"}
     args = run.args(proved=run.proved(), times=times, folder=str(run.folder))
-    return run.job("tables", Job("tables", "fill_tables", args), deadline)
+    return run.job("tables", Job("tables", "fill_tables", args, silence=COMPILING), deadline)
 
 
 def groups(run: Run, deadline: float) -> str | None:
@@ -353,7 +354,10 @@ def main(argv: list[str] | None = None) -> int:
     results = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results").absolute()  # children run elsewhere
     interrupted = False
     with Sensors() as sensors:
-        run = open_run(results, args.rehearse, stages, sensors)
+        try:
+            run = open_run(results, args.rehearse, stages, sensors)
+        except OSError as error:
+            parser.error(f"results cannot be written: {error}; name another folder in $OUT")
         try:
             perform(run, stages, sensors, args.seconds)
         except NoGpu as reason:

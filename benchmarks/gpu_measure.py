@@ -213,11 +213,11 @@ def fill_tables(scale: Scale, alive: Alive, proved: list[str], times: dict[str, 
 
     ``times``: microseconds of each timed convolution by variant. What is most at stake for its network comes first.
     """
-    machine, device_name, dtype = device(scale), place(scale), getattr(torch, scale.dtypes[0])
+    machine, dtype = device(scale), getattr(torch, scale.dtypes[0])
     best = {key: min(t for id, t in found.items() if id in {*proved, ATEN}) for key, found in times.items()}
     stakes: dict[Problem, float] = {}
     for batch in scale.batches:
-        single = layers(scale.model, batch, scale.size, dtype, *device_name)
+        single = layers(scale.model, batch, scale.size, dtype, *place(scale))
         gains = at_stake(single, times, best, proved)
         whole = sum(best.get(key(layer.problem), 0.0) for layer in single) or sum(us for _, us in gains)
         for problem, us in gains:

@@ -253,6 +253,14 @@ def test_results_lie_where_they_are_wanted_from_any_folder(tmp_path, monkeypatch
     assert seen[0].parent == tmp_path / "results"
 
 
+def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("OUT", str(tmp_path / "file" / "results"))
+    with pytest.raises(SystemExit) as end:
+        gpu.main(["--rehearse"])
+    assert end.value.code == 2 and "name another folder in $OUT" in capsys.readouterr().err
+
+
 def test_children_see_what_the_user_has_beside_the_environment(dog, monkeypatch, tmp_path) -> None:
     (tmp_path / "beside").mkdir()
     (tmp_path / "beside" / "timm_for_a_test.py").touch()
