@@ -218,7 +218,7 @@ def choose(problem: Problem) -> tuple[Kernel, str]:
         entry = tables.lookup(problem)
         if entry is not None and find(entry["kernel"]).reason(problem) is None:
             return find(entry["kernel"]), f"measured: {entry['time_us']:.1f} µs on {tables.gpu_name()}"
-    if problem.device == "cpu" and problem.op == "conv_bn_act":
+    if problem.device == "cpu" and problem.op in ("conv_bn_act", "bn_act", "bn_act_backward"):
         from .kernels import cpu
         preferred = cpu.preferred(problem)
         if preferred is not None:
@@ -233,7 +233,7 @@ def rejected(problem: Problem) -> dict[str, str]:
     if problem.device == "cpu":
         from .kernels import cpu
         unproved = "kernels of one's own are never chosen by themselves"
-        measured = {id: cpu.yields(id, problem) or f"{chosen.id} goes first" for id in cpu.FORMS}
+        measured = {id: cpu.yields(id, problem) or f"{chosen.id} goes first" for id in (*cpu.FORMS, *cpu.BATCH_NORM.values())}
     else:
         from . import tables
         measured = {kernel: tables.tell(record) for kernel, record in tables.records(problem).items()}

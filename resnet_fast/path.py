@@ -16,6 +16,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from . import ops
+from .convolution import convolve
 
 _DEVICES = ("cpu", "cuda")
 _TENSORS = (nn.Parameter, Tensor)
@@ -132,7 +133,7 @@ def conv_bn_act(conv: nn.Conv2d, bn: nn.Module, x: Tensor, residual: Tensor | No
     """One fused step over the modules that own the state: ``ops.conv_bn_act`` with fixed statistics, conv + ``ops.bn_act`` in training."""
     if uses_batch_statistics(bn):
         _require_fit(x, conv)
-        z = conv._conv_forward(x, _with_own_strides(conv.weight), None)
+        z = convolve(conv, x, _with_own_strides(conv.weight))
         return batch_norm_act(bn, z, residual, act)
     return ops.conv_bn_act(x, conv.weight, bn.weight, bn.bias, residual, mean=bn.running_mean, var=bn.running_var, eps=bn.eps,
                            stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups, act=act)

@@ -4,9 +4,11 @@
 #endif
 #define LANES 16
 #define ISA with_avx512
+#include "bn_act.h"
 #include "conv.h"
 #include "winograd.h"
 
 namespace resnet_fast::cpu {
-const Isa avx512{"AVX-512", ISA::panel, false, ISA::winograd, ISA::winograd_filters, ISA::conv};
+const Isa avx512{"AVX-512", ISA::panel, false, ISA::winograd, ISA::winograd_filters, ISA::conv,
+                 ISA::moments, ISA::normalise, ISA::sums, ISA::gradient, ISA::merge_moments, ISA::merge_sums};
 }

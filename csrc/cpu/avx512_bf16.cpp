@@ -5,9 +5,11 @@
 #define LANES 16
 #define BF16_PAIRS
 #define ISA with_avx512_bf16
+#include "bn_act.h"
 #include "conv.h"
 #include "winograd.h"
 
 namespace resnet_fast::cpu {
-const Isa avx512_bf16{"AVX-512 BF16", ISA::panel, true, ISA::winograd, ISA::winograd_filters, ISA::conv};
+const Isa avx512_bf16{"AVX-512 BF16", ISA::panel, true, ISA::winograd, ISA::winograd_filters, ISA::conv,
+                      ISA::moments, ISA::normalise, ISA::sums, ISA::gradient, ISA::merge_moments, ISA::merge_sums};
 }

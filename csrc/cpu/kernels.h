@@ -28,6 +28,15 @@ struct ConvArgs {
   bool bf16, relu;
 };
 
+struct BnArgs {
+  const void *x, *residual, *y, *dy;  // [pixels, c]; the residual may be null
+  const float *mean, *scale, *shift;  // [c]: y = act((x - mean) * scale + shift + residual)
+  const float *level, *slope;  // [c]: dx = scale * (g - level - (x - mean) * slope)
+  void *out, *dresidual;  // [pixels, c]: y, or dx; the residual's gradient, or null
+  int64_t c;
+  bool bf16, relu;
+};
+
 // One instruction set's kernels. A kernel does one block of the output; the caller shares blocks out among threads.
 struct Isa {
   const char* name;
@@ -40,6 +49,14 @@ struct Isa {
   void (*winograd_filters)(const float* weight, const int64_t stride[4], int64_t c, float* filters, int64_t first, int64_t last);
   // Output pixels [first, last), counted over all images, and channels [k0, k1), through conv_scratch(args, last - first) floats.
   void (*conv)(const ConvArgs&, int64_t first, int64_t last, int64_t k0, int64_t k1, float* scratch);
+  // Pixels [first, last). A part is [3, c]: pivots, sums, sums of squares; or [2, c]: sums, sums of products.
+  void (*moments)(const BnArgs&, int64_t first, int64_t last, float* part);
+  void (*normalise)(const BnArgs&, int64_t first, int64_t last);
+  void (*sums)(const BnArgs&, int64_t first, int64_t last, float* part);
+  void (*gradient)(const BnArgs&, int64_t first, int64_t last);
+  // Channels [c0, c1) of the parts of `rows` pixels, `chunk` in each but the last: their mean and biased variance, or their sums.
+  void (*merge_moments)(const float* parts, int64_t rows, int64_t chunk, int64_t c, int64_t c0, int64_t c1, float* mean, float* var);
+  void (*merge_sums)(const float* parts, int64_t chunks, int64_t c, int64_t c0, int64_t c1, double* sum, double* product);
 };
 
 extern const Isa avx512_bf16, avx512, avx2;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 
@@ -231,6 +232,107 @@ void conv(const Tensor& x, const Tensor& filters, const Tensor& bias, const std:
   });
 }
 
+// ---------------------------------------------------------------- batch norm: chunks of pixels, cut by their number alone
+
+struct Chunks {
+  int64_t pixels, of_each, number;
+
+  explicit Chunks(int64_t all) : pixels(all), of_each(std::min<int64_t>(512, std::max<int64_t>(32, ceil_div(all, 64)))) {
+    number = ceil_div(all, of_each);
+  }
+
+  // run(index, first pixel, last pixel), each thread's last chunk first if `backwards`: it still lies in the cache.
+  template <class Run>
+  void each(bool backwards, const Run& run) const {
+    torch::stable::parallel_for(0, number, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t k = backwards ? begin + end - 1 - i : i;
+        run(k, k * of_each, std::min(pixels, (k + 1) * of_each));
+      }
+    });
+  }
+};
+
+template <class Run>
+void each_channel(int64_t c, const Run& run) {
+  torch::stable::parallel_for(0, c, 256, run);
+}
+
+const float* check_channels(const char* op, const char* what, const Tensor& v, int64_t c) {
+  RF_CHECK(v.scalar_type() == ScalarType::Float && v.is_contiguous() && v.numel() == c, op, ": got ", what, " of dtype ",
+           name(v.scalar_type()), " and shape ", shape(v), ", expected Float [", c, "]");
+  check_cpu(op, what, v);
+  return v.const_data_ptr<float>();
+}
+
+void check_pixels(const char* op, const Tensor& x) {
+  const ScalarType dtype = x.scalar_type();
+  RF_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op, ": got x of dtype ", name(dtype), ", expected Float or BFloat16");
+  check_dense_nhwc(op, "x", x, dtype);
+  RF_CHECK(x.numel() > 0, op, ": got x of shape ", shape(x), ", expected at least one pixel");
+}
+
+void check_like(const char* op, const char* what, const Tensor& t, const Tensor& x) {
+  check_same(op, what, t, "x", x);
+  check_dense_nhwc(op, what, t, x.scalar_type());
+}
+
+void bn_act(const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& residual, Tensor y, Tensor mean,
+            Tensor var, double eps, bool relu) {
+  constexpr const char* op = "bn_act";
+  const Isa& best = needed_isa(op);
+  check_pixels(op, x);
+  check_like(op, "y", y, x);
+  if (residual) check_like(op, "residual", *residual, x);
+  const int64_t c = x.size(1), pixels = x.numel() / c;
+  const float *gamma = check_channels(op, "weight", weight, c), *beta = check_channels(op, "bias", bias, c);
+  check_channels(op, "mean", mean, c), check_channels(op, "var", var, c);
+  float *const mu = mean.mutable_data_ptr<float>(), *const variance = var.mutable_data_ptr<float>();
+  const Chunks chunks(pixels);
+  const std::unique_ptr<float[]> parts(new float[3 * c * chunks.number]), scale(new float[c]);
+  const resnet_fast::cpu::BnArgs args{x.const_data_ptr(), residual ? residual->const_data_ptr() : nullptr, nullptr, nullptr, mu, scale.get(),
+                                      beta, nullptr, nullptr, y.mutable_data_ptr(), nullptr, c, x.scalar_type() == ScalarType::BFloat16, relu};
+  chunks.each(false, [&](int64_t k, int64_t first, int64_t last) { best.moments(args, first, last, &parts[3 * c * k]); });
+  each_channel(c, [&](int64_t c0, int64_t c1) {
+    best.merge_moments(parts.get(), pixels, chunks.of_each, c, c0, c1, mu, variance);
+    for (int64_t i = c0; i < c1; ++i) scale[i] = float(gamma[i] / std::sqrt(variance[i] + eps));
+  });
+  chunks.each(true, [&](int64_t, int64_t first, int64_t last) { best.normalise(args, first, last); });
+}
+
+void bn_act_backward(const Tensor& dy, const Tensor& x, const Tensor& y, const Tensor& weight, const Tensor& mean, const Tensor& var, Tensor dx,
+                     Tensor dweight, Tensor dbias, const std::optional<Tensor>& dresidual, double eps, bool relu) {
+  constexpr const char* op = "bn_act_backward";
+  const Isa& best = needed_isa(op);
+  check_pixels(op, x);
+  check_like(op, "dy", dy, x), check_like(op, "y", y, x), check_like(op, "dx", dx, x);
+  if (dresidual) check_like(op, "dresidual", *dresidual, x);
+  const int64_t c = x.size(1), pixels = x.numel() / c;
+  const float *gamma = check_channels(op, "weight", weight, c), *mu = check_channels(op, "mean", mean, c);
+  const float* variance = check_channels(op, "var", var, c);
+  check_channels(op, "dweight", dweight, c), check_channels(op, "dbias", dbias, c);
+  float *const dgamma = dweight.mutable_data_ptr<float>(), *const dbeta = dbias.mutable_data_ptr<float>();
+  const Chunks chunks(pixels);
+  const std::unique_ptr<float[]> parts(new float[2 * c * chunks.number]), vectors(new float[3 * c]);
+  const std::unique_ptr<double[]> sums(new double[2 * c]);
+  float *const scale = vectors.get(), *const level = scale + c, *const slope = level + c;
+  const resnet_fast::cpu::BnArgs args{x.const_data_ptr(), nullptr, y.const_data_ptr(), dy.const_data_ptr(), mu, scale, nullptr, level, slope,
+                                      dx.mutable_data_ptr(), dresidual ? dresidual->mutable_data_ptr() : nullptr, c,
+                                      x.scalar_type() == ScalarType::BFloat16, relu};
+  chunks.each(false, [&](int64_t k, int64_t first, int64_t last) { best.sums(args, first, last, &parts[2 * c * k]); });
+  each_channel(c, [&](int64_t c0, int64_t c1) {
+    double *const sum = sums.get(), *const product = sum + c;
+    best.merge_sums(parts.get(), chunks.number, c, c0, c1, sum, product);
+    for (int64_t i = c0; i < c1; ++i) {
+      const double inverse = 1. / std::sqrt(variance[i] + eps);
+      dgamma[i] = float(product[i] * inverse), dbeta[i] = float(sum[i]);
+      scale[i] = float(gamma[i] * inverse), level[i] = float(sum[i] / double(pixels));
+      slope[i] = float(product[i] * inverse * inverse / double(pixels));
+    }
+  });
+  chunks.each(true, [&](int64_t, int64_t first, int64_t last) { best.gradient(args, first, last); });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(resnet_fast_cpu, m) {
@@ -242,6 +344,10 @@ STABLE_TORCH_LIBRARY(resnet_fast_cpu, m) {
   m.def("conv_filters(Tensor weight) -> Tensor");
   m.def(
       "conv(Tensor x, Tensor filters, Tensor bias, Tensor? residual, Tensor(a!) out, int[2] size, int stride, int padding, bool relu) -> ()");
+  m.def(
+      "bn_act(Tensor x, Tensor weight, Tensor bias, Tensor? residual, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) var, float eps, bool relu) -> ()");
+  m.def(
+      "bn_act_backward(Tensor dy, Tensor x, Tensor y, Tensor weight, Tensor mean, Tensor var, Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!) dbias, Tensor(d!)? dresidual, float eps, bool relu) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast_cpu, CompositeExplicitAutograd, m) {
@@ -252,4 +358,6 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fast_cpu, CompositeExplicitAutograd, m) {
   m.impl("winograd", TORCH_BOX(&winograd));
   m.impl("conv_filters", TORCH_BOX(&conv_filters));
   m.impl("conv", TORCH_BOX(&conv));
+  m.impl("bn_act", TORCH_BOX(&bn_act));
+  m.impl("bn_act_backward", TORCH_BOX(&bn_act_backward));
 }

@@ -32,6 +32,10 @@ SCHEMAS = {
     "winograd": "(Tensor x, Tensor filters, Tensor bias, Tensor? residual, Tensor(a!) out, bool relu) -> bool",
     "conv_filters": "(Tensor weight) -> Tensor",
     "conv": "(Tensor x, Tensor filters, Tensor bias, Tensor? residual, Tensor(a!) out, int[2] size, int stride, int padding, bool relu) -> ()",
+    "bn_act": "(Tensor x, Tensor weight, Tensor bias, Tensor? residual, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) var, float eps, bool relu) "
+              "-> ()",
+    "bn_act_backward": "(Tensor dy, Tensor x, Tensor y, Tensor weight, Tensor mean, Tensor var, Tensor(a!) dx, Tensor(b!) dweight, "
+                       "Tensor(c!) dbias, Tensor(d!)? dresidual, float eps, bool relu) -> ()",
 }
 LARGEST = 2.0 ** 32  # of a filter's elements: with an input below 2^64 nothing on the way to the sum overflows
 
@@ -81,11 +85,18 @@ def _nhwc(x: Tensor, k: int, size: torch.Size, geometry: tuple) -> Tensor:
     return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _supports(problem: Problem) -> str | None:
+def _declines(problem: Problem) -> str | None:
+    """What no kernel of csrc/cpu takes: other devices, other dtypes."""
     if problem.device != "cpu":
         return f"it runs on a CPU, not on {problem.device}"
     if problem.dtype not in (torch.float32, torch.bfloat16):
         return f"it takes float32 and bfloat16, not {str(problem.dtype).removeprefix('torch.')}"
+    return None
+
+
+def _supports(problem: Problem) -> str | None:
+    if (why := _declines(problem)) is not None:
+        return why
     if (problem.dilation, problem.groups) != ((1, 1), 1) or problem.stride[0] != problem.stride[1] or problem.padding[0] != problem.padding[1]:
         return "it takes one stride and one padding for height and width, without dilation and groups"
     if problem.weight[0] % (panel := torch.ops.resnet_fast_cpu.panel()):
@@ -159,17 +170,62 @@ def _from_packs(form: Form, x, weight, scale, shift, residual, mean, var, eps, s
     return out if aten.nhwc(x) or aten.nhwc(weight) else out.contiguous()
 
 
+# ---------------------------------------------------------------- training batch norm
+
+def _bn_supports(problem: Problem) -> str | None:
+    if problem.layout != "nhwc" or problem.op == "bn_act" and problem.residual not in (None, "nhwc"):
+        return f"it wants NHWC (channels_last), input and residual are {problem.layout} and {problem.residual}"
+    return "the batch is empty" if 0 in problem.x else _declines(problem)
+
+
+@kernel("cpu.bn_act", op="bn_act", supports=_bn_supports, available=available)
+def bn_act(x, weight, bias, residual, eps, act) -> tuple[Tensor, Tensor, Tensor]:
+    y, (mean, var) = torch.empty_like(x), _vectors(2, x)
+    torch.ops.resnet_fast_cpu.bn_act.default(x, _plain(weight), _plain(bias), residual, y, mean, var, eps, act == "relu")
+    return y, mean, var
+
+
+@kernel("cpu.bn_act_backward", op="bn_act_backward", supports=_bn_supports, available=available)
+def bn_act_backward(dy, x, y, weight, mean, var, eps, act, residual) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dresidual, (dweight, dbias) = torch.empty_like(x), torch.empty_like(x) if residual else None, _vectors(2, x)
+    dy, y = (t.contiguous(memory_format=torch.channels_last) for t in (dy, y))  # a Problem tells of x alone
+    torch.ops.resnet_fast_cpu.bn_act_backward.default(dy, x, y, _plain(weight), _plain(mean), _plain(var), dx, dweight, dbias, dresidual, eps,
+                                                      act == "relu")
+    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype), dresidual if residual else x.new_empty(0)
+
+
+def _vectors(count: int, x: Tensor) -> Tensor:
+    return torch.empty(count, x.shape[1], dtype=torch.float32, device=x.device)
+
+
+def _plain(vector: Tensor) -> Tensor:
+    return vector.float().contiguous()
+
+
 # ---------------------------------------------------------------- which of them a CPU runs by itself
+
+BATCH_NORM = {"bn_act": "cpu.bn_act", "bn_act_backward": "cpu.bn_act_backward"}
+
 
 def preferred(problem: Problem, live: bool = True) -> tuple[str, str] | None:
     """(kernel, why) for a problem on a CPU, or None where oneDNN is to run; ``live``: beside a module's own weights, not in a plan."""
     if available() is not None:
         return None
-    return next(((id, form.why) for id, form in FORMS.items() if form.supports(problem) is None and yields(id, problem, live) is None), None)
+    if problem.op in BATCH_NORM:
+        id = BATCH_NORM[problem.op]
+        return None if _bn_supports(problem) or yields(id, problem) else (id, "statistics, affine, residual and ReLU in two passes")
+    return next(((id, form.why) for id, form in FORMS.items() if chooses(id, problem, live)), None)
+
+
+def chooses(id: str, problem: Problem, live: bool = True) -> bool:
+    """Whether a convolution of this file, which is available, can take a problem and was measured to win there."""
+    return FORMS[id].supports(problem) is None and yields(id, problem, live) is None
 
 
 def yields(id: str, problem: Problem, live: bool = True) -> str | None:
     """Why a kernel of this file that could run a problem leaves it to the next of them, or to oneDNN."""
+    if problem.op in BATCH_NORM:
+        return "measured with multiples of 16 channels" if problem.x[1] % 16 else None
     if id == "cpu.conv":
         measured = problem.weight[2:] in ((1, 1), (3, 3), (7, 7))  # 5×5: 0.92 to 1.0 times oneDNN's speed
         return None if measured else "measured no faster than oneDNN with filters of other sizes than 1×1, 3×3 and 7×7"
