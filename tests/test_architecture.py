@@ -17,7 +17,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 ONLY = {
     "reference": set(), "atomic": set(), "problem": set(), "_library": set(),
     "fold": {"reference"}, "dispatch": {"problem"}, "tables": {"atomic", "problem"},
-    "ops": {"reference", "_library", "dispatch"}, "convolution": {"dispatch", "problem"}, "path": {"ops", "convolution"}, "blocks": {"path"}, "whole": {"dispatch", "fold"},
+    "ops": {"reference", "_library", "dispatch"}, "convolution": {"dispatch", "problem"}, "path": {"ops", "convolution"},
+    "blocks": {"path"}, "whole": {"dispatch", "fold"},
     "models": {"blocks", "path", "whole"},
     "layers": {"models", "problem"}, "checkpoint": {"atomic"}, "testing": {"reference", "dispatch", "layers", "problem"},
     "kernels": {"dispatch", "problem", "fold", "reference"},
