@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import gpu_probe
 from gpu_run import ROOT, Job, Ledger, Sensors, Watchdog, kill, last_words
 from gpu_summary import Found, ours, summary, write
 
@@ -237,6 +238,18 @@ def large(run: Run, deadline: float) -> str | None:
     return run.job("large", Job("large", "large", args, silence=60), deadline)
 
 
+def probe(run: Run, deadline: float) -> str | None:
+    """What the kernels made for Hopper take for granted of its matrix descriptors, apart from any kernel."""
+    if run.rehearse or list(run.found.one("environment", "machine")["capability"]) != [9, 0]:
+        return "left out: it is about compute capability 9.0 alone"
+    if gpu_probe.compiler() is None:
+        return "left out: nvcc is not installed"
+    rows, trouble = gpu_probe.probe(run.folder, deadline)
+    for row in rows:
+        run.ledger.add(row)
+    return trouble or gpu_probe.verdict(rows)
+
+
 def sanitizer(run: Run, deadline: float) -> str | None:
     """The memory checker over a handful of problems of each kernel of ours."""
     tool = shutil.which(SANITIZER) or shutil.which(SANITIZER, path="/usr/local/cuda/bin")
@@ -287,7 +300,7 @@ class Stage:
 
 STAGES = (Stage(environment, 10, 120), Stage(build, 20, 150), Stage(check, 40, 170), Stage(layers, 30, 70),
           Stage(tables, 40, 90), Stage(groups, 35, 60), Stage(headline, 50, 80), Stage(peers, 90, 250), Stage(others, 30, 120, True),
-          Stage(large, 20, 40, True), Stage(sanitizer, 20, 60, True), Stage(train, 30, 60, True))
+          Stage(large, 20, 40, True), Stage(probe, 8, 30, True), Stage(sanitizer, 20, 60, True), Stage(train, 30, 60, True))
 
 
 # ---------------------------------------------------------------- the run

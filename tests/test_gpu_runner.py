@@ -9,8 +9,10 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import host_gpu
 import pytest
 import torch
 
@@ -23,6 +25,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import gpu  # noqa: E402
 import gpu_check  # noqa: E402
 import gpu_measure  # noqa: E402
+import gpu_probe  # noqa: E402
 import gpu_run  # noqa: E402
 from gpu_run import Job, Ledger, Sensors, Watchdog  # noqa: E402
 from gpu_scale import REHEARSAL, Scale  # noqa: E402
@@ -452,6 +455,28 @@ def test_sanitizer_stage(dog, tmp_path, monkeypatch, text, rows, said) -> None:
 def test_sanitizer_absent(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(gpu, "SANITIZER", "no-such-tool")
     assert gpu.sanitizer(a_run(tmp_path), soon()) == "left out: no-such-tool is not installed"
+
+
+EMULATED = f'exec g++ "$1" "$2" "$3" -I{host_gpu.EMULATION} -o "$7" -x c++ "$8"'
+OTHERWISE = 'printf "#!/bin/sh\\necho operand a, stride 1024, base offset of the pattern: right from rows 0\\n" > "$7"; chmod +x "$7"'
+
+
+@pytest.mark.parametrize("compiles, lines, said", [
+    pytest.param(EMULATED, 8, "matrices that begin inside a pattern of rows are found",
+                 marks=pytest.mark.skipif(host_gpu.compiler() is None, reason="needs a g++ that knows _Float16")),
+    (OTHERWISE, 1, "MATRICES THAT BEGIN INSIDE A PATTERN OF ROWS ARE NOT FOUND: conv_hopper and conv_tail_hopper rest on that"),
+    ("echo no such architecture >&2; exit 1", 0, "failed: no such architecture"),
+    ('printf "#!/bin/sh\\nsleep 60\\n" > "$7"; chmod +x "$7"', 0, "stopped at its deadline"),
+])
+def test_probe_stage(tmp_path, monkeypatch, compiles, lines, said) -> None:
+    compiler = tmp_path / "nvcc"
+    compiler.write_text(f"#!/bin/sh\n{compiles}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(gpu_probe, "compiler", lambda: str(compiler))
+    run = replace(a_run(tmp_path), rehearse=False)
+    run.ledger.add({"stage": "environment", "job": "machine", "case": "machine", "status": "here", "capability": [9, 0]})
+    assert gpu.probe(run, soon(2 if "sleep" in compiles else 60)) == said
+    assert len(run.ledger.of("probe")) == lines and not (tmp_path / "probe").exists()
 
 
 def test_sensors_keep_ranges_and_reasons(tmp_path) -> None:
