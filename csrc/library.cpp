@@ -241,7 +241,6 @@ Tensor pointwise_pair_hopper(const Tensor& x, const Tensor& weight, const Tensor
                              const Tensor& bias, Pair stride2) {
   constexpr const char* op = "pointwise_pair_hopper";
   check_hopper(op, x, weight, std::nullopt, 1);
-  check_hopper(op, x2, weight2, std::nullopt, 1);
   check_steps(op, stride2);
   check_channels_last(op, "x", x);
   check_channels_last(op, "x2", x2);
@@ -252,8 +251,10 @@ Tensor pointwise_pair_hopper(const Tensor& x, const Tensor& weight, const Tensor
   RF_CHECK(x2.size(0) == x.size(0) && left(2, stride2[0]) == x.size(2) && left(3, stride2[1]) == x.size(3), op,
            ": got x2 ", shape(x2), ", expected images and pixels that strides ", stride2[0], " and ", stride2[1],
            " make those of x, ", shape(x));
-  RF_CHECK(weight2.size(0) == weight.size(0) && weight2.size(1) == x2.size(1) && x2.size(1) > 0, op, ": got weight2 ",
-           shape(weight2), ", expected [", weight.size(0), ", ", x2.size(1), ", 1, 1], weight's filters and x2's channels");
+  RF_CHECK(weight2.size(0) == weight.size(0) && weight2.size(1) == x2.size(1) && x2.size(1) > 0 && weight2.size(2) == 1 &&
+               weight2.size(3) == 1, op, ": got weight2 ", shape(weight2), ", expected [", weight.size(0), ", ", x2.size(1),
+           ", 1, 1], weight's filters and x2's channels");
+  check_hopper(op, x2, weight2, std::nullopt, 1);
   RF_CHECK(bias.dim() == 1 && bias.size(0) == weight.size(0), op, ": got bias of shape ", shape(bias), ", expected [",
            weight.size(0), "]");
   RF_CHECK(x2.device() == x.device() && weight2.device() == x.device(), op, ": got tensors on two devices, expected one");

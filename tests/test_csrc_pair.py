@@ -87,10 +87,15 @@ def test_beyond_two_to_the_31_elements(gpu: host_gpu.HostGpu) -> None:
     assert_rule(out, testing.eager("pointwise_pair", args)[0], testing.oracle("pointwise_pair", args)[0])
 
 
-def test_wants_addresses_of_whole_16_bytes(gpu: host_gpu.HostGpu) -> None:
-    gpu.settings(slack=1)
+@pytest.mark.parametrize("odd", range(5), ids=["x", "weight", "x2", "weight2", "out"])
+def test_wants_addresses_of_whole_16_bytes(gpu: host_gpu.HostGpu, odd: int) -> None:
+    *tensors, bias, stride = make_args(pair(1, 64, 4, 4, 64, 64))
+    laid = []
+    for i, t in enumerate([*tensors, torch.empty(1, 64, 4, 4, dtype=torch.float16)]):
+        gpu.settings(slack=int(i == odd))
+        laid.append(gpu._put(t))
     with pytest.raises(RuntimeError, match="error 716"):
-        gpu.pointwise_pair_hopper(*make_args(pair(1, 64, 4, 4, 64, 64)))
+        gpu._pair(*laid[:4], bias, stride, laid[4])
 
 
 @pytest.mark.parametrize("change, reason", [
