@@ -202,7 +202,11 @@ def _verify_weights(spec: ModelSpec, weights: Any):
         from torchvision.models import get_model_weights
     except ImportError as error:
         raise ImportError(f"{spec.name}: weights come through torchvision: pip install 'resnet_fast[vision]'") from error
-    return get_model_weights(spec.name).verify(weights)
+    entries = get_model_weights(spec.name)
+    if isinstance(weights, str) and weights.removeprefix(f"{entries.__name__}.") not in entries.__members__:
+        raise ValueError(f"{spec.name}: weights: got {weights!r}, expected one of {', '.join(entries.__members__)}, or None "
+                         "(a file of yours: resnet_fast.load_checkpoint)")
+    return entries.verify(weights)
 
 
 def _fetched(weights: Any, progress: bool) -> dict[str, Tensor]:

@@ -131,6 +131,12 @@ def test_features_in_every_format_are_those_of_the_plain_path(photos, suffix):
     torch.testing.assert_close(torch.tensor([row["features"] for row in rows]), features, rtol=1e-4, atol=1e-5)
 
 
+def test_a_name_is_one_line_on_the_terminal_and_no_command_to_it(photos, capsys):
+    (photos / "1.png").rename(photos / "ä\n\x1b[2J.png")
+    assert predict(photos / "ä\n\x1b[2J.png") == 0
+    assert capsys.readouterr().out.startswith(f"{photos}/ä\\n\\x1b[2J.png: class ")
+
+
 def test_of_few_classes_all_are_told_unless_more_are_asked_for(photos, capsys):
     torch.save(create_model("resnet18", num_classes=3).state_dict(), "three.pt")
     few = ("--model", "resnet18", "--weights", "three.pt", "--size", "32", "--device", "cpu", "--workers", "1")

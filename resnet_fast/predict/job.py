@@ -106,7 +106,9 @@ class _Terminal:
             if "error" not in row:
                 names = [self._labels[c] if self._labels else f"class {c}" for c in row["class"]]
                 answers = ", ".join(f"{name} {p:.3f}" for name, p in zip(names, row["p"], strict=True))
-                print(f"{output.printable(item.name)}: {answers}", flush=True)
+                # A name may hold a newline, or what a terminal obeys.
+                name = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in output.printable(item.name))
+                print(f"{name}: {answers}", flush=True)
 
 
 def to_terminal(job: Job) -> int:
