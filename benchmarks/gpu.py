@@ -1,9 +1,10 @@
 """``make gpu``: prove and measure everything on the GPU of this machine, in one command under nine minutes.
 
 No argument, no network, from any checkout: builds the extension or takes the one that is there, then stage after stage,
-each with a deadline, every kernel in a process of its own under a watchdog, results on disk row by row. A run that was
-killed goes on where it stopped. Results go to $OUT, or to benchmarks/results; the short table comes last. Exit code 0:
-every kernel is right; 1: one is not; 2: there is no GPU. ``--rehearse`` runs the same program on a CPU at toy sizes.
+each with a deadline, every kernel in a process of its own under a watchdog, results on disk row by row. The same command
+again goes on with what a run left out, or with one that was killed. Results go to $OUT, or to benchmarks/results; the
+short table comes last. Exit code 0: no kernel was found wrong; 1: one was; 2: there is no GPU. ``--rehearse`` runs
+the same program on a CPU at toy sizes.
 """
 
 from __future__ import annotations
@@ -197,7 +198,7 @@ def tables(run: Run, deadline: float) -> str | None:
 
 def groups(run: Run, deadline: float) -> str | None:
     """Plans as a user tunes them: which groups of layers pay is remembered in the table, and the headline's plan uses it."""
-    seconds = max(5.0, (deadline - time.monotonic() - 20) / 3)  # two batches, and what building them takes
+    seconds = max(5.0, (deadline - time.monotonic() - 20) / 2.5)  # two batches, and what building them takes
     job = Job("plans", "tune_plans", run.args(seconds=seconds), env={"RESNET_FAST_TABLES": str(run.folder)}, silence=60, restarts=1)
     return run.job("groups", job, deadline)
 
@@ -299,8 +300,8 @@ class Stage:
 
 
 STAGES = (Stage(environment, 10, 120), Stage(build, 20, 150), Stage(check, 40, 170), Stage(layers, 30, 70),
-          Stage(tables, 40, 90), Stage(groups, 35, 60), Stage(headline, 50, 80), Stage(peers, 90, 250), Stage(others, 30, 120, True),
-          Stage(large, 20, 40, True), Stage(probe, 8, 30, True), Stage(sanitizer, 20, 60, True), Stage(train, 30, 60, True))
+          Stage(tables, 40, 90), Stage(groups, 35, 80), Stage(headline, 50, 80), Stage(peers, 90, 250), Stage(others, 30, 120, True),
+          Stage(probe, 8, 30, True), Stage(large, 20, 40, True), Stage(sanitizer, 20, 60, True), Stage(train, 30, 60, True))
 
 
 # ---------------------------------------------------------------- the run

@@ -191,9 +191,14 @@ def _small(value: float | None) -> str:
     return "NaN" if value is None else f"{value:.1e}"
 
 
+def _untried(notes: list[str]) -> str:
+    count = sum("the time was up" in note for note in notes)
+    return f" ({count} not tried by themselves: the time was up)" if count else ""
+
+
 def _groups(found: Found) -> str:
     """Which groups of layers the tuned plans use."""
-    lines = [f"  {row['case']}: {', '.join(row['across']) or 'none'}" if row["status"] == "tuned" else
+    lines = [f"  {row['case']}: {', '.join(row['across']) or 'none'}" + _untried(row["notes"]) if row["status"] == "tuned" else
              f"  {row['case']}: {row['status']}: {row.get('reason')}" for row in found.of("groups")]
     return "GROUPS of layers that the tuned plan (ours-plan) runs as one\n" + "\n".join(lines) if lines else ""
 

@@ -224,9 +224,10 @@ def test_a_run_goes_on_as_long_as_a_stage_is_missing(tmp_path) -> None:
     """Also one that has its summary: peers that were left out find the tables of the first nine minutes."""
     first = a_folder(tmp_path, **{stage.name: "done" for stage in gpu.STAGES if stage.name != "peers"}, peers="left out")
     (first.folder / "summary.json").write_text("{}")
+    time.sleep(1.1)  # a folder's name has the second
     again = a_folder(tmp_path, peers="done")
     assert again.folder == first.folder and "check" in gpu.done(again.ledger)
-    time.sleep(1.1)  # a folder's name has the second
+    time.sleep(1.1)
     assert a_folder(tmp_path).folder != first.folder
 
 
@@ -322,6 +323,21 @@ def test_stages_that_are_done_are_not_done_again_and_those_cut_are(tmp_path) -> 
 def test_the_whole_fits_into_nine_minutes() -> None:
     assert gpu.TOTAL <= 540 and sum(s.least for s in gpu.STAGES if not s.optional) < gpu.TOTAL
     assert all(s.least <= s.most for s in gpu.STAGES)
+
+
+def test_plans_are_tuned_into_the_table_that_the_headline_reads(tmp_path, monkeypatch) -> None:
+    asked: list[tuple[str, Job]] = []
+    monkeypatch.setattr(gpu.Run, "job", lambda self, stage, job, deadline: asked.append((stage, job)))
+    run = a_run(tmp_path)
+    run.rehearse = False
+    for stage in (gpu.groups, gpu.headline, gpu.peers):
+        stage(run, soon(80))
+    names = [stage.name for stage in gpu.STAGES]
+    assert [stage for stage, _ in asked] == ["groups", "headline", "peers", "peers"]
+    assert names.index("tables") < names.index("groups") < names.index("headline") < names.index("peers")
+    assert {job.env["RESNET_FAST_TABLES"] for _, job in asked} == {str(tmp_path)} and asked[0][1].args["seconds"] == pytest.approx(24, abs=1)
+    assert all({"eager-nchw", "eager", "folded", "ours-plan"} <= set(job.args["peers"]) for _, job in asked[1:])
+    assert asked[2][1].args["batches"] == (256,) and "compile-best" in asked[2][1].args["peers"]
 
 
 def test_jobs_side_by_side_and_their_troubles(dog, tmp_path) -> None:
@@ -597,11 +613,12 @@ def test_the_later_stage_with_more_peers_stands_for_a_network() -> None:
 def test_summary_of_a_peer_whose_answer_is_nan_and_of_tuned_plans() -> None:
     rows = a_whole_run()
     rows[-2]["rows"].append({**network_row("compile", 0.01), "error": None})
-    tuned = {"stage": "groups", "job": "plans", "case": "infer/resnet50/bf16/256", "status": "tuned", "across": ["conv_tail:layer1.1.conv2"]}
+    tuned = {"stage": "groups", "job": "plans", "case": "infer/resnet50/bf16/256", "status": "tuned", "across": ["conv_tail:layer1.1.conv2"],
+             "notes": ["across: a: used", "across: b: not used: not tried by itself: the time was up"]}
     text = summary(Found([*rows, tuned, {**tuned, "case": "infer/resnet50/bf16/1", "across": []},
                           {**tuned, "case": "infer/resnet50/bf16/8", "status": "failed", "reason": "no memory"}]))
     assert "error NaN (eager 4.0e-03)" in text
-    for line in ("infer/resnet50/bf16/256: conv_tail:layer1.1.conv2", "infer/resnet50/bf16/1: none", "bf16/8: failed: no memory"):
+    for line in ("infer/resnet50/bf16/256: conv_tail:layer1.1.conv2 (1 not tried", "infer/resnet50/bf16/1: none (", "bf16/8: failed: no memory"):
         assert line in text
 
 
