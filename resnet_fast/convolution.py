@@ -36,7 +36,7 @@ def _chosen(x: Tensor, shape: torch.Size, weight: tuple[int, ...]) -> bool:
     """Whether ``cpu.winograd`` is to filter what lies as ``x`` does and has that shape."""
     from .kernels import cpu
     problem = Problem(op="conv_bn_act", device="cpu", dtype=x.dtype, x=tuple(shape), layout=layout(x), weight=tuple(weight),
-                               padding=(1, 1))
+                      padding=(1, 1))
     n, _, h, w = shape
     return n * h * w >= LEAST_PIXELS and x.dtype == torch.float32 and cpu.available() is None and cpu.chooses("cpu.winograd", problem)
 

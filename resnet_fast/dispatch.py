@@ -114,7 +114,8 @@ def find(id: str, op: str | None = None) -> Kernel:
     if name not in _registry:
         ids = sorted(k.id for k in kernels())
         meant = [k for k in ids if k.startswith(f"{id}.")] or difflib.get_close_matches(id, ids, cutoff=0.8)
-        raise LookupError(f"kernel {id!r} is unknown; " + (f"did you mean {' or '.join(meant)}?" if meant else f"known: {', '.join(ids)}"))
+        hint = f"did you mean one of these: {', '.join(meant)}?" if meant else f"known: {', '.join(ids)}"
+        raise LookupError(f"kernel {id!r} is unknown; {hint}")
     return _registry[name]
 
 
