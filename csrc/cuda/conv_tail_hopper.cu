@@ -105,16 +105,6 @@ struct TailShared {
   __device__ unsigned char* slot(int i) const { return slots + i * kMatrixBytes; }
 };
 
-// Walks a ring of slots: where, and the parity of the phase that fills or empties it.
-template <class Tile>
-struct Slots {
-  int at = 0;
-  unsigned parity = 0;
-  __device__ void step() {
-    if (++at == Tile::kSlots) at = 0, parity ^= 1;
-  }
-};
-
 template <class Tile>
 __device__ __forceinline__ void load_filters(const TailWork& p, const TailShared<Tile>& shared) {
   uint64_t* const filled = &shared.all.filters;
@@ -139,21 +129,21 @@ struct Mover {
   const TailWork& p;
   const TailShared<Tile>& shared;
   int tile, position = 0;  // what is filled next
-  Slots<Tile> filling;
+  Ring filling{0};
 
   __device__ int positions() const { return kBefore + p.slices + Tile::kNext / kSlice; }
 
   __device__ void fill() {
     if (tile >= p.tiles) return;
-    uint64_t* const full = &shared.barriers.full[filling.at];
+    uint64_t* const full = &shared.barriers.full[filling.slot];
     if (Tile::kProjected ? position == 0 : position < p.slices) {
       const TilePlace at = place_of(p, tile);
       mbarrier_expect(full, kMatrixBytes);
-      tma_load(shared.slot(filling.at), &p.residual, full, {position * kSlice, at.w, at.h, at.image});
+      tma_load(shared.slot(filling.slot), &p.residual, full, {position * kSlice, at.w, at.h, at.image});
     } else {
       mbarrier_arrive(full);
     }
-    filling.step();
+    filling.step(1, Tile::kSlots);
     if (++position == positions()) position = 0, tile += kGroups * int(gridDim.x);
   }
 
@@ -167,7 +157,7 @@ struct Mover {
   __device__ void run() {
     const int step = kGroups * int(gridDim.x);
     unsigned box_parity = 0;
-    Slots<Tile> emptying;
+    Ring emptying{0};
     fill_box(tile);
     int t = tile;
     for (int i = 0; i < Tile::kSlots; ++i) fill();
@@ -175,11 +165,11 @@ struct Mover {
       const TilePlace at = place_of(p, t);
       mbarrier_wait(&shared.barriers.box_free, box_parity);
       fill_box(t + step);
-      for (int i = 0; i < positions(); ++i, emptying.step()) {
+      for (int i = 0; i < positions(); ++i, emptying.step(1, Tile::kSlots)) {
         const int slice = i - kBefore, after = slice - p.slices;
-        mbarrier_wait(&shared.barriers.written[emptying.at], emptying.parity);
+        mbarrier_wait(&shared.barriers.written[emptying.slot], emptying.parity);
         if (slice >= 0) {
-          tma_store(after < 0 ? &p.y : &p.z, shared.slot(emptying.at),
+          tma_store(after < 0 ? &p.y : &p.z, shared.slot(emptying.slot),
                     {(after < 0 ? slice : after) * kSlice, at.w, at.h, at.image});
           tma_store_commit();
           tma_store_wait_read<0>();
@@ -259,12 +249,12 @@ __device__ __forceinline__ void make_tiles(const TailWork& p, const TailShared<T
     __syncwarp();
     if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
   };
-  Slots<Tile> slots;
-  const auto wait = [&] { mbarrier_wait(&barriers.full[slots.at], slots.parity); };
+  Ring ring{0};
+  const auto wait = [&] { mbarrier_wait(&barriers.full[ring.slot], ring.parity); };
   const auto give = [&] {
     fence_proxy_async();
-    arrive(&barriers.written[slots.at]);
-    slots.step();
+    arrive(&barriers.written[ring.slot]);
+    ring.step(1, Tile::kSlots);
   };
   unsigned box_parity = 0;
   mbarrier_wait(&shared.all.filters, 0);
@@ -280,7 +270,7 @@ __device__ __forceinline__ void make_tiles(const TailWork& p, const TailShared<T
     finish<T, false, 0>(middle, sum, p.bias2, 0, p.middle, nullptr);
     if constexpr (Tile::kProjected) {
       wait();
-      read_rows(entry, shared.slot(slots.at));
+      read_rows(entry, shared.slot(ring.slot));
       give();
     }
 #pragma unroll 1
@@ -292,7 +282,7 @@ __device__ __forceinline__ void make_tiles(const TailWork& p, const TailShared<T
       wgmma_commit();
       wgmma_wait<0>(sum);  // and for what multiplies the last slice's `made`
       wait();
-      finish<T, !Tile::kProjected, 0>(made, sum, p.bias3, slice * kSlice, p.wide, shared.slot(slots.at));
+      finish<T, !Tile::kProjected, 0>(made, sum, p.bias3, slice * kSlice, p.wide, shared.slot(ring.slot));
       give();
       wgmma_fence();
       multiply<T, kNext>(after, made, further_descriptor(filters, Tile::kOneAt + slice * Tile::kOneBytes), slice > 0);
@@ -300,11 +290,11 @@ __device__ __forceinline__ void make_tiles(const TailWork& p, const TailShared<T
     }
     wgmma_wait<0>(after);
     wait();
-    finish<T, false, 0>(made, after, p.bias1, 0, p.next, shared.slot(slots.at));
+    finish<T, false, 0>(made, after, p.bias1, 0, p.next, shared.slot(ring.slot));
     give();
     if constexpr (kNext > kSlice) {
       wait();
-      finish<T, false, kSlice / 2>(made, after, p.bias1, kSlice, p.next, shared.slot(slots.at));
+      finish<T, false, kSlice / 2>(made, after, p.bias1, kSlice, p.next, shared.slot(ring.slot));
       give();
     }
   }

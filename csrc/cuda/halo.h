@@ -94,17 +94,6 @@ RF_HD int halo_slot(const Halo& halo, int columns) {
   return int(ceil_div(read > zeros ? read : zeros, 8)) * 8;
 }
 
-// Walks a ring: the slot, and the parity of the phase that fills it.
-struct Ring {
-  int slot;
-  unsigned parity = 0;
-
-  RF_HD void step(int by, int slots) {
-    slot += by;
-    if (slot >= slots) slot -= slots, parity ^= 1;
-  }
-};
-
 // The width of products that ends first: rounds of the chip times columns. Narrow images and the last round decide.
 constexpr int kHaloColumns[] = {208, 216, 248};
 

@@ -99,6 +99,17 @@ RF_HD ClusterChoice choose_cluster(int64_t pixels, int64_t filters, int steps, i
   return best;
 }
 
+// Walks a ring of slots: which, and the parity of the phase that fills (or empties) it.
+struct Ring {
+  int slot;
+  unsigned parity = 0;
+
+  RF_HD void step(int by, int slots) {
+    slot += by;
+    if (slot >= slots) slot -= slots, parity ^= 1;
+  }
+};
+
 // ---- Fragments of mma.m16n8k16. Chunks count along the depth, within one step of 16 elements (two chunks).
 
 struct RowChunk {
