@@ -434,6 +434,7 @@ def test_a_copy_is_a_plan_of_its_own_over_the_same_weights(copied, model, monkey
     run = plan(model, x, softmax=True)
     twin, wanted = copied(run), run(x)
     assert torch.equal(twin(x), wanted) and twin._lowered.filters == run._lowered.filters
+    assert twin._lock is not run._lock and twin._programs is not run._programs and twin.notes is not run.notes
     with torch.no_grad():
         model.fc.bias.add_(torch.randn(1000))
     assert not torch.equal(twin.refresh()(x), wanted) and torch.equal(run(x), wanted)

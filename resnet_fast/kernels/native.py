@@ -179,14 +179,14 @@ def pointwise_pair_hopper(x: Tensor, weight: Tensor, x2: Tensor, weight2: Tensor
     return _op("pointwise_pair_hopper")(x, weight, x2, weight2, bias.contiguous(), stride2)
 
 
+MOST_OFFSET = 127  # corners of TMA's im2col mode have 8 bits with their sign
+
+
 def _conv_cluster_supports(problem: Problem) -> str | None:
     reach = [d * (size - 1) for d, size in zip(problem.dilation, problem.weight[2:], strict=True)]
     if max(*reach, *problem.padding) > MOST_OFFSET:
         return f"TMA's offsets go to {MOST_OFFSET}, the filter reaches {reach[0]}×{reach[1]} pixels with padding {problem.padding}"
     return _conv_supports(problem) or _steps_declined(problem) or hopper_declines(problem)
-
-
-MOST_OFFSET = 127  # corners of TMA's im2col mode have 8 bits with their sign
 
 
 @kernel("native.conv_cluster_hopper", op="conv_bn_act", supports=_conv_cluster_supports, available=hopper_available, sources=SOURCES)

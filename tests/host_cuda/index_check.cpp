@@ -71,6 +71,15 @@ void check_tiles() {
   EXPECT(choose_hopper_tile(256 * 28 * 28, 512, 128 + 256, 132) == HopperChoice::paired256x128, "layer2's pair");
   EXPECT(choose_hopper_tile(8 * 14 * 14, 512, 2048, 132) == HopperChoice::streamed128x64, "fewer tiles than processors");
   EXPECT(choose_hopper_tile(1 << 20, 132 * 128 + 8, 64, 132) == HopperChoice::together256x128, "filters for more blocks");
+  // As the head of conv_cluster_hopper.cu tells of one image; and no more blocks than there are steps, or than pay.
+  const auto cluster = [](int64_t pixels, int64_t filters, int steps, int n, int split) {
+    const ClusterChoice found = choose_cluster(pixels, filters, steps, 132);
+    EXPECT(found.filters == n && found.split == split, "%d pixels, %d filters, %d steps: %d x %d", int(pixels), int(filters), steps,
+           found.filters, found.split);
+  };
+  cluster(56 * 56, 64, 9, 32, 1), cluster(56 * 56, 256, 1, 64, 1), cluster(28 * 28, 128, 18, 64, 4), cluster(28 * 28, 512, 2, 64, 1);
+  cluster(14 * 14, 256, 36, 64, 8), cluster(14 * 14, 256, 16, 64, 8), cluster(7 * 7, 512, 72, 32, 8), cluster(7 * 7, 2048, 8, 32, 1);
+  cluster(1, 8, 1, 32, 1), cluster(256 * 56 * 56, 64, 9, 64, 1);
 }
 
 // Rows and columns of the window matrix, including those beyond the last, against coordinates counted one by one.
