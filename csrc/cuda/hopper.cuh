@@ -62,11 +62,13 @@ __device__ __forceinline__ void mbarrier_expect(uint64_t* barrier, unsigned byte
                : "memory");
 }
 
-// At the barrier in the same place of another block's shared memory (`rank` in the cluster), or one's own.
+// At the barrier in the same place of another block's shared memory (`rank` in the cluster), or one's own: what this thread
+// had to read there it has read. What it wrote it does not publish: a release to the cluster would be a fence of the whole
+// GPU before every arrival (MEMBAR.GPU, hundreds of clocks within a main loop). CUTLASS's ClusterBarrier arrives this way.
 __device__ __forceinline__ void mbarrier_arrive_at(uint64_t* barrier, unsigned rank) {
   asm volatile(
       "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}\n" ::"r"(shared_address(barrier)),
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}\n" ::"r"(shared_address(barrier)),
       "r"(rank)
       : "memory");
 }
