@@ -249,9 +249,8 @@ cudaError_t conv_cluster_hopper(const ConvArgs& c, cudaStream_t stream) {
   const int64_t pixels = c.n * c.out_h * c.out_w;
   if (pixels == 0 || c.k == 0) return cudaSuccess;
   if (!aligned16(c.x, c.weight, c.residual, c.out)) return cudaErrorMisalignedAddress;
-  int device = 0, processors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  int processors = 0;
+  const cudaError_t error = use_device(processors);
   if (error != cudaSuccess) return error;
   const ClusterChoice choice = choose_cluster(pixels, c.k, int(c.r * c.s * ceil_div(c.c, kSlice)), processors);
   const auto launch_type = [&](auto type) {

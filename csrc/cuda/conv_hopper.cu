@@ -374,9 +374,8 @@ cudaError_t conv_hopper(const ConvArgs& c, cudaStream_t stream) {
   const bool strided = c.stride_h == 2 && c.h > 1 && c.w > 1;  // all four planes have pixels
   if (c.stride_w != c.stride_h || !(strided || c.stride_h == 1)) return cudaErrorInvalidValue;
   if (c.c % 8 != 0 || c.k % 8 != 0 || !aligned16(c.x, c.weight, c.residual, c.out)) return cudaErrorInvalidValue;
-  int device = 0, processors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  int processors = 0;
+  const cudaError_t error = use_device(processors);
   if (error != cudaSuccess) return error;
   if (c.dtype == DType::f16) return launch_best<__half>(c, processors, stream);
   return c.dtype == DType::bf16 ? launch_best<__nv_bfloat16>(c, processors, stream) : cudaErrorInvalidValue;

@@ -398,9 +398,8 @@ cudaError_t conv_tail_hopper(const TailArgs& c, cudaStream_t stream) {
   if (c.n * c.h * c.w == 0) return cudaSuccess;
   if (!aligned16(c.x, c.weight2, c.bias2, c.weight3, c.bias3, c.residual, c.projection, c.weight1, c.bias1, c.y, c.z))
     return cudaErrorMisalignedAddress;
-  int device = 0, processors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  int processors = 0;
+  const cudaError_t error = use_device(processors);
   if (error != cudaSuccess) return error;
   return c.dtype == DType::f16 ? launch_best<__half>(c, processors, stream)
                                : launch_best<__nv_bfloat16>(c, processors, stream);

@@ -49,6 +49,15 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, cudaStream_t str
   return launch_shared(kernel, grid, block, 0, stream, args...);
 }
 
+// Processors of the current device, whose context becomes this thread's: one that has launched nothing yet may have none, and
+// without one the driver encodes no tensor map.
+inline cudaError_t use_device(int& processors) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  return error == cudaSuccess ? cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) : error;
+}
+
 // A kernel that wants more than 48 kB of shared memory has to be allowed to, once on each device.
 template <auto kKernel>
 cudaError_t allow_shared(int bytes) {

@@ -113,9 +113,8 @@ cudaError_t launch_sum(const ConvArgs& c, const ConvArgs* second, cudaStream_t s
   if (pixels == 0 || c.k == 0) return cudaSuccess;
   if (!aligned16(c.x, c.weight, c.residual, c.out) || (second != nullptr && !aligned16(second->x, second->weight)))
     return cudaErrorMisalignedAddress;
-  int device = 0, processors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  int processors = 0;
+  const cudaError_t error = use_device(processors);
   if (error != cudaSuccess) return error;
   const int64_t slices = ceil_div(c.c, kSlice) + (second != nullptr ? ceil_div(second->c, kSlice) : 0);
   const auto choose = [&](auto type) {

@@ -7,7 +7,7 @@
 
 #include "cuda_runtime_api.h"
 
-enum CUresult { CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1 };
+enum CUresult { CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1, CUDA_ERROR_INVALID_CONTEXT = 201 };
 enum CUtensorMapDataType { CU_TENSOR_MAP_DATA_TYPE_FLOAT16 = 6, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9 };
 enum CUtensorMapInterleave { CU_TENSOR_MAP_INTERLEAVE_NONE };
 enum CUtensorMapSwizzle { CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_128B = 3 };
@@ -39,6 +39,7 @@ inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, ui
                                        const uint64_t* size, const uint64_t* stride, const uint32_t* box,
                                        const uint32_t* every, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
                                        CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+  if (!host_cuda::context) return CUDA_ERROR_INVALID_CONTEXT;
   bool good = reinterpret_cast<uintptr_t>(map) % 64 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0 && rank >= 1 &&
               rank <= 5 && swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
   host_cuda::Map m{host_cuda::Map::kMagic, rank, static_cast<unsigned char*>(data), {}, {}, {}, false, {}, {}, {}};

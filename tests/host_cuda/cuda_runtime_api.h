@@ -32,8 +32,14 @@ struct Settings {
 };
 
 inline Settings settings;
+inline bool context = false;  // has this thread a context of the driver? A fresh one has none, whatever device it is on
 
 }  // namespace host_cuda
+
+inline cudaError_t cudaSetDevice(int) {
+  host_cuda::context = true;
+  return cudaSuccess;
+}
 
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;

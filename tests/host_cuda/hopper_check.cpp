@@ -329,6 +329,7 @@ void check_it_notices() {
 }  // namespace
 
 int main() {
+  cudaSetDevice(0);
   check_descriptor();
   check_map_limits();
   check_copies(true), check_copies(false);

@@ -9,6 +9,12 @@
 
 using namespace resnet_fast;
 
+// A Hopper as a thread finds it that has launched nothing yet.
+static void fresh_hopper() {
+  host_cuda::settings.shared_limit = host_cuda::kHopperShared;
+  host_cuda::context = false;
+}
+
 extern "C" {
 
 const char* host_message() { return host_cuda::message; }
@@ -47,14 +53,18 @@ int host_conv(int kernel, const void* x, const void* weight, const void* residua
                    sizes[7], sizes[8], geometry[0], geometry[1], geometry[2], geometry[3], geometry[4], geometry[5],
                    DType(dtype), Act(relu)};
   const auto launch = std::array{conv, pointwise, pointwise_hopper, conv_hopper, conv_cluster_hopper}.at(size_t(kernel));
-  host_cuda::settings.shared_limit = kernel < 2 ? host_cuda::kSharedLimit : host_cuda::kHopperShared;
+  if (kernel < 2) {
+    host_cuda::settings.shared_limit = host_cuda::kSharedLimit;
+  } else {
+    fresh_hopper();
+  }
   return launch(p, nullptr);
 }
 
 int host_tail(const void* x, const void* weight2, const float* bias2, const void* weight3, const float* bias3,
               const void* residual, const void* projection, const void* weight1, const float* bias1, void* y, void* z,
               const int64_t* sizes, int dtype) {
-  host_cuda::settings.shared_limit = host_cuda::kHopperShared;
+  fresh_hopper();
   return conv_tail_hopper({x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1, y, z, sizes[0],
                            sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], DType(dtype)}, nullptr);
 }
@@ -70,7 +80,7 @@ int host_pair(const void* x, const void* weight, const void* x2, const void* wei
   ConvArgs second = first;
   second.x = x2, second.weight = weight2, second.h = h2, second.w = w2, second.c = c2;
   second.stride_h = stride_h, second.stride_w = stride_w;
-  host_cuda::settings.shared_limit = host_cuda::kHopperShared;
+  fresh_hopper();
   return pointwise_pair_hopper(first, second, nullptr);
 }
 
