@@ -136,6 +136,14 @@ def test_hopper_kernels_are_tensor_copies_and_warp_group_products(compiled, file
     assert any("UCGABAR_ARV" in text for text in code.values()) == (file in ("pointwise_hopper", "conv_cluster_hopper"))
 
 
+def test_a_cluster_neither_divides_between_products_nor_asks_for_affines_after_them(compiled) -> None:
+    """A division is a hundred clocks and more, a step of the depth is 128; the scale and shift of a filter are another way to memory."""
+    for name, text in sass(compiled("conv_cluster_hopper")[1], "sm_90a").items():
+        assert "MUFU.RCP" not in text[text.index("HGMMA"):text.rindex("WARPGROUP.DEPBAR")], name
+        after = re.findall(r"LDG\.\S+", text[text.index("UCGABAR_ARV"):])
+        assert set(after) == {"LDG.E.128"}, name  # the residual
+
+
 @pytest.mark.parametrize("file", sorted(ON_HOPPER))
 def test_hopper_kernels_trap_elsewhere(compiled, file: str) -> None:
     """A build for other chips has them in name only, and they say so instead of giving a wrong answer."""

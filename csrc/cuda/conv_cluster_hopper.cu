@@ -54,7 +54,8 @@ struct ClusterTile {
   static constexpr int kStageBytes = kPixelBytes + kN * kRowBytes;
   static constexpr int kPitch = kN + 8;  // floats; eight rows of four lanes then touch all banks once
   static constexpr int kSumsAt = kStages * kStageBytes;
-  static constexpr int kBarriersAt = kSumsAt + kPixels * kPitch * int(sizeof(float));
+  static constexpr int kAffineAt = kSumsAt + kPixels * kPitch * int(sizeof(float));
+  static constexpr int kBarriersAt = kAffineAt + kN * int(sizeof(Affine));
   static constexpr int kSharedBytes = kBarriersAt + 2 * kStages * 8;
 };
 
@@ -73,6 +74,7 @@ struct ClusterShared {
   unsigned char* const base;
   __device__ unsigned char* stage(int i) const { return base + i * Tile::kStageBytes; }
   __device__ float* sums() const { return reinterpret_cast<float*>(base + Tile::kSumsAt); }
+  __device__ Affine* affine() const { return reinterpret_cast<Affine*>(base + Tile::kAffineAt); }
   __device__ uint64_t* full(int i) const { return reinterpret_cast<uint64_t*>(base + Tile::kBarriersAt) + i; }
   __device__ uint64_t* empty(int i) const { return full(kStages + i); }
 };
@@ -88,35 +90,42 @@ __device__ __forceinline__ Part part_of(const ClusterArgs& p, int n) {
   return {tile.m * kPixels, tile.n * n, p.steps * rank / p.split, p.steps * (rank + 1) / p.split};
 }
 
-struct WeightPlace {
-  int at[4];
+// Where the loads of a part stand: the pixel that tap (0, 0) reads first, and the next step's slice of channels and its tap.
+// Walked, not divided: between two products of the block's one group, one of its threads loads.
+struct Loads {
+  int w, h, image, filter, channel, s, r;
 };
 
-__device__ __forceinline__ WeightPlace weight_at(const ClusterArgs& p, int step, int filter) {
-  const int tap = step / p.slices;
-  return {{step % p.slices * kSlice, tap % p.taps_w, tap / p.taps_w, filter}};
+__device__ __forceinline__ Loads loads_of(const ClusterArgs& p, const Part& part) {
+  const Pixel pixel = pixel_at(uint32_t(part.first_pixel), uint32_t(p.out_h), uint32_t(p.out_w));
+  const int tap = part.begin / p.slices, r = tap / p.taps_w;
+  return {pixel.w * p.stride_w - p.pad_w, pixel.h * p.stride_h - p.pad_h, pixel.image, part.first_filter,
+          (part.begin - tap * p.slices) * kSlice, tap - r * p.taps_w, r};
 }
 
-// One thread: the pixels and weights of a step into its slot.
+__device__ __forceinline__ void step(Loads& at, const ClusterArgs& p) {
+  at.channel += kSlice;
+  if (at.channel < p.slices * kSlice) return;
+  at.channel = 0;
+  if (++at.s == p.taps_w) at.s = 0, ++at.r;
+}
+
+// One thread: the pixels and weights of the next step into a slot.
 template <class Tile>
-__device__ __forceinline__ void load_step(const ClusterArgs& p, const ClusterShared<Tile>& shared, const Part& part, int i) {
-  const int slot = i % kStages, step = part.begin + i;
-  const WeightPlace weight = weight_at(p, step, part.first_filter);
-  const Pixel pixel = pixel_at(uint32_t(part.first_pixel), uint32_t(p.out_h), uint32_t(p.out_w));
+__device__ __forceinline__ void load_step(const ClusterArgs& p, const ClusterShared<Tile>& shared, Loads& at, int slot) {
   mbarrier_expect(shared.full(slot), Tile::kStageBytes);
-  tma_load_im2col(shared.stage(slot), &p.x, shared.full(slot),
-                  {weight.at[0], pixel.w * p.stride_w - p.pad_w, pixel.h * p.stride_h - p.pad_h, pixel.image},
-                  weight.at[1] * p.dilation_w, weight.at[2] * p.dilation_h);
-  tma_load(shared.stage(slot) + kPixelBytes, &p.weight, shared.full(slot), weight.at);
+  tma_load_im2col(shared.stage(slot), &p.x, shared.full(slot), {at.channel, at.w, at.h, at.image}, at.s * p.dilation_w,
+                  at.r * p.dilation_h);
+  tma_load(shared.stage(slot) + kPixelBytes, &p.weight, shared.full(slot), {at.channel, at.s, at.r, at.filter});
+  step(at, p);
 }
 
 // This block's sums over its part of the depth. Thread 0 fills a slot again once all four warps are done with it.
 template <class Tile>
 __device__ __forceinline__ void multiply(float (&sum)[Tile::kN / 2], const ClusterArgs& p, const ClusterShared<Tile>& shared,
-                                         const Part& part) {
-  const int steps = part.end - part.begin;
+                                         Loads& at, int steps) {
   if (threadIdx.x == 0)
-    for (int i = 0; i < kStages && i < steps; ++i) load_step<Tile>(p, shared, part, i);
+    for (int i = 0; i < kStages && i < steps; ++i) load_step<Tile>(p, shared, at, i);
   for (int i = 0; i < steps; ++i) {
     const uint64_t pixels = matrix_descriptor(shared_address(shared.stage(i % kStages)));
     const uint64_t filters = further_descriptor(pixels, kPixelBytes);
@@ -132,7 +141,7 @@ __device__ __forceinline__ void multiply(float (&sum)[Tile::kN / 2], const Clust
       if (threadIdx.x % 32 == 0) mbarrier_arrive(shared.empty(done % kStages));
       if (threadIdx.x == 0) {
         mbarrier_wait(shared.empty(done % kStages), done / kStages & 1);
-        load_step<Tile>(p, shared, part, next);
+        load_step<Tile>(p, shared, at, done % kStages);
       }
     }
   }
@@ -150,16 +159,21 @@ __device__ __forceinline__ void leave_sums(const float (&sum)[Tile::kN / 2], flo
           make_float2(sum[4 * j + 2 * half], sum[4 * j + 2 * half + 1]);
 }
 
-// The sums of all blocks of the cluster for this one's share of the pixels, with the epilogue.
+// The sums of all blocks of the cluster for this one's share of the pixels, with the epilogue. The residual is asked for
+// before the sums: one way to memory and back, not two after each other.
 template <class Tile>
-__device__ __forceinline__ void add_and_store(const ClusterArgs& p, const float* sums, const Part& part) {
+__device__ __forceinline__ void add_and_store(const ClusterArgs& p, const ClusterShared<Tile>& shared, const Part& part) {
   using T = typename Tile::T;
   constexpr int kVectors = Tile::kN / kVector;
-  const int rank = int(cluster_rank()), begin = kPixels * rank / p.split, end = kPixels * (rank + 1) / p.split;
-  for (int i = begin * kVectors + int(threadIdx.x); i < end * kVectors; i += kGroup) {
+  const float* const sums = shared.sums();
+  const int share = kPixels / p.split, begin = share * int(cluster_rank());
+  for (int i = begin * kVectors + int(threadIdx.x); i < (begin + share) * kVectors; i += kGroup) {
     const int row = i / kVectors, column = i % kVectors * kVector;
     const int pixel = part.first_pixel + row, filter = part.first_filter + column;
     if (pixel >= p.pixels || filter >= p.filters) continue;
+    const int64_t at = int64_t(pixel) * p.filters + filter;
+    Pack<T, kVector> old{};
+    if (p.residual != nullptr) old = *reinterpret_cast<const Pack<T, kVector>*>(static_cast<const T*>(p.residual) + at);
     float value[kVector] = {};
     for (int from = 0; from < p.split; ++from)
 #pragma unroll
@@ -167,12 +181,9 @@ __device__ __forceinline__ void add_and_store(const ClusterArgs& p, const float*
         const float4 add = load_from_block(reinterpret_cast<const float4*>(sums + row * Tile::kPitch + column + four), from);
         value[four] += add.x, value[four + 1] += add.y, value[four + 2] += add.z, value[four + 3] += add.w;
       }
-    const int64_t at = int64_t(pixel) * p.filters + filter;
-    float old[kVector] = {};
-    if (p.residual != nullptr) load(static_cast<const T*>(p.residual) + at, old);
 #pragma unroll
     for (int v = 0; v < kVector; ++v)
-      value[v] = epilogue(value[v], load_affine(p.affine, filter + v), old[v], p.act);
+      value[v] = epilogue(value[v], shared.affine()[column + v], to_float(old.v[v]), p.act);
     store(static_cast<T*>(p.out) + at, value);
   }
 }
@@ -182,6 +193,7 @@ __global__ void __launch_bounds__(kGroup, 1) conv_cluster_hopper_kernel(const __
   if constexpr (kHopper) {
     const ClusterShared<Tile> shared{hopper_shared()};
     const Part part = part_of(p, Tile::kN);
+    Loads at = loads_of(p, part);
     if (threadIdx.x == 0) {
       for (int i = 0; i < kStages; ++i) {
         mbarrier_init(shared.full(i), 1);
@@ -189,17 +201,21 @@ __global__ void __launch_bounds__(kGroup, 1) conv_cluster_hopper_kernel(const __
       }
       mbarrier_init_fence();
       tma_prefetch(&p.x), tma_prefetch(&p.weight);
-      if (part.first_pixel == 0)
-        for (int step = part.begin; step < part.end; ++step)
-          tma_prefetch_l2(&p.weight, weight_at(p, step, part.first_filter).at);
+      if (part.first_pixel == 0) {
+        Loads ahead = at;
+        for (int i = part.begin; i < part.end; ++i, step(ahead, p))
+          tma_prefetch_l2(&p.weight, {ahead.channel, ahead.s, ahead.r, ahead.filter});
+      }
     }
     wait_for_kernels_before();
     __syncthreads();
+    const int own = int(threadIdx.x) - (kGroup - Tile::kN);  // by the last warps, since the first loads
+    if (own >= 0 && part.first_filter + own < p.filters) shared.affine()[own] = load_affine(p.affine, part.first_filter + own);
     float sum[Tile::kN / 2];
-    multiply<Tile>(sum, p, shared, part);
+    multiply<Tile>(sum, p, shared, at, part.end - part.begin);
     leave_sums<Tile>(sum, shared.sums());
-    cluster_sync();
-    add_and_store<Tile>(p, shared.sums(), part);
+    cluster_sync();  // so are the affines seen
+    add_and_store<Tile>(p, shared, part);
     cluster_sync_relaxed();  // others still read this block's sums
   } else {
     trap();  // the binary lacks sm_90a, and the caller did not look
