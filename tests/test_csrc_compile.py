@@ -136,6 +136,14 @@ def test_hopper_kernels_are_tensor_copies_and_warp_group_products(compiled, file
     assert any("UCGABAR_ARV" in text for text in code.values()) == (file in ("pointwise_hopper", "conv_cluster_hopper"))
 
 
+def test_groups_that_work_together_start_a_tile_before_the_last_one_has_left(compiled) -> None:
+    """Nobody multiplies while they wait for the staging area: the wait stands behind the first slice's products."""
+    together = {name: text for name, text in sass(compiled("pointwise_hopper")[1], "sm_90a").items() if "HopperTileILi128ELb1E" in name}
+    assert len(together) == 4
+    for name, text in together.items():
+        assert text.rindex("HGMMA") < re.search(r"\bDEPBAR\.LE SB0", text).start(), name
+
+
 def test_a_cluster_neither_divides_between_products_nor_asks_for_affines_after_them(compiled) -> None:
     """A division is a hundred clocks and more, a step of the depth is 128; the scale and shift of a filter are another way to memory."""
     for name, text in sass(compiled("conv_cluster_hopper")[1], "sm_90a").items():

@@ -163,10 +163,11 @@ __device__ __forceinline__ void load_tiles(const PointwiseArgs& p, const Shared<
 // sum[128 x kN] over the whole depth, from slice `at` of the ring on. A slot is given back once the products that read
 // it are known to be done: when those of the next slice have been started. Groups that take turns start their main loops
 // in the order of the ring: a group ahead of a slice that is still on its way to the other would take the slot's last
-// round for its own, since a phase is known by its parity alone.
-template <class T, class Tile>
+// round for its own, since a phase is known by its parity alone. `prepare` makes ready what the epilogue wants: groups that
+// take turns do so while they wait for theirs, groups that work together behind their first products.
+template <class T, class Tile, class F>
 __device__ __forceinline__ void multiply(float (&sum)[2][Tile::kN / 2], const Shared<Tile>& shared, int group,
-                                         uint32_t at, int slices, uint32_t tiles_before) {
+                                         uint32_t at, int slices, uint32_t tiles_before, F&& prepare) {
   const uint32_t lane = threadIdx.x % 32;
   const auto give_back = [&](uint32_t slice) {
     uint64_t* empty = shared.empty(slice % Tile::kStages);
@@ -176,7 +177,10 @@ __device__ __forceinline__ void multiply(float (&sum)[2][Tile::kN / 2], const Sh
       if (lane == 0) mbarrier_arrive(empty);
     }
   };
-  if constexpr (!Tile::kTogether) mbarrier_wait(shared.turn(group), (tiles_before & 1) ^ (group == 0));
+  if constexpr (!Tile::kTogether) {
+    prepare();
+    mbarrier_wait(shared.turn(group), (tiles_before & 1) ^ (group == 0));
+  }
   for (int slice = 0; slice < slices; ++slice, ++at) {
     const uint32_t slot = at % Tile::kStages;
     const unsigned char* tile = shared.base + slot * Tile::kStageBytes;
@@ -191,6 +195,7 @@ __device__ __forceinline__ void multiply(float (&sum)[2][Tile::kN / 2], const Sh
         wgmma<T, Tile::kN>(sum[half], further_descriptor(a, k + half * kBoxBytes / 2), further_descriptor(b, k),
                            slice > 0 || k > 0);
     wgmma_commit();
+    if (Tile::kTogether && slice == 0) prepare();
     wgmma_wait<1>();
     if (slice > 0) give_back(at - 1);
   }
@@ -235,21 +240,23 @@ __device__ __forceinline__ void make_tiles(const PointwiseArgs& p, const Shared<
   for (uint32_t t = blockIdx.x / Tile::kBlocks + first * step; t < p.tiles; t += kEvery * step, ++tiles) {
     const Coordinates tile = Tile::at(t, p.tiles_n);
     const int m = tile.m + (Tile::kTogether ? group * kRows : 0), n = tile.n;
-    if (thread == 0) {
-      tma_store_wait_read<0>();  // the last tile has left the staging area
-      if (p.has_residual) {
-        mbarrier_expect(shared.residual(group), Tile::kStagingBytes);
+    const auto prepare = [&] {
+      if (thread == 0) {
+        tma_store_wait_read<0>();  // the last tile has left the staging area
+        if (p.has_residual) {
+          mbarrier_expect(shared.residual(group), Tile::kStagingBytes);
 #pragma unroll
-        for (int box = 0; box < Tile::kBoxes; ++box)
-          tma_load(staging + box * kBoxBytes, &p.residual, shared.residual(group), {n + 64 * box, m});
+          for (int box = 0; box < Tile::kBoxes; ++box)
+            tma_load(staging + box * kBoxBytes, &p.residual, shared.residual(group), {n + 64 * box, m});
+        }
       }
-    }
-    if (n != affine_of && thread < Tile::kN && n + int(thread) < p.n)
-      affine[thread] = load_affine(p.affine, n + thread);
-    affine_of = n;
-    __syncwarp();
+      if (n != affine_of && thread < Tile::kN && n + int(thread) < p.n)
+        affine[thread] = load_affine(p.affine, n + thread);
+      affine_of = n;
+      __syncwarp();
+    };
     float sum[2][Tile::kN / 2];
-    multiply<T, Tile>(sum, shared, group, at, p.slices, tiles);
+    multiply<T, Tile>(sum, shared, group, at, p.slices, tiles, prepare);
     at += kEvery * p.slices;
     named_barrier(1 + group, kGroup);  // the staging area is free, the affine there
     if (p.has_residual) {
