@@ -1,11 +1,12 @@
-"""Right or wrong: every kernel on every problem and dtype against float64, NaN and infinities, graphs, one call after
-another, 2³¹ elements.
+"""Right or wrong: every kernel on every problem and dtype against float64, NaN and infinities, graphs, fresh threads, one
+call after another, 2³¹ elements.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from math import ceil, prod
 
@@ -138,13 +139,14 @@ def outputs(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-# ---------------------------------------------------------------- graphs
+# ---------------------------------------------------------------- graphs and threads
 
 def captures(kernel: Kernel, dtype: torch.dtype, scale: Scale) -> Cases:
-    """One problem of the network, the first that the kernel takes, in a CUDA graph."""
+    """One problem of the network, the first that the kernel takes, in a CUDA graph and in a thread that has not used the GPU before."""
     found = of_network(scale.model, scale.check_batch, dtype, scale, kernel.op)
     for problem in [p for p in found if kernel.supports(p) is None][:1]:
         yield f"graph {problem.key}", lambda p=problem: captured(kernel, p)
+        yield f"thread {problem.key}", lambda p=problem: in_a_thread(kernel, p)
 
 
 def captured(kernel: Kernel, problem: Problem) -> dict:
@@ -160,6 +162,16 @@ def captured(kernel: Kernel, problem: Problem) -> dict:
         kept = replay() or kept
         direct = outputs(kernel.fn(*args))
     return alike(kept, direct, problem, "a replay on new data differs from a call on it")
+
+
+def in_a_thread(kernel: Kernel, problem: Problem) -> dict:
+    """Whether a call may be the first that its thread makes of the GPU: with memory at hand, no other has given it a context."""
+    args = testing.make_args(problem)
+    with torch.no_grad():
+        at_hand, wanted = kernel.fn(*args), outputs(kernel.fn(*args))
+        del at_hand
+        with ThreadPoolExecutor(1) as fresh:
+            return alike(fresh.submit(lambda: outputs(kernel.fn(*args))).result(), wanted, problem, "a call in a fresh thread differs from one here")
 
 
 def alike(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...], problem: Problem, what: str) -> dict:

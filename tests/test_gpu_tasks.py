@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def run_task(cases) -> dict[str, dict]:
 
 def test_check_goes_through_every_kind_of_case() -> None:
     rows = run_task(gpu_check.check(TINY, print, "aten.add_act", ["float32"]))
-    assert {case.split()[0] for case in rows} == {"edge", "small", "full", "nan", "graph", "row", "float32"}
+    assert {case.split()[0] for case in rows} == {"edge", "small", "full", "nan", "graph", "thread", "row", "float32"}
     assert {row["status"] for row in rows.values()} == {"right", "complete"}
 
 
@@ -81,6 +82,15 @@ def test_a_kernel_that_bakes_its_first_data_in_fails_its_replay(registry) -> Non
         gpu_check.graph = original
     assert row["status"] == "wrong" and "a replay on new data differs" in row["reason"]
     assert gpu_check.captured(dispatch.find("aten", "add_act"), problem) == {"status": "right"}
+
+
+def test_a_kernel_of_one_thread_is_wrong_in_another(registry) -> None:
+    here = threading.get_ident()
+    problem = next(p for p in testing.nasty_problems("add_act") if p.x[1] == 8 and not p.gate)
+    dispatch.kernel("experimental.one", op="add_act", supports=lambda p: None)(
+        lambda x, y, gate, act: torch.relu(x + y) + float(threading.get_ident() != here))
+    assert gpu_check.in_a_thread(dispatch.find("experimental.one"), problem)["status"] == "wrong"
+    assert gpu_check.in_a_thread(dispatch.find("aten", "add_act"), problem) == {"status": "right"}
 
 
 def test_a_kernel_that_starts_too_early_fails_in_a_row(registry) -> None:
