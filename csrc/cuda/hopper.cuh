@@ -47,7 +47,7 @@ __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, unsigned arriva
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 
-// After the inits, by the thread that made them and before the __syncthreads() that publishes them.
+// After the inits, by the thread that made them and before the __syncthreads() or cluster_sync_relaxed() that publishes them.
 __device__ __forceinline__ void mbarrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
 }
@@ -107,13 +107,19 @@ __device__ __forceinline__ unsigned cluster_rank() {
   return rank;
 }
 
-// All threads of all blocks. Before the first access to another block (its barriers are made), and before a block ends
-// that others may still access.
+// All threads of all blocks, which then see what each had written to its own shared memory, and to nothing else: the barrier's own
+// release would also wait for L2, where blocks see each other's stores to global memory (some hundreds of clocks).
 __device__ __forceinline__ void cluster_sync() {
+#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 8)  // PTX 8.6
+  asm volatile("fence.release.sync_restrict::shared::cta.cluster;\nbarrier.cluster.arrive.relaxed.aligned;\n"
+               "barrier.cluster.wait.acquire.aligned;\nfence.acquire.sync_restrict::shared::cluster.cluster;\n" ::: "memory");
+#else
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+#endif
 }
 
-// The same where nothing is to be seen by the others: what they were to read, they have read.
+// The same where nothing is to be seen by the others but mbarriers, by mbarrier_init_fence(). Before the first access to another
+// block, and before a block ends that others may still access: what they were to read, they have read.
 __device__ __forceinline__ void cluster_sync_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;\n" ::: "memory");
 }

@@ -288,7 +288,7 @@ __global__ void __launch_bounds__(kBlock, 1) pointwise_hopper_kernel(const __gri
       if (p.has_residual) tma_prefetch(&p.residual);
     }
     wait_for_kernels_before();
-    Tile::kBlocks > 1 ? cluster_sync() : __syncthreads();
+    Tile::kBlocks > 1 ? cluster_sync_relaxed() : __syncthreads();
     if (threadIdx.x < kGroup) {
       registers_down<kLoadRegisters>();
       if (threadIdx.x == 0) load_tiles<Tile>(p, shared);
@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(kBlock, 1) pointwise_hopper_kernel(const __gri
     }
     if constexpr (Tile::kBlocks > 1) {  // the other still loads into this block and arrives here
       __syncwarp();
-      cluster_sync();
+      cluster_sync_relaxed();
     }
   } else {
     trap();  // never a wrong answer: the binary lacks sm_90a, and the caller did not look
