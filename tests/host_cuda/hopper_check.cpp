@@ -227,6 +227,27 @@ void check_cluster() {
   EXPECT(noticed, "a block that ends before the other is done with it");
 }
 
+// A block reads what the other had written before a barrier that publishes it, and only that.
+void check_it_sees_what_is_published() {
+  const auto read = [](bool publish, bool write_again) {
+    return run(32, [publish, write_again] {
+      auto* mine = reinterpret_cast<float*>(hopper_shared()) + 4 * threadIdx.x;
+      for (int i = 0; i < 4; ++i) mine[i] = float(4 * threadIdx.x + i + 1000 * cluster_rank());
+      publish ? cluster_sync() : cluster_sync_relaxed();
+      if (write_again) {
+        mine[0] = -1.f;
+        cluster_sync_relaxed();
+      }
+      const unsigned other = 1 - cluster_rank();
+      EXPECT(load_from_block(reinterpret_cast<const float4*>(mine), other).w == float(4 * threadIdx.x + 3 + 1000 * other), "%u", other);
+      cluster_sync_relaxed();
+    }, 1, true, 2);
+  };
+  expect_said("", read(true, false));
+  expect_said("has not published", read(false, false));
+  expect_said("has not published", read(true, true));
+}
+
 // What a kernel can get wrong, and how the emulation says so.
 void check_it_notices() {
   const auto data = numbers(64 * 64 + 8);
@@ -339,6 +360,7 @@ int main() {
   for (int row : {1, 7, 8, 30, 59}) check_product<64>(row, row % 4 * 16, 8);
   check_product<128>(3, 16, 10), check_product<64>(13, 32, 30);
   check_cluster();
+  check_it_sees_what_is_published();
   check_it_notices();
   return 0;
 }

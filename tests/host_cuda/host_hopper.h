@@ -1,5 +1,5 @@
 // hopper.cuh's instructions, emulated from the PTX ISA: mbarriers, TMA, named barriers, proxy fences and setmaxnreg
-// here, wgmma in host_wgmma.h. What the hardware may do late is done as late as the text allows: a load lands when no
+// here, clusters in host_cluster.h, wgmma in host_wgmma.h. What the hardware may do late is done as late as the text allows: a load lands when no
 // thread can go on without it (any of those in flight first), a store reads shared memory when it is waited for, a
 // product is taken when it is waited for. With `late_copies` off, loads land and stores read at once.
 #pragma once
@@ -9,6 +9,8 @@
 
 #include <array>
 #include <utility>
+
+#include "host_cluster.h"
 
 namespace host_cuda {
 
@@ -208,15 +210,6 @@ inline unsigned char* hopper_shared() { return host_cuda::shared_memory; }
 
 inline void wait_for_kernels_before() { host_cuda::kernels_before_run(false); }
 
-inline unsigned cluster_rank() { return host_cuda::self().rank; }
-
-inline void cluster_sync() {
-  host_cuda::Block& all = host_cuda::block;
-  host_cuda::arrive_and_wait(all.cluster_barrier, blockDim.x * blockDim.y * blockDim.z * all.blocks);
-}
-
-inline void cluster_sync_relaxed() { cluster_sync(); }
-
 inline void trap() { host_cuda::fail("a trap"); }
 
 inline uint32_t shared_address(const void* p) {
@@ -242,15 +235,6 @@ inline void mbarrier_init_fence() {
 }
 
 inline void mbarrier_arrive(uint64_t* barrier) { host_cuda::arrive(barrier, 0); }
-
-// Where `p` lies in the shared memory of a block of the cluster, which must still be there.
-template <class T>
-T* in_block(T* p, unsigned rank) {
-  if (rank >= host_cuda::block.blocks) host_cuda::fail("a block that the cluster has not");
-  if (host_cuda::block.alive[rank] == 0) host_cuda::fail("shared memory of a block that has ended");
-  const auto* at = reinterpret_cast<const unsigned char*>(p);
-  return reinterpret_cast<T*>(host_cuda::shared_memories[rank] + (at - host_cuda::shared_memory));
-}
 
 inline void mbarrier_arrive_at(uint64_t* barrier, unsigned rank) { host_cuda::arrive(in_block(barrier, rank), 0); }
 
@@ -326,13 +310,6 @@ inline void tma_load_im2col(void* shared, const CUtensorMap* map, uint64_t* barr
 }
 
 inline void tma_prefetch_l2(const CUtensorMap* map, const int (&)[4]) { host_cuda::map_of(map); }
-
-inline float4 load_from_block(const float4* shared, unsigned rank) {
-  const auto* at = reinterpret_cast<const unsigned char*>(shared);
-  if (at < host_cuda::shared_memory || at + sizeof(float4) > host_cuda::shared_memory + host_cuda::shared_bytes)
-    host_cuda::fail("a load outside shared memory");
-  return *in_block(shared, rank);
-}
 
 template <int D>
 void tma_store(const CUtensorMap* map, const void* shared, const int (&at)[D]) {
