@@ -207,8 +207,8 @@ __global__ void __launch_bounds__(kGroup, 1) conv_cluster_hopper_kernel(const __
           tma_prefetch_l2(&p.weight, {ahead.channel, ahead.s, ahead.r, ahead.filter});
       }
     }
-    wait_for_kernels_before();
     __syncthreads();
+    wait_for_kernels_before();
     const int own = int(threadIdx.x) - (kGroup - Tile::kN);  // by the last warps, since the first loads
     if (own >= 0 && part.first_filter + own < p.filters) shared.affine()[own] = load_affine(p.affine, part.first_filter + own);
     float sum[Tile::kN / 2];

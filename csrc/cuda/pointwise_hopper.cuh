@@ -287,8 +287,8 @@ __global__ void __launch_bounds__(kBlock, 1) pointwise_hopper_kernel(const __gri
       tma_prefetch(&p.out);
       if (p.has_residual) tma_prefetch(&p.residual);
     }
-    wait_for_kernels_before();
     Tile::kBlocks > 1 ? cluster_sync_relaxed() : __syncthreads();
+    wait_for_kernels_before();
     if (threadIdx.x < kGroup) {
       registers_down<kLoadRegisters>();
       if (threadIdx.x == 0) load_tiles<Tile>(p, shared);
