@@ -59,6 +59,7 @@ struct Fibre {
   jmp_buf here;
   std::unique_ptr<char[]> stack{new char[kStack]};
   bool started = false, finished = false;
+  bool must_wait = false;  // for the kernels before, since it has not
   bool (*ready)(const void* at, unsigned seen) = nullptr;  // waits until it says so of what follows
   const void* gate = nullptr;
   unsigned seen = 0;
@@ -218,6 +219,7 @@ inline void run_block(unsigned threads_of_one) {
     fibre.start.uc_stack.ss_size = Fibre::kStack;
     makecontext(&fibre.start, enter_fibre, 0);
     fibre.started = fibre.finished = false;
+    fibre.must_wait = before_runs;
     fibre.ready = nullptr;
     fibre.groups.assign(1, {});
     const unsigned i = t % threads_of_one;
@@ -313,7 +315,8 @@ inline cudaError_t run_grid(dim3 grid, dim3 threads, size_t dynamic_shared, std:
       block.first = dim3(x, y);
       kernels_before_run(dependent);
       run_block(count);
-      if (before_runs) fail("a dependent block that never waited for the kernels before");
+      for (unsigned t = 0; t < count * cluster; ++t)
+        if (block.fibres[t].must_wait) fail("a thread of a dependent block never waited for the kernels before");
     }
   }
   return cudaSuccess;

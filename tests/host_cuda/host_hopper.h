@@ -187,7 +187,7 @@ inline const Map& map_of(const CUtensorMap* map) {
 
 inline size_t tile_address(const void* shared, const Map& map, bool im2col = false) {
   if (map.im2col != im2col) fail("TMA of one mode with a map of the other");
-  if (before_runs) fail("a copy by TMA while the kernels before may still run");
+  if (self().must_wait) fail("a copy by TMA while, for all this thread knows, the kernels before still run");
   const auto* at = static_cast<const unsigned char*>(shared);
   if (at < shared_memory || at + box_bytes(map) > shared_memory + shared_bytes) fail("TMA outside shared memory");
   if ((at - shared_memory) % 1024 != 0) fail("TMA of a swizzled tile that is no multiple of 1024");
@@ -208,7 +208,10 @@ namespace resnet_fast {
 
 inline unsigned char* hopper_shared() { return host_cuda::shared_memory; }
 
-inline void wait_for_kernels_before() { host_cuda::kernels_before_run(false); }
+inline void wait_for_kernels_before() {
+  host_cuda::self().must_wait = false;
+  host_cuda::kernels_before_run(false);
+}
 
 inline void trap() { host_cuda::fail("a trap"); }
 
