@@ -172,6 +172,20 @@ def test_vector_kernels_move_128_bits(compiled, file: str, arch: str) -> None:
         assert "STG.E.128" in text or is_reduction(name), name
 
 
+# Of batch norm's kernels: loads of 128 bits, in 16-bit types, that are under way together: of one tensor, or of the residual too; of
+# dy and x, with y besides. Two blocks of 256 threads have then 64 kB and more on their way, where DRAM's latency wants 26 all the time.
+TOGETHER = {"moments": 8, "normalise": 8, "gradient_sums": 9, "gradient": 9}
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_batch_norm_has_its_loads_under_way_before_it_uses_the_first(compiled, arch: str) -> None:
+    wide = {name: text for name, text in sass(compiled("bn_act")[1], arch).items() if "Li8E" in name}
+    assert len(wide) == 2 * len(TOGETHER)
+    for name, text in wide.items():
+        batches = [len(re.findall(r"\bLDG\.E\.128", part)) for part in re.split(r"\b(?:STG|STS|FADD|FMUL|FFMA|HADD2|F2FP)\b", text)]
+        assert max(batches) >= TOGETHER[re.search(r"\d(moments|normalise|gradient_sums|gradient)_kernel", name)[1]], (name, batches)
+
+
 def is_reduction(name: str) -> bool:
     """First passes of batch norm: they write a few partial sums a block."""
     return "moments_kernel" in name or "gradient_sums_kernel" in name

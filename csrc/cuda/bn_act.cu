@@ -6,7 +6,7 @@
 //
 // The first launch leaves each block's partial sums in a workspace; in the second every block merges those of its
 // channels (in one fixed order, without atomics: deterministic) and then makes its part of the output. Variance is
-// never a difference of large sums: groups of kGroup values are centred on their own mean, then merged pairwise.
+// never a difference of large sums: groups of kAhead values are centred on their own mean, then merged pairwise.
 // Layout: x, y, residual and gradients [P pixels, C], dense; per-channel vectors [C]; mean and var float32. float32,
 // float16, bfloat16; arithmetic in float32, one rounding on store. Any C; multiples of 8 (float32: 4) move 128 bits.
 // Floor for E = P C elements of b bytes, by DRAM: forward 3Eb (x twice, y) + Eb for the residual; backward 7Eb (dy, x,
@@ -18,16 +18,11 @@
 namespace resnet_fast {
 namespace {
 
-constexpr int kGroup = 4;  // pixels a thread loads before it uses the first
-
-// Blocks over [pixels, channels]: GateGrid with one image. Fewer blocks than elsewhere, two or so for each of 132
-// processors, because every block of the second launch reads all partials of its channels.
-GateGrid bn_grid(int64_t pixels, int64_t channels, int width) {
-  constexpr int64_t kBlocksWanted = 256;
-  GateGrid grid = gate_grid(1, pixels, channels, width);
-  grid.splits = smaller(grid.splits, ceil_div(kBlocksWanted, grid.chunks));
-  return grid;
-}
+// Pixels whose loads a thread has under way before it uses the first, of one tensor, of two and of three: DRAM's 0.8 us at
+// 4.3 TB/s are 26 kB for each of 132 SMs, all the time, and two blocks of 256 threads with 16 bytes each are 8 kB a load, some
+// of the time.
+constexpr int kAhead = 8, kAheadOfTwo = 4, kAheadOfThree = 3;
+constexpr int kBlocks = 2;  // of 256 threads on a processor, so 128 registers a thread
 
 // A partial result for V channels over n pixels. Forward: a = sum of x, b = sum of squared distances from the mean.
 // Backward: a = sum of dz, b = sum of dz * xhat.
@@ -110,51 +105,108 @@ __device__ void write_partial(float* partial, const Part<V>& part, int64_t split
 template <class Merge, int V>
 __device__ Part<V> merge_partials(const float* partial, const GateGrid& grid, int64_t channel, int64_t channels,
                                   int64_t pixels) {
+  constexpr int kTogether = 4;  // loaded before the first is merged
   Part<V> total;
   if (channel < channels) {
-    for (int64_t split = threadIdx.y; split < grid.splits; split += grid.rows) {
-      Part<V> part;
-      const GateTile tile = gate_tile(grid, split, 0, 0, pixels, V);
-      part.n = float(tile.end - tile.begin);
-      load(partial + 2 * split * channels + channel, part.a);
-      load(partial + (2 * split + 1) * channels + channel, part.b);
-      Merge::apply(total, part);
+    for (int64_t first = threadIdx.y; first < grid.splits; first += kTogether * grid.rows) {
+      Part<V> part[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int64_t split = first + i * grid.rows;
+        if (split >= grid.splits) continue;
+        part[i].n = float(smaller((split + 1) * grid.share, pixels) - smaller(split * grid.share, pixels));
+        load(partial + 2 * split * channels + channel, part[i].a);
+        load(partial + (2 * split + 1) * channels + channel, part[i].b);
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) Merge::apply(total, part[i]);  // an absent one is empty
     }
   }
   return merge_rows<Merge>(total, grid);
 }
 
-__device__ void store_as(void* p, DType dtype, int64_t i, float v) {
-  if (dtype == DType::f32) static_cast<float*>(p)[i] = v;
-  if (dtype == DType::f16) static_cast<__half*>(p)[i] = from_float<__half>(v);
-  if (dtype == DType::bf16) static_cast<__nv_bfloat16*>(p)[i] = from_float<__nv_bfloat16>(v);
+// V neighbours of a per-channel vector, in float32.
+template <int V>
+__device__ void load_vector(const void* p, DType dtype, int64_t first, float (&out)[V]) {
+  if (dtype == DType::f32) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) out[j] = static_cast<const float*>(p)[first + j];
+  } else if (dtype == DType::f16) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) out[j] = to_float(static_cast<const __half*>(p)[first + j]);
+  } else {
+#pragma unroll
+    for (int j = 0; j < V; ++j) out[j] = to_float(static_cast<const __nv_bfloat16*>(p)[first + j]);
+  }
 }
+
+template <int V>
+__device__ void store_vector(void* p, DType dtype, int64_t first, const float (&in)[V]) {
+  if (dtype == DType::f32) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) static_cast<float*>(p)[first + j] = in[j];
+  } else if (dtype == DType::f16) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) static_cast<__half*>(p)[first + j] = from_float<__half>(in[j]);
+  } else {
+#pragma unroll
+    for (int j = 0; j < V; ++j) static_cast<__nv_bfloat16*>(p)[first + j] = from_float<__nv_bfloat16>(in[j]);
+  }
+}
+
+// Walks a thread's pixels of its block, kAt of them at a time, upwards in the first launch and downwards in the second: what
+// the first read last, L2 still holds.
+template <int kAt, bool kDown>
+struct Walk {
+  int64_t left;        // pixels of the block from this group's first one on
+  int64_t at;          // that one's element
+  const int64_t step;  // elements from one of the thread's pixels to its next
+  const int rows;
+
+  __device__ Walk(const GateTile& tile, const GateGrid& grid, int64_t channels)
+      : left(tile.end - tile.begin - threadIdx.y),
+        at((kDown ? tile.end - 1 - threadIdx.y : tile.begin + threadIdx.y) * channels + tile.channel),
+        step((kDown ? -channels : channels) * grid.rows), rows(grid.rows) {}
+
+  __device__ __forceinline__ bool more() const { return left > 0; }
+  __device__ __forceinline__ bool there(int i) const { return left > i * rows; }
+  __device__ __forceinline__ int64_t element(int i) const { return at + i * step; }
+  __device__ __forceinline__ void next() { left -= kAt * rows, at += kAt * step; }
+
+  // Starts the loads of the group's pixels, zeros for those that are not there.
+  template <class T, int V>
+  __device__ __forceinline__ void load(const void* from, Pack<T, V> (&out)[kAt]) const {
+#pragma unroll
+    for (int i = 0; i < kAt; ++i)
+      out[i] = there(i) ? *reinterpret_cast<const Pack<T, V>*>(static_cast<const T*>(from) + element(i)) : Pack<T, V>{};
+  }
+};
 
 // ---------------------------------------------------------------- forward
 
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads)
-    moments_kernel(const T* __restrict__ x, float* __restrict__ partial, int64_t pixels, int64_t channels,
-                   GateGrid grid) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    moments_kernel(const T* x, float* partial, int64_t pixels, int64_t channels, GateGrid grid) {
   const GateTile tile = gate_tile(grid, blockIdx.x, blockIdx.y, threadIdx.x, pixels, V);
   Part<V> total;
   if (tile.channel < channels) {
-    const int64_t step = int64_t(grid.rows) * kGroup;
-    for (int64_t pixel = tile.begin + threadIdx.y; pixel < tile.end; pixel += step) {
-      float v[kGroup][V] = {};
-#pragma unroll
-      for (int i = 0; i < kGroup; ++i)
-        if (pixel + i * grid.rows < tile.end) load(x + (pixel + i * grid.rows) * channels + tile.channel, v[i]);
-      const int count = int(smaller(ceil_div(tile.end - pixel, grid.rows), kGroup));
+    for (Walk<kAhead, false> walk(tile, grid, channels); walk.more(); walk.next()) {
+      Pack<T, V> pack[kAhead];
+      walk.load(x, pack);
       Part<V> group;
-      group.n = float(count);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) group.n += walk.there(i) ? 1.f : 0.f;
+      const float per_pixel = 1.f / group.n;
 #pragma unroll
       for (int j = 0; j < V; ++j) {
 #pragma unroll
-        for (int i = 0; i < kGroup; ++i) group.a[j] += v[i][j];  // absent ones are zero
-        const float mean = group.a[j] / group.n;
+        for (int i = 0; i < kAhead; ++i) group.a[j] += to_float(pack[i].v[j]);  // absent ones are zero
+        const float mean = group.a[j] * per_pixel;
 #pragma unroll
-        for (int i = 0; i < kGroup; ++i) group.b[j] += i < count ? (v[i][j] - mean) * (v[i][j] - mean) : 0.f;
+        for (int i = 0; i < kAhead; ++i) {
+          const float delta = to_float(pack[i].v[j]) - mean;
+          group.b[j] += walk.there(i) ? delta * delta : 0.f;
+        }
       }
       MergeMoments::apply(total, group);
     }
@@ -163,51 +215,66 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.y == 0 && tile.channel < channels) write_partial(partial, total, blockIdx.x, tile.channel, channels);
 }
 
+template <class T, int V, bool kResidual>
+__device__ __forceinline__ void normalise(const BnArgs& p, const GateTile& tile, const GateGrid& grid, const float (&mean)[V],
+                                          const float (&scale)[V], const float (&shift)[V]) {
+  constexpr int kAt = kResidual ? kAheadOfTwo : kAhead;
+  for (Walk<kAt, true> walk(tile, grid, p.channels); walk.more(); walk.next()) {
+    Pack<T, V> x[kAt], residual[kAt] = {};
+    walk.load(p.x, x);
+    if constexpr (kResidual) walk.load(p.residual, residual);
+#pragma unroll
+    for (int i = 0; i < kAt; ++i) {
+      float v[V];
+#pragma unroll
+      for (int j = 0; j < V; ++j)
+        v[j] = activate((to_float(x[i].v[j]) - mean[j]) * scale[j] + shift[j] + to_float(residual[i].v[j]), p.act);
+      if (walk.there(i)) store(static_cast<T*>(p.y) + walk.element(i), v);
+    }
+  }
+}
+
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads) normalise_kernel(BnArgs p, GateGrid grid) {
+__global__ void __launch_bounds__(kThreads, kBlocks) normalise_kernel(BnArgs p, GateGrid grid) {
   const GateTile tile = gate_tile(grid, blockIdx.x, blockIdx.y, threadIdx.x, p.pixels, V);
   const Part<V> total = merge_partials<MergeMoments, V>(p.partial, grid, tile.channel, p.channels, p.pixels);
   if (tile.channel >= p.channels) return;
   float mean[V], scale[V], shift[V];
+  load_vector(p.gamma, p.param_dtype, tile.channel, scale);
+  load_vector(p.beta, p.param_dtype, tile.channel, shift);
+  const float per_pixel = 1.f / float(p.pixels);
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    const int64_t c = tile.channel + j;
-    const float var = total.b[j] / float(p.pixels);
-    mean[j] = total.a[j] / float(p.pixels);
-    scale[j] = load_as_float(p.gamma, p.param_dtype, c) / sqrtf(var + p.eps);
-    shift[j] = load_as_float(p.beta, p.param_dtype, c);
-    if (blockIdx.x == 0 && threadIdx.y == 0) p.mean[c] = mean[j], p.var[c] = var;
+    const float var = total.b[j] * per_pixel;
+    mean[j] = total.a[j] * per_pixel;
+    scale[j] /= sqrtf(var + p.eps);
+    if (blockIdx.x == 0 && threadIdx.y == 0) p.mean[tile.channel + j] = mean[j], p.var[tile.channel + j] = var;
   }
-  const T* __restrict__ x = static_cast<const T*>(p.x);
-  const T* __restrict__ residual = static_cast<const T*>(p.residual);
-  T* __restrict__ y = static_cast<T*>(p.y);
-#pragma unroll 4
-  for (int64_t pixel = tile.begin + threadIdx.y; pixel < tile.end; pixel += grid.rows) {
-    const int64_t at = pixel * p.channels + tile.channel;
-    float v[V], r[V] = {};
-    load(x + at, v);
-    if (residual != nullptr) load(residual + at, r);
-#pragma unroll
-    for (int j = 0; j < V; ++j) v[j] = activate((v[j] - mean[j]) * scale[j] + shift[j] + r[j], p.act);
-    store(y + at, v);
-  }
+  if (p.residual != nullptr)
+    normalise<T, V, true>(p, tile, grid, mean, scale, shift);
+  else
+    normalise<T, V, false>(p, tile, grid, mean, scale, shift);
 }
 
 // ---------------------------------------------------------------- backward
 
-// dz at one vector; y is only read where the activation needs it.
-template <class T, int V>
-__device__ void load_dz(const BnBackwardArgs& p, int64_t at, float (&dz)[V]) {
-  load(static_cast<const T*>(p.dy) + at, dz);
-  if (p.act == Act::none) return;
-  float y[V];
-  load(static_cast<const T*>(p.y) + at, y);
-#pragma unroll
-  for (int j = 0; j < V; ++j) dz[j] = activate_grad(dz[j], y[j], p.act);
-}
+// A group of pixels: x, dy and, where the activation needs it, y.
+template <class T, int V, bool kDown>
+struct Gradients {
+  Pack<T, V> dy[kAheadOfThree], x[kAheadOfThree], y[kAheadOfThree] = {};
+
+  __device__ __forceinline__ Gradients(const BnBackwardArgs& p, const Walk<kAheadOfThree, kDown>& walk) {
+    walk.load(p.dy, dy), walk.load(p.x, x);
+    if (p.act != Act::none) walk.load(p.y, y);
+  }
+
+  __device__ __forceinline__ float dz(int i, int j, Act act) const {
+    return activate_grad(to_float(dy[i].v[j]), to_float(y[i].v[j]), act);
+  }
+};
 
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads) gradient_sums_kernel(BnBackwardArgs p, GateGrid grid) {
+__global__ void __launch_bounds__(kThreads, kBlocks) gradient_sums_kernel(BnBackwardArgs p, GateGrid grid) {
   const GateTile tile = gate_tile(grid, blockIdx.x, blockIdx.y, threadIdx.x, p.pixels, V);
   Part<V> total;
   if (tile.channel < p.channels) {
@@ -216,16 +283,17 @@ __global__ void __launch_bounds__(kThreads) gradient_sums_kernel(BnBackwardArgs 
     load(p.var + tile.channel, rstd);
 #pragma unroll
     for (int j = 0; j < V; ++j) rstd[j] = 1.f / sqrtf(rstd[j] + p.eps);
-#pragma unroll 4
-    for (int64_t pixel = tile.begin + threadIdx.y; pixel < tile.end; pixel += grid.rows) {
-      const int64_t at = pixel * p.channels + tile.channel;
-      float dz[V], x[V];
-      load_dz<T>(p, at, dz);
-      load(static_cast<const T*>(p.x) + at, x);
+    for (Walk<kAheadOfThree, false> walk(tile, grid, p.channels); walk.more(); walk.next()) {
+      const Gradients<T, V, false> group(p, walk);
 #pragma unroll
-      for (int j = 0; j < V; ++j) {
-        total.a[j] += dz[j];
-        total.b[j] += dz[j] * ((x[j] - mean[j]) * rstd[j]);
+      for (int i = 0; i < kAheadOfThree; ++i) {
+        if (!walk.there(i)) continue;
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+          const float dz = group.dz(i, j, p.act);
+          total.a[j] += dz;
+          total.b[j] += dz * ((to_float(group.x[i].v[j]) - mean[j]) * rstd[j]);
+        }
       }
     }
   }
@@ -235,36 +303,40 @@ __global__ void __launch_bounds__(kThreads) gradient_sums_kernel(BnBackwardArgs 
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads) gradient_kernel(BnBackwardArgs p, GateGrid grid) {
+__global__ void __launch_bounds__(kThreads, kBlocks) gradient_kernel(BnBackwardArgs p, GateGrid grid) {
   const GateTile tile = gate_tile(grid, blockIdx.x, blockIdx.y, threadIdx.x, p.pixels, V);
   const Part<V> total = merge_partials<MergeSums, V>(p.partial, grid, tile.channel, p.channels, p.pixels);
   if (tile.channel >= p.channels) return;
-  float mean[V], rstd[V], scale[V], mean_dz[V], mean_dz_xhat[V];
+  float mean[V], scale[V], mean_dz[V], slope[V];  // dx = scale * (dz - mean_dz - (x - mean) * slope)
   load(p.mean + tile.channel, mean);
-  load(p.var + tile.channel, rstd);
+  load(p.var + tile.channel, slope);
+  load_vector(p.gamma, p.param_dtype, tile.channel, scale);
+  if (blockIdx.x == 0 && threadIdx.y == 0) {
+    store_vector(p.dbeta, p.param_dtype, tile.channel, total.a);
+    store_vector(p.dgamma, p.param_dtype, tile.channel, total.b);
+  }
+  const float per_pixel = 1.f / float(p.pixels);
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    const int64_t c = tile.channel + j;
-    rstd[j] = 1.f / sqrtf(rstd[j] + p.eps);
-    scale[j] = load_as_float(p.gamma, p.param_dtype, c) * rstd[j];
-    mean_dz[j] = total.a[j] / float(p.pixels);
-    mean_dz_xhat[j] = total.b[j] / float(p.pixels);
-    if (blockIdx.x == 0 && threadIdx.y == 0) {
-      store_as(p.dbeta, p.param_dtype, c, total.a[j]);
-      store_as(p.dgamma, p.param_dtype, c, total.b[j]);
-    }
+    const float rstd = 1.f / sqrtf(slope[j] + p.eps);
+    scale[j] *= rstd;
+    mean_dz[j] = total.a[j] * per_pixel;
+    slope[j] = rstd * (total.b[j] * per_pixel);
   }
-#pragma unroll 2
-  for (int64_t pixel = tile.begin + threadIdx.y; pixel < tile.end; pixel += grid.rows) {
-    const int64_t at = pixel * p.channels + tile.channel;
-    float dz[V], x[V];
-    load_dz<T>(p, at, dz);
-    load(static_cast<const T*>(p.x) + at, x);
+  for (Walk<kAheadOfThree, true> walk(tile, grid, p.channels); walk.more(); walk.next()) {
+    const Gradients<T, V, true> group(p, walk);
 #pragma unroll
-    for (int j = 0; j < V; ++j)
-      x[j] = scale[j] * (dz[j] - mean_dz[j] - (x[j] - mean[j]) * rstd[j] * mean_dz_xhat[j]);
-    store(static_cast<T*>(p.dx) + at, x);
-    if (p.dresidual != nullptr) store(static_cast<T*>(p.dresidual) + at, dz);
+    for (int i = 0; i < kAheadOfThree; ++i) {
+      float dz[V], dx[V];
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        dz[j] = group.dz(i, j, p.act);
+        dx[j] = scale[j] * (dz[j] - mean_dz[j] - (to_float(group.x[i].v[j]) - mean[j]) * slope[j]);
+      }
+      if (!walk.there(i)) continue;
+      store(static_cast<T*>(p.dx) + walk.element(i), dx);
+      if (p.dresidual != nullptr) store(static_cast<T*>(p.dresidual) + walk.element(i), dz);
+    }
   }
 }
 

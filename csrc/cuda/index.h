@@ -31,19 +31,29 @@ RF_HD int64_t flat_blocks(int64_t count, int width) {
 struct GateGrid {
   int lanes, rows;
   int64_t splits, chunks;
+  int64_t share;  // pixels of a split: worked out once, as 64-bit divisions cost a GPU a hundred instructions
 };
 
-RF_HD GateGrid gate_grid(int64_t images, int64_t pixels, int64_t channels, int width) {
-  constexpr int64_t kBlocksWanted = 1024;    // about eight 256-thread blocks for each of 132 SMs
+RF_HD GateGrid gate_grid(int64_t images, int64_t pixels, int64_t channels, int width,
+                         int64_t blocks = 1024,  // wanted: about eight 256-thread blocks for each of 132 SMs
+                         int most_lanes = 32) {
   constexpr int64_t kPixelsPerThread = 8;    // fewer would not pay for the block's reduction
   const int64_t vectors = ceil_div(channels, width);
   int lanes = 1;
-  while (lanes < 32 && lanes < vectors) lanes *= 2;
+  while (lanes < most_lanes && lanes < vectors) lanes *= 2;
   const int rows = kThreads / lanes;
   const int64_t chunks = larger(ceil_div(vectors, lanes), 1);
-  const int64_t wanted = ceil_div(kBlocksWanted, larger(images * chunks, 1));
+  const int64_t wanted = ceil_div(blocks, larger(images * chunks, 1));
   const int64_t worthwhile = larger(pixels / (rows * kPixelsPerThread), 1);
-  return {lanes, rows, smaller(wanted, worthwhile), chunks};
+  const int64_t splits = smaller(wanted, worthwhile);
+  return {lanes, rows, splits, chunks, ceil_div(pixels, splits)};
+}
+
+// Batch norm's, over one image. Two blocks for each of 132 SMs and no more, and lanes for one line of 128 bytes: every block of
+// the second launch reads the partial sums of all splits of its channels, 8 bytes a channel and split. With 64 channels that
+// is 34 MB of L2 for the launch, with more of them less; with rows of 32 lanes it would be 134 MB with 256 channels.
+RF_HD GateGrid bn_grid(int64_t pixels, int64_t channels, int width) {
+  return gate_grid(1, pixels, channels, width, 256, width == 1 ? 32 : 8);
 }
 
 struct GateTile {
@@ -52,10 +62,9 @@ struct GateTile {
 };
 
 RF_HD GateTile gate_tile(const GateGrid& grid, int64_t block_x, int64_t block_y, int lane, int64_t pixels, int width) {
-  const int64_t image = block_x / grid.splits, split = block_x % grid.splits;
-  const int64_t step = ceil_div(pixels, grid.splits);
-  return {image, (block_y * grid.lanes + lane) * width, smaller(split * step, pixels),
-          smaller((split + 1) * step, pixels)};
+  const int64_t image = uint32_t(block_x) / uint32_t(grid.splits), split = block_x - image * grid.splits;
+  return {image, (block_y * grid.lanes + lane) * width, smaller(split * grid.share, pixels),
+          smaller((split + 1) * grid.share, pixels)};
 }
 
 // Offset of weight[k, c, r, s] for the i-th element of one filter counted in channels_last order (r, s, c).

@@ -165,11 +165,24 @@ void check_gate_grid() {
         }
 }
 
+// Batch norm's: all blocks at once on 132 processors, and what the second launch's read of the first's partial sums.
+void check_bn_grid() {
+  for (int64_t channels : {64, 128, 256, 512, 1024, 2048})
+    for (int64_t pixels : {7 * 7 * 4, 56 * 56 * 32, 112 * 112 * 256})
+      for (int width : {4, 8}) {
+        const GateGrid grid = bn_grid(pixels, channels, width);
+        const int64_t blocks = grid.splits * grid.chunks, line = grid.lanes * width;
+        EXPECT(blocks <= 2 * 132 && blocks * grid.splits * line * 8 <= 34 << 20, "%lld blocks, %lld splits, %lld channels",
+               (long long)blocks, (long long)grid.splits, (long long)channels);
+      }
+}
+
 int main() {
   check_swizzle();
   check_fragments();
   check_tiles();
   check_convolutions();
   check_gate_grid();
+  check_bn_grid();
   return 0;
 }
