@@ -125,55 +125,43 @@ __device__ Part<V> merge_partials(const float* partial, const GateGrid& grid, in
   return merge_rows<Merge>(total, grid);
 }
 
-// V neighbours of a per-channel vector, in float32.
+// f(Type<T>{}) for the element type of `dtype`: once for V neighbours, whose loads then go together.
+template <class F>
+__device__ __forceinline__ void as_type(DType dtype, F f) {
+  if (dtype == DType::f32) f(Type<float>{});
+  if (dtype == DType::f16) f(Type<__half>{});
+  if (dtype == DType::bf16) f(Type<__nv_bfloat16>{});
+}
+
 template <int V>
 __device__ void load_vector(const void* p, DType dtype, int64_t first, float (&out)[V]) {
-  if (dtype == DType::f32) {
+  as_type(dtype, [&](auto type) {
+    const auto* from = static_cast<const typename decltype(type)::type*>(p) + first;
 #pragma unroll
-    for (int j = 0; j < V; ++j) out[j] = static_cast<const float*>(p)[first + j];
-  } else if (dtype == DType::f16) {
-#pragma unroll
-    for (int j = 0; j < V; ++j) out[j] = to_float(static_cast<const __half*>(p)[first + j]);
-  } else {
-#pragma unroll
-    for (int j = 0; j < V; ++j) out[j] = to_float(static_cast<const __nv_bfloat16*>(p)[first + j]);
-  }
+    for (int j = 0; j < V; ++j) out[j] = to_float(from[j]);
+  });
 }
 
 template <int V>
 __device__ void store_vector(void* p, DType dtype, int64_t first, const float (&in)[V]) {
-  if (dtype == DType::f32) {
+  as_type(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
 #pragma unroll
-    for (int j = 0; j < V; ++j) static_cast<float*>(p)[first + j] = in[j];
-  } else if (dtype == DType::f16) {
-#pragma unroll
-    for (int j = 0; j < V; ++j) static_cast<__half*>(p)[first + j] = from_float<__half>(in[j]);
-  } else {
-#pragma unroll
-    for (int j = 0; j < V; ++j) static_cast<__nv_bfloat16*>(p)[first + j] = from_float<__nv_bfloat16>(in[j]);
-  }
+    for (int j = 0; j < V; ++j) static_cast<T*>(p)[first + j] = from_float<T>(in[j]);
+  });
 }
 
-// Walks a thread's pixels of its block, kAt of them at a time, upwards in the first launch and downwards in the second: what
-// the first read last, L2 still holds.
-template <int kAt, bool kDown>
-struct Walk {
-  int64_t left;        // pixels of the block from this group's first one on
-  int64_t at;          // that one's element
-  const int64_t step;  // elements from one of the thread's pixels to its next
-  const int rows;
+// kAt of a thread's pixels, the first at element `at`, the next ones `step` further each; kAll: all of them are there.
+template <int kAt_, bool kAll>
+struct Pixels {
+  static constexpr int kAt = kAt_;
+  int64_t left, at, step;  // left: pixels of the block from the first on
+  int rows;
 
-  __device__ Walk(const GateTile& tile, const GateGrid& grid, int64_t channels)
-      : left(tile.end - tile.begin - threadIdx.y),
-        at((kDown ? tile.end - 1 - threadIdx.y : tile.begin + threadIdx.y) * channels + tile.channel),
-        step((kDown ? -channels : channels) * grid.rows), rows(grid.rows) {}
-
-  __device__ __forceinline__ bool more() const { return left > 0; }
-  __device__ __forceinline__ bool there(int i) const { return left > i * rows; }
+  __device__ __forceinline__ bool there(int i) const { return kAll || left > i * rows; }
   __device__ __forceinline__ int64_t element(int i) const { return at + i * step; }
-  __device__ __forceinline__ void next() { left -= kAt * rows, at += kAt * step; }
 
-  // Starts the loads of the group's pixels, zeros for those that are not there.
+  // Starts the loads, zeros where no pixel is there.
   template <class T, int V>
   __device__ __forceinline__ void load(const void* from, Pack<T, V> (&out)[kAt]) const {
 #pragma unroll
@@ -181,6 +169,18 @@ struct Walk {
       out[i] = there(i) ? *reinterpret_cast<const Pack<T, V>*>(static_cast<const T*>(from) + element(i)) : Pack<T, V>{};
   }
 };
+
+// f(Pixels) for a thread's pixels of its block, kAt at a time: upwards in the first launch and downwards in the second, for
+// what the first read last, L2 still holds.
+template <int kAt, bool kDown, class F>
+__device__ __forceinline__ void each_group(const GateTile& tile, const GateGrid& grid, int64_t channels, F f) {
+  const int64_t step = (kDown ? -channels : channels) * grid.rows;
+  int64_t left = tile.end - tile.begin - threadIdx.y;
+  int64_t at = (kDown ? tile.end - 1 - threadIdx.y : tile.begin + threadIdx.y) * channels + tile.channel;
+  for (; left > (kAt - 1) * grid.rows; left -= kAt * grid.rows, at += kAt * step)
+    f(Pixels<kAt, true>{left, at, step, grid.rows});
+  if (left > 0) f(Pixels<kAt, false>{left, at, step, grid.rows});
+}
 
 // ---------------------------------------------------------------- forward
 
@@ -190,12 +190,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const GateTile tile = gate_tile(grid, blockIdx.x, blockIdx.y, threadIdx.x, pixels, V);
   Part<V> total;
   if (tile.channel < channels) {
-    for (Walk<kAhead, false> walk(tile, grid, channels); walk.more(); walk.next()) {
+    each_group<kAhead, false>(tile, grid, channels, [&](const auto& at) {
       Pack<T, V> pack[kAhead];
-      walk.load(x, pack);
+      at.load(x, pack);
       Part<V> group;
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) group.n += walk.there(i) ? 1.f : 0.f;
+      for (int i = 0; i < kAhead; ++i) group.n += at.there(i) ? 1.f : 0.f;
       const float per_pixel = 1.f / group.n;
 #pragma unroll
       for (int j = 0; j < V; ++j) {
@@ -205,11 +205,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
           const float delta = to_float(pack[i].v[j]) - mean;
-          group.b[j] += walk.there(i) ? delta * delta : 0.f;
+          group.b[j] += at.there(i) ? delta * delta : 0.f;
         }
       }
       MergeMoments::apply(total, group);
-    }
+    });
   }
   total = merge_rows<MergeMoments>(total, grid);
   if (threadIdx.y == 0 && tile.channel < channels) write_partial(partial, total, blockIdx.x, tile.channel, channels);
@@ -219,19 +219,19 @@ template <class T, int V, bool kResidual>
 __device__ __forceinline__ void normalise(const BnArgs& p, const GateTile& tile, const GateGrid& grid, const float (&mean)[V],
                                           const float (&scale)[V], const float (&shift)[V]) {
   constexpr int kAt = kResidual ? kAheadOfTwo : kAhead;
-  for (Walk<kAt, true> walk(tile, grid, p.channels); walk.more(); walk.next()) {
+  each_group<kAt, true>(tile, grid, p.channels, [&](const auto& at) {
     Pack<T, V> x[kAt], residual[kAt] = {};
-    walk.load(p.x, x);
-    if constexpr (kResidual) walk.load(p.residual, residual);
+    at.load(p.x, x);
+    if constexpr (kResidual) at.load(p.residual, residual);
 #pragma unroll
     for (int i = 0; i < kAt; ++i) {
       float v[V];
 #pragma unroll
       for (int j = 0; j < V; ++j)
         v[j] = activate((to_float(x[i].v[j]) - mean[j]) * scale[j] + shift[j] + to_float(residual[i].v[j]), p.act);
-      if (walk.there(i)) store(static_cast<T*>(p.y) + walk.element(i), v);
+      if (at.there(i)) store(static_cast<T*>(p.y) + at.element(i), v);
     }
-  }
+  });
 }
 
 template <class T, int V>
@@ -259,13 +259,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks) normalise_kernel(BnArgs p, 
 // ---------------------------------------------------------------- backward
 
 // A group of pixels: x, dy and, where the activation needs it, y.
-template <class T, int V, bool kDown>
+template <class T, int V>
 struct Gradients {
   Pack<T, V> dy[kAheadOfThree], x[kAheadOfThree], y[kAheadOfThree] = {};
 
-  __device__ __forceinline__ Gradients(const BnBackwardArgs& p, const Walk<kAheadOfThree, kDown>& walk) {
-    walk.load(p.dy, dy), walk.load(p.x, x);
-    if (p.act != Act::none) walk.load(p.y, y);
+  template <class At>
+  __device__ __forceinline__ Gradients(const BnBackwardArgs& p, const At& at) {
+    at.load(p.dy, dy), at.load(p.x, x);
+    if (p.act != Act::none) at.load(p.y, y);
   }
 
   __device__ __forceinline__ float dz(int i, int j, Act act) const {
@@ -283,11 +284,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks) gradient_sums_kernel(BnBack
     load(p.var + tile.channel, rstd);
 #pragma unroll
     for (int j = 0; j < V; ++j) rstd[j] = 1.f / sqrtf(rstd[j] + p.eps);
-    for (Walk<kAheadOfThree, false> walk(tile, grid, p.channels); walk.more(); walk.next()) {
-      const Gradients<T, V, false> group(p, walk);
+    each_group<kAheadOfThree, false>(tile, grid, p.channels, [&](const auto& at) {
+      const Gradients<T, V> group(p, at);
 #pragma unroll
       for (int i = 0; i < kAheadOfThree; ++i) {
-        if (!walk.there(i)) continue;
+        if (!at.there(i)) continue;
 #pragma unroll
         for (int j = 0; j < V; ++j) {
           const float dz = group.dz(i, j, p.act);
@@ -295,7 +296,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) gradient_sums_kernel(BnBack
           total.b[j] += dz * ((to_float(group.x[i].v[j]) - mean[j]) * rstd[j]);
         }
       }
-    }
+    });
   }
   total = merge_rows<MergeSums>(total, grid);
   if (threadIdx.y == 0 && tile.channel < p.channels)
@@ -323,8 +324,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) gradient_kernel(BnBackwardA
     mean_dz[j] = total.a[j] * per_pixel;
     slope[j] = rstd * (total.b[j] * per_pixel);
   }
-  for (Walk<kAheadOfThree, true> walk(tile, grid, p.channels); walk.more(); walk.next()) {
-    const Gradients<T, V, true> group(p, walk);
+  each_group<kAheadOfThree, true>(tile, grid, p.channels, [&](const auto& at) {
+    const Gradients<T, V> group(p, at);
 #pragma unroll
     for (int i = 0; i < kAheadOfThree; ++i) {
       float dz[V], dx[V];
@@ -333,11 +334,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks) gradient_kernel(BnBackwardA
         dz[j] = group.dz(i, j, p.act);
         dx[j] = scale[j] * (dz[j] - mean_dz[j] - (to_float(group.x[i].v[j]) - mean[j]) * slope[j]);
       }
-      if (!walk.there(i)) continue;
-      store(static_cast<T*>(p.dx) + walk.element(i), dx);
-      if (p.dresidual != nullptr) store(static_cast<T*>(p.dresidual) + walk.element(i), dz);
+      if (!at.there(i)) continue;
+      store(static_cast<T*>(p.dx) + at.element(i), dx);
+      if (p.dresidual != nullptr) store(static_cast<T*>(p.dresidual) + at.element(i), dz);
     }
-  }
+  });
 }
 
 // ---------------------------------------------------------------- launchers
