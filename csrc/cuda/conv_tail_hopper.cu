@@ -186,23 +186,29 @@ struct Mover {
 template <class T, bool kResidual, int kAt, int kSums>
 __device__ __forceinline__ void finish(uint32_t (&made)[kSteps][4], const float (&sum)[kSums], const float* bias, int first,
                                        int channels, unsigned char* slot) {
+  constexpr int kTogether = 4;  // chunks read before the first is replaced: one by one, each read would wait for the write before
   const int lane = threadIdx.x % 32, row = threadIdx.x % kGroup / 32 * 16 + lane / 4;
+  const auto place = [&](int j, int half) { return slot + swizzled(row + 8 * half, j) + 4 * (lane % 4); };
+  Pack<T, 2> old[kTogether][2] = {};
 #pragma unroll
   for (int j = 0; j < kChunks; ++j) {
+    if constexpr (kResidual)
+      if (j % kTogether == 0)
+#pragma unroll
+        for (int i = 0; i < 2 * kTogether; ++i)
+          old[i / 2][i % 2] = *reinterpret_cast<const Pack<T, 2>*>(place(j + i / 2, i % 2));
     const int channel = first + 8 * j + 2 * (lane % 4);
     const bool there = channel < channels;  // or an infinity, times a filter's zeros, would be NaN in all of the next sums
     const float2 b = there ? *reinterpret_cast<const float2*>(bias + channel) : float2{0.f, 0.f};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float* const s = &sum[kAt + 4 * j + 2 * half];
-      unsigned char* const at = slot + swizzled(row + 8 * half, j) + 4 * (lane % 4);
-      float old[2] = {};
-      if constexpr (kResidual) load(reinterpret_cast<const T*>(at), old);
-      const Pack<T, 2> pack{from_float<T>(there ? activate(s[0] + b.x + old[0], Act::relu) : 0.f),
-                            from_float<T>(there ? activate(s[1] + b.y + old[1], Act::relu) : 0.f)};
+      const Pack<T, 2>& add = old[j % kTogether][half];
+      const Pack<T, 2> pack{from_float<T>(there ? activate(s[0] + b.x + to_float(add.v[0]), Act::relu) : 0.f),
+                            from_float<T>(there ? activate(s[1] + b.y + to_float(add.v[1]), Act::relu) : 0.f)};
       uint32_t& pair = made[j / 2][j % 2 * 2 + half];
       pair = reinterpret_cast<const uint32_t&>(pack);
-      if (slot != nullptr) store_for_async(at, pair);
+      if (slot != nullptr) store_for_async(place(j, half), pair);
     }
   }
 }
