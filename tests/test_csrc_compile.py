@@ -159,6 +159,14 @@ def test_conv_tail_reads_the_residual_in_a_few_goes(compiled) -> None:
         assert order and order.count("SL") <= 3, (name, order)
 
 
+@pytest.mark.parametrize(("file", "most"), [("conv_hopper", 9), ("conv_tail_hopper", 3)])
+def test_epilogues_read_shared_memory_in_a_few_goes(compiled, file: str, most: int) -> None:
+    """Before they replace what they read: one by one, each of some thirty reads would wait for the write before."""
+    for name, text in sass(compiled(file)[1], "sm_90a").items():
+        order = "".join(i[0] for i in re.findall(r"\b(LDS|STS|LDSM|STSM)\b", text))
+        assert order and order.count("SL") <= most, (name, order)
+
+
 @pytest.mark.parametrize("file", sorted(ON_HOPPER))
 def test_hopper_kernels_trap_elsewhere(compiled, file: str) -> None:
     """A build for other chips has them in name only, and they say so instead of giving a wrong answer."""

@@ -147,20 +147,29 @@ template <class Tile, bool kResidual>
 __device__ __forceinline__ void finish(const float (&sum)[Tile::kColumns / 2], const Affine (&affine)[2], Act act,
                                        const uint16_t* places, unsigned char* staging) {
   using T = typename Tile::T;
+  constexpr int kMatrices = Tile::kColumns / 8, kTogether = 8;  // read before the first is replaced, so that they wait together
   const int lane = threadIdx.x % 32, chunk = threadIdx.x % kGroup / 32 * 2 + lane / 8 % 2;
 #pragma unroll
-  for (int j = 0; j < Tile::kColumns / 8; ++j) {
-    unsigned char* const row = staging + further(places[8 * j + lane % 8], chunk);
-    Pack<T, 2> old[2], made[2];
-    if constexpr (kResidual) ldmatrix_x2_trans(old, row);
+  for (int first = 0; first < kMatrices; first += kTogether) {
+    unsigned char* row[kTogether];
+    Pack<T, 2> old[kTogether][2], made[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+    for (int k = 0; k < kTogether && first + k < kMatrices; ++k)
+      row[k] = staging + further(places[8 * (first + k) + lane % 8], chunk);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float r = kResidual ? to_float(old[half].v[i]) : -0.f;  // which changes nothing, and costs no addition
-        made[half].v[i] = from_float<T>(epilogue(sum[4 * j + 2 * half + i], affine[half], r, act));
-      }
-    stmatrix_x2_trans(row, made);
+    for (int k = 0; k < kTogether && first + k < kMatrices; ++k)
+      if constexpr (kResidual) ldmatrix_x2_trans(old[k], row[k]);
+#pragma unroll
+    for (int k = 0; k < kTogether && first + k < kMatrices; ++k) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float r = kResidual ? to_float(old[k][half].v[i]) : -0.f;  // which changes nothing, and costs no addition
+          made[half].v[i] = from_float<T>(epilogue(sum[4 * (first + k) + 2 * half + i], affine[half], r, act));
+        }
+      stmatrix_x2_trans(row[k], made);
+    }
   }
 }
 
