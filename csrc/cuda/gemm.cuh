@@ -157,32 +157,42 @@ struct WeightSource {
   }
 };
 
-// Staged sums -> affine, residual, activation -> out. A thread keeps one group of channels for all its rows.
+// Staged sums -> affine, residual, activation -> out. A thread keeps one group of channels for all its rows, and asks for the
+// residual of several before it stores the first: no load may pass a store, so one by one each would wait for DRAM.
 template <class T, class Tile>
 __device__ __forceinline__ void write_out(const float* staging, const Affine* affine, const GemmArgs& p, int first_m,
                                           int first_n) {
-  constexpr int V = kVector<T>, kGroups = Tile::kN / V;
-  const int column = threadIdx.x % kGroups * V, n = first_n + column;
+  constexpr int V = kVector<T>, kGroups = Tile::kN / V, kStep = Tile::kThreads / kGroups, kTogether = 4;
+  static_assert(Tile::kM % (kStep * kTogether) == 0);
+  const int column = threadIdx.x % kGroups * V, n = first_n + column, end = p.m - first_m;
   const T* residual = static_cast<const T*>(p.residual);
   T* out = static_cast<T*>(p.out);
-#pragma unroll 2
-  for (int row = threadIdx.x / kGroups; row < Tile::kM; row += Tile::kThreads / kGroups) {
-    const int m = first_m + row;
-    const int64_t at = int64_t(m) * p.n + n;
-    if (m >= p.m || n >= p.n) return;
-    float sum[V], old[V] = {};
-    load(staging + row * Tile::kPitch + column, sum);
-    if (p.wide_out) {
-      if (residual != nullptr) load(residual + at, old);
-#pragma unroll
-      for (int j = 0; j < V; ++j) sum[j] = epilogue(sum[j], affine[column + j], old[j], p.act);
-      store(out + at, sum);
-    } else {
+  if (n >= p.n) return;
 #pragma unroll 1
-      for (int j = 0; j < V && n + j < p.n; ++j) {
-        const float r = residual != nullptr ? to_float(residual[at + j]) : 0.f;
-        const float a = staging[row * Tile::kPitch + column + j];
-        out[at + j] = from_float<T>(epilogue(a, affine[column + j], r, p.act));
+  for (int first = threadIdx.x / kGroups; first < Tile::kM && first < end; first += kStep * kTogether) {
+    const int64_t at = int64_t(first_m + first) * p.n + n, step = int64_t(kStep) * p.n;
+    Pack<T, V> old[kTogether] = {};
+    if (p.wide_out && residual != nullptr) {
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k)
+        if (first + k * kStep < end) old[k] = *reinterpret_cast<const Pack<T, V>*>(residual + at + k * step);
+    }
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      if (first + k * kStep >= end) return;
+      float sum[V];
+      load(staging + (first + k * kStep) * Tile::kPitch + column, sum);
+      if (p.wide_out) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) sum[j] = epilogue(sum[j], affine[column + j], to_float(old[k].v[j]), p.act);
+        store(out + at + k * step, sum);
+      } else {
+#pragma unroll 1
+        for (int j = 0; j < V && n + j < p.n; ++j) {
+          const float r = residual != nullptr ? to_float(residual[at + k * step + j]) : 0.f;
+          const float a = staging[(first + k * kStep) * Tile::kPitch + column + j];
+          out[at + k * step + j] = from_float<T>(epilogue(a, affine[column + j], r, p.act));
+        }
       }
     }
   }
