@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from . import reference
 from ._library import below_autograd, define
-from .dispatch import select
+from .dispatch import chosen, select
 
 Pair = int | tuple[int, int]
 
@@ -52,6 +52,11 @@ def bn_act(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = No
         return BN_ACT(*args)
     y, mean, var = reference.bn_act(*args)
     return y, mean.detach(), var.detach()
+
+
+def fuses_bn_act(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, act: str) -> bool:
+    """Whether a kernel of ours would compute this :func:`bn_act`; torch's has more launches in it than the modules that it stands for."""
+    return not chosen("bn_act", (x, weight, bias, residual, eps, act), check_bn_act)[1].id.startswith("aten.")
 
 
 def add_act(x: Tensor, y: Tensor, gate: Tensor | None = None, *, act: str = "relu") -> Tensor:

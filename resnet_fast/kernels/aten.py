@@ -1,7 +1,8 @@
 """What torch already ships: the fallback for every op, and the honest bar every other kernel must clear.
 
 ``aten`` takes every problem on every device with eager's answers, NaN included. On a CPU it is oneDNN's fused convolution with
-packed weights. On a GPU it is the folded convolution with bias, then add and ReLU in place. ``aten.cudnn_fused`` is cuDNN's
+packed weights. On a GPU it is eager's launches, no more: convolution, batch norm, then add and ReLU in place. Folding there would save
+none, for ATen adds a bias in a pass of its own, and would cost a dozen for each batch norm. ``aten.cudnn_fused`` is cuDNN's
 conv + bias (+ add) + ReLU in one kernel; what it does to NaN is to be seen on a GPU, so like any kernel it waits for a measurement.
 """
 
@@ -27,11 +28,20 @@ def conv_bn_act(x, weight, scale, shift, residual, mean, var, eps, stride, paddi
         return _onednn(x, weight, *pack, residual, stride, padding, dilation, groups, act)
     if x.device.type == "cpu" and not fold.foldable(scale, shift, mean, var, eps):  # on a GPU the host would have to wait
         return reference.conv_bn_act(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act)
-    folded, bias = fold.fold(weight, scale, shift, mean, var, eps)
-    out = F.conv2d(x, folded, bias, stride, padding, dilation, groups)
+    if x.device.type == "cuda" and _normalises(x, scale, shift, mean, var):
+        out = F.batch_norm(F.conv2d(x, weight, None, stride, padding, dilation, groups), mean, var, scale, shift, False, 0.0, eps)
+    else:
+        folded, bias = fold.fold(weight, scale, shift, mean, var, eps)
+        out = F.conv2d(x, folded, bias, stride, padding, dilation, groups)
     if residual is not None:
         out += residual
     return out.relu_() if act == "relu" else out
+
+
+def _normalises(x: Tensor, *vectors: Tensor | None) -> bool:
+    """Whether torch's batch norm takes these four vectors with an input of that dtype: all in it, or all in float32."""
+    dtypes = {None if v is None else v.dtype for v in vectors}
+    return dtypes == {x.dtype} or dtypes == {torch.float32} and x.dtype in (torch.float16, torch.bfloat16)
 
 
 def onednn_takes(x: Tensor, weight: Tensor) -> bool:
