@@ -154,13 +154,6 @@ def test_a_cluster_neither_divides_between_products_nor_asks_for_affines_after_t
         assert set(after) == {"LDG.E.128"}, name  # the residual
 
 
-def test_conv_tail_reads_the_residual_in_a_few_goes(compiled) -> None:
-    """Of shared memory, before it replaces what it read: one by one, sixteen reads would each wait for the write before."""
-    for name, text in sass(compiled("conv_tail_hopper")[1], "sm_90a").items():
-        order = "".join(i[0] for i in re.findall(r"\b(LDS|STS)\b", text))
-        assert order and order.count("SL") <= 3, (name, order)
-
-
 @pytest.mark.parametrize(("file", "most"), [("conv_hopper", 9), ("conv_tail_hopper", 3)])
 def test_epilogues_read_shared_memory_in_a_few_goes(compiled, file: str, most: int) -> None:
     """Before they replace what they read: one by one, each of some thirty reads would wait for the write before."""
