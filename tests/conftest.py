@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from resnet_fast import dispatch
+from resnet_fast import dispatch, kept
 
 torch.set_num_threads(1)  # the machines that run this have few cores, and results must not depend on how many
 settings.register_profile("house", deadline=None, derandomize=True, database=None, max_examples=30,
@@ -38,6 +38,20 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> dict:
     monkeypatch.setattr(dispatch, "_registry", dict(dispatch._registry))
     monkeypatch.setattr(dispatch, "_memo", {})
     return dispatch._registry
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes that kept programs ran on: which pass was kept, and in which pieces."""
+    ran, original = [], kept.Kept.__call__
+
+    def noted(self, x):
+        out = original(self, x)
+        ran.extend([tuple(x.shape)] if out is not None else [])
+        return out
+
+    monkeypatch.setattr(kept.Kept, "__call__", noted)
+    return ran
 
 
 @pytest.fixture(scope="session")

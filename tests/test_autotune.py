@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import pytest
 import torch
+from test_tables import GPU, table
 
 import resnet_fast
-from resnet_fast import autotune, dispatch, plan, remembered, tables, testing
+from resnet_fast import autotune, dispatch, plan, remembered, tables
 from resnet_fast import tune as tune_command
 from resnet_fast.__main__ import main
 from resnet_fast.autotune import Device, DeviceLost, tune
@@ -21,9 +19,8 @@ from resnet_fast.measure_op import TRAINING
 from resnet_fast.problem import ACROSS, Problem
 from resnet_fast.program import once
 from resnet_fast.timing import Timing
-from resnet_fast.verify import full_args, repeats, verify
+from resnet_fast.verify import full_args
 
-GPU = "Pretended GPU"
 PROBLEM = Problem("add_act", "cpu", torch.float32, (2, 8, 5, 7), "nhwc", residual="nhwc", act="relu")
 CONV = Problem("conv_bn_act", "cpu", torch.float32, (2, 8, 6, 6), "nhwc", (8, 8, 3, 3), padding=(1, 1), bn=True, act="relu")
 OTHER = replace(PROBLEM, x=(3, 16, 5, 7))
@@ -99,10 +96,6 @@ def candidates(registry, tmp_path, monkeypatch):
     yield lambda **kernels: [dispatch.kernel(f"experimental.{name}", op="add_act", supports=lambda p: None)(fn)
                              for name, fn in kernels.items()]
     tables.load.cache_clear()
-
-
-def table(folder: Path) -> dict:
-    return json.loads((folder / "pretended-gpu.json").read_text())
 
 
 # ---------------------------------------------------------------- choosing
@@ -271,37 +264,7 @@ def test_a_lost_device_ends_the_run_names_the_kernel_and_is_passed_over_next_tim
     assert ("experimental.poison", PROBLEM.key) not in fresh.verified
 
 
-# ---------------------------------------------------------------- files
-
-def _write_entries(folder: str, mine: str) -> None:
-    for i in range(20):
-        tables.update(GPU, lambda s, i=i: s["measured"].__setitem__(f"{mine} {i}", {}), Path(folder))
-
-
-def test_two_processes_lose_none_of_each_others_entries(tmp_path) -> None:
-    context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=_write_entries, args=(str(tmp_path), name)) for name in ("a", "b")]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join(60)
-    assert len(table(tmp_path)["measured"]) == 40
-
-
-def test_a_failed_write_leaves_the_old_table(tmp_path) -> None:
-    tables.update(GPU, lambda s: s["entries"].update(a={"kernel": "x"}), tmp_path)
-    with pytest.raises(ValueError, match="Out of range"):
-        tables.update(GPU, lambda s: s["entries"].update(b=float("nan")), tmp_path)
-    assert list(table(tmp_path)["entries"]) == ["a"]
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"gpu": "Another GPU", "entries": {}}',
-                                  '{"gpu": "Pretended GPU", "entries": 3}'])
-def test_a_table_that_cannot_be_used_is_ignored_and_says_so(tmp_path, text) -> None:
-    (tmp_path / "pretended-gpu.json").write_text(text)
-    with pytest.warns(UserWarning, match="pretended-gpu.json is ignored"):
-        assert tables.read(tmp_path / "pretended-gpu.json", GPU) == dict.fromkeys(tables.SECTIONS, {})
-
+# ---------------------------------------------------------------- looking up
 
 def test_lookup_wants_this_gpu_this_source_and_these_versions(candidates, monkeypatch, tmp_path) -> None:
     candidates(fast=right)
@@ -329,69 +292,6 @@ def test_a_stale_entry_of_the_user_does_not_hide_a_shipped_one(candidates, monke
     monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
     tables.update(GPU, lambda s: s["entries"].update({PROBLEM.key: {"kernel": "experimental.gone"}}))
     assert tables.lookup(PROBLEM)["kernel"] == "experimental.fast"
-
-
-def test_prose_does_not_void_a_measurement(tmp_path) -> None:
-    source = tmp_path / "kernel.py"
-    hashes = []
-    for text in ('def f(x):\n    return x + 1\n',
-                 '"""A kernel."""\n\n\ndef f(x):\n    "Adds."  # one\n    return x + 1\n',
-                 'def f(x):\n    return x + 2\n'):
-        source.write_text(text)
-        tables.source_hash.cache_clear()
-        hashes.append(tables.source_hash((str(source),)))
-    assert hashes[0] == hashes[1] != hashes[2]
-
-
-# ---------------------------------------------------------------- verification at full size
-
-@pytest.mark.parametrize("op", dispatch.KEYS)
-def test_full_size_verification_passes_aten(op) -> None:
-    kernel = dispatch.find("aten", op)
-    for problem in testing.nasty_problems(op)[3::17]:
-        problem = replace(problem, x=(12, *problem.x[1:]))
-        assert repeats(problem) == 3
-        verdict = verify(kernel, problem)
-        assert verdict.ok, (problem.key, verdict.reason)
-        shapes = [[getattr(a, "shape", a) for a in make(problem)] for make in (full_args, testing.make_args)]
-        assert shapes[0] == shapes[1]
-
-
-def spoil(how):
-    """aten with one fault."""
-    def fn(*args):
-        out = dispatch.find("aten", OPS[how]).fn(*args)
-        first = out[0] if isinstance(out, tuple) else out
-        if how == "one element":
-            first[7, 1, 2, 3] += 3
-        elif how == "unwritten":
-            first[5] = float("nan")
-        elif how == "input":
-            args[0][9].add_(1)
-        elif how == "sum of a part":
-            out[1].mul_(0.9)
-        elif how == "too few images":
-            return first[:8]
-        return out
-
-    return fn
-
-
-OPS = {"one element": "conv_bn_act", "unwritten": "conv_bn_act", "input": "add_act", "sum of a part": "bn_act_backward",
-       "too few images": "add_act"}
-REASONS = {"one element": "rms error", "unwritten": "rms error nan", "input": "changed an input",
-           "sum of a part": "output 1: rms error", "too few images": "shape"}
-
-
-@pytest.mark.parametrize("how", OPS)
-def test_full_size_verification_sees(registry, monkeypatch, how) -> None:
-    monkeypatch.setattr("resnet_fast.verify.CHUNK", 1)
-    dispatch.kernel("experimental.spoilt", op=OPS[how], supports=lambda p: None)(spoil(how))
-    problem = next(p for p in testing.nasty_problems(OPS[how]) if p.x[1] == 8 and min(p.x[2:]) > 3 and p.x[0])
-    if problem.weight:
-        problem = replace(problem, stride=(1, 1))
-    verdict = verify(dispatch.find("experimental.spoilt"), replace(problem, x=(12, *problem.x[1:])))
-    assert not verdict.ok and REASONS[how] in verdict.reason
 
 
 def test_arguments_rotate_through_three_caches() -> None:

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_plan import images, judge, ready
+from plans import images, judge, ready
 from torch import nn
 
 import resnet_fast

@@ -1,0 +1,103 @@
+"""What a plan refuses, each in one sentence: models, options and inputs that it was not made for."""
+
+import copy
+
+import pytest
+import torch
+from plans import block, images, judge, ready
+from torch import nn
+
+import resnet_fast
+from resnet_fast import plan
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ready(resnet_fast.resnet18())
+
+
+def test_refusals_come_before_anything_is_built():
+    class Chooses(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ValueError, match="Chooses cannot be planned"):
+        plan(Chooses(), images())
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, track_running_stats=False)).eval()
+    with pytest.raises(ValueError, match="1: a batch norm without running statistics"):
+        plan(net, images())
+    with pytest.raises(ValueError, match="expected one 4-D tensor"):
+        plan(net, torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize(("how", "words"), [
+    (dict(topk=0), "topk: got 0"), (dict(topk="5"), "topk: got '5', expected a whole number"), (dict(topk=2.5), "topk: got 2.5"),
+    (dict(features=[]), "features: got .., expected names of modules"), (dict(features=3), "features: got 3, expected names"),
+    (dict(across=3), "across: got 3, expected some of"), (dict(across=[None]), "across: got None, expected some of"),
+    (dict(topk=1001), "at least 1001 classes, got .2, 1000."), (dict(dtype=torch.int8), "dtype: got torch.int8"),
+    (dict(topk=2, features=("layer1",)), "features: softmax and topk are of the classes"), (dict(cuda_graph=True), "not on CUDA"),
+    (dict(normalize=((0, 0, 0), (1, 1, 1))), "expected uint8"), (dict(normalize=((0, 0), (1, 1))), "three numbers each"),
+    (dict(normalize=((0, 0, 0), (1, 0, 1))), "no std 0"), (dict(normalize="imagenet"), "three numbers each"),
+])
+def test_options_that_make_no_sense_are_refused(model, how, words):
+    with pytest.raises(ValueError, match=f"plan: .*{words}"):
+        plan(model, images(), **how)
+
+
+def test_what_is_no_model_or_answers_no_classes_is_refused(model):
+    with pytest.raises(ValueError, match="model: got Plan, expected an nn.Module"):
+        plan(plan(model, images()), images())
+    with pytest.raises(ValueError, match=r"softmax=True.*got \[2, 3, 64, 64\]"):
+        plan(block(lambda self, x: self.bn(self.conv(x))), images(), softmax=True)
+    with pytest.raises(ValueError, match="got torch.int64"):
+        plan(model, images().long())
+
+
+def test_what_wraps_a_model_is_told_apart_from_it(model):
+    for wrapper in (nn.DataParallel(model), torch.optim.swa_utils.AveragedModel(model)):
+        with pytest.raises(ValueError, match="it wraps another model: plan that, model.module$"):
+            plan(wrapper, images())
+    with pytest.raises(ValueError, match="it wraps another model: plan that, model._orig_mod$"):
+        plan(torch.compile(model, backend="eager"), images())
+    with pytest.raises(ValueError, match="plan: model: got one with meta tensors"):
+        plan(copy.deepcopy(model).to("meta"), images())
+
+
+def test_bad_input_is_one_sentence(model):
+    run = plan(model, images())
+    with pytest.raises(ValueError, match="step relu .conv1. does not fit"):
+        run(torch.randn(1, 4, 64, 64))
+    with pytest.raises(ValueError, match="3-D"):
+        run(torch.randn(3, 64, 64))
+    with pytest.raises(ValueError, match="uint8"):
+        run(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    judge(run(images()), model, images())  # and the plan is as good as before
+
+
+def test_tuning_needs_a_gpu(model):
+    with pytest.raises(ValueError, match="GPU"):
+        plan(model, images(), tune=True)
+
+
+def reads_what_a_relu_overwrote(self, x):
+    y = self.bn(self.conv(x))
+    self.relu(y)
+    return self.conv(y) + y
+
+
+def asks_for_strides(self, x):
+    return self.bn(self.conv(x)).as_strided((2, 3), (3, 1))
+
+
+@pytest.mark.parametrize(("forward", "why"), [(reads_what_a_relu_overwrote, "writes in place"), (asks_for_strides, "lies in memory")])
+def test_what_would_come_out_otherwise_is_refused(forward, why):
+    with pytest.raises(ValueError, match=why):
+        plan(block(forward), images(2, 12, 12))
+
+
+def test_refusals_of_another_size_name_the_one_it_was_made_for():
+    net = ready(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 5)))
+    run = plan(net, images(2, 8, 8))
+    sentence = r"got \[2, 3, 9, 9\] \(the plan was made for \[2, 3, 8, 8\]\): step .* \(torch.nn.functional.linear\)"
+    with pytest.raises(ValueError, match=sentence):
+        run(images(2, 9, 9))
