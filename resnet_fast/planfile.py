@@ -12,8 +12,9 @@ from .atomic import replacing
 from .console import DTYPES
 from .fusion import known
 from .nodes import function
+from .plan_arguments import place
 from .planned import Filter, Lowered, attributes
-from .planning import Plan, place
+from .planning import Plan
 from .schedule import Attribute, Step, Value, names, references
 
 VERSION = 2

@@ -20,6 +20,7 @@ from .console import table
 from .explain import Explanation, Line, timed
 from .fusion import group, known, label, takes_bytes
 from .nodes import is_norm, touched
+from .plan_arguments import Normalize, check_example, check_model, check_options, names_of, numbers, place
 from .planned import Lowered, lower, refused
 from .program import Graph, PlanStep, Program
 from .schedule import Group, Schedule, schedule
@@ -27,22 +28,18 @@ from .tracing import Untraceable
 from .whole import joined, pieces
 
 SHAPES = 8  # programs (and CUDA graphs) kept at a time, oldest out: a service that sees every shape must not grow without end
-Normalize = tuple[Sequence[float], Sequence[float]]
 
 
 def make(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None, cuda_graph: bool | None, tune: bool, fuse: bool,
          features: Sequence[str] | None, normalize: Normalize | None, softmax: bool, topk: int | None, across: Sequence[str] | None) -> Plan:
     """See :func:`resnet_fast.plan`."""
-    named = known(across or ())
-    features = (features,) if isinstance(features, str) else features
-    if features is not None and (not isinstance(features, (tuple, list)) or not features or not all(isinstance(f, str) for f in features)):
-        raise ValueError(f"plan: features: got {features!r}, expected names of modules, or None")
-    normalize = _numbers(normalize)
-    _check_example(example, normalize)
+    named, features, normalize = known(across or ()), names_of(features), numbers(normalize)
+    check_example(example, normalize)
     if dtype is None:
         dtype = example.dtype if example.is_floating_point() else torch.float32
     place(example.device)
-    _check_options(model, dtype, cuda_graph and example.device.type != "cuda", topk, features if softmax or topk else None)
+    check_model(model)
+    check_options(dtype, example.device, cuda_graph, softmax, topk, features)
     found = _schedule(model, fuse, features)
     made = Plan(lower(found, model, dtype, example.device), dtype, example.device, cuda_graph=cuda_graph, normalize=normalize,
                 softmax=softmax, topk=topk, across=named, source=(weakref.ref(model), fuse, features))
@@ -79,44 +76,6 @@ def _schedule(model: nn.Module, fuse: bool, features: Sequence[str] | None) -> S
 def _leaf(path: str, m: nn.Module) -> bool:
     """torch's own layers, batch norms of any make and what a user hooked stay one call."""
     return touched(m) or is_norm(m) or type(m).__module__.startswith("torch.nn.") and type(m) is not nn.Sequential
-
-
-def _check_example(example: Tensor, normalize: Any) -> None:
-    if not isinstance(example, Tensor) or example.dim() != 4:
-        shape = list(example.shape) if isinstance(example, Tensor) else type(example).__name__
-        raise ValueError(f"plan: example: got {shape}, expected one 4-D tensor [N, C, H, W]")
-    right = example.dtype == torch.uint8 if normalize is not None else example.is_floating_point()
-    if not right:
-        raise ValueError(f"plan: example: got {example.dtype} with normalize={normalize}, expected uint8 [N, H, W, 3] with "
-                         "normalize=(mean, std), or a floating dtype without")
-
-
-def _numbers(normalize: Any) -> Normalize | None:
-    """(mean, std) of whatever kind as plain numbers."""
-    if normalize is None:
-        return None
-    try:
-        mean, std = (tuple(float(c) for c in v) for v in normalize)
-    except (TypeError, ValueError):
-        mean = std = ()
-    if len(mean) != 3 or len(std) != 3 or not all(std):
-        raise ValueError(f"plan: normalize: got {normalize!r}, expected (mean, std), three numbers each, no std 0")
-    return mean, std
-
-
-def _check_options(model: nn.Module, dtype: torch.dtype, graph_nowhere: bool | None, topk: int | None, features: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"plan: model: got {type(model).__name__}, expected an nn.Module")
-    if dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-        raise ValueError(f"plan: dtype: got {dtype}, expected torch.float32, float64, float16 or bfloat16")
-    if graph_nowhere:
-        raise ValueError("plan: cuda_graph: got True for an example that is not on CUDA, expected None or False")
-    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
-        raise ValueError("plan: model: got one with meta tensors, which have no values, expected weights: load them first")
-    if topk is not None and (type(topk) is not int or topk < 1):
-        raise ValueError(f"plan: topk: got {topk!r}, expected a whole number, at least 1, or None")
-    if features is not None:
-        raise ValueError("plan: features: softmax and topk are of the classes; make two plans, they share their weights")
 
 
 class Plan:
@@ -379,20 +338,6 @@ class Plan:
         """Write schedule and weights; ``load_plan`` reads them. Raises ValueError if a module that is not data is part of the plan."""
         from .planfile import save
         save(self, path)
-
-
-def place(device: torch.device | str) -> torch.device:
-    """The device with its number; raises ValueError for one that a plan cannot be on, or that this machine has not."""
-    try:
-        found = torch.device(device)
-        if found.type in ("cpu", "cuda"):
-            torch.empty(0, device=found)
-    except (RuntimeError, TypeError, AssertionError) as problem:  # AssertionError: a torch that was built without CUDA
-        raise ValueError(f'plan: device: got {device}, which is not to be had here ({str(problem).splitlines()[0]}): use "cpu", or "cuda" '
-                         f"on a machine whose GPU torch {torch.__version__} sees") from problem
-    if found.type not in ("cpu", "cuda"):
-        raise ValueError(f"plan: device: got {found}, expected cpu or cuda")
-    return torch.device("cuda", torch.cuda.current_device()) if found.type == "cuda" and found.index is None else found
 
 
 @contextmanager
