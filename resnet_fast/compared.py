@@ -57,8 +57,14 @@ class Comparison(list):
 
 
 def compare(mine: Program, theirs: Program, exact: Program | None = None) -> Comparison:
-    """A row for each tensor that both (and ``exact``) hold by the same name; other steps count towards the first row that needs them."""
+    """A row for each tensor that both (and ``exact``) hold by the same name; other steps count towards the first row that needs them.
+
+    Raises ValueError for programs of different networks.
+    """
     from .testing import broken_rule, error
+    for other in (theirs, exact):
+        if other is not None:
+            _check_same_network(mine, other)
     names = {name: shown.name for step, shown in zip(mine._lowered.steps, mine.steps, strict=True) for name in outputs(step)}
     spent, other_spent = _spender(mine), _spender(theirs)
     rows = Comparison()
@@ -73,6 +79,19 @@ def compare(mine: Program, theirs: Program, exact: Program | None = None) -> Com
         (steps, ms), (other_steps, other_ms) = spent(name), other_spent(name)
         rows.append(Row(name, names[name], steps, other_steps, error(value, other.double()).rms, ms, other_ms, **judged))
     return rows
+
+
+def _check_same_network(mine: Program, other: Program) -> None:
+    """Weights may differ, modules and shapes may not: a row would set side by side what has nothing to do with each other."""
+    held, expected = ({name for step in program.steps for name in step.modules if name} for program in (other, mine))
+    if held != expected:
+        differs = min(held ^ expected)
+        raise ValueError(f"plan: compare: got a plan of another network, {'with' if differs in held else 'without'} {differs}, expected one of the "
+                         "same model, with the same features")
+    for name, (value, _) in mine.values.items():
+        got, wanted = (getattr(v, "shape", None) for v in (other.values.get(name, (value,))[0], value))
+        if got != wanted:
+            raise ValueError(f"plan: compare: got a plan whose {name} is {list(got or ())}, expected {list(wanted or ())}, as in the other")
 
 
 def _spender(program: Program) -> Callable[[str], tuple[int, float]]:

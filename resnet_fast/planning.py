@@ -108,8 +108,11 @@ class Plan:
 
     def __call__(self, x: Tensor) -> Any:
         """Run on [N, C, H, W] (uint8 [N, H, W, 3] if made with ``normalize``); raises ValueError for what the plan was not made for."""
-        if torch.compiler.is_compiling():  # its kernels have no fakes: a break in the compiler's graph
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():  # its kernels have no fakes: a break in the compiler's graph
             return torch.compiler.disable(self.__call__)(x)
+        if (transform := _transform()) is not None:
+            raise ValueError(f"plan: {transform} cannot look into a plan, whose kernels have neither fakes nor derivatives: give it the model, "
+                             "in eval, that the plan was made of")
         with _quiet(self.device):
             x = self._prepared(x)
             sizes = self._pieces(x)
@@ -260,8 +263,12 @@ class Plan:
     def compare(self, other: Plan, x: Tensor, exact: Plan | None = None) -> Comparison:
         """Both plans step by step on one input, by distance and time; ``other`` is of the same model, say with ``fuse=False``.
 
-        ``exact``: a third plan of it, say in float64, from which both are measured: then by each one's error too.
+        ``exact``: a third plan of it, say in float64, from which both are measured: then by each one's error too. Raises ValueError for
+        plans of different networks.
         """
+        for plan in (other, exact):
+            if plan is not None and not isinstance(plan, Plan):
+                raise ValueError(f"plan: compare: got a {type(plan).__name__}, expected a plan")
         return compare(self._kept(x), other._kept(x), None if exact is None else exact._kept(x))
 
     def _kept(self, x: Tensor) -> Program:
@@ -338,6 +345,15 @@ class Plan:
         """Write schedule and weights; ``load_plan`` reads them. Raises ValueError if a module that is not data is part of the plan."""
         from .planfile import save
         save(self, path)
+
+
+def _transform() -> str | None:
+    """What runs now that would have to see each of torch's calls, or None."""
+    if torch.compiler.is_exporting():
+        return "torch.export"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace"
+    return "torch.func" if torch._C._functorch.peek_interpreter_stack() is not None else None
 
 
 @contextmanager

@@ -101,3 +101,39 @@ def test_refusals_of_another_size_name_the_one_it_was_made_for():
     sentence = r"got \[2, 3, 9, 9\] \(the plan was made for \[2, 3, 8, 8\]\): step .* \(torch.nn.functional.linear\)"
     with pytest.raises(ValueError, match=sentence):
         run(images(2, 9, 9))
+
+
+@pytest.mark.parametrize(("other", "words"), [
+    (lambda x: plan(resnet_fast.resnet34().eval(), x), "another network, with layer1.2.bn1, expected one of the same model"),
+    (lambda x: plan(resnet_fast.resnet18().eval(), x, features=("layer1",)), "another network, without avgpool, .* with the same features"),
+    (lambda x: plan(resnet_fast.resnet18(num_classes=5).eval(), x), r"whose fc is .2, 5., expected .2, 1000., as in the other"),
+    (lambda x: resnet_fast.resnet18(), "got a ResNet, expected a plan"),
+])
+def test_only_plans_of_one_network_are_compared(model, other, words):
+    run, x = plan(model, images()), images()
+    for these in ((other(x), None), (run, other(x))):
+        with pytest.raises(ValueError, match=f"^plan: compare: .*{words}"):
+            run.compare(these[0], x, these[1])
+
+
+class Wrapped(nn.Module):
+    def __init__(self, run):
+        super().__init__()
+        self.run = run
+
+    def forward(self, x):
+        return self.run(x)
+
+
+@pytest.mark.parametrize(("transform", "name"), [
+    (lambda net, x: torch.func.vmap(lambda image: net(image[None])[0])(x), "torch.func"),
+    (lambda net, x: torch.func.grad(lambda x: net(x).sum())(x), "torch.func"),
+    (lambda net, x: torch.jit.trace(net, x), "torch.jit.trace"),
+    (lambda net, x: torch.export.export(net, (x,)), "torch.export"),
+], ids=["vmap", "grad", "trace", "export"])
+@pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:FutureWarning")
+def test_who_would_look_into_a_plan_is_told_to_take_the_model(model, transform, name):
+    run, x = plan(model, images()), images()
+    with pytest.raises(ValueError, match=f"^plan: {name} cannot look into a plan, .*: give it the model, in eval, that the plan was made of"):
+        transform(Wrapped(run), x)
+    assert run(x).shape == (2, 1000)
