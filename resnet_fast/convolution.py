@@ -9,6 +9,8 @@ forward and dx 1.6 to 2.0 times its speed for 64 to 256 channels in float32; the
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,11 +36,15 @@ def _wins(x: Tensor, weight: Tensor, conv: nn.Conv2d) -> bool:
 
 def _chosen(x: Tensor, shape: torch.Size, weight: tuple[int, ...]) -> bool:
     """Whether ``cpu.winograd`` is to filter what lies as ``x`` does and has that shape."""
+    return _measured_to_win(x.dtype, tuple(shape), layout(x), tuple(weight))
+
+
+@functools.lru_cache(maxsize=1024)  # a step asks twice for each convolution; shapes without end must not grow it without end
+def _measured_to_win(dtype: torch.dtype, x: tuple[int, ...], lies: str, weight: tuple[int, ...]) -> bool:
     from .kernels import cpu
-    problem = Problem(op="conv_bn_act", device="cpu", dtype=x.dtype, x=tuple(shape), layout=layout(x), weight=tuple(weight),
-                      padding=(1, 1))
-    n, _, h, w = shape
-    return n * h * w >= LEAST_PIXELS and x.dtype == torch.float32 and cpu.available() is None and cpu.chooses("cpu.winograd", problem)
+    n, _, h, w = x
+    problem = Problem(op="conv_bn_act", device="cpu", dtype=dtype, x=x, layout=lies, weight=weight, padding=(1, 1))
+    return n * h * w >= LEAST_PIXELS and dtype == torch.float32 and cpu.available() is None and cpu.chooses("cpu.winograd", problem)
 
 
 def _filtered(x: Tensor, weight: Tensor) -> Tensor | None:
