@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
+import os
 import sys
 from typing import NoReturn
 
@@ -30,18 +30,36 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns its exit code. Mistakes of the user end in one sentence and code 2, Ctrl-C in 130."""
-    args = parser().parse_args(argv)
-    args.words = sys.argv[1:] if argv is None else argv
+    """Run one command; returns its exit code.
+
+    What the user got wrong, and what the machine refuses (a folder, a full disk), ends in one sentence and code 2, Ctrl-C in 130, a reader of
+    the output that has seen enough (``| head``) in 1.
+    """
     from .dispatch import NotUsed
     try:
-        return args.run(args)
+        args = parser().parse_args(argv)
+        args.words = sys.argv[1:] if argv is None else argv
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        return 130
-    except (ValueError, LookupError, FileNotFoundError, FileExistsError, ImportError, NotUsed) as error:
+        code = 130
+    except BrokenPipeError:
+        code = 1
+    except (ValueError, LookupError, OSError, ImportError, NotUsed) as error:
         print(f"{args.command}: {error}", file=sys.stderr)
-        return 2
+        code = 2
+    _flush_or_drop()
+    return code
+
+
+def _flush_or_drop() -> None:
+    """What stdout still holds goes out if it can; else the interpreter, which tries again at exit, would complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -9,12 +9,11 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .console import counted, default_device, device_or_error, positive, table
+from .console import counted, default_device, device_or_error, positive, seconds, table, target
 from .measure import Case, Outcome, measure
 from .models import list_models
 from .providers import DTYPES, MODES, PROVIDERS, provider
@@ -48,7 +47,7 @@ def add_parser(commands) -> None:
     compared = p.add_argument_group("what is compared")
     compared.add_argument("--providers", nargs="+", metavar="ID", default=list(DEFAULT),
                           help="ways to run it, of the list below (default: those with *)")
-    compared.add_argument("--seconds", type=float, help="at most this long timing each case (default 40; with --kernel 4)")
+    compared.add_argument("--seconds", type=seconds, help="at most this long timing each case (default 40; with --kernel 4)")
     compared.add_argument("--cold", action="store_true", help="also the first answer of a fresh process, and its peak memory")
     single = p.add_argument_group("single ops instead of networks")
     single.add_argument("--kernel", nargs="+", action="extend", metavar="ID|FILE",
@@ -57,7 +56,7 @@ def add_parser(commands) -> None:
     single.add_argument("--gpu", metavar="GPU", default="h200", help="without a GPU: the model to compile for (default %(default)s)")
     output = p.add_argument_group("where it goes")
     output.add_argument("--json", action="store_true", help="print the ledger rows as JSON instead of the table")
-    output.add_argument("--save", nargs="?", const="", metavar="FILE", help="write the run to FILE, or into benchmarks/results")
+    output.add_argument("--save", nargs="?", const=False, type=target, metavar="FILE", help="write the run to FILE, or into benchmarks/results")
     p.set_defaults(run=run)
 
 
@@ -85,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             print(f"{case.name}\n{show(found)}\n{_refusals(outcomes)}", flush=True)
     if args.save is not None:
-        _say(f"written: {write_run(rows, machine, Path(args.save) if args.save else None)}")
+        _say(f"written: {write_run(rows, machine, args.save or None)}")
     if args.json:
         json.dump({"machine": asdict(machine), "rows": [asdict(row) for row in rows]}, sys.stdout, indent=1)
         print()

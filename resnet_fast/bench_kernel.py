@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     if args.save is not None and rows:
         machine = here(args.device)
         machine.facts["command"] = measured_by(["resnet_fast", *args.words], "--save")
-        print(f"written: {write_run(rows, machine, Path(args.save) if args.save else None)}", file=sys.stderr)
+        print(f"written: {write_run(rows, machine, args.save or None)}", file=sys.stderr)
     return 1 if red else 0
 
 

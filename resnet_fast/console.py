@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -52,6 +55,28 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text}, expected a whole number above 0")
     return int(text)
+
+
+def seconds(text: str) -> float:
+    """A time above 0, as an argparse type."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text}, expected seconds above 0")
+    return found
+
+
+def target(text: str) -> Path:
+    """A file to be written at the end of a long run, as an argparse type: what would be refused then is refused now."""
+    path = Path(text)
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"got {text}, a folder, expected a file")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"got {text}, but {folder} cannot be written into")
+    return path
 
 
 def default_device() -> str:

@@ -23,22 +23,19 @@ def add_parser(commands) -> None:
 def run(args: argparse.Namespace) -> int:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", args.name):
         raise ValueError(f"name: got {args.name!r}, expected lower-case letters, digits and underscores, such as fast_pointwise")
-    written = write(args.name, args.kind, args.folder)
-    main, = written
-    interpret = "TRITON_INTERPRET=1 " if args.kind == "triton" else ""
-    print(f"wrote {main}\n\nnext:\n  {interpret}python -m resnet_fast check --kernel {main}" + ("    (without a GPU)" if interpret else "")
-          + f"\n  python -m resnet_fast bench --kernel {main}")
+    file = write(args.name, args.kind, args.folder)
+    interpret, without = ("TRITON_INTERPRET=1 ", "    (without a GPU)") if args.kind == "triton" else ("", "")
+    print(f"wrote {file}\n\nnext:\n  {interpret}python -m resnet_fast check --kernel {file}{without}\n"
+          f"  python -m resnet_fast bench --kernel {file}")
     return 0
 
 
-def write(name: str, kind: str, folder: Path) -> list[Path]:
-    """The template's files under ``name``; raises FileExistsError rather than overwrite, before anything is written."""
-    sources = sorted(TEMPLATES.glob(f"{kind}_kernel.*"))
-    targets = [folder / f"{name}{source.suffix}" for source in sources]
-    for target in targets:
-        if target.exists():
-            raise FileExistsError(f"{target} exists; choose another name or --folder")
+def write(name: str, kind: str, folder: Path) -> Path:
+    """The template's file under ``name``; raises FileExistsError rather than overwrite."""
+    source, = TEMPLATES.glob(f"{kind}_kernel.*")
+    target = folder / f"{name}{source.suffix}"
+    if target.exists():
+        raise FileExistsError(f"{target} exists; choose another name or --folder")
     folder.mkdir(parents=True, exist_ok=True)
-    for source, target in zip(sources, targets, strict=True):
-        target.write_text(source.read_text().replace("my_kernel", name))
-    return targets
+    target.write_text(source.read_text().replace("my_kernel", name))
+    return target

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .console import DTYPES, positive, table
+from .console import DTYPES, positive, seconds, table
 
 if TYPE_CHECKING:
     from .autotune import Device
@@ -33,7 +33,7 @@ def add_parser(commands) -> None:
                    help="of weights and activations (default %(default)s)")
     p.add_argument("--train", action="store_true", help="the kernels of training instead of those of inference")
     p.add_argument("--kernels", nargs="+", metavar="ID", help="only these candidates")
-    p.add_argument("--seconds", type=float, default=60.0, help="for the search among groups, each batch size (default %(default)s)")
+    p.add_argument("--seconds", type=seconds, default=60.0, help="for the search among groups, each batch size (default %(default)s)")
     p.set_defaults(run=run)
 
 

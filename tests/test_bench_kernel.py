@@ -124,7 +124,7 @@ def test_how_far_and_why() -> None:
 
 @pytest.fixture
 def mine(tmp_path):
-    file, = new_kernel.write("mine", "triton", tmp_path)
+    file = new_kernel.write("mine", "triton", tmp_path)
     return file
 
 

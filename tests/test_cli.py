@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -54,6 +57,58 @@ def test_sizes_are_whole_numbers_above_zero(value, capsys):
     assert stop.value.code == 2
     assert capsys.readouterr().err == (f"resnet_fast explain: argument --batch: got {value}, expected a whole number above 0 "
                                        "(see `python -m resnet_fast explain --help`)\n")
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--seconds", "0"], "--seconds: got 0, expected seconds above 0"), (["--seconds", "-1"], "--seconds: got -1, expected seconds"),
+    (["--seconds", "nan"], "--seconds: got nan, expected seconds"), (["--save", "."], "--save: got ., a folder, expected a file"),
+    (["--save", "file/below.json"], "--save: got file/below.json, but .*file cannot be written into"),
+])
+def test_what_a_long_run_would_refuse_at_its_end_is_refused_before(words, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "resnet18", *words])
+    assert stop.value.code == 2 and re.match(f"resnet_fast bench: argument {said} ", capsys.readouterr().err)
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    assert main(["new-kernel", "mine", "--triton", "--folder", str(tmp_path / "file" / "below")]) == 2
+    assert re.fullmatch("new-kernel: .*Not a directory: .*below'\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("target", "code", "said"), [("closed", 1, ""), ("/dev/full", 2, "list: .* No space left on device\n")])
+@pytest.mark.skipif(sys.platform != "linux", reason="has no /dev/full")
+def test_output_that_nobody_takes_ends_the_command_quietly(target, code, said, capsys, monkeypatch):
+    """``| head`` closes the pipe; and what is still held back then must not make the interpreter complain at exit."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") if target == "closed" else open(target, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(["list"]) == code
+    assert re.fullmatch(said, capsys.readouterr().err)
+
+
+def test_interrupted_while_the_commands_are_read_is_no_traceback(capsys, monkeypatch):
+    def stop():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("resnet_fast.__main__.parser", stop)
+    assert main(["list"]) == 130 and capsys.readouterr().err == "\ninterrupted\n"
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("\ndef (\n", "line 2: SyntaxError: invalid syntax\n"), ("x = 1\n1 / 0\n", "line 2: ZeroDivisionError: division by zero\n"),
+    ("import nobody_has_this", "line 1: ModuleNotFoundError: No module named 'nobody_has_this'\n"),
+    ("import resnet_fast\n\n@resnet_fast.kernel('experimental.mine', op='convolve', supports=None)\ndef f(): pass", "line 3: ValueError: kernel "),
+])
+@pytest.mark.parametrize("command", ["check", "bench"])
+def test_what_is_wrong_in_a_kernels_file_is_told_with_its_line(command, text, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(text)
+    assert main([command, "--kernel", "mine.py"]) == 2
+    assert capsys.readouterr().err.startswith(f"{command}: kernel file mine.py, {words}")
 
 
 def test_help_of_bench_fits_80_columns(capsys, monkeypatch):

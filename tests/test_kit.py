@@ -29,7 +29,7 @@ def command(*args, env=ENV):
 @pytest.fixture
 def written(tmp_path):
     pytest.importorskip("triton", reason="no Triton on this platform")
-    return new_kernel.write("mine", "triton", tmp_path)[0]
+    return new_kernel.write("mine", "triton", tmp_path)
 
 
 def test_the_triton_template_is_right(written):
@@ -73,7 +73,7 @@ def cache(tmp_path, monkeypatch):
 def test_a_cu_file_is_a_kernel_by_itself(tmp_path, cache, registry, monkeypatch, capsys):
     """Built, named, asked what it takes, its code read; without a GPU it is not run, and that is said."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    file, = new_kernel.write("built", "cuda", tmp_path)
+    file = new_kernel.write("built", "cuda", tmp_path)
     kernel, = named(str(file))
     assert kernel.id == "experimental.built" and kernel.available() == "it builds, but there is no CUDA device"
     one = Problem("conv_bn_act", "cuda", torch.bfloat16, (2, 8, 5, 5), "nhwc", weight=(16, 8, 1, 1), act="relu", capability=(9, 0))
@@ -92,7 +92,7 @@ def test_a_cu_file_is_a_kernel_by_itself(tmp_path, cache, registry, monkeypatch,
 
 @NVCC
 def test_the_compiler_is_heard_with_the_users_line(tmp_path, cache, capsys):
-    file, = new_kernel.write("broken", "cuda", tmp_path)
+    file = new_kernel.write("broken", "cuda", tmp_path)
     file.write_text(file.read_text().replace("float acc = 0;", "float acc = oops;"))
     assert main(["check", "--kernel", str(file)]) == 2
     said = capsys.readouterr().err
@@ -102,7 +102,7 @@ def test_the_compiler_is_heard_with_the_users_line(tmp_path, cache, capsys):
 
 def test_without_a_compiler_it_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runtime, "search_path", lambda: "")
-    file, = new_kernel.write("unbuilt", "cuda", tmp_path)
+    file = new_kernel.write("unbuilt", "cuda", tmp_path)
     assert main(["check", "--kernel", str(file)]) == 2
     assert "nvcc and ninja not on PATH" in capsys.readouterr().err
 
@@ -111,7 +111,7 @@ def test_without_a_compiler_it_says_so(tmp_path, monkeypatch, capsys):
 def test_the_cuda_template_is_right(tmp_path, registry):
     """The template itself, its header and its binding, compiled for the CPU: threads one after the other, against float64."""
     from torch.utils import cpp_extension
-    file, = new_kernel.write("on_cpu", "cuda", tmp_path)
+    file = new_kernel.write("on_cpu", "cuda", tmp_path)
     library = tmp_path / f"on_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = [runtime.INCLUDE, host_gpu.EMULATION, sysconfig.get_path("include"), *cpp_extension.include_paths()]
     subprocess.run([host_gpu.compiler(), *host_gpu.FLAGS, "-DTORCH_EXTENSION_NAME=on_cpu", "-shared",

@@ -110,3 +110,14 @@ def test_labels_that_leave_out_a_class_are_refused(tmp_path):
     (tmp_path / "labels").write_text(json.dumps({"0": "cat", "2": "dog"}))
     with pytest.raises(ValueError, match="not the class numbers 0 to 1"):
         weights.read_labels(str(tmp_path / "labels"))
+
+
+@pytest.mark.parametrize(("data", "words"), [
+    (b'{"0": ', "neither lines in UTF-8 nor JSON: Expecting value"), (b"\xff\xfe", "neither lines in UTF-8 nor JSON: .*can't decode byte"),
+    (b"[1, 2]", "got 1, expected names or .id, name. pairs"), (b'["cat", []]', r"got \[\], expected names"),
+    (b'[["n01", 2]]', "got 2, expected names"),
+])
+def test_labels_that_are_none_are_refused_in_a_sentence(tmp_path, data, words):
+    (tmp_path / "labels").write_bytes(data)
+    with pytest.raises(ValueError, match=f"^--labels .*labels: {words}"):
+        weights.read_labels(str(tmp_path / "labels"))

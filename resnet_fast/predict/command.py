@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import sys
 from pathlib import Path
 
 from ..console import DTYPES, default_device, positive
@@ -58,14 +57,8 @@ def run(args: argparse.Namespace) -> int:
     if next(walk(args.inputs), None) is None:
         raise ValueError(f"no images in {' '.join(args.inputs)} (suffixes: {' '.join(sorted(SUFFIXES))})")
     _check_output(args, ranks)
-    try:
-        job = Job(args, ranks)
-        return to_terminal(job) if args.out is None else to_file(job, args.out)
-    except BrokenPipeError:  # whoever read our output has seen enough; the buffered rest must not complain at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:  # a full disk, a folder that must not be written
-        raise ValueError(str(error)) from error
+    job = Job(args, ranks)
+    return to_terminal(job) if args.out is None else to_file(job, args.out)
 
 
 def _check_output(args: argparse.Namespace, ranks: Ranks) -> None:

@@ -85,16 +85,22 @@ def _from_file(name: str, path: str) -> Weights:
 def read_labels(path: str) -> list[str]:
     """Names by class number: one a line, a JSON list, or a JSON object {"0": name, …}; or [id, name] pairs.
 
-    Raises FileNotFoundError if it is not there, ValueError if an object's keys are not the class numbers.
+    Raises FileNotFoundError if it is not there, ValueError if an object's keys are not the class numbers, or for what is none of these.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"--labels {path}: there is no such file")
-    text = Path(path).read_text(encoding="utf-8")
-    if text.lstrip()[:1] not in ("[", "{"):
-        return text.splitlines()
-    found = json.loads(text)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        if text.lstrip()[:1] not in ("[", "{"):
+            return text.splitlines()
+        found = json.loads(text)
+    except ValueError as error:  # of the decoder's or of JSON's
+        raise ValueError(f"--labels {path}: neither lines in UTF-8 nor JSON: {error}") from error
     if isinstance(found, dict):
         if sorted(found) != sorted(map(str, range(len(found)))):
             raise ValueError(f"--labels {path}: the keys are not the class numbers 0 to {len(found) - 1}")
         found = [found[str(i)] for i in range(len(found))]
-    return [name if isinstance(name, str) else name[-1] for name in found]
+    names = [name[-1] if isinstance(name, list) and name else name for name in found]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"--labels {path}: got {next(name for name in names if not isinstance(name, str))!r}, expected names or [id, name] pairs")
+    return names

@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from ..atomic import replacing
 from . import page, tables
 from .ledger import RESULTS, Run, read_run, read_runs
 from .summary import Change, changes, headlines, slower
@@ -124,14 +125,16 @@ def write(runs: list[Run], args: argparse.Namespace) -> int:
         print(f"{len(files)} plots in {args.out}")
     args.out.mkdir(parents=True, exist_ok=True)
     index = args.out / "index.html"
-    index.write_text(page.page(runs, pictures, args.out), encoding="utf-8")
+    with replacing(index) as part:
+        part.write_text(page.page(runs, pictures, args.out), encoding="utf-8")
     print(f"page: {index}")
     if args.readme.is_file():
         folder = Path(os.path.relpath(args.out, args.readme.parent)).as_posix()
         text = args.readme.read_text(encoding="utf-8")
         filled = page.fill(text, page.sections(runs, pictures, folder))
         if filled != text:
-            args.readme.write_text(filled, encoding="utf-8")
+            with replacing(args.readme) as part:  # half of somebody's README would be worse than none of our tables
+                part.write_text(filled, encoding="utf-8")
         print(f"tables: {args.readme}{'' if filled != text else ' (unchanged)'}")
     else:
         print(f"tables: not written, {args.readme} is not there")
