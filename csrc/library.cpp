@@ -21,19 +21,21 @@ void check_device(const char* op, std::initializer_list<const Tensor*> tensors) 
   for (const Tensor* t : tensors) RF_CHECK(t->device() == device, op, ": got tensors on two devices, expected one");
 }
 
-// Runs launch(stream) on the tensor's device and current stream; a CUDA error becomes an exception.
-template <class F>
-void on_device_of(const char* op, const Tensor& t, F&& launch) {
+// launcher(args, stream) on the tensor's device and current stream; a CUDA error becomes an exception.
+template <class Launcher, class Args>
+void launch_on(const char* op, const Tensor& t, const Launcher& launcher, const Args& args) {
   const torch::stable::accelerator::DeviceGuard guard(t.get_device_index());
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  const cudaError_t error = launch(static_cast<cudaStream_t>(stream));
+  const cudaError_t error = launcher(args, static_cast<cudaStream_t>(stream));
   RF_CHECK(error == cudaSuccess, op, ": the launch failed: ", cudaGetErrorString(error));
 }
 
+using Maybe = std::optional<Tensor>;
+
 Act act_of(bool relu) { return relu ? Act::relu : Act::none; }
 
-Tensor add_act(const Tensor& x, const Tensor& y, const std::optional<Tensor>& gate, bool relu) {
+Tensor add_act(const Tensor& x, const Tensor& y, const Maybe& gate, bool relu) {
   constexpr const char* op = "add_act";
   const DType dtype = float_type(op, "x", x.scalar_type());
   check_same_layout(op, "y", y, "x", x);
@@ -41,21 +43,18 @@ Tensor add_act(const Tensor& x, const Tensor& y, const std::optional<Tensor>& ga
     check_dense(op, "x", x);
     check_device(op, {&x, &y});
     Tensor out = empty_like(x);
-    on_device_of(op, x, [&](cudaStream_t stream) {
-      return resnet_fast::add_act({x.const_data_ptr(), y.const_data_ptr(), out.mutable_data_ptr(), x.numel(), dtype,
-                                   act_of(relu)}, stream);
-    });
+    const resnet_fast::BinaryArgs args{x.const_data_ptr(), y.const_data_ptr(), out.mutable_data_ptr(), x.numel(), dtype,
+                                       act_of(relu)};
+    launch_on(op, x, resnet_fast::add_act, args);
     return out;
   }
   check_channels_last(op, "x", x);
   check_gate(op, *gate, x);
   check_device(op, {&x, &y, &*gate});
   Tensor out = empty_like(x);
-  on_device_of(op, x, [&](cudaStream_t stream) {
-    return resnet_fast::add_act_gate({x.const_data_ptr(), y.const_data_ptr(), gate->const_data_ptr(),
-                                      out.mutable_data_ptr(), x.size(0), x.size(2) * x.size(3), x.size(1), dtype,
-                                      act_of(relu)}, stream);
-  });
+  const resnet_fast::GateArgs args{x.const_data_ptr(), y.const_data_ptr(), gate->const_data_ptr(), out.mutable_data_ptr(),
+                                   x.size(0), x.size(2) * x.size(3), x.size(1), dtype, act_of(relu)};
+  launch_on(op, x, resnet_fast::add_act_gate, args);
   return out;
 }
 
@@ -67,10 +66,9 @@ Tensor add_act_backward(const Tensor& dout, const Tensor& out, bool relu) {
   check_dense(op, "dout", dout);
   check_device(op, {&dout, &out});
   Tensor d = empty_like(dout);
-  on_device_of(op, dout, [&](cudaStream_t stream) {
-    return resnet_fast::add_act_backward(
-        {dout.const_data_ptr(), out.const_data_ptr(), d.mutable_data_ptr(), dout.numel(), dtype, act_of(relu)}, stream);
-  });
+  const resnet_fast::BinaryArgs args{dout.const_data_ptr(), out.const_data_ptr(), d.mutable_data_ptr(), dout.numel(), dtype,
+                                     act_of(relu)};
+  launch_on(op, dout, resnet_fast::add_act_backward, args);
   return d;
 }
 
@@ -91,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> add_act_gate_backward(const Tensor& dout, con
   const Tensor partial =
       empty_strided({resnet_fast::add_act_gate_backward_workspace(args)}, {1}, ScalarType::Float, dout);
   args.partial = static_cast<float*>(partial.mutable_data_ptr());
-  on_device_of(op, dout, [&](cudaStream_t stream) { return resnet_fast::add_act_gate_backward(args, stream); });
+  launch_on(op, dout, resnet_fast::add_act_gate_backward, args);
   return {dx, dy, dgate};
 }
 
@@ -134,13 +132,13 @@ std::tuple<Tensor, Tensor> fold_bn(const Tensor& weight, const Tensor& gamma, co
   const resnet_fast::FoldArgs args{weight.const_data_ptr(), folded.mutable_data_ptr(), bias.mutable_data_ptr(), bn,
                                    k, c, r, s, stride(0), c == 1 ? 1 : stride(1), stride(2), stride(3), weight_type,
                                    out_type};
-  on_device_of(op, weight, [&](cudaStream_t stream) { return resnet_fast::fold_bn(args, stream); });
+  launch_on(op, weight, resnet_fast::fold_bn, args);
   return {folded, bias};
 }
 
 // Per-channel scale and shift, or with mean and var the four batch norm vectors, as epilogues take them.
 resnet_fast::AffineArgs affine_args(const char* op, int64_t k, const Tensor& scale, const Tensor& shift,
-                                    const std::optional<Tensor>& mean, const std::optional<Tensor>& var, double eps) {
+                                    const Maybe& mean, const Maybe& var, double eps) {
   if (mean) return bn_args(op, k, scale, shift, *mean, *var, eps);
   resnet_fast::AffineArgs args = bn_args(op, k, scale, shift, shift, shift, eps);
   std::swap(args.gamma, args.scale);
@@ -156,10 +154,9 @@ int64_t out_size(int64_t size, int64_t pad, int64_t dilation, int64_t kernel, in
 using Pair = std::vector<int64_t>;  // height, width
 using ConvLauncher = std::function<cudaError_t(const resnet_fast::ConvArgs&, cudaStream_t)>;
 
-Tensor run_conv(const char* op, const ConvLauncher& launcher, const Tensor& x, const Tensor& weight, const Tensor& scale,
-                const Tensor& shift, const std::optional<Tensor>& residual, const std::optional<Tensor>& mean,
-                const std::optional<Tensor>& var, double eps, const Pair& stride, const Pair& padding,
-                const Pair& dilation, bool relu) {
+Tensor run_conv(const char* op, const ConvLauncher& launcher, const Tensor& x, const Tensor& weight,
+                const Tensor& scale, const Tensor& shift, const Maybe& residual, const Maybe& mean, const Maybe& var,
+                double eps, const Pair& stride, const Pair& padding, const Pair& dilation, bool relu) {
   constexpr int64_t kMost = INT32_MAX - 128;  // rows and columns are 32-bit, and the last tile may reach further
   const DType dtype = float_type(op, "x", x.scalar_type());
   check_channels_last(op, "x", x);
@@ -186,20 +183,18 @@ Tensor run_conv(const char* op, const ConvLauncher& launcher, const Tensor& x, c
                                    residual ? residual->const_data_ptr() : nullptr, out.mutable_data_ptr(), affine,
                                    n, h, w, c, k, r, s, out_h, out_w, int(stride[0]), int(stride[1]), int(padding[0]),
                                    int(padding[1]), int(dilation[0]), int(dilation[1]), dtype, act_of(relu)};
-  on_device_of(op, x, [&](cudaStream_t stream) { return launcher(args, stream); });
+  launch_on(op, x, launcher, args);
   return out;
 }
 
-Tensor conv(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
-            const std::optional<Tensor>& residual, const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
-            double eps, Pair stride, Pair padding, Pair dilation, bool relu) {
+Tensor conv(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift, const Maybe& residual,
+            const Maybe& mean, const Maybe& var, double eps, Pair stride, Pair padding, Pair dilation, bool relu) {
   return run_conv("conv", resnet_fast::conv, x, weight, scale, shift, residual, mean, var, eps, stride, padding,
                   dilation, relu);
 }
 
-Tensor pointwise(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
-                 const std::optional<Tensor>& residual, const std::optional<Tensor>& mean,
-                 const std::optional<Tensor>& var, double eps, Pair stride, bool relu) {
+Tensor pointwise(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift, const Maybe& residual,
+                 const Maybe& mean, const Maybe& var, double eps, Pair stride, bool relu) {
   RF_CHECK(weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1, "pointwise: got weight ", shape(weight),
            ", expected [K, C, 1, 1]");
   return run_conv("pointwise", resnet_fast::pointwise, x, weight, scale, shift, residual, mean, var, eps, stride,
@@ -207,7 +202,7 @@ Tensor pointwise(const Tensor& x, const Tensor& weight, const Tensor& scale, con
 }
 
 // What tensor copies and warp-group products want of a convolution, with `taps` x `taps` filters or any.
-void check_hopper(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& residual,
+void check_hopper(const char* op, const Tensor& x, const Tensor& weight, const Maybe& residual,
                   std::optional<int64_t> taps) {
   RF_CHECK(x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16, op, ": got x of dtype ",
            name(x.scalar_type()), ", expected Half or BFloat16");
@@ -227,8 +222,8 @@ void check_steps(const char* op, const Pair& stride) {
 }
 
 Tensor pointwise_hopper(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
-                        const std::optional<Tensor>& residual, const std::optional<Tensor>& mean,
-                        const std::optional<Tensor>& var, double eps, Pair stride, bool relu) {
+                        const Maybe& residual, const Maybe& mean, const Maybe& var, double eps, Pair stride,
+                        bool relu) {
   constexpr const char* op = "pointwise_hopper";
   check_hopper(op, x, weight, residual, 1);
   check_steps(op, stride);
@@ -270,8 +265,7 @@ Tensor pointwise_pair_hopper(const Tensor& x, const Tensor& weight, const Tensor
 }
 
 Tensor conv_hopper(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
-                   const std::optional<Tensor>& residual, const std::optional<Tensor>& mean,
-                   const std::optional<Tensor>& var, double eps, Pair stride, bool relu) {
+                   const Maybe& residual, const Maybe& mean, const Maybe& var, double eps, Pair stride, bool relu) {
   constexpr const char* op = "conv_hopper";
   check_hopper(op, x, weight, residual, 3);
   RF_CHECK(stride[0] == stride[1] && (stride[0] == 1 || (stride[0] == 2 && x.size(2) > 1 && x.size(3) > 1)), op,
@@ -282,8 +276,8 @@ Tensor conv_hopper(const Tensor& x, const Tensor& weight, const Tensor& scale, c
 }
 
 Tensor conv_cluster_hopper(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
-                           const std::optional<Tensor>& residual, const std::optional<Tensor>& mean,
-                           const std::optional<Tensor>& var, double eps, Pair stride, Pair padding, Pair dilation, bool relu) {
+                           const Maybe& residual, const Maybe& mean, const Maybe& var, double eps, Pair stride,
+                           Pair padding, Pair dilation, bool relu) {
   constexpr const char* op = "conv_cluster_hopper";
   check_hopper(op, x, weight, residual, std::nullopt);
   check_steps(op, stride);
@@ -311,8 +305,7 @@ void check_tail_filter(const char* op, const char* what, const Tensor& weight, c
 
 std::tuple<Tensor, Tensor> conv_tail_hopper(const Tensor& x, const Tensor& weight2, const Tensor& bias2,
                                             const Tensor& weight3, const Tensor& bias3, const Tensor& residual,
-                                            const std::optional<Tensor>& projection, const Tensor& weight1,
-                                            const Tensor& bias1) {
+                                            const Maybe& projection, const Tensor& weight1, const Tensor& bias1) {
   constexpr const char* op = "conv_tail_hopper";
   const DType dtype = float_type(op, "x", x.scalar_type());
   check_channels_last(op, "x", x);
@@ -342,7 +335,7 @@ std::tuple<Tensor, Tensor> conv_tail_hopper(const Tensor& x, const Tensor& weigh
                                    bias1.const_data_ptr<float>(), y.mutable_data_ptr(), z.mutable_data_ptr(), n, h, w,
                                    x.size(1), weight2.size(0), weight3.size(0), projection ? added : 0, weight1.size(0),
                                    dtype};
-  on_device_of(op, x, [&](cudaStream_t stream) { return resnet_fast::conv_tail_hopper(args, stream); });
+  launch_on(op, x, resnet_fast::conv_tail_hopper, args);
   return {y, z};
 }
 
@@ -356,7 +349,7 @@ int64_t check_bn(const char* op, const Tensor& x, const Tensor& weight) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_act(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                                          const std::optional<Tensor>& residual, double eps, bool relu) {
+                                          const Maybe& residual, double eps, bool relu) {
   constexpr const char* op = "bn_act";
   const DType dtype = float_type(op, "x", x.scalar_type());
   const int64_t pixels = check_bn(op, x, weight), channels = x.size(1);
@@ -371,7 +364,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act(const Tensor& x, const Tensor& weight,
                                  mean.mutable_data_ptr<float>(), var.mutable_data_ptr<float>(),
                                  partial.mutable_data_ptr<float>(), pixels, channels, float(eps), dtype, param,
                                  act_of(relu)};
-  on_device_of(op, x, [&](cudaStream_t stream) { return resnet_fast::bn_act(args, stream); });
+  launch_on(op, x, resnet_fast::bn_act, args);
   return {y, mean, var};
 }
 
@@ -399,47 +392,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(const Tensor& dy, con
                                          residual ? dresidual.mutable_data_ptr() : nullptr, dweight.mutable_data_ptr(),
                                          dbias.mutable_data_ptr(), partial.mutable_data_ptr<float>(), pixels, channels,
                                          float(eps), dtype, param, act_of(relu)};
-  on_device_of(op, x, [&](cudaStream_t stream) { return resnet_fast::bn_act_backward(args, stream); });
+  launch_on(op, x, resnet_fast::bn_act_backward, args);
   return {dx, dweight, dbias, dresidual};
 }
 
 }  // namespace
 
+// What every convolution takes; padding, dilation and the activation come behind.
+#define CONV \
+  "(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor? mean, Tensor? var, float eps, " \
+  "int[2] stride"
+
 STABLE_TORCH_LIBRARY(resnet_fast_native, m) {
   m.def("add_act(Tensor x, Tensor y, Tensor? gate, bool relu) -> Tensor");
   m.def("add_act_backward(Tensor dout, Tensor out, bool relu) -> Tensor");
-  m.def("add_act_gate_backward(Tensor dout, Tensor out, Tensor x, Tensor gate, bool relu)"
-        " -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "fold_bn(Tensor weight, Tensor gamma, Tensor beta, Tensor mean, Tensor var, float eps, ScalarType? out=None) "
-      "-> (Tensor, Tensor)");
-  m.def(
-      "conv(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor? mean, Tensor? var, "
-      "float eps, int[2] stride, int[2] padding, int[2] dilation, bool relu) -> Tensor");
-  m.def(
-      "pointwise(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor? mean, Tensor? var, "
-      "float eps, int[2] stride, bool relu) -> Tensor");
-  m.def(
-      "pointwise_hopper(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor? mean, "
-      "Tensor? var, float eps, int[2] stride, bool relu) -> Tensor");
-  m.def(
-      "pointwise_pair_hopper(Tensor x, Tensor weight, Tensor x2, Tensor weight2, Tensor bias, int[2] stride2) "
-      "-> Tensor");
-  m.def(
-      "conv_hopper(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor? mean, Tensor? var, "
-      "float eps, int[2] stride, bool relu) -> Tensor");
-  m.def(
-      "conv_cluster_hopper(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor? mean, "
-      "Tensor? var, float eps, int[2] stride, int[2] padding, int[2] dilation, bool relu) -> Tensor");
-  m.def(
-      "conv_tail_hopper(Tensor x, Tensor weight2, Tensor bias2, Tensor weight3, Tensor bias3, Tensor residual, "
-      "Tensor? projection, Tensor weight1, Tensor bias1) -> (Tensor, Tensor)");
-  m.def(
-      "bn_act(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps, bool relu) "
-      "-> (Tensor, Tensor, Tensor)");
-  m.def(
-      "bn_act_backward(Tensor dy, Tensor x, Tensor y, Tensor weight, Tensor mean, Tensor var, float eps, bool relu, "
-      "bool residual) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("add_act_gate_backward(Tensor dout, Tensor out, Tensor x, Tensor gate, bool relu) -> (Tensor, Tensor, Tensor)");
+  m.def("fold_bn(Tensor weight, Tensor gamma, Tensor beta, Tensor mean, Tensor var, float eps, ScalarType? "
+        "out=None) -> (Tensor, Tensor)");
+  m.def("conv" CONV ", int[2] padding, int[2] dilation, bool relu) -> Tensor");
+  m.def("pointwise" CONV ", bool relu) -> Tensor");
+  m.def("pointwise_hopper" CONV ", bool relu) -> Tensor");
+  m.def("pointwise_pair_hopper(Tensor x, Tensor weight, Tensor x2, Tensor weight2, Tensor bias, int[2] stride2) "
+        "-> Tensor");
+  m.def("conv_hopper" CONV ", bool relu) -> Tensor");
+  m.def("conv_cluster_hopper" CONV ", int[2] padding, int[2] dilation, bool relu) -> Tensor");
+  m.def("conv_tail_hopper(Tensor x, Tensor weight2, Tensor bias2, Tensor weight3, Tensor bias3, Tensor residual, "
+        "Tensor? projection, Tensor weight1, Tensor bias1) -> (Tensor, Tensor)");
+  m.def("bn_act(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps, bool relu) -> (Tensor, Tensor, "
+        "Tensor)");
+  m.def("bn_act_backward(Tensor dy, Tensor x, Tensor y, Tensor weight, Tensor mean, Tensor var, float eps, bool "
+        "relu, bool residual) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast_native, CompositeExplicitAutograd, m) {
