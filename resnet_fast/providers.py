@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from . import engines, folded
 from .accelerate import accelerate
-from .dispatch import named, use
+from .check import wanted
+from .dispatch import use
 from .models import create_model
 from .plan import plan
 from .problem import ACROSS
@@ -255,7 +256,10 @@ PROVIDERS = {p.id: p for p in (
 
 
 def provider(id: str) -> Provider:
-    """The provider of that id, or "kernel:ID" or "kernel:FILE": our plan with it forced where it applies. Raises LookupError."""
+    """The provider of that id, or "kernel:ID" or "kernel:FILE": our plan with it forced where it applies.
+
+    Raises LookupError for an unknown id, ImportError with what is wrong in a file.
+    """
     if id.startswith("kernel:"):
         return _forced(id.removeprefix("kernel:"))
     if id not in PROVIDERS:
@@ -264,9 +268,11 @@ def provider(id: str) -> Provider:
 
 
 def _forced(kernel: str) -> Provider:
+    named = wanted([kernel])  # now, and not when others have been measured for minutes
+
     def build(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         with use(kernel):
             return _plan(model, example, dtype)
 
     return Provider(f"kernel:{kernel}", f"plan() with {kernel}", build, ours=True,
-                    unavailable=lambda: next(filter(None, (k.available() for k in named(kernel))), None))
+                    unavailable=lambda: next(filter(None, (k.available() for k in named)), None))

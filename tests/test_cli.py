@@ -34,7 +34,7 @@ def test_every_command_explains_itself(capsys):
     (["explain", "resnet51"], "expected one of resnet18"),
     (["check", "--kernel", "nobody.knows"], "unknown"),
     (["check", "--kernel", "absent.py"], "does not exist"),
-    (["bench", "--providers", "nothing"], "unknown"),
+    (["bench", "--providers", "nothing"], "unknown"), (["bench", "--providers", "kernel:nobody.knows"], "bench: kernel 'nobody.knows' is unknown"),
     (["bench", "resnet51"], "bench: got 'resnet51', expected one of resnet18"),
     (["report", "--compare", "a.json", "b.json"], "a.json is not a file"),
     (["explain", "resnet18", "--device", "cuda"], "no CUDA device"),
@@ -103,12 +103,13 @@ def test_interrupted_while_the_commands_are_read_is_no_traceback(capsys, monkeyp
     ("import nobody_has_this", "line 1: ModuleNotFoundError: No module named 'nobody_has_this'\n"),
     ("import resnet_fast\n\n@resnet_fast.kernel('experimental.mine', op='convolve', supports=None)\ndef f(): pass", "line 3: ValueError: kernel "),
 ])
-@pytest.mark.parametrize("command", ["check", "bench"])
+@pytest.mark.parametrize("command", [["check", "--kernel", "mine.py"], ["bench", "--kernel", "mine.py"], ["bench", "--providers", "kernel:mine.py"]],
+                         ids=["check", "bench", "provider"])
 def test_what_is_wrong_in_a_kernels_file_is_told_with_its_line(command, text, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(text)
-    assert main([command, "--kernel", "mine.py"]) == 2
-    assert capsys.readouterr().err.startswith(f"{command}: kernel file mine.py, {words}")
+    assert main(command) == 2
+    assert capsys.readouterr().err.startswith(f"{command[0]}: kernel file mine.py, {words}")
 
 
 def test_help_of_bench_fits_80_columns(capsys, monkeypatch):
