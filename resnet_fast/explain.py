@@ -104,12 +104,12 @@ def _plain_lines(model: nn.Module, example: Tensor, fused: set[str]) -> list[Lin
             reason = why_plain_block(m, example)
             if reason is not None or type(m).forward not in (BasicBlock.forward, Bottleneck.forward):
                 lines.append(Line(name, "plain", "torch modules", reason or "a subclass overrides forward"))
-        elif isinstance(m, nn.Conv2d) and name not in fused and not _training_pair(model, name, fused):
+        elif isinstance(m, nn.Conv2d) and name not in fused and not _training_pair(name, fused):
             lines.append(Line(name, "plain", "torch module", why_plain(example, [m]) or "not part of a fused block"))
     return lines
 
 
-def _training_pair(model: nn.Module, name: str, fused: set[str]) -> bool:
+def _training_pair(name: str, fused: set[str]) -> bool:
     """Whether the convolution's batch norm ran fused: in training the convolution itself is torch's."""
     return name.replace("conv", "bn") in fused
 

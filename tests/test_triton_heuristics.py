@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="no Triton on this platform")
 
 from triton_interpreter import run_lane
+from triton_shapes import gemm
 
 from resnet_fast.dispatch import find, kernels
 from resnet_fast.kernels.triton import heuristics, launch
-from resnet_fast.kernels.triton.heuristics import CHIPS, Gemm, chip, gemm, gemm_config, gemm_configs, predicted_ns
+from resnet_fast.kernels.triton.heuristics import CHIPS, Gemm, chip, gemm_config, gemm_configs, predicted_ns
 from resnet_fast.problem import Problem
 from resnet_fast.testing import model_problems
 

@@ -11,12 +11,11 @@ pytest.importorskip("triton", reason="no Triton on this platform")
 
 from triton_ahead import TENSOR, Cubin, ahead, cubins
 from triton_interpreter import run_lane
+from triton_shapes import head_of, stem_of
 
 from resnet_fast.dispatch import find
 from resnet_fast.kernels.triton import pool_config
-from resnet_fast.kernels.triton.conv_pool import stem_of
 from resnet_fast.kernels.triton.heuristics import CHIPS
-from resnet_fast.kernels.triton.pointwise_pool import head_of
 from resnet_fast.kernels.triton.pool_config import SLOTS, HeadConfig, StemConfig
 from resnet_fast.problem import Problem
 

@@ -13,10 +13,11 @@ pytest.importorskip("triton", reason="no Triton on this platform")
 import triton
 from triton_ahead import TENSOR, ahead, cubins
 from triton_interpreter import run_lane
+from triton_shapes import gemm
 
 from resnet_fast.dispatch import find
 from resnet_fast.kernels.triton import conv_tma, tma_config
-from resnet_fast.kernels.triton.heuristics import CHIPS, Gemm, gemm
+from resnet_fast.kernels.triton.heuristics import CHIPS, Gemm
 from resnet_fast.kernels.triton.tma_config import TileConfig, Window
 from resnet_fast.problem import Problem
 from resnet_fast.testing import model_problems

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from triton_interpreter import right
+from triton_shapes import head_of, stem_of
 
 from resnet_fast.dispatch import find
 from resnet_fast.kernels.triton import conv_pool, launch, pointwise_pool
@@ -88,7 +89,7 @@ def test_the_host_asks_for_the_head_of_its_problem(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(pointwise_pool, "head_config", lambda h: asked.append(h) or HeadConfig(1, 32, 32, 16, 4, 2))
     problem = head((2, 16, 3, 5), 24)
     find("triton.pointwise_pool").fn(*make_args(problem))
-    assert asked == [pointwise_pool.head_of(problem)]
+    assert asked == [head_of(problem)]
 
 
 # ---------------------------------------------------------------- the stem
@@ -166,4 +167,4 @@ def test_the_host_asks_for_the_stem_of_its_problem(monkeypatch: pytest.MonkeyPat
     for bytes in (False, True):
         problem = stem((2, 3, 17, 12), 8, (5, 3), bytes=bytes)
         find("triton.conv_pool").fn(*make_args(problem))
-        assert asked.pop() == conv_pool.stem_of(problem)
+        assert asked.pop() == stem_of(problem)

@@ -162,11 +162,6 @@ def supports(problem: Problem) -> str | None:
     return launch.declines(problem)
 
 
-def stem_of(problem: Problem) -> Stem:
-    """The stem that a ``conv_pool`` problem is."""
-    return Stem(*problem.x, *(problem.weight[i] for i in (0, 2, 3)), problem.dtype.itemsize, problem.bytes, problem.capability)
-
-
 @kernel("triton.conv_pool", op="conv_pool", supports=supports, available=launch.available,
         sources=launch.sources("dependent", "epilogue", "pool_config"))
 def conv_pool(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, std: Tensor | None) -> Tensor:

@@ -12,8 +12,6 @@ from functools import lru_cache
 from itertools import product
 from math import ceil
 
-from ...dispatch import Problem
-
 # Up to here a block of 16 channels would be half padding: taps and channels are walked as one axis.
 FLAT_CHANNELS = 8
 # Estimates of the same kind as Chip's: a trip's barrier and addresses, the first operands' way from DRAM, one more
@@ -91,14 +89,6 @@ class GemmConfig:
     def shared(self, itemsize: int) -> int:
         """Bytes of shared memory that the operand pipeline takes."""
         return (self.block_m + self.block_n) * self.block_k * itemsize * self.num_stages
-
-
-def gemm(problem: Problem) -> Gemm:
-    """The matrix product that a ``conv_bn_act`` problem is."""
-    oh, ow = problem.out_hw
-    k, _, r, s = problem.weight
-    return Gemm(problem.x[0] * oh * ow, k, problem.x[1], r * s, problem.groups, problem.dtype.itemsize,
-                problem.residual is not None, problem.capability)
 
 
 def span(g: Gemm, block_n: int) -> int:

@@ -95,12 +95,6 @@ def supports(problem: Problem) -> str | None:
     return launch.declines(problem)
 
 
-def head_of(problem: Problem) -> Head:
-    """The head that a ``pointwise_pool`` problem is."""
-    n, c, h, w = problem.x
-    return Head(n, h * w, problem.weight[0], c, problem.dtype.itemsize, problem.capability)
-
-
 @kernel("triton.pointwise_pool", op="pointwise_pool", supports=supports, available=launch.available,
         sources=launch.sources("dependent", "epilogue", "pool_config"))
 def pointwise_pool(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
