@@ -25,14 +25,17 @@ def published(monkeypatch):
 
     def get_state_dict(entry, *args, **kwargs):
         asked.append(entry)
+        print(f"Downloading: {entry.url}")  # as torch.hub does
         return create_model(type(entry).__name__.partition("_")[0].lower()).state_dict()
 
     monkeypatch.setattr(WeightsEnum, "get_state_dict", get_state_dict)
     return asked
 
 
-def test_torchvisions_weights_bring_preset_and_categories(published):
+def test_torchvisions_weights_bring_preset_and_categories(published, capsys):
     found = weights.load("resnet50", None, False)
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("Downloading: ")
     assert published == [ResNet50_Weights.DEFAULT] == [ResNet50_Weights.IMAGENET1K_V2]
     assert (found.resize, found.crop) == (232, 224) and found.categories[281] == "tabby"
     assert not found.model.training

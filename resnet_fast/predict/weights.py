@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +64,8 @@ def _from_torchvision(name: str, weights: str | None) -> Weights:
         raise ValueError(f"--weights {weights}: neither a file nor one of {', '.join(entries)}")
     entry = entries[weights or "DEFAULT"]
     try:
-        model = create_model(name, weights=entry).eval()
+        with contextlib.redirect_stdout(sys.stderr):  # torch.hub tells of its download where our results go
+            model = create_model(name, weights=entry).eval()
     except OSError as error:  # no network, no space; its cause is what the network said
         raise ValueError(f"no weights for {name}: {entry.url} could not be fetched ({error.__cause__}); {instead}") from error
     preset = entry.transforms()
