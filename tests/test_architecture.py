@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch._inductor
 
 ROOT = Path(__file__).parents[1] / "resnet_fast"
 FILES = sorted(ROOT.rglob("*.py"))
@@ -131,6 +133,22 @@ def test_nothing_happens_at_load() -> None:
             if isinstance(node, ast.Call) and id(node) not in inside:
                 called = ast.unparse(node.func)
                 assert not called.startswith(DEVICE_CALLS) and called != "print", f"{module(path)}:{node.lineno} calls {called} at load"
+
+
+BENCHMARKS = ROOT.parent / "benchmarks"
+
+
+@pytest.mark.parametrize("path", [*FILES, *sorted(BENCHMARKS.glob("*.py"))], ids=lambda path: str(path.relative_to(ROOT.parent)))
+def test_torch_has_what_is_asked_of_it(path) -> None:
+    """Without a GPU nothing else would tell of a name that only a GPU's code asks for. Ops of our own come with their libraries."""
+    chains = {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Attribute)}
+    for chain in chains:
+        first, *names = chain.split(".")
+        if first == "torch" and all(map(str.isidentifier, names)) and not chain.startswith("torch.ops.resnet_fast"):
+            owner = torch
+            for name in names:
+                assert hasattr(owner, name), f"torch {torch.__version__} has no {chain}"
+                owner = getattr(owner, name)
 
 
 def test_no_exception_is_swallowed() -> None:

@@ -392,3 +392,22 @@ def test_command_interrupted_says_how_to_go_on(pretended_command, two_adds, cand
     pretended_command(Pretended())
     assert main(["tune", "resnet50", "--train"]) == 130
     assert "the same command goes on from there" in capsys.readouterr().err
+
+
+def test_versions_ask_the_driver(monkeypatch) -> None:
+    """Pretended: a library like libcuda, of CUDA 13.0, and one that cannot answer."""
+    import ctypes
+    from types import SimpleNamespace
+
+    def answer(version, error):
+        def ask(place):
+            place._obj.value = version
+            return error
+        return lambda name: SimpleNamespace(cuDriverGetVersion=ask)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ctypes, "CDLL", answer(13000, 0))
+    assert tables.versions.__wrapped__() == {**tables.versions(), "driver": "13000"}
+    monkeypatch.setattr(ctypes, "CDLL", answer(0, 3))
+    with pytest.raises(RuntimeError, match="CUDA error 3"):
+        tables.versions.__wrapped__()

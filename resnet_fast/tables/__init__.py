@@ -12,6 +12,7 @@ those it was verified with; ``stale`` tells why not. Files are looked for first 
 from __future__ import annotations
 
 import ast
+import ctypes
 import functools
 import hashlib
 import json
@@ -131,8 +132,17 @@ def versions() -> dict[str, str]:
         triton = version("triton")
     except PackageNotFoundError:
         triton = "none"
-    driver = str(torch._C._cuda_getDriverVersion()) if torch.cuda.is_available() else "none"
-    return {"torch": torch.__version__, "triton": triton, "driver": driver}
+    return {"torch": torch.__version__, "triton": triton, "driver": _driver() if torch.cuda.is_available() else "none"}
+
+
+def _driver() -> str:
+    """The CUDA version that the driver implements, for example "13000"; torch does not tell it. The library is in this process already."""
+    library = ctypes.CDLL("nvcuda" if os.name == "nt" else "libcuda.so.1")
+    version = ctypes.c_int()
+    error = library.cuDriverGetVersion(ctypes.byref(version))
+    if error:
+        raise RuntimeError(f"cuDriverGetVersion: CUDA error {error}")
+    return str(version.value)
 
 
 @functools.cache
