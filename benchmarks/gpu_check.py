@@ -14,7 +14,7 @@ import torch
 from gpu_scale import Alive, Cases, Scale
 from torch import Tensor
 
-from resnet_fast import testing
+from resnet_fast import capture, testing
 from resnet_fast.diagnose import diagnose
 from resnet_fast.dispatch import Kernel, find, kernels
 from resnet_fast.measure_op import op_problems
@@ -185,10 +185,8 @@ def graph(run, device: str):
     """(replay, what it writes) of ``run`` as a CUDA graph; on a CPU, where there are none, ``run`` itself."""
     if device != "cuda":
         return run, run()
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        kept = run()
-    return captured.replay, kept
+    made, kept = capture.captured(run)
+    return made.replay, kept
 
 
 # ---------------------------------------------------------------- one call after another

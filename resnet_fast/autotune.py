@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, tables
+from .capture import captured
 from .dispatch import Kernel, find
 from .problem import Problem
 from .program import once
@@ -68,13 +69,10 @@ class Device:
         """(each run as a CUDA graph's replay, why a run cannot be captured); the graphs share their memory."""
         pool, graphs, reasons = torch.cuda.graph_pool_handle(), {}, {}
         for id, run in runs.items():
-            graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph, pool=pool):
-                    run()
-                graphs[id] = graph.replay
-            except RuntimeError as error:
-                reasons[id] = first_line(error)
+                graphs[id] = captured(run, pool=pool)[0].replay
+            except Exception as error:  # as outside of a graph, a kernel may fail in its own way
+                reasons[id], pool = first_line(error), torch.cuda.graph_pool_handle()
             self.settle()
         return graphs, reasons
 

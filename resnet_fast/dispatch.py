@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from .problem import IDENTITY, KEYS, Problem, describe
 
 FAMILIES = ("aten", "cpu", "native", "triton", "experimental")
@@ -199,12 +201,24 @@ def chosen(op: str, args: tuple, check: Callable) -> tuple[Callable, Kernel, str
     if hit is None:
         check(*args)
         kernel, why = choose(describe(op, args))
-        hit = kernel.fn, kernel, why
+        hit = _there(kernel.fn, args[0].device), kernel, why
         with _lock:
             if len(memo) >= MEMO_LIMIT:  # a service that sees every shape must not grow without end
                 memo.clear()
             memo[key] = hit
     return hit
+
+
+def _there(fn: Callable, device: torch.device) -> Callable:
+    """``fn`` with its tensors' GPU as the current one, where there are several: Triton launches on the current one, wherever the tensors lie."""
+    if device.type != "cuda" or torch.cuda.device_count() == 1:
+        return fn
+
+    def there(*args):
+        with torch.cuda.device(device):
+            return fn(*args)
+
+    return there
 
 
 def choose(problem: Problem) -> tuple[Kernel, str]:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .capture import captured
 from .fold import fold
 
 Conv = Callable[[Tensor, Tensor | None], Tensor]
@@ -47,16 +48,29 @@ def onednn(conv: Folded) -> Conv:
 
 
 def cudnn(conv: Folded) -> Conv:
-    """cuDNN's convolution with bias, residual add and ReLU in one call; the plain one without ReLU."""
+    """cuDNN's convolution with bias, residual add and ReLU in one call; one by one without ReLU, and where it has no such kernel."""
+    fused = conv.act == "relu"
+
     def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if conv.act == "none":
-            out = F.conv2d(x, conv.weight, conv.bias, *conv.geometry)
-            return out if residual is None else out.add_(residual)
-        if residual is None:
-            return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, *conv.geometry)
-        return torch.cudnn_convolution_add_relu(x, conv.weight, residual, 1.0, conv.bias, *conv.geometry)
+        nonlocal fused
+        if fused:
+            try:
+                return _cudnn_fused(conv, x, residual)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # of the three channels of a stem, say: one layer is no reason to lose the bar
+                fused = False
+        out = F.conv2d(x, conv.weight, conv.bias, *conv.geometry)
+        out = out if residual is None else out.add_(residual)
+        return out.relu_() if conv.act == "relu" else out
 
     return run
+
+
+def _cudnn_fused(conv: Folded, x: Tensor, residual: Tensor | None) -> Tensor:
+    if residual is None:
+        return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, *conv.geometry)
+    return torch.cudnn_convolution_add_relu(x, conv.weight, residual, 1.0, conv.bias, *conv.geometry)
 
 
 class FoldedNet:
@@ -110,9 +124,7 @@ def graphed(run: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tenso
         for _ in range(3):
             run(static)
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run(static)
+    graph, out = captured(lambda: run(static))
 
     def replay(x: Tensor) -> Tensor:
         static.copy_(x)

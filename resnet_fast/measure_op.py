@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import folded, roofline
+from .capture import captured
 from .dispatch import Kernel
 from .fold import fold
 from .layers import across, layers
@@ -112,10 +113,7 @@ def _walk(call: Callable[[tuple], object], sets: list[tuple], device: str) -> Ca
     with torch.cuda.stream(side):
         walk()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        walk()
-    return graph.replay
+    return captured(walk)[0].replay
 
 
 def _bar(args: tuple, problem: Problem) -> tuple:

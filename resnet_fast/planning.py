@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -190,10 +190,11 @@ class Plan:
         return answer
 
     def _capture(self, program: Program, x: Tensor) -> None:
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        self._pool = self._pool or (torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device))
         try:
-            program.graph = Graph(program, x, self._pool)
+            program.graph = Graph(program, x, *self._pool)
         except (RuntimeError, ValueError) as problem:
+            self._pool = None  # see ``captured``
             if self.cuda_graph:
                 raise
             self.notes.append(f"no CUDA graph for {list(x.shape)}, its steps run one by one: {problem}")
@@ -303,7 +304,8 @@ class Plan:
         if self.device.type != "cuda":
             raise ValueError(f"plan: tune measures GPU kernels, this plan is on {self.device}")
         from . import plan_tuning
-        plan_tuning.tune(self, example, plan_tuning.Device.current(), seconds, say)
+        with _quiet(self.device):
+            plan_tuning.tune(self, example, plan_tuning.Device.current(), seconds, say)
 
     def recall(self, example: Tensor) -> None:
         """Use the groups that :meth:`tune` found to pay for this network and input, in whichever process; ``notes`` say so."""
@@ -358,8 +360,8 @@ def _transform() -> str | None:
 
 @contextmanager
 def _quiet(device: torch.device) -> Iterator[None]:
-    """No gradients, and no autocast: it would cast what the plan has in its dtype already."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    """No gradients; no autocast: it would cast what the plan has in its dtype already; and its GPU the current one, where kernels and graphs go."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         yield
 
 

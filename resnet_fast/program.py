@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .buffers import deaths, own_memory
+from .capture import captured
 from .dispatch import Kernel, choose, describe, find
 from .fold import fold
 from .groups import EXTERNAL, Members, flat
@@ -132,6 +133,8 @@ def _leave(step: Step, result: Any, values: Values) -> None:
 def _named(step: Step, run: Run, values: Values) -> Any:
     try:
         return run(values)
+    except torch.OutOfMemoryError:  # says no more of the step than of any other
+        raise
     except (RuntimeError, TypeError, ValueError) as problem:
         raise ValueError(f"plan: step {step.output} ({step.target}) failed on this input: {problem}") from problem
 
@@ -359,18 +362,19 @@ def _bind_add(step: Step) -> Run:
 # ---------------------------------------------------------------- a GPU's graph
 
 class Graph:
-    """One input shape's steps as a CUDA graph over a static input. Graphs of a plan share ``pool``, so they run one at a time."""
+    """One input shape's steps as a CUDA graph over a static input. Graphs of a plan share ``pool``, so they run one at a time.
 
-    def __init__(self, program: Program, x: Tensor, pool: Any) -> None:
+    ``side``: the stream to capture on, of the input's device, which is the current one; the same for all graphs of a pool, or each would take
+    memory of its own.
+    """
+
+    def __init__(self, program: Program, x: Tensor, pool: Any, side: torch.cuda.Stream) -> None:
         self._static = x.clone(memory_format=torch.preserve_format)
-        side = torch.cuda.Stream(x.device)
         side.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(side):
             program(self._static)  # lazy handles and workspaces come into being outside the capture
         torch.cuda.current_stream(x.device).wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self._answer = program(self._static)
+        self._graph, self._answer = captured(partial(program, self._static), stream=side, pool=pool, mode="thread_local")
 
     def replay(self, x: Tensor) -> Any:
         """Copies of the answer: it lies in the graph's own memory, which the next replay writes."""

@@ -407,7 +407,7 @@ def test_versions_ask_the_driver(monkeypatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(ctypes, "CDLL", answer(13000, 0))
-    assert tables.versions.__wrapped__() == {**tables.versions(), "driver": "13000"}
+    assert tables.versions.__wrapped__()["driver"] == "13000"
     monkeypatch.setattr(ctypes, "CDLL", answer(0, 3))
     with pytest.raises(RuntimeError, match="CUDA error 3"):
         tables.versions.__wrapped__()
