@@ -2,9 +2,9 @@
 
 No argument, no network, from any checkout: builds the extension or takes the one that is there, then stage after stage,
 each with a deadline, every kernel in a process of its own under a watchdog, results on disk row by row. The same command
-again goes on with what a run left out, or with one that was killed. Results go to $OUT, or to benchmarks/results; the
-short table comes last. Exit code 0: no kernel was found wrong; 1: one was; 2: there is no GPU. ``--rehearse`` runs
-the same program on a CPU at toy sizes.
+again goes on with what a run left out, or with one that was killed, on a new machine too if that run's folder was put into
+benchmarks/results. Results go to $OUT, or to benchmarks/results; the short table comes last. Exit code 0: no kernel was
+found wrong; 1: one was; 2: there is no GPU. ``--rehearse`` runs the same program on a CPU at toy sizes.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ TOTAL = 525.0  # seconds
 PROCESS_BYTES = 8 << 30  # of GPU memory that a process checking a batch of 256 may take
 COMPILING = 45.0  # seconds that a case may be silent in which several kernels, all of them proved, may have to be compiled
 SANITIZER = "compute-sanitizer"
+KEPT = ROOT / "benchmarks" / "results"  # of this checkout: what earlier runs left, though their $OUT be gone
 
 
 class NoGpu(Exception):
@@ -69,8 +70,8 @@ class Run:
     def kernels(self) -> list[str]:
         """The kernels that can run here, what may win first: a deadline costs the others' checks. Of an extension made of other sources, none."""
         stale = not self.rehearse and prebuilt() != sources()
-        found = {row["case"]: row.get("op", "") for row in self.ledger.of("inventory")
-                 if row["status"] == "here" and not (stale and row["case"].startswith("native"))}
+        found = {id: row.get("op", "") for id, row in self.found.inventory.items()
+                 if row["status"] == "here" and not (stale and id.startswith("native"))}
         return sorted(found, key=lambda id: (not ours(id), found[id].startswith(("bn_act", "add_act"))))
 
     def proved(self) -> list[str]:
@@ -85,14 +86,15 @@ def environment(run: Run, deadline: float) -> str | None:
     trouble = run.job("environment", Job("machine", "environment", run.args()), deadline)
     row = run.found.one("environment", "machine")
     if row is None or row["status"] != "here":
-        raise NoGpu(row["reason"] if row else f"it did not answer: {trouble}")
+        raise NoGpu(row["reason"] if row and row["status"] == "no gpu" else f"it did not answer: {row['reason'] if row else trouble}")
     return trouble
 
 
 def build(run: Run, deadline: float) -> str | None:
     """The extension, and with it the list of kernels."""
     said = extension(run, deadline)
-    trouble = run.job("inventory", Job("inventory", "inventory", run.args()), max(deadline, time.monotonic() + 30))
+    job = Job(f"inventory {prebuilt() or 'without extension'}", "inventory", run.args())
+    trouble = run.job("inventory", job, max(deadline, time.monotonic() + 30))
     return "; ".join(filter(None, (said, trouble))) or None
 
 
@@ -102,8 +104,7 @@ def extension(run: Run, deadline: float) -> str | None:
         return "left out of a rehearsal"
     if not (ROOT / "csrc").is_dir():
         return "there are no sources to build from"
-    major, minor = run.found.one("environment", "machine")["capability"]
-    arch = "9.0a" if (major, minor) == (9, 0) else f"{major}.{minor}"
+    arch = architecture(run)
     if prebuilt() == sources() and arch in targets():
         return "prebuilt"
     env = {**os.environ, "RESNET_FAST_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": arch}
@@ -121,6 +122,18 @@ def extension(run: Run, deadline: float) -> str | None:
             said = log.read()
             run.note("build", said)
     return f"failed: {last_words(said)}" if code else None
+
+
+def architecture(run: Run) -> str:
+    """What nvcc calls this GPU."""
+    major, minor = run.found.one("environment", "machine")["capability"]
+    return "9.0a" if (major, minor) == (9, 0) else f"{major}.{minor}"
+
+
+def lacks_extension(run: Run) -> bool:
+    """Whether a run that has built it goes on where it is not, on a new machine say."""
+    built = [row for row in run.ledger.of("stages", "build") if not row["reason"] or row["reason"].startswith("prebuilt")]
+    return not run.rehearse and bool(built) and (prebuilt() != sources() or architecture(run) not in targets())
 
 
 def sources() -> str:
@@ -199,8 +212,13 @@ def tables(run: Run, deadline: float) -> str | None:
 def groups(run: Run, deadline: float) -> str | None:
     """Plans as a user tunes them: which groups of layers pay is remembered in the table, and the headline's plan uses it."""
     seconds = max(5.0, (deadline - time.monotonic() - 20) / 2.5)  # two batches, and what building them takes
-    job = Job("plans", "tune_plans", run.args(seconds=seconds), env={"RESNET_FAST_TABLES": str(run.folder)}, silence=60, restarts=1)
+    job = Job(f"plans{tuned(run)}", "tune_plans", run.args(seconds=seconds), env={"RESNET_FAST_TABLES": str(run.folder)}, silence=60, restarts=1)
     return run.job("groups", job, deadline)
+
+
+def tuned(run: Run) -> str:
+    """By how many problems of the tables: with more of them, a network is another case."""
+    return f" by {len(run.ledger.of('tables'))} problems"
 
 
 PLAYERS = ("eager-nchw", "eager", "folded", "ours", "ours-plan", "ours-plan-across")
@@ -212,7 +230,7 @@ def network(run: Run, stage: str, name: str, deadline: float, silence: float, *m
     args = run.args(mode=mode, batches=(5,) if run.rehearse else batches, peers=[*PLAYERS, *more],
                     folder=str(run.folder))
     env = {"RESNET_FAST_TABLES": str(run.folder)}
-    return run.job(stage, Job(name, "whole_network", args, env=env, silence=silence, restarts=1), deadline)
+    return run.job(stage, Job(name + tuned(run), "whole_network", args, env=env, silence=silence, restarts=1), deadline)
 
 
 def headline(run: Run, deadline: float) -> str | None:
@@ -311,9 +329,11 @@ def perform(run: Run, stages: tuple[Stage, ...], sensors: Sensors, seconds: floa
     end = time.monotonic() + seconds
     complete = done(run.ledger)
     for i, stage in enumerate(stages):
-        if stage.name in complete:
+        if stage.name in complete and not (stage.name == "build" and lacks_extension(run)):
             say(f"{stage.name}: done before")
             continue
+        if stage.name == "tables":  # what uses them is to be seen again
+            complete -= {"groups", "headline", "peers"}
         start = time.monotonic()
         spare = end - start - sum(later.least for later in stages[i + 1:] if not later.optional)
         limit = min(stage.most, spare if stage.optional else max(spare, min(stage.least, end - start)))  # what comes first has first to be
@@ -329,8 +349,15 @@ def perform(run: Run, stages: tuple[Stage, ...], sensors: Sensors, seconds: floa
 
 
 def done(ledger: Ledger) -> set[str]:
-    """The stages that need not run again."""
-    return {row["job"] for row in ledger.of("stages") if row["status"] == "done"}
+    """The stages that need not run again: the last row of each tells."""
+    return {name for name, status in {row["job"]: row["status"] for row in ledger.of("stages")}.items() if status == "done"}
+
+
+def goes_on(folder: Path, wanted: set[str]) -> bool:
+    """Whether something is left to do of a run; of one whose kernels were not all built everything is."""
+    ledger = Ledger(folder / "rows.jsonl")
+    complete, begun = done(ledger), {row["job"] for row in ledger.of("stages")}
+    return bool(wanted - complete) and ("build" in complete or "build" not in begun)
 
 
 def say(line: str) -> None:
@@ -339,16 +366,19 @@ def say(line: str) -> None:
 
 def open_run(results: Path, rehearse: bool, stages: tuple[Stage, ...], sensors: Sensors) -> Run:
     """A new run's folder, or that of one of the same sources on such a card in which some of these stages are not done."""
-    card = sensors.query("name", "driver_version") or []
+    name, driver = sensors.query("name", "driver_version") or ["", ""]
+    card = name, driver.partition(".")[0]  # of the same driver but for its patches
     digest = hashlib.sha256(" ".join(["rehearsal" if rehearse else "", sys.executable, *card]).encode())
     files = [p for folder in ("resnet_fast", "csrc", "benchmarks") for p in (ROOT / folder).rglob("*")]
     for path in sorted(p for p in files if p.suffix in (".py", ".cu", ".cuh", ".h", ".cpp")):
         digest.update(path.read_bytes())
     name = digest.hexdigest()[:8]
-    wanted = {stage.name for stage in stages}
-    unfinished = [p for p in sorted(results.glob(f"gpu-*-{name}")) if wanted - done(Ledger(p / "rows.jsonl"))]
-    folder = unfinished[-1] if unfinished else results / f"gpu-{time.strftime('%Y%m%d%H%M%S')}-{name}"
+    brought = {p.name: p for place in (KEPT, results) for p in place.glob(f"gpu-*-{name}")}
+    unfinished = [key for key in sorted(brought) if goes_on(brought[key], {stage.name for stage in stages})]
+    folder = results / (unfinished[-1] if unfinished else f"gpu-{time.strftime('%Y%m%d%H%M%S')}-{name}")
     folder.mkdir(parents=True, exist_ok=True)
+    if unfinished and brought[folder.name] != folder:
+        shutil.copytree(brought[folder.name], folder, dirs_exist_ok=True)
     ledger = Ledger(folder / "rows.jsonl")
     if unfinished:
         say(f"going on with {folder}, which has {len(ledger.rows)} rows")
@@ -365,7 +395,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     wanted = None if args.stages is None else {*args.stages.split(","), "environment", "build"}
     stages = tuple(stage for stage in STAGES if wanted is None or stage.name in wanted)
-    results = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results").absolute()  # children run elsewhere
+    results = Path(os.environ.get("OUT") or KEPT).absolute()  # children run elsewhere
     interrupted = False
     with Sensors() as sensors:
         try:
@@ -375,7 +405,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             perform(run, stages, sensors, args.seconds)
         except NoGpu as reason:
-            if not run.ledger.of("stages"):
+            if not run.ledger.of("stages") and "did not answer" not in str(reason):
                 shutil.rmtree(run.folder)
             say(f"make gpu found no GPU to run on: {reason}")
             return 2

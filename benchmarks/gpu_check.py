@@ -36,8 +36,8 @@ def chosen_kernels(scale: Scale) -> list[Kernel]:
 def inventory(scale: Scale, alive: Alive) -> Cases:
     """Every kernel: its op, and why it cannot run here."""
     for kernel in chosen_kernels(scale):
-        yield kernel.id, lambda kernel=kernel: {"op": kernel.op, "status": "absent" if kernel.available() else "here",
-                                                "reason": kernel.available()}
+        reason = "it is for processors" if scale.device == "cuda" and kernel.id.startswith("cpu.") else kernel.available()
+        yield kernel.id, lambda kernel=kernel, reason=reason: {"op": kernel.op, "status": "absent" if reason else "here", "reason": reason}
 
 
 def check(scale: Scale, alive: Alive, kernel: str, dtypes: list[str], share: int = 0, shares: int = 1) -> Cases:

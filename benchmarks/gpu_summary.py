@@ -45,6 +45,11 @@ class Found:
         return next((row for row in self.of(stage) if row["case"] == case), None)
 
     @property
+    def inventory(self) -> dict[str, dict]:
+        """Kernel → what was last said of it: a build may have come in between."""
+        return {row["case"]: row for row in self.of("inventory")}
+
+    @property
     def machine(self) -> dict:
         return self.one("environment", "machine")["machine"]
 
@@ -119,7 +124,7 @@ def _kernels(found: Found) -> str:
         first = f"; {bad[0]['status']}: {bad[0]['case']}: {bad[0].get('reason')}" if bad else ""
         state = f"proved in {' '.join(proved)}" if proved else "not proved"
         lines.append(f"{kernel:28} {len(judged):5} checks {len(bad):4} bad  {state}{first}"[:200])
-    absent = [f"{row['case']} ({row['reason']})" for row in found.of("inventory") if row["status"] == "absent"]
+    absent = [f"{id} ({row['reason']})" for id, row in found.inventory.items() if row["status"] == "absent"]
     lines += [f"cannot run here: {line}"[:200] for line in absent]
     return "KERNELS\n" + "\n".join(lines) if lines else ""
 
@@ -199,7 +204,7 @@ def _untried(notes: list[str]) -> str:
 def _groups(found: Found) -> str:
     """Which groups of layers the tuned plans use."""
     lines = [f"  {row['case']}: {', '.join(row['across']) or 'none'}" + _untried(row["notes"]) if row["status"] == "tuned" else
-             f"  {row['case']}: {row['status']}: {row.get('reason')}" for row in found.of("groups")]
+             f"  {row['case']}: {row['status']}: {row.get('reason')}" for row in {row["case"]: row for row in found.of("groups")}.values()]
     return "GROUPS of layers that the tuned plan (ours-plan) runs as one\n" + "\n".join(lines) if lines else ""
 
 
@@ -219,7 +224,7 @@ def decisions(found: Found) -> list[str]:
 
 def _about_kernels(found: Found) -> list[str]:
     lines, seen = [], {}
-    here = dict.fromkeys([*(row["case"] for row in found.of("inventory") if row["status"] == "here"), *found.checks])
+    here = dict.fromkeys([*(id for id, row in found.inventory.items() if row["status"] == "here"), *found.checks])
     for row in found.bad():
         seen.setdefault(kernel_of(row), []).append(row)
     for kernel, rows in seen.items():

@@ -223,6 +223,61 @@ def test_a_run_goes_on_as_long_as_a_stage_is_missing(tmp_path) -> None:
     assert a_folder(tmp_path).folder != first.folder
 
 
+def test_a_run_that_was_brought_to_a_new_machine_goes_on_there(tmp_path, monkeypatch) -> None:
+    """Of the first machine only what was in $OUT is left, put into the checkout; the new $OUT has all of it in the end."""
+    monkeypatch.setattr(gpu, "KEPT", tmp_path / "kept")
+    first = a_folder(tmp_path / "kept", check="done")
+    (first.folder / "nvidia-h200.json").write_text("{}")
+    again = a_folder(tmp_path / "out")
+    assert again.folder == tmp_path / "out" / first.folder.name and gpu.done(again.ledger) == {"check"}
+    assert (again.folder / "nvidia-h200.json").is_file()
+
+
+def test_the_driver_may_have_another_patch(tmp_path, monkeypatch) -> None:
+    folders = []
+    for driver in ("580.159.03", "580.159.04", "590.1"):
+        monkeypatch.setattr(Sensors, "query", lambda self, *names, driver=driver: ["NVIDIA H200", driver])
+        folders.append(a_folder(tmp_path, check="done").folder)
+    assert folders[0] == folders[1] != folders[2]
+
+
+def test_a_run_without_all_kernels_is_not_gone_on_with(tmp_path) -> None:
+    first = a_folder(tmp_path, environment="done", build="cut", check="done")
+    time.sleep(1.1)
+    assert a_folder(tmp_path).folder != first.folder
+
+
+@pytest.mark.parametrize("reason, built, again", [(None, None, True), ("prebuilt", "other", True), (None, "sources", False),
+                                                  ("failed: error: no such instruction", None, False)])
+def test_the_extension_is_built_again_where_it_is_not(tmp_path, monkeypatch, reason, built, again) -> None:
+    took: list = []
+    monkeypatch.setattr(gpu, "prebuilt", lambda: built)
+    monkeypatch.setattr(gpu, "sources", lambda: "sources")
+    monkeypatch.setattr(gpu, "targets", lambda: ["9.0a"])
+    run = replace(a_run(tmp_path), rehearse=False)
+    run.ledger.add({"stage": "environment", "job": "machine", "case": "machine", "status": "here", "capability": [9, 0]})
+    run.ledger.add({"stage": "stages", "job": "build", "case": "build", "status": "done", "reason": reason})
+    gpu.perform(run, (stage("build", took, 1, 5), stage("check", took, 1, 5)), Sensors(program="absent"), 100)
+    assert [name for name, _ in took] == ["build", "check"][not again:]
+
+
+def test_what_uses_the_tables_is_seen_again_once_they_grew(tmp_path, monkeypatch) -> None:
+    took: list = []
+    stages = tuple(stage(name, took, 1, 5) for name in ("layers", "tables", "groups", "headline", "peers", "others"))
+    run = a_run(tmp_path)
+    for name in ("layers", "groups", "headline", "peers", "others"):
+        run.ledger.add({"stage": "stages", "job": name, "case": name, "status": "done", "reason": None})
+    run.ledger.add({"stage": "stages", "job": "tables", "case": "tables", "status": "cut", "reason": None})
+    gpu.perform(run, stages, Sensors(program="absent"), 100)
+    assert [name for name, _ in took] == ["tables", "groups", "headline", "peers"]
+    asked: list[Job] = []
+    monkeypatch.setattr(gpu.Run, "job", lambda self, stage, job, deadline: asked.append(job))
+    for _ in range(2):
+        gpu.groups(run, soon(80)), gpu.headline(run, soon(80))
+        run.ledger.add({"stage": "tables", "job": "tables", "case": "conv", "status": "tuned"})
+    assert len({job.name for job in asked}) == 4  # a case of a job is done once
+
+
 def test_another_card_does_not_go_on_with_the_run_of_one(tmp_path, monkeypatch) -> None:
     first = a_folder(tmp_path, check="done")
     monkeypatch.setattr(Sensors, "query", lambda self, *names: ["NVIDIA L40S", "580.1"])
@@ -420,6 +475,23 @@ def test_sources_are_hashed_as_the_build_hashes_them() -> None:
     sys.modules[spec.name] = setup
     spec.loader.exec_module(setup)
     assert gpu.sources() == setup.source_hash(without="cpu")
+
+
+def test_a_processors_kernels_are_none_of_a_gpus() -> None:
+    """Each would be a process that checks nothing, and seconds of the memory checker's."""
+    import gpu_check
+    from gpu_scale import Scale
+    said = {case: work() for case, work in gpu_check.inventory(Scale(), print)}
+    mine = {id: row for id, row in said.items() if id.startswith("cpu.")}
+    assert mine and {(row["status"], row["reason"]) for row in mine.values()} == {("absent", "it is for processors")}
+    assert said["aten.conv_bn_act"]["status"] == "here"
+
+
+def test_an_inventory_after_a_build_counts(tmp_path) -> None:
+    run = a_run(tmp_path)
+    for job, status in (("inventory without extension", "absent"), ("inventory 1234", "here")):
+        run.ledger.add({"stage": "inventory", "job": job, "case": "native.conv", "status": status, "op": "conv_bn_act", "reason": None})
+    assert run.kernels() == ["native.conv"]
 
 
 MEMORY_ERROR = """========= COMPUTE-SANITIZER
