@@ -8,13 +8,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
 
+from . import tables
 from .console import counted, default_device, device_or_error, positive, seconds, table, target
+from .layers import layers
 from .measure import Case, Outcome, measure
+from .measure_op import TRAINING, after
 from .models import list_models
 from .providers import DTYPES, MODES, PROVIDERS, provider
 from .report.ledger import Row, here, measured_by, write_run
@@ -39,9 +43,10 @@ def add_parser(commands) -> None:
     p.add_argument("model", metavar="MODEL", nargs="?", default="resnet50", help="an architecture (default %(default)s)")
     case = p.add_argument_group("what is run")
     case.add_argument("--mode", choices=MODES, default="infer", help="infer, or train: forward, backward, SGD step (default %(default)s)")
-    case.add_argument("--batch", type=positive, nargs="+", metavar="N", help="batch sizes (default 1 16; with --kernel 1, on a GPU 256)")
+    case.add_argument("--batch", type=positive, nargs="+", metavar="N",
+                      help="batch sizes (default 1 16, on a GPU 256 1, to train there 32; with --kernel 1, on a GPU 256)")
     case.add_argument("--size", type=positive, default=224, metavar="N", help="height and width in pixels (default %(default)s)")
-    case.add_argument("--dtype", choices=DTYPES, help="(default fp32; with --kernel on a GPU bf16)")
+    case.add_argument("--dtype", choices=DTYPES, help="(default fp32, on a GPU bf16)")
     case.add_argument("--device", default=default_device(), help="cpu or cuda (default here: %(default)s)")
     case.add_argument("--photos", action="store_true", help="real photographs (extra bench) instead of random images")
     compared = p.add_argument_group("what is compared")
@@ -66,15 +71,20 @@ def run(args: argparse.Namespace) -> int:
     if args.kernel:
         from . import bench_kernel
         return bench_kernel.run(args)
-    device, dtype = device_or_error(args.device), args.dtype or "fp32"
+    device = device_or_error(args.device)
+    dtype, batches = defaults(device.type, args.mode)
+    dtype, batches = args.dtype or dtype, args.batch or batches
     chosen = [provider(id) for id in dict.fromkeys(["eager-nchw", *args.providers])]
     machine = here(args.device)
     machine.facts["command"] = measured_by(["resnet_fast", *args.words], "--save")
     _say(f"{args.mode} {args.model}, {dtype}, {args.size}², on {where(machine)}")
     rows: list[Row] = []
     wrong = False
-    for batch in args.batch or (1, 16):
+    for batch in batches:
         case = Case(args.mode, args.model, dtype, batch, args.size, device.type)
+        lacking = untuned(case, batches) if device.type == "cuda" else None
+        if lacking:
+            _say(f"  {lacking}")
         outcomes = measure(case, chosen, x=_photos(args, batch, device, DTYPES[dtype]), max_seconds=args.seconds or 40.0, cold=args.cold,
                            say=lambda line: _say(f"  {line}"), progress=_progress)
         _say("")
@@ -82,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         rows += found
         wrong = wrong or any(outcome.wrong for outcome in outcomes.values())
         if not args.json:
-            print(f"{case.name}\n{show(found)}\n{_refusals(outcomes)}", flush=True)
+            print("\n".join([case.name, show(found), _refusals(outcomes) + (f"{lacking}\n" if lacking else "")]), flush=True)
     if args.save is not None:
         _say(f"written: {write_run(rows, machine, args.save or None)}")
     if args.json:
@@ -91,6 +101,28 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(LEGEND + "\nWeights: random, seeded, the same for all; no pretrained ones are at hand, so no accuracy is claimed.")
     return 1 if wrong else 0
+
+
+def defaults(device: str, mode: str) -> tuple[str, tuple[int, ...]]:
+    """(dtype, batch sizes) that people run on such a device."""
+    if device == "cpu":
+        return "fp32", (1, 16)
+    return "bf16", (256, 1) if mode == "infer" else (32,)
+
+
+def untuned(case: Case, batches: Sequence[int] = ()) -> str | None:
+    """What ours lacks on a GPU that was never tuned for a case, and the command that brings it; None where something was measured."""
+    capability, dtype = torch.cuda.get_device_capability(), DTYPES[case.dtype]
+    convs = [layer.problem for layer in layers(case.model, case.batch, case.size, dtype, "cuda", capability)]
+    asked = {replace(conv, bn=False) for conv in convs} if case.mode == "infer" else {after(conv, op) for conv in convs for op in TRAINING} - {None}
+    if any(tables.records(problem) for problem in asked):
+        return None
+    command = ["python", "-m", "resnet_fast", "tune", case.model, "--batch", *map(str, batches or (case.batch,))]
+    command += ["--size", str(case.size)] if case.size != 224 else []
+    command += ["--dtype", str(dtype).removeprefix("torch.")] if case.dtype != "bf16" else []
+    command += ["--train"] if case.mode == "train" else []
+    return (f"{case.name}: no kernel of ours was measured for this on {tables.gpu_name()} yet, so ours runs torch's own (cuDNN, batch norm folded). "
+            f"`{' '.join(command)}` measures them, in minutes, and says how many; then run this again")
 
 
 def where(machine) -> str:

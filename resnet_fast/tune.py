@@ -25,7 +25,8 @@ def add_parser(commands) -> None:
                                         "plan of the whole network with and without each group of layers and remember those that pay. "
                                         "The largest part of the network's time comes first. What was measured before with the same source "
                                         "and versions is skipped, so an interrupted run goes on where it stopped. Exit code 1 if a kernel "
-                                        "was wrong or failed, or if a network could not be planned.")
+                                        "was wrong or failed, or if a network could not be planned; 3 if a kernel broke the GPU's context: run "
+                                        "it again, it goes on without that kernel.")
     p.add_argument("model", help="an architecture (see `list`)")
     p.add_argument("--batch", type=positive, nargs="+", default=[256], help="batch sizes (default 256)")
     p.add_argument("--size", type=positive, default=224, help="height and width in pixels (default %(default)s)")
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         return 130
     except DeviceLost as error:
         say(f"tune: {error}")
-        return 1
+        return 3
     for outcome in outcomes:
         for kernel, how in outcome.bad.items():
             print(f"never chosen: {kernel} on {outcome.problem.key}: {how}")

@@ -337,6 +337,14 @@ def test_command_reports_choices_and_who_failed(pretended_command, two_adds, can
     assert "[2/2] add_act" in capsys.readouterr().err  # measured before: no time to speak of
 
 
+def test_command_asks_to_be_run_again_once_the_device_is_lost(pretended_command, two_adds, candidates, capsys) -> None:
+    """Its code is one of its own, for the one that runs it again: the next process goes on."""
+    candidates(fast=right)
+    pretended_command(Pretended(lost=True))
+    assert main(["tune", "resnet50", "--train"]) == 3
+    assert "the next run passes that kernel over" in capsys.readouterr().err
+
+
 ASK = ["tune", "resnet18", "--batch", "2", "--size", "32", "--dtype", "float32"]
 
 

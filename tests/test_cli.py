@@ -332,6 +332,32 @@ def test_a_kernel_from_the_environment_that_cannot_run_is_one_sentence(capsys, m
     assert capsys.readouterr().err == f"explain: kernel 'experimental.absent' from {dispatch.ENV} cannot run here: it needs a GPU\n"
 
 
+def test_bench_takes_what_people_run_on_a_device():
+    assert bench.defaults("cpu", "infer") == bench.defaults("cpu", "train") == ("fp32", (1, 16))
+    assert bench.defaults("cuda", "infer") == ("bf16", (256, 1)) and bench.defaults("cuda", "train") == ("bf16", (32,))
+
+
+@pytest.mark.parametrize("case, command", [
+    (bench.Case("infer", "resnet50", "bf16", 256, 224, "cuda"), "tune resnet50 --batch 256 1`"),
+    (bench.Case("train", "resnet18", "fp16", 256, 64, "cuda"), "tune resnet18 --batch 256 1 --size 64 --dtype float16 --train`")])
+def test_bench_says_that_a_gpu_was_not_tuned(monkeypatch, tmp_path, case, command):
+    """Pretended: a GPU without a table, then with one of this case."""
+    from resnet_fast.layers import layers
+    monkeypatch.setenv("RESNET_FAST_TABLES", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(tables, "gpu_name", lambda device=None: "Pretended GPU")
+    tables.load.cache_clear()
+    said = bench.untuned(case, (256, 1))
+    assert "no kernel of ours was measured for this on Pretended GPU yet" in said and f"`python -m resnet_fast {command}" in said
+    conv = layers(case.model, 256, case.size, bench.DTYPES[case.dtype], "cuda", (9, 0))[3].problem
+    problem = replace(conv, bn=False) if case.mode == "infer" else bench.after(conv, "bn_act_backward")
+    kernel = "aten.conv_bn_act" if case.mode == "infer" else "aten.bn_act_backward"
+    record = {"status": "right", "source": tables.source_hash(dispatch.find(kernel).sources), "versions": tables.versions()}
+    tables.update("Pretended GPU", lambda sections: sections["measured"].update({problem.key: {kernel: record}}))
+    assert bench.untuned(case) is None and bench.untuned(replace(case, batch=1)) is not None
+    tables.load.cache_clear()
+
+
 def test_bench_skips_a_kernel_that_takes_no_layer(capsys):
     words = ["bench", "resnet18", "--batch", "1", "--size", "32", "--providers", "eager-nchw", "kernel:aten.cudnn_fused", "--seconds", "0.1"]
     assert main(words) == 0

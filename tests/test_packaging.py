@@ -6,7 +6,9 @@ import ast
 import importlib.metadata
 import importlib.util
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -368,3 +370,31 @@ def test_what_cannot_be_compiled_after_all_is_left_out_and_the_record_says_so(mo
 def test_an_extension_that_was_insisted_on_stops_the_build(tmp_path, monkeypatch):
     with pytest.raises(setup.BuildError, match="^RESNET_FAST_BUILD=cuda: c.. failed: avx2.cpp:7:1: error: no such intrinsic .auto does without"):
         build_here(tmp_path, monkeypatch, decide(), "cuda", "_C")
+
+
+def make(tmp_path: Path, gpu: str | None, tune: int = 0) -> tuple[list[str], str]:
+    """(what `make bench` ran of the environment's python, its output) where nvidia-smi names such a GPU, or is absent; ``tune``: its exit code."""
+    (tmp_path / "bin").mkdir()
+    if gpu is not None:
+        smi = tmp_path / "bin" / "nvidia-smi"
+        smi.write_text(f"#!/bin/sh\necho {gpu}\n")
+        smi.chmod(0o755)
+    python = tmp_path / "bin" / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/ran\ncase "$*" in *tune*) exit {tune};; esac\n')
+    python.chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    env.pop("TORCH_CUDA_ARCH_LIST", None)
+    done = subprocess.run(["make", "bench", f"BIN={tmp_path}/bin", "-o", ".venv/.bench"], cwd=ROOT, env=env, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return (tmp_path / "ran").read_text().splitlines(), done.stdout
+
+
+COMPARE, TUNE = "-m resnet_fast bench --photos", "-m resnet_fast tune resnet50 --batch 256 1"
+
+
+@pytest.mark.skipif(shutil.which("make") is None or shutil.which("nvidia-smi") is not None, reason="needs make, and no GPU of its own")
+@pytest.mark.parametrize("gpu, tune, ran", [(None, 0, [COMPARE]), ("9.0", 0, [TUNE, COMPARE]), ("8.6", 1, [TUNE, COMPARE]),
+                                            ("9.0", 3, [*5 * [TUNE], COMPARE])])
+def test_a_gpu_is_tuned_before_it_is_compared(tmp_path, gpu, tune, ran) -> None:
+    """Again if a kernel broke the device; whatever comes of it, the comparison follows."""
+    assert make(tmp_path, gpu, tune)[0] == ran

@@ -168,7 +168,7 @@ def test_more_than_2_31_elements_are_no_reason_to_decline() -> None:
     assert find("triton.conv").supports(nhwc(x=(2**10, 256, 2**7, 2**7), weight=(8, 256, 1, 1))) is None
 
 
-def test_why_triton_cannot_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_why_triton_cannot_run_here(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: False)
     assert "no CUDA device" in launch.available()
     monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: True)
@@ -176,6 +176,11 @@ def test_why_triton_cannot_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch.shutil, "which", lambda name: None)
     assert "C compiler" in launch.available()
     monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr(launch.sysconfig, "get_path", lambda name: str(tmp_path / "python"))
+    assert "install Python's headers" in launch.available()
+    monkeypatch.setenv("CPATH", f"{tmp_path / 'a'}:{tmp_path / 'b'}")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "Python.h").touch()
     assert launch.available() is None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -42,6 +43,9 @@ def available() -> str | None:
         return "there is no CUDA device, and TRITON_INTERPRET=1 was not set before triton was imported"
     if not (os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")):
         return "Triton builds its launchers with a C compiler, and neither CC nor clang nor gcc is to be found"
+    places = [sysconfig.get_path("include"), *(os.environ.get(name, "") for name in ("CPATH", "C_INCLUDE_PATH"))]
+    if not any(Path(place, "Python.h").is_file() for place in os.pathsep.join(places).split(os.pathsep)):
+        return f"Triton builds its launchers against Python.h, which is not in {places[0]}: install Python's headers (python3-dev)"
     return None
 
 
