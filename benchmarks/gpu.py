@@ -27,9 +27,9 @@ from pathlib import Path
 
 import gpu_probe
 from gpu_run import ROOT, Job, Ledger, Sensors, Watchdog, kill, last_words
-from gpu_summary import Found, ours, summary, write
+from gpu_summary import Found, kernel_of, ours, summary, write
 
-TOTAL = 525.0  # seconds
+TOTAL = 540.0  # seconds
 PROCESS_BYTES = 8 << 30  # of GPU memory that a process checking a batch of 256 may take
 COMPILING = 45.0  # seconds that a case may be silent in which several kernels, all of them proved, may have to be compiled
 SANITIZER = "compute-sanitizer"
@@ -203,16 +203,25 @@ def layers(run: Run, deadline: float) -> str | None:
 
 def tables(run: Run, deadline: float) -> str | None:
     """What a plan and the drop-in ask for, with the layers' times to tell what is most at stake."""
-    times = {row["case"]: {id: time["us"] for id, time in row["times"].items()} for row in run.ledger.of("layers")
-             if row["status"] == "measured"}
-    args = run.args(proved=run.proved(), times=times, folder=str(run.folder))
+    measured = {row["case"]: row["times"] for row in run.ledger.of("layers") if row["status"] == "measured"}
+    args = run.args(proved=run.proved(), times={case: {id: time["us"] for id, time in times.items()} for case, times in measured.items()},
+                    known=known(run, measured), folder=str(run.folder))
     return run.job("tables", Job("tables", "fill_tables", args, silence=COMPILING), deadline)
+
+
+def known(run: Run, measured: dict[str, dict]) -> dict[str, dict]:
+    """Of each timed layer the proved kernels that were checked at just this size, with error and time: entries of a table."""
+    proved = set(run.proved())
+    right = {(kernel_of(row), row["case"]): row for row in run.ledger.of("check") if row["status"] == "right" and kernel_of(row) in proved}
+    found = {case: {id: {**time, **{name: row[name] for name in ("error", "eager_error")}} for id, time in times.items()
+                    if (row := right.get((id, f"full {case}"))) is not None} for case, times in measured.items()}
+    return {case: kernels for case, kernels in found.items() if kernels}
 
 
 def groups(run: Run, deadline: float) -> str | None:
     """Plans as a user tunes them: which groups of layers pay is remembered in the table, and the headline's plan uses it."""
     seconds = max(5.0, (deadline - time.monotonic() - 20) / 2.5)  # two batches, and what building them takes
-    job = Job(f"plans{tuned(run)}", "tune_plans", run.args(seconds=seconds), env={"RESNET_FAST_TABLES": str(run.folder)}, silence=60, restarts=1)
+    job = Job(f"plans{tuned(run)}", "tune_plans", run.args(seconds=seconds), env={"RESNET_FAST_TABLES": str(run.folder)}, silence=120, restarts=1)
     return run.job("groups", job, deadline)
 
 
@@ -234,15 +243,18 @@ def network(run: Run, stage: str, name: str, deadline: float, silence: float, *m
 
 
 def headline(run: Run, deadline: float) -> str | None:
-    return network(run, "headline", "networks", deadline, 90)
+    return network(run, "headline", "networks", deadline, 150)  # cuDNN tries its algorithms for every layer, and says nothing meanwhile
 
 
 def peers(run: Run, deadline: float) -> str | None:
-    """Again, beside torch.compile: first its best mode, which takes minutes, where throughput is compared; the rest if there is time."""
-    trouble = network(run, "peers", "compile-best", deadline, 400, "compile-best", batches=(256,))
-    if trouble or run.rehearse:
-        return trouble
-    return network(run, "peers", "compile", deadline, 400, "compile", "compile-best")
+    """Again, beside torch.compile where throughput is compared: as it is by default, then its best mode, which takes minutes; then at batch 1."""
+    jobs = (("compile", ("compile",), (256,)), ("compile-best", ("compile", "compile-best"), (256,)),
+            ("compile at batch 1", ("compile", "compile-best"), (1,)))
+    for name, more, batches in jobs[1:2] if run.rehearse else jobs:
+        trouble = network(run, "peers", name, deadline, 400, *more, batches=batches)
+        if trouble:
+            return trouble
+    return None
 
 
 def train(run: Run, deadline: float) -> str | None:
@@ -317,8 +329,9 @@ class Stage:
         return self.work.__name__
 
 
-STAGES = (Stage(environment, 10, 120), Stage(build, 20, 150), Stage(check, 40, 170), Stage(layers, 30, 70),
-          Stage(tables, 40, 90), Stage(groups, 35, 80), Stage(headline, 50, 80), Stage(peers, 90, 250), Stage(others, 30, 120, True),
+# Of a first run, with nothing compiled, the last that has its time is the headline; torch.compile has what is left, and the next run.
+STAGES = (Stage(environment, 10, 120), Stage(build, 20, 150), Stage(check, 40, 170), Stage(layers, 40, 90),
+          Stage(tables, 30, 80), Stage(groups, 35, 70), Stage(headline, 100, 200), Stage(peers, 60, 330, True), Stage(others, 30, 120, True),
           Stage(probe, 8, 30, True), Stage(large, 20, 40, True), Stage(sanitizer, 20, 60, True), Stage(train, 30, 60, True))
 
 

@@ -208,12 +208,13 @@ def bar(sets: list[tuple], problem: Problem) -> list[Callable[[], object]]:
 SHORTLIST = 1.5  # of the fastest proved kernel's time: slower ones are not tuned
 
 
-def fill_tables(scale: Scale, alive: Alive, proved: list[str], times: dict[str, dict[str, float]], folder: str) -> Cases:
-    """``autotune`` on what a plan asks for, then on what the drop-in and a training step ask for, as long as there is time.
+def fill_tables(scale: Scale, alive: Alive, proved: list[str], times: dict[str, dict[str, float]], known: dict[str, dict], folder: str) -> Cases:
+    """What is ``known``, then ``autotune`` on what else a plan asks for, on what the drop-in and a training step ask for, as long as there is time.
 
     ``times``: microseconds of each timed convolution by variant. What is most at stake for its network comes first.
     """
     machine, dtype = device(scale), getattr(torch, scale.dtypes[0])
+    yield f"{len(known)} layers", lambda: adopted(known, machine.name, Path(folder))
     best = {key: min(t for id, t in found.items() if id in {*proved, ATEN}) for key, found in times.items()}
     stakes: dict[Problem, float] = {}
     for batch in scale.batches:
@@ -223,13 +224,37 @@ def fill_tables(scale: Scale, alive: Alive, proved: list[str], times: dict[str, 
         for problem, us in gains:
             stakes[problem] = stakes.get(problem, 0.0) + us / whole
     order = sorted(stakes, key=stakes.get, reverse=True)
-    planned = [problem for problem in order if stakes[problem] > 0 or problem.op != "conv_bn_act"]
+    planned = [problem for problem in order if problem.key not in known and (stakes[problem] > 0 or problem.op != "conv_bn_act")]
     live = [replace(problem, bn=True) for problem in order if problem.op == "conv_bn_act"]
     training = [p for op in TRAINING for p in of_network(scale.model, scale.batches[0], dtype, scale, op)]
     for problem in [*planned, *live, *training]:
         found = times.get(key(problem), {})
         some = [id for id in proved if found.get(id, math.inf) <= SHORTLIST * best[key(problem)]] if found else proved
         yield problem.key, lambda p=problem, some=some: tuned(p, some, machine, Path(folder))
+
+
+def adopted(known: dict[str, dict], gpu: str, folder: Path) -> dict:
+    """Write into the table what was timed in graphs and checked at the same sizes: neither is done again."""
+    def entry(id: str, found: dict) -> dict:
+        return {"source": tables.source_hash(find(id).sources), "versions": tables.versions(), "error": found["error"],
+                "eager_error": found["eager_error"]}
+
+    def edit(sections: dict[str, dict]) -> None:
+        for key, kernels in known.items():
+            records = {id: {**entry(id, found), "status": "right", "reason": None, "device_us": found["us"]} for id, found in kernels.items()}
+            sections["measured"].setdefault(key, {}).update(records)
+            best = min(kernels, key=lambda id: kernels[id]["us"], default=ATEN)
+            gain = 1.0 if best == ATEN else kernels[best]["over"].get(ATEN, 1.0)
+            sections["graph"].pop(key, None)
+            if gain >= autotune.MARGIN:
+                found = kernels[best]
+                sections["graph"][key] = {**entry(best, found), "kernel": best, "time_us": found["us"], "aten_us": found["us"] * gain,
+                                          "spread": (found["high"] - found["low"]) / found["us"]}
+                chosen[key] = best
+
+    chosen: dict[str, str] = {}
+    tables.update(gpu, edit, folder)
+    return {"status": "tuned", "calls": "aten", "graph": chosen, "bad": {}, "note": "as timed and checked before"}
 
 
 def key(problem: Problem) -> str:

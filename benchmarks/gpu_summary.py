@@ -219,7 +219,7 @@ def _stages(found: Found) -> str:
 
 def decisions(found: Found) -> list[str]:
     """One line for each finding that calls for one."""
-    return [*_about_kernels(found), *_about_ceilings(found), *_about_layers(found), *_about_networks(found)]
+    return [*_about_kernels(found), *_about_ceilings(found), *_about_layers(found), *_about_networks(found), *_about_stages(found)]
 
 
 def _about_kernels(found: Found) -> list[str]:
@@ -282,6 +282,13 @@ def _about_networks(found: Found) -> list[str]:
         verdict = f"falls short: {', '.join(short)}" if short else "meets every goal"
         lines.append(f"{case}: {best['provider']} {verdict}")
     return lines
+
+
+def _about_stages(found: Found) -> list[str]:
+    last = {row["job"]: row.get("status") for row in found.of("stages")}
+    left = [name for name, status in last.items() if status in ("cut", "left out")]
+    how = "the same command goes on, on a new machine if this run's folder is put into benchmarks/results"
+    return [f"not finished: {', '.join(left)}; {how}"] if left else []
 
 
 # ---------------------------------------------------------------- files

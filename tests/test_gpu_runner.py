@@ -380,11 +380,29 @@ def test_plans_are_tuned_into_the_table_that_the_headline_reads(tmp_path, monkey
     for stage in (gpu.groups, gpu.headline, gpu.peers):
         stage(run, soon(80))
     names = [stage.name for stage in gpu.STAGES]
-    assert [stage for stage, _ in asked] == ["groups", "headline", "peers", "peers"]
+    assert [stage for stage, _ in asked] == ["groups", "headline", "peers", "peers", "peers"]
     assert names.index("tables") < names.index("groups") < names.index("headline") < names.index("peers")
     assert {job.env["RESNET_FAST_TABLES"] for _, job in asked} == {str(tmp_path)} and asked[0][1].args["seconds"] == pytest.approx(24, abs=1)
     assert all({"eager-nchw", "eager", "folded", "ours-plan"} <= set(job.args["peers"]) for _, job in asked[1:])
-    assert asked[2][1].args["batches"] == (256,) and "compile-best" in asked[2][1].args["peers"]
+    by = [(job.args["batches"], [id for id in job.args["peers"] if id.startswith("compile")]) for _, job in asked[2:]]
+    assert by == [((256,), ["compile"]), ((256,), ["compile", "compile-best"]), ((1,), ["compile", "compile-best"])]
+
+
+def test_tables_are_told_what_was_timed_and_checked(tmp_path, monkeypatch) -> None:
+    asked: list[Job] = []
+    monkeypatch.setattr(gpu.Run, "job", lambda self, stage, job, deadline: asked.append(job))
+    run = replace(a_run(tmp_path), rehearse=False)
+    case = "conv_bn_act bfloat16 256x8x4x4 relu"
+    for kernel, kind, status in (("triton.a", "full", "right"), ("triton.b", "full", "wrong"), ("triton.c", "small", "right")):
+        run.ledger.add({"stage": "check", "job": f"{kernel} 1/1 bfloat16", "case": f"{kind} {case}", "status": status, "error": 1.0,
+                        "eager_error": 2.0, "shares": 1})
+        run.ledger.add({"stage": "check", "job": f"{kernel} 1/1 bfloat16", "case": "bfloat16 complete 1/1", "status": "complete", "shares": 1})
+    times = {id: {"us": 5.0} for id in ("eager", "triton.a", "triton.b", "triton.c")}
+    run.ledger.add({"stage": "layers", "job": "layers", "case": case, "status": "measured", "times": times})
+    run.ledger.add({"stage": "layers", "job": "layers", "case": "other", "status": "measured", "times": times})
+    gpu.tables(run, soon(80))
+    assert asked[0].args["proved"] == ["triton.a", "triton.c"] and asked[0].args["times"] == dict.fromkeys((case, "other"), dict.fromkeys(times, 5.0))
+    assert asked[0].args["known"] == {case: {"triton.a": {"us": 5.0, "error": 1.0, "eager_error": 2.0}}}
 
 
 def test_jobs_side_by_side_and_their_troubles(dog, tmp_path) -> None:

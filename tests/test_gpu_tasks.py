@@ -139,7 +139,7 @@ def test_full_sizes_are_what_a_plan_asks_for() -> None:
     assert asked - {None} == {p for k in kernels for kind, p in gpu_check.problems(k, torch.float32, small) if kind == "full"}
 
 
-def test_tables_begin_with_what_is_most_at_stake_for_plans(registry) -> None:
+def test_tables_begin_with_what_is_most_at_stake_for_plans(registry, tmp_path) -> None:
     """A convolution by what the layers stage saw, a group by what its members take; then the drop-in's, then training's."""
     dispatch.kernel("experimental.fast", op="conv_bn_act", supports=lambda p: None)(lambda *args: None)
     dispatch.kernel("experimental.slow", op="conv_bn_act", supports=lambda p: None)(lambda *args: None)
@@ -152,7 +152,7 @@ def test_tables_begin_with_what_is_most_at_stake_for_plans(registry) -> None:
     tuned = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_measure, "tuned", lambda problem, some, *rest: tuned.append((problem, some)) or {})
-        cases = run_task(gpu_measure.fill_tables(MORE, print, proved, times, "folder"))
+        cases = run_task(gpu_measure.fill_tables(MORE, print, proved, times, {}, str(tmp_path)))
     problems = [problem for problem, _ in tuned]
     planned = [p for p in problems if p.op in ("conv_bn_act", "conv_tail") and not p.bn]
     assert problems[:len(planned)] == planned and {p.op for p in planned} == {"conv_bn_act", "conv_tail"}
@@ -160,9 +160,30 @@ def test_tables_begin_with_what_is_most_at_stake_for_plans(registry) -> None:
     assert dict(tuned)[planned[0]] and all("experimental.slow" not in some for p, some in tuned if p.op == "conv_bn_act")
     live = [p for p in problems if p.bn]
     assert len(live) == len(times) and problems.index(live[0]) == len(planned) and live[0].x[0] in (1, 2)
-    assert {p.op for p in problems[len(planned) + len(live):]} == set(gpu_measure.TRAINING) and len(cases) == len(problems)
-    first = next(iter(gpu_measure.fill_tables(MORE, print, proved, {}, "folder")))[0]  # the layers stage did not come so far
+    assert {p.op for p in problems[len(planned) + len(live):]} == set(gpu_measure.TRAINING) and len(cases) == 1 + len(problems)
+    _, (first, _), *_ = gpu_measure.fill_tables(MORE, print, proved, {}, {}, str(tmp_path))  # the layers stage did not come so far
     assert first.startswith(("conv_tail", "conv_bn_act"))
+
+
+def test_what_was_timed_and_checked_goes_into_the_table_and_is_not_measured_again(registry, tmp_path) -> None:
+    from resnet_fast import tables
+    dispatch.kernel("experimental.fast", op="conv_bn_act", supports=lambda p: None)(dispatch.find("aten", "conv_bn_act").fn)
+    (gains, loses, *_) = (p.key for p in gpu_measure.listed(MORE, 1))
+    checked = {"error": 1e-7, "eager_error": 2e-7}
+    aten = {"us": 10.0, "low": 9.9, "high": 10.1, "over": {"experimental.fast": 0.5}, **checked}
+    fast = {"us": 5.0, "low": 4.9, "high": 5.1, "over": {gpu_measure.ATEN: 2.0}, **checked}
+    slow = {**fast, "us": 9.95, "over": {gpu_measure.ATEN: 1.005}}
+    found = {gains: {gpu_measure.ATEN: aten, "experimental.fast": fast}, loses: {gpu_measure.ATEN: aten, "experimental.fast": slow}}
+    times = {case: {id: t["us"] for id, t in of.items()} for case, of in found.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_measure, "tuned", lambda problem, *rest: {"key": problem.key})
+        rows = run_task(gpu_measure.fill_tables(MORE, print, ["experimental.fast"], times, found, str(tmp_path)))
+    assert rows["2 layers"]["graph"] == {gains: "experimental.fast"} and not {gains, loses} & {row.get("key") for row in rows.values()}
+    sections = tables.read(tmp_path / "rehearsal.json", "rehearsal")
+    assert sections["graph"][gains]["aten_us"] == 10.0 and tables.stale(sections["graph"][gains]) is None and loses not in sections["graph"]
+    assert tables.tell(sections["measured"][loses]["experimental.fast"]) == "not µs a call, 9.9 in a graph; error 1e-07, eager's 2e-07"
+    problem = next(p for p in gpu_measure.listed(MORE, 1) if p.key == gains)
+    assert gpu_measure.tuned(problem, ["experimental.fast"], gpu_measure.device(MORE), tmp_path)["note"] == "measured before"
 
 
 def test_a_tuned_plan_is_remembered_for_the_headline(tmp_path, monkeypatch) -> None:

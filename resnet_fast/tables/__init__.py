@@ -100,9 +100,8 @@ def tell(record: dict) -> str:
     """One record in words."""
     if record["status"] != "right":
         return f"{record['status'].upper()}: {record['reason']}"
-    device = f"{record['device_us']:.1f}" if "device_us" in record else "not"
-    return (f"{record['time_us']:.1f} µs a call, {device} in a graph; error {record['error']:.2g}, "
-            f"eager's {record['eager_error']:.2g}")
+    call, device = (f"{record[name]:.1f}" if name in record else "not" for name in ("time_us", "device_us"))
+    return f"{call} µs a call, {device} in a graph; error {record['error']:.2g}, eager's {record['eager_error']:.2g}"
 
 
 def stale(entry: dict) -> str | None:
