@@ -137,7 +137,7 @@ class Plan:
                                  f"{self.topk or 1} classes, got {list(shape) or 'no single tensor'}")
 
     def _prepared(self, x: Tensor) -> Tensor:
-        """The input as the first step wants it: checked, normalised, in the plan's dtype, NHWC."""
+        """The input checked and normalised; as the first step wants it on a CPU, where it is cut next."""
         if not isinstance(x, Tensor) or x.dim() != 4 or x.device != self.device:
             got = f"{x.dim()}-D on {x.device}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"plan: got a {got} input, expected 4-D on {self.device}")
@@ -150,7 +150,11 @@ class Plan:
             return ((x - mean) / std).to(self.dtype).permute(0, 3, 1, 2)
         if not x.is_floating_point():
             raise ValueError(f"plan: got {x.dtype}, expected a floating dtype (uint8 photographs: plan(..., normalize=(mean, std)))")
-        return x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        return x if self.device.type == "cuda" else self._laid(x)
+
+    def _laid(self, x: Tensor) -> Tensor:
+        """In the plan's dtype, NHWC; bytes stay bytes."""
+        return x if self._bytes else x.to(self.dtype).contiguous(memory_format=torch.channels_last)
 
     def _pieces(self, x: Tensor) -> list[int]:
         """How many images go through at a time; an image size that is new is tried with two."""
@@ -166,10 +170,11 @@ class Plan:
         with self._lock:
             program = self._programs.get(tuple(x.shape))
             if program is None:
-                return self._built(x)
+                return self._built(self._laid(x))
             self._programs.move_to_end(tuple(x.shape))
-        if program.graph is not None:
+        if program.graph is not None:  # the copy into its input lays it
             return self._replay(program.graph, x)
+        x = self._laid(x)
         return _own(program(x), x, self._lowered)
 
     def _built(self, x: Tensor) -> Any:
@@ -274,7 +279,7 @@ class Plan:
 
     def _kept(self, x: Tensor) -> Program:
         with _quiet(self.device):
-            return Program(self._lowered, self._prepared(x), keep=True)
+            return Program(self._lowered, self._laid(self._prepared(x)), keep=True)
 
     # ------------------------------------------------------------ changing
 

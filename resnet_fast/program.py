@@ -369,7 +369,8 @@ class Graph:
     """
 
     def __init__(self, program: Program, x: Tensor, pool: Any, side: torch.cuda.Stream) -> None:
-        self._static = x.clone(memory_format=torch.preserve_format)
+        with torch.inference_mode(False):  # or no later call outside of it might write there
+            self._static = x.clone(memory_format=torch.preserve_format)
         side.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(side):
             program(self._static)  # lazy handles and workspaces come into being outside the capture

@@ -10,7 +10,7 @@ import torch
 
 from resnet_fast import autotune, capture, dispatch, folded, plan, resnet18
 from resnet_fast.dispatch import kernel, use
-from resnet_fast.program import Program
+from resnet_fast.program import Graph, Program
 
 BROKEN = "operation failed due to a previous error during capture"
 
@@ -110,6 +110,27 @@ def test_a_plan_goes_on_after_a_capture_that_failed(cuda, monkeypatch) -> None:
     (first, pool), (second, same), _, (third, other) = cuda.captures
     assert first is second and pool is same and other is not pool  # one stream for a pool, or its graphs would share no memory
     assert first is not OWN and third is not OWN and first.device == made.device
+
+
+def test_a_graph_that_was_made_in_inference_mode_serves_outside(cuda) -> None:
+    made, x = plan(resnet18().eval(), torch.randn(1, 3, 32, 32)), torch.randn(1, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        graph = Graph(Program(made._lowered, x), x.clone(), object(), Stream())
+    with torch.no_grad():
+        graph.replay(2 * x)
+    assert torch.equal(graph._static, 2 * x)
+
+
+def test_a_graphs_input_is_laid_by_the_copy_into_it_alone(monkeypatch) -> None:
+    x, seen = torch.randn(1, 3, 32, 32, dtype=torch.float64), []
+    made = plan(resnet18().eval(), x, dtype=torch.float32)
+    wanted = made(x)
+    assert torch.equal(made._run(x), wanted)  # step by step
+    made._last.graph = "graph"
+    monkeypatch.setattr(made, "_replay", lambda graph, given: seen.append((graph, given)))
+    made._run(x)
+    assert seen[0][0] == "graph" and seen[0][1] is x
+    assert made._run(x.new_ones(1, 3, 40, 40)).dtype == torch.float32  # and built so
 
 
 def test_a_plans_gpu_is_the_current_one_while_it_runs(cuda, monkeypatch) -> None:
