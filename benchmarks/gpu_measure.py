@@ -43,13 +43,21 @@ def environment(scale: Scale, alive: Alive) -> Cases:
             found, known = torch.cuda.get_device_properties(), known_ceilings("cuda")
             facts |= {"capability": [found.major, found.minor], "sms": found.multi_processor_count,
                       "l2_bytes": found.L2_cache_size, "memory_bytes": found.total_memory,
-                      "cudnn": torch.backends.cudnn.version(),
+                      "cudnn": cudnn(),
                       "known": known and {"copy": known.copy, "bfloat16": known.rates[torch.bfloat16]}}
         return facts
 
     yield "machine", look
     if scale.device == "cpu" or torch.cuda.is_available():
         yield from ceilings(scale)
+
+
+def cudnn() -> int | str:
+    """Its version, or why torch does not accept the one that it found: no reason to end here."""
+    try:
+        return torch.backends.cudnn.version()
+    except RuntimeError as error:
+        return autotune.first_line(error)
 
 
 def machine(device: str) -> Machine:

@@ -218,6 +218,27 @@ def test_ceilings_of_whatever_this_is() -> None:
     assert all(row["value"] > 0 for row in rows.values())
 
 
+def test_environment_of_a_gpu(monkeypatch) -> None:
+    """Pretended: a run that does not get this row ends."""
+    from types import SimpleNamespace
+
+    from resnet_fast import tables
+
+    def incompatible() -> None:
+        raise RuntimeError("cuDNN version incompatibility: PyTorch was compiled against another")
+
+    card = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, L2_cache_size=60 << 20, total_memory=141 << 30)
+    for name, answer in (("is_available", lambda: True), ("get_device_properties", lambda device=None: card),
+                         ("get_device_name", lambda device=None: card.name)):
+        monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(tables, "_driver", lambda: "13000")
+    monkeypatch.setattr(tables, "versions", tables.versions.__wrapped__)
+    monkeypatch.setattr(torch.backends.cudnn, "version", incompatible)
+    row = next(iter(gpu_measure.environment(Scale(), print)))[1]()
+    assert row["status"] == "here" and row["machine"]["name"] == card.name and row["versions"]["driver"] == "13000"
+    assert row["capability"] == [9, 0] and row["cudnn"].startswith("cuDNN version incompatibility") and row["known"]["copy"] > 4e12
+
+
 def test_environment_names_the_machine() -> None:
     row = next(iter(gpu_measure.environment(TINY, print)))[1]()
     assert row["status"] == "here" and row["machine"]["device"] == "cpu"
