@@ -243,9 +243,8 @@ def gencode(archs: list[str]) -> list[str]:
 
 
 def choose_jobs(cores: int, free_gigabytes: float, limit: str | None) -> int:
-    """Compilers to run at once: no more than cores, than free memory feeds, or than MAX_JOBS says; at least one."""
-    jobs = min(cores, int(free_gigabytes / GIGABYTES_A_JOB))
-    return max(1, min(jobs, int(limit)) if limit else jobs)
+    """Compilers to run at once: MAX_JOBS, or no more than cores and than free memory feeds; at least one."""
+    return max(1, int(limit) if limit else min(cores, int(free_gigabytes / GIGABYTES_A_JOB)))
 
 
 def free_gigabytes() -> float:

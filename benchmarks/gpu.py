@@ -107,7 +107,8 @@ def extension(run: Run, deadline: float) -> str | None:
     arch = architecture(run)
     if prebuilt() == sources() and arch in targets():
         return "prebuilt"
-    env = {**os.environ, "RESNET_FAST_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": arch}
+    jobs = {"MAX_JOBS": str(os.cpu_count())}  # a virtual machine may tell of little free memory until it is asked for; there are a dozen files
+    env = {**jobs, **os.environ, "RESNET_FAST_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": arch}
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT,

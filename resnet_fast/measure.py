@@ -92,6 +92,7 @@ def _build(case: Case, providers: Iterable[Provider], x: Tensor,
            say: Callable[[str], None]) -> tuple[dict[str, _Ready], dict[str, Outcome], float]:
     """(what may be timed, what became of the others, eager's error)."""
     model = reference_model(case.model, case.device)
+    say("the answers in float64, and eager's error …")
     exact = oracle(case.mode, model, x)
     eager = _distance(case.mode, PROVIDERS["eager-nchw"].prepare(case.mode, model, x, x.dtype), x, exact)
     allowed = (FACTOR if case.mode == "infer" else GRADIENT_FACTOR) * eager + FLOOR[x.dtype]

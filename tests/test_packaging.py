@@ -160,9 +160,9 @@ def test_gencode():
 
 
 @pytest.mark.parametrize("cores, free, limit, jobs", [
-    (16, 64.0, None, 16), (64, 4.5, None, 4), (8, 0.2, None, 1), (16, 64.0, "3", 3), (2, 64.0, "8", 2),
+    (16, 64.0, None, 16), (64, 4.5, None, 4), (8, 0.2, None, 1), (16, 64.0, "3", 3), (2, 0.5, "8", 8), (2, 64.0, "0", 1),
 ])
-def test_jobs_are_capped_by_cores_memory_and_the_user(cores, free, limit, jobs):
+def test_jobs_are_what_cores_and_memory_allow_or_the_user_says(cores, free, limit, jobs):
     assert setup.choose_jobs(cores, free, limit) == jobs
 
 
