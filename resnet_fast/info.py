@@ -59,7 +59,9 @@ def build() -> dict:
     from .kernels import cpu
     record = Path(__file__).parent / "_build.json"
     recorded = json.loads(record.read_text()) if record.is_file() else {"extension": "not built"}
-    return {**recorded, "cpu kernels": cpu.available() or f"run with {cpu.instructions()}"}
+    why_not = cpu.available()
+    left = "" if why_not or not cpu.onednn_has_amx() else "; bfloat16 convolutions are left to oneDNN, which has AMX here"
+    return {**recorded, "cpu kernels": why_not or f"run with {cpu.instructions()}{left}"}
 
 
 def kernel_rows() -> list[tuple[str, str, str]]:

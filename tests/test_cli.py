@@ -140,8 +140,10 @@ def test_info(capsys):
 def test_info_says_what_the_cpu_kernels_run_with_or_why_they_do_not(monkeypatch):
     from resnet_fast.kernels import cpu
     monkeypatch.setattr(cpu, "instructions", lambda: "AVX2")
-    for why_not, said in ((None, "run with AVX2"), ("the CPU kernels are not built", "the CPU kernels are not built")):
+    for why_not, amx, said in ((None, False, "run with AVX2"), ("the CPU kernels are not built", True, "the CPU kernels are not built"),
+                               (None, True, "run with AVX2; bfloat16 convolutions are left to oneDNN, which has AMX here")):
         monkeypatch.setattr(cpu, "available", lambda why_not=why_not: why_not)
+        monkeypatch.setattr(cpu, "onednn_has_amx", lambda amx=amx: amx)
         assert info.build()["cpu kernels"] == said
 
 

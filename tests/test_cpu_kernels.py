@@ -145,6 +145,26 @@ def test_it_is_chosen_where_it_was_measured_to_win() -> None:
     assert "other sizes than" in rejected(winograd_problem(weight=(64, 32, 5, 5), padding=(2, 2)))["cpu.conv"]
 
 
+@pytest.mark.parametrize("change", [{}, {"c": 512, "k": 512}, {"weight": (64, 32, 1, 1), "padding": (0, 0)}, {"stride": (2, 2)},
+                                    {"c": 3, "weight": (64, 3, 7, 7), "stride": (2, 2), "padding": (3, 3)}])
+def test_bfloat16_is_left_to_onednn_where_it_has_amx(monkeypatch, change) -> None:
+    monkeypatch.setattr(cpu, "onednn_has_amx", lambda: True)
+    problem = winograd_problem(**change, dtype=torch.bfloat16)
+    assert choose(problem)[0].id == "aten.conv_bn_act" and cpu.preferred(problem, live=False) is None
+    assert any("AMX" in rejected(problem)[id] for id in cpu.FORMS)
+    assert choose(winograd_problem(**change))[0].id.startswith("cpu.")  # float32
+
+
+def test_a_bfloat16_network_runs_without_our_convolutions_where_onednn_has_amx(monkeypatch) -> None:
+    monkeypatch.setattr(cpu, "onednn_has_amx", lambda: True)
+    model, x = resnet_fast.resnet18().eval().bfloat16(), torch.randn(2, 3, 64, 64).bfloat16()
+    planned = resnet_fast.plan(model, x)
+    assert {step.kernel for step in planned.steps if step.op == "conv_bn_act"} == {"aten (oneDNN)"}
+    with use("cpu.conv"):
+        bar = model(x)
+    assert_rule(planned(x), bar, resnet_fast.plan(model.double(), x.double())(x.double()))
+
+
 def test_live_weights_stay_within_two_copies() -> None:
     """At batch 1 the transformed filters of many channels would take more; a plan, which has no snapshot beside them, takes them."""
     assert choose(winograd_problem(1, 128, 28, 28, 128))[0].id == "cpu.winograd"

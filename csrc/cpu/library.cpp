@@ -9,6 +9,7 @@
 #include <memory>
 
 #include "../checks.h"
+#include "amx.h"
 #include "kernels.h"
 
 namespace {
@@ -37,6 +38,11 @@ const Isa& needed_isa(const char* op) {
 int64_t panel() { return isa() ? isa()->panel : 0; }
 
 bool takes_bf16() { return isa() && isa()->bf16; }
+
+bool onednn_has_amx() {
+  static const bool has = resnet_fast::cpu::onednn_has_amx();  // oneDNN too reads its variable once
+  return has;
+}
 
 std::string instructions() { return isa() ? isa()->name : "none"; }
 
@@ -338,6 +344,7 @@ void bn_act_backward(const Tensor& dy, const Tensor& x, const Tensor& y, const T
 STABLE_TORCH_LIBRARY(resnet_fast_cpu, m) {
   m.def("panel() -> int");
   m.def("takes_bf16() -> bool");
+  m.def("onednn_has_amx() -> bool");
   m.def("instructions() -> str");
   m.def("winograd_filters(Tensor weight) -> Tensor");
   m.def("winograd(Tensor x, Tensor filters, Tensor bias, Tensor? residual, Tensor(a!) out, bool relu) -> bool");
@@ -353,6 +360,7 @@ STABLE_TORCH_LIBRARY(resnet_fast_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast_cpu, CompositeExplicitAutograd, m) {
   m.impl("panel", TORCH_BOX(&panel));
   m.impl("takes_bf16", TORCH_BOX(&takes_bf16));
+  m.impl("onednn_has_amx", TORCH_BOX(&onednn_has_amx));
   m.impl("instructions", TORCH_BOX(&instructions));
   m.impl("winograd_filters", TORCH_BOX(&winograd_filters));
   m.impl("winograd", TORCH_BOX(&winograd));

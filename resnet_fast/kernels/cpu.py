@@ -4,7 +4,7 @@ They are what runs on a CPU where they win, measured against oneDNN's packed con
 threads, November 2026: ``cpu.winograd`` 2.0 to 2.5 times its speed in float32 for 64 to 256 channels, 1.4 to 1.7 for 512; in bfloat16 1.1 to
 1.35. ``cpu.conv`` in float32 and bfloat16: 1×1 1.04 to 1.3 and 1.1 to 1.5; 3×3 of stride 2 0.96 to 1.1 and 1.03 to 1.5; 3×3 of 512 channels in
 bfloat16 1.04 to 1.4, where ``cpu.winograd`` has 0.8 to 1.08; the stem of 7×7 1.1 and 1.4 to 2.0; bfloat16 only where the
-processor multiplies it. ``cpu.bn_act`` and its backward together 1.2 to 1.3 times the speed of torch's batch norm, ReLU and add in a step of a
+processor multiplies it, and not where oneDNN has AMX, on which nothing was measured. ``cpu.bn_act`` and its backward together 1.2 to 1.3 times the speed of torch's batch norm, ReLU and add in a step of a
 ResNet-50 at batch 8, all of them at the speed of memory. Importing this module loads no library: it comes in with the first question.
 """
 
@@ -28,7 +28,7 @@ PACKAGE = Path(__file__).parents[1]
 RECORD = PACKAGE / "_build.json"
 # As csrc/cpu/library.cpp defines its ops: a library that was built before an edit of them is recognised by these.
 SCHEMAS = {
-    "panel": "() -> int", "takes_bf16": "() -> bool", "instructions": "() -> str",
+    "panel": "() -> int", "takes_bf16": "() -> bool", "onednn_has_amx": "() -> bool", "instructions": "() -> str",
     "winograd_filters": "(Tensor weight) -> Tensor",
     "winograd": "(Tensor x, Tensor filters, Tensor bias, Tensor? residual, Tensor(a!) out, bool relu) -> bool",
     "conv_filters": "(Tensor weight) -> Tensor",
@@ -62,6 +62,11 @@ def available() -> str | None:
 def instructions() -> str:
     """The instructions that the kernels use on this processor: "AVX-512", "AVX2" or "none"."""
     return torch.ops.resnet_fast_cpu.instructions()
+
+
+def onednn_has_amx() -> bool:
+    """Whether oneDNN multiplies bfloat16 with AMX tiles here (Intel's Sapphire Rapids and later), which no kernel of this file does."""
+    return torch.ops.resnet_fast_cpu.onednn_has_amx()
 
 
 @dataclass(frozen=True)
@@ -227,6 +232,8 @@ def yields(id: str, problem: Problem, live: bool = True) -> str | None:
     """Why a kernel of this file that could run a problem leaves it to the next of them, or to oneDNN."""
     if problem.op in BATCH_NORM:
         return "measured with multiples of 16 channels" if problem.x[1] % 16 else None
+    if problem.dtype == torch.bfloat16 and onednn_has_amx():
+        return "oneDNN multiplies bfloat16 with AMX tiles on this processor: by the manuals at several times this kernel's rate, not measured"
     if id == "cpu.conv":
         measured = problem.weight[2:] in ((1, 1), (3, 3), (7, 7))  # 5×5: 0.92 to 1.0 times oneDNN's speed
         return None if measured else "measured no faster than oneDNN with filters of other sizes than 1×1, 3×3 and 7×7"
