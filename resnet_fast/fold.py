@@ -60,18 +60,19 @@ class Packed:
         forget, storages = _packed.pop, [t.untyped_storage() for t in tensors]
         self._memory = [(weakref.ref(s, lambda _: forget(key, None)), s.data_ptr(), s.nbytes()) for s in storages]
         self.snapshot = [t.detach().clone(memory_format=torch.preserve_format) for t in tensors]
-        self.places = [(t.data_ptr(), s.data_ptr(), t.nbytes) for t, s in zip(tensors, self.snapshot, strict=True)]
+        self.places = torch.tensor([(t.data_ptr(), s.data_ptr(), t.nbytes) for t, s in zip(tensors, self.snapshot, strict=True)], device="cpu")
         self.packs: dict[tuple, tuple[Tensor, Tensor] | None] = {}
 
     def holds(self) -> bool:
         """Whether the bytes are the same as at packing; for a caller who holds the tensors that are there now."""
         return same_bytes(self.places)
 
-    def still_holds(self) -> bool:
-        """``holds()`` for a caller who has no tensors: their memory may have been freed, moved or resized since."""
+    def memory(self) -> list[torch.UntypedStorage] | None:
+        """For a caller who has no tensors, to hold while he compares: what they lie in, or None if it was freed, moved or resized since."""
         storages = [ref() for ref, _, _ in self._memory]
-        return all(s is not None and s.data_ptr() == start and s.nbytes() == size
-                   for s, (_, start, size) in zip(storages, self._memory, strict=True)) and self.holds()
+        lies = all(s is not None and s.data_ptr() == start and s.nbytes() == size
+                   for s, (_, start, size) in zip(storages, self._memory, strict=True))
+        return storages if lies else None
 
     def pack(self, shape: torch.Size, stride, padding, dilation, groups: int, make: Make) -> tuple[Tensor, Tensor] | None:
         """The folded weight in the form that ``make`` gives it, and the bias; None if unfoldable, or if it has no such form."""
@@ -83,9 +84,17 @@ class Packed:
         return self.packs[case]
 
 
-def same_bytes(places: Iterable[tuple[int, int, int]]) -> bool:
-    """Whether the bytes at two addresses are the same, for each (address, address, bytes)."""
-    return not any(starmap(_libc.memcmp, places))
+def all_places(entries: Iterable[Packed]) -> Tensor:
+    """What ``same_bytes`` takes, of all of them."""
+    return torch.cat([torch.empty(0, 3, dtype=torch.int64, device="cpu"), *(entry.places for entry in entries)])
+
+
+def same_bytes(places: Tensor) -> bool:
+    """Whether the bytes at two addresses are the same, for each row (address, address, bytes); by all threads where the CPU kernels are."""
+    from .kernels import cpu  # which stands on this file
+    if cpu.available() is None:
+        return torch.ops.resnet_fast_cpu.same_bytes.default(places)
+    return not any(starmap(_libc.memcmp, places.tolist()))
 
 
 _packed: dict[tuple, Packed] = {}
@@ -106,7 +115,7 @@ class Pass(threading.local):
     @contextmanager
     def over(self, last: Iterable[tuple]) -> Iterator[None]:
         """Compare what the last pass proved; inside, nothing is compared twice."""
-        self.proved = {key for key in last if (entry := _packed.get(key)) is not None and entry.still_holds()}
+        self.proved = _holding(last)
         self.met, self.largest = set(), 0
         try:
             yield
@@ -125,6 +134,15 @@ class Pass(threading.local):
 
 
 running = Pass()
+
+
+def _holding(keys: Iterable[tuple]) -> set[tuple]:
+    """Those of which memory and bytes are the same as at packing: all in one comparison, one by one only where that finds an edit."""
+    known = [(key, entry) for key in keys if (entry := _packed.get(key)) is not None]
+    held = [(key, entry, memory) for key, entry in known if (memory := entry.memory()) is not None]
+    if same_bytes(all_places(entry for _, entry, _ in held)):
+        return {key for key, _, _ in held}
+    return {key for key, entry, _ in held if entry.holds()}
 
 
 def packed(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor | None, var: Tensor | None, eps: float,

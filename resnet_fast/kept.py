@@ -57,7 +57,7 @@ class Kept:
         entries = dict.fromkeys(entry for _, entry in self._filters.values())
         # A network that moved to a GPU, or to another dtype, may never come back to ask whether this still holds.
         self._memory = [weakref.ref(conv.weight.untyped_storage(), lambda _: forget()) for conv, _ in self._filters.values()]
-        self._places = [place for entry in entries for place in entry.places]
+        self._places = fold.all_places(entries)
         self.imagewise = imagewise(steps, found.output)
         self._programs: dict[tuple, Program | None] = {}
 

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 
 #include "../checks.h"
@@ -71,6 +72,28 @@ struct Cut {
     across = ceil_div(all_panels, panels);
   }
 };
+
+// Whether the bytes at two addresses are the same, for each row (address, address, bytes) of `places`. Threads take equal shares of all
+// bytes; the C library's memcmp is at the speed of memory (measured: wider loads, with prefetches or without, are 4 to 10 % slower).
+bool same_bytes(const Tensor& places) {
+  RF_CHECK(places.dim() == 2 && places.size(1) == 3 && places.scalar_type() == ScalarType::Long && places.is_contiguous() &&
+               places.device().is_cpu(),
+           "same_bytes: got places of dtype ", name(places.scalar_type()), " and shape ", shape(places), ", expected Long [N, 3] on the CPU");
+  const int64_t number = places.size(0), *const place = places.const_data_ptr<int64_t>();
+  int64_t all = 0;
+  for (int64_t i = 0; i < number; ++i) all += place[3 * i + 2];
+  constexpr int64_t piece = 256 << 10, least = 1 << 20;  // bytes between two looks at what others found; and for a thread
+  std::atomic<bool> same{true};
+  torch::stable::parallel_for(0, all, least, [&](int64_t begin, int64_t end) {
+    for (int64_t i = 0, at = 0; i < number && at < end; at += place[3 * i++ + 2]) {
+      const char *const left = reinterpret_cast<const char*>(place[3 * i]), *const right = reinterpret_cast<const char*>(place[3 * i + 1]);
+      const int64_t last = std::min(end - at, place[3 * i + 2]);
+      for (int64_t k = std::max<int64_t>(begin - at, 0); k < last && same.load(std::memory_order_relaxed); k += piece)
+        if (std::memcmp(left + k, right + k, std::min(piece, last - k))) same.store(false, std::memory_order_relaxed);
+    }
+  });
+  return same;
+}
 
 void check_cpu(const char* op, const char* what, const Tensor& t) {
   RF_CHECK(t.device().is_cpu(), op, ": got ", what, " on another device, expected CPU tensors");
@@ -346,6 +369,7 @@ STABLE_TORCH_LIBRARY(resnet_fast_cpu, m) {
   m.def("takes_bf16() -> bool");
   m.def("onednn_has_amx() -> bool");
   m.def("instructions() -> str");
+  m.def("same_bytes(Tensor places) -> bool");
   m.def("winograd_filters(Tensor weight) -> Tensor");
   m.def("winograd(Tensor x, Tensor filters, Tensor bias, Tensor? residual, Tensor(a!) out, bool relu) -> bool");
   m.def("conv_filters(Tensor weight) -> Tensor");
@@ -362,6 +386,7 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fast_cpu, CompositeExplicitAutograd, m) {
   m.impl("takes_bf16", TORCH_BOX(&takes_bf16));
   m.impl("onednn_has_amx", TORCH_BOX(&onednn_has_amx));
   m.impl("instructions", TORCH_BOX(&instructions));
+  m.impl("same_bytes", TORCH_BOX(&same_bytes));
   m.impl("winograd_filters", TORCH_BOX(&winograd_filters));
   m.impl("winograd", TORCH_BOX(&winograd));
   m.impl("conv_filters", TORCH_BOX(&conv_filters));

@@ -4,8 +4,9 @@ They are what runs on a CPU where they win, measured against oneDNN's packed con
 threads, November 2026: ``cpu.winograd`` 2.0 to 2.5 times its speed in float32 for 64 to 256 channels, 1.4 to 1.7 for 512; in bfloat16 1.1 to
 1.35. ``cpu.conv`` in float32 and bfloat16: 1×1 1.04 to 1.3 and 1.1 to 1.5; 3×3 of stride 2 0.96 to 1.1 and 1.03 to 1.5; 3×3 of 512 channels in
 bfloat16 1.04 to 1.4, where ``cpu.winograd`` has 0.8 to 1.08; the stem of 7×7 1.1 and 1.4 to 2.0; bfloat16 only where the
-processor multiplies it, and not where oneDNN has AMX, on which nothing was measured. ``cpu.bn_act`` and its backward together 1.2 to 1.3 times the speed of torch's batch norm, ReLU and add in a step of a
-ResNet-50 at batch 8, all of them at the speed of memory. Importing this module loads no library: it comes in with the first question.
+processor multiplies it, and not where oneDNN has AMX, on which nothing was measured. ``cpu.bn_act`` and its backward together 1.2 to 1.3
+times the speed of torch's batch norm, ReLU and add in a step of a ResNet-50 at batch 8, all of them at the speed of memory. Importing this
+module loads no library: it comes in with the first question.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ RECORD = PACKAGE / "_build.json"
 # As csrc/cpu/library.cpp defines its ops: a library that was built before an edit of them is recognised by these.
 SCHEMAS = {
     "panel": "() -> int", "takes_bf16": "() -> bool", "onednn_has_amx": "() -> bool", "instructions": "() -> str",
+    "same_bytes": "(Tensor places) -> bool",
     "winograd_filters": "(Tensor weight) -> Tensor",
     "winograd": "(Tensor x, Tensor filters, Tensor bias, Tensor? residual, Tensor(a!) out, bool relu) -> bool",
     "conv_filters": "(Tensor weight) -> Tensor",
