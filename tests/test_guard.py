@@ -350,3 +350,24 @@ def test_the_snapshot_is_not_taken_for_what_cannot_be_packed(folds) -> None:
     for _ in range(2):
         ops.conv_bn_act(x, weight, k, k)
     assert len(folds) == 2 and len(fold._packed) == before
+
+
+def test_a_pass_proves_what_still_lies_there_with_the_same_bytes(monkeypatch) -> None:
+    """Each by itself: an edited one, a moved one, a shrunk one and a freed one take no other with them."""
+    layers = {name: (torch.randn(4, 3, 1, 1), torch.ones(4), torch.zeros(4)) for name in ("left", "edited", "moved", "shrunk", "freed")}
+    keys = {name: _key_of(*layer) for name, layer in layers.items()}
+    assert fold._holding(keys.values()) == set(keys.values())
+    layers["moved"][0].share_memory_()
+    for size in (0, 8):  # back to where it was, as a rule
+        layers["shrunk"][1].untyped_storage().resize_(size)
+    del layers["freed"]
+    with monkeypatch.context() as patched:  # what was freed may hold its bytes still
+        patched.setattr(fold, "same_bytes", lambda places: True)
+        assert fold._holding(keys.values()) == {keys["left"], keys["edited"]}
+    layers["edited"][2].data[3] = 1
+    assert fold._holding(keys.values()) == {keys["left"]}
+
+
+def _key_of(*layer: torch.Tensor) -> tuple:
+    entry = fold.proved(*layer, None, None, 0.0)
+    return next(key for key, other in fold._packed.items() if other is entry)
