@@ -79,12 +79,12 @@ def test_a_nan_in_the_residual_stays_where_it_is() -> None:
     assert got.isnan().sum() == 1 and got[0, 3, 2, 1].isnan()
 
 
-@pytest.mark.parametrize("n, c, h, w, k", [(1, 32, 30, 30, 96), (1, 64, 3, 3, 160), (3, 16, 17, 5, 32), (1, 256, 1, 1, 512)])
+@pytest.mark.parametrize("n, c, h, w, k", [(1, 32, 30, 30, 96), (1, 64, 3, 3, 160), (3, 16, 17, 5, 32), (1, 256, 1, 1, 512), (1, 128, 28, 28, 128)])
 def test_the_number_of_threads_changes_no_byte(n, c, h, w, k) -> None:
     args = make_args(winograd_problem(n, c, h, w, k, residual="nhwc"))
     one = find("cpu.winograd").fn(*args)
     try:
-        for threads in (2, 3, 7):
+        for threads in (2, 3, 5, 8, 16):
             torch.set_num_threads(threads)
             assert torch.equal(find("cpu.winograd").fn(*args), one), threads
     finally:

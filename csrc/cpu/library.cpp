@@ -11,10 +11,13 @@
 
 #include "../checks.h"
 #include "amx.h"
+#include "cut.h"
 #include "kernels.h"
 
 namespace {
 
+using resnet_fast::cpu::ceil_div;
+using resnet_fast::cpu::Cut;
 using resnet_fast::cpu::Isa;
 
 // The best of this processor that torch's own ATEN_CPU_CAPABILITY ("avx512", "avx2" or "default") lets through; else null.
@@ -54,24 +57,6 @@ float* scratch(int64_t floats) {
   if (size < floats) memory.reset(new float[floats]), size = floats;
   return memory.get();
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// How [0, rows) x [0, panels) is cut into blocks: at most `most` rows each so that they fit the cache, as many as there
-// are threads, and of many panels rather than many rows where rows are too few to go around.
-struct Cut {
-  int64_t rows, panels;  // of a block
-  int64_t down, across;  // blocks
-
-  Cut(int64_t all_rows, int64_t all_panels, int64_t most, int64_t least) {
-    const int64_t threads = torch::stable::get_num_threads();
-    down = ceil_div(all_rows, most);
-    if (down > 1 || all_rows >= threads * least) down = ceil_div(down, threads) * threads;
-    rows = ceil_div(all_rows, down), down = ceil_div(all_rows, rows);
-    panels = down >= threads ? all_panels : ceil_div(all_panels, std::min(all_panels, ceil_div(threads, down)));
-    across = ceil_div(all_panels, panels);
-  }
-};
 
 // Whether the bytes at two addresses are the same, for each row (address, address, bytes) of `places`. Threads take equal shares of all
 // bytes; the C library's memcmp is at the speed of memory (measured: wider loads, with prefetches or without, are 4 to 10 % slower).
@@ -166,7 +151,8 @@ bool winograd(const Tensor& x, const Tensor& filters, const Tensor& bias, const 
                                             k, dtype == ScalarType::BFloat16, relu};
   const int64_t tiles = resnet_fast::cpu::tiles_of(n, h, w), panels = filters.size(0);
   constexpr int64_t cache = 1 << 20;  // bytes for the transformed inputs: an L2 of today's servers (measured: 768 KB and 1.75 MB 3–5 % slower)
-  const Cut cut(tiles, panels, std::max<int64_t>(1, cache / (resnet_fast::cpu::winograd_scratch(1, c) * 4)), 56);
+  const Cut cut(tiles, panels, std::max<int64_t>(1, cache / (resnet_fast::cpu::winograd_scratch(1, c) * 4)),
+                torch::stable::get_num_threads());
   std::atomic<int32_t> largest{0};
   torch::stable::parallel_for(0, cut.down * cut.across, 1, [&](int64_t begin, int64_t end) {
     float* memory = scratch(resnet_fast::cpu::winograd_scratch(cut.rows, c));
@@ -251,7 +237,7 @@ void conv(const Tensor& x, const Tensor& filters, const Tensor& bias, const std:
                                         size[0], size[1], stride, padding, height, width, per == 2, relu};
   const int64_t rows = n * height * width, panels = filters.size(0);
   constexpr int64_t cache = 512 << 10;  // bytes of L2 for a block's rows (measured: 256 KB and 1 MB up to 10 % slower)
-  const Cut cut(rows, panels, std::max<int64_t>(14, cache / (depth * 4 / per)), 56);
+  const Cut cut(rows, panels, std::max<int64_t>(14, cache / (depth * 4 / per)), torch::stable::get_num_threads());
   torch::stable::parallel_for(0, cut.down * cut.across, 1, [&](int64_t begin, int64_t end) {
     float* memory = scratch(resnet_fast::cpu::conv_scratch(args, cut.rows));
     for (int64_t i = begin; i < end; ++i) {
