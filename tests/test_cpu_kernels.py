@@ -165,6 +165,16 @@ def test_a_bfloat16_network_runs_without_our_convolutions_where_onednn_has_amx(m
     assert_rule(planned(x), bar, resnet_fast.plan(model.double(), x.double())(x.double()))
 
 
+@pytest.mark.parametrize("problem, threads, chosen", [
+    (winograd_problem(1, 512, 7, 7, 512), 4, "cpu.winograd"), (winograd_problem(1, 512, 7, 7, 512), 5, "cpu.conv"),
+    (winograd_problem(2, 512, 7, 7, 512), 64, "cpu.winograd"), (winograd_problem(1, 256, 7, 7, 256), 64, "cpu.conv"),
+    (winograd_problem(1, 256, 14, 14, 256), 64, "cpu.winograd"), (winograd_problem(1, 128, 7, 7, 128), 64, "cpu.winograd")])
+def test_many_threads_do_not_wait_for_transformed_filters_of_a_few_pixels(monkeypatch, problem, threads, chosen) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert cpu.preferred(problem, live=False)[0] == chosen
+    assert ("by a model, not a measurement" in str(cpu.yields("cpu.winograd", problem, live=False))) is (chosen == "cpu.conv")
+
+
 def test_live_weights_stay_within_two_copies() -> None:
     """At batch 1 the transformed filters of many channels would take more; a plan, which has no snapshot beside them, takes them."""
     assert choose(winograd_problem(1, 128, 28, 28, 128))[0].id == "cpu.winograd"

@@ -19,12 +19,10 @@ struct Cut {
     const int64_t least = ceil_div(all_rows, most);
     int64_t best = INT64_MAX;
     for (int64_t p = all_panels, a = 1; a <= threads; p = ceil_div(all_panels, a)) {
-      const int64_t rounds = ceil_div(least * a, threads);  // blocks for each thread
-      for (int64_t d : {rounds * threads / a, (rounds + 1) * threads / a}) {
-        const int64_t r = ceil_div(all_rows, std::clamp(d, least, all_rows)), blocks = ceil_div(all_rows, r) * a;
-        const int64_t each = ceil_div(blocks, threads), share = work(each, std::min(each * r, all_rows * a), p);
-        if (share < best - best / 64) best = share, rows = r, panels = p, down = blocks / a, across = a;
-      }
+      const int64_t d = ceil_div(least * a, threads) * threads / a;  // as many as give every thread the same number
+      const int64_t r = ceil_div(all_rows, std::clamp(d, least, all_rows)), blocks = ceil_div(all_rows, r) * a;
+      const int64_t each = ceil_div(blocks, threads), share = work(each, std::min(each * r, all_rows * a), p);
+      if (share < best - best / 64) best = share, rows = r, panels = p, down = blocks / a, across = a;
       if (p == 1) break;
       a = ceil_div(all_panels, p - 1);
     }

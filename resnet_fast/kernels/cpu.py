@@ -239,9 +239,24 @@ def yields(id: str, problem: Problem, live: bool = True) -> str | None:
     if id == "cpu.conv":
         measured = problem.weight[2:] in ((1, 1), (3, 3), (7, 7))  # 5×5: 0.92 to 1.0 times oneDNN's speed
         return None if measured else "measured no faster than oneDNN with filters of other sizes than 1×1, 3×3 and 7×7"
+    if _memory_bound(problem) and torch.get_num_threads() > FEW_THREADS:
+        return "by a model, not a measurement, so many threads would wait for these transformed filters longer than they take for the plain sum"
     if problem.dtype == torch.bfloat16 and problem.x[1] > 256:
         return "measured slower than the plain sum in bfloat16 with more than 256 channels"
     if live and problem.x[1] > (128 if problem.x[0] == 1 else 256):
         # All of ResNet-50's take 88 MB transformed, 33 plain: 389 MB at batch 1, where eager's 140 and two copies of the weights are 344.
         return "filters of so many channels take more memory, transformed, than beside live weights they are worth; a plan uses them"
     return None
+
+
+# A model, for nobody measured it: memory brings a thread some 5 GB/s where all cores of a server are at work, and a thread multiplies at
+# 100 GFLOP/s (measured on one, float32). The plain sum of 18 FLOPs for a pixel and a pair of channels is then faster than the reading of the
+# pair's 96 bytes, transformed, for fewer than 96 / 5e9 * 100e9 / 18 = 107 pixels. A few threads get more bandwidth each (here 15 GB/s, and
+# cpu.winograd won), and filters of few channels stay in the cache from one pass to the next.
+FEW_THREADS, FEW_PIXELS, MANY_CHANNELS = 4, 64, 256
+
+
+def _memory_bound(problem: Problem) -> bool:
+    """Whether reading ``cpu.winograd``'s filters is most of its work: a few pixels of all images, many channels."""
+    n, c, h, w = problem.x
+    return n * h * w < FEW_PIXELS and c >= MANY_CHANNELS
