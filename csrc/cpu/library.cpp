@@ -270,7 +270,7 @@ struct Chunks {
 
 template <class Run>
 void each_channel(int64_t c, const Run& run) {
-  torch::stable::parallel_for(0, c, 256, run);
+  torch::stable::parallel_for(0, c, 64, run);
 }
 
 const float* check_channels(const char* op, const char* what, const Tensor& v, int64_t c) {
