@@ -22,6 +22,12 @@ NHWC = torch.channels_last
 BF16_SUM = "cpu.conv" if cpu.available() is None and torch.ops.resnet_fast_cpu.takes_bf16() else "aten.conv_bn_act"
 
 
+@pytest.fixture(autouse=True)
+def without_amx(monkeypatch) -> None:
+    """As on the processors that these kernels were measured for; the tests of AMX say otherwise."""
+    monkeypatch.setattr(cpu, "onednn_has_amx", lambda: False)
+
+
 def winograd_problem(n=2, c=32, h=9, w=6, k=64, dtype=torch.float32, **more) -> Problem:
     return Problem(**{"op": "conv_bn_act", "device": "cpu", "dtype": dtype, "x": (n, c, h, w), "layout": "nhwc", "weight": (k, c, 3, 3),
                       "padding": (1, 1), "bn": True, "act": "relu", **more})
