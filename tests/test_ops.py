@@ -131,6 +131,18 @@ def test_ambiguouslayouts(shape, kernel) -> None:
             [s for s, n in zip(bare.stride(), bare.shape, strict=True) if n > 1]
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 5, 4), (2, 4, 1, 1), (1, 4, 5, 1), (1, 1, 1, 1), (3, 4, 1, 6), (0, 4, 3, 3)])
+@pytest.mark.parametrize("filters", (1, 6))
+def test_without_onednn_it_is_eager_itself(shape, filters) -> None:
+    """In float64, which oneDNN does not take: eager's bits, and the strides of F.conv2d though batch norm has others for one pixel or channel."""
+    weight, vectors = torch.randn(filters, shape[1], 1, 1).double(), [torch.rand(filters).double() + 0.5 for _ in range(4)]
+    for x in layouts(torch.randn(shape).double()).values():
+        bare = F.conv2d(x, weight)
+        got = ops.conv_bn_act(x, weight, *vectors[:2], mean=vectors[2], var=vectors[3], eps=1e-5)
+        assert got.stride() == bare.stride()
+        assert torch.equal(got, F.batch_norm(bare, vectors[2], vectors[3], *vectors[:2], eps=1e-5).relu())
+
+
 def test_expanded_and_sliced_vectors() -> None:
     """A BN vector that is an expanded scalar or every second of a longer one: the byte guard must not read past its end."""
     x, weight = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 1, 1)

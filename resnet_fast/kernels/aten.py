@@ -1,9 +1,9 @@
 """What torch already ships: the fallback for every op, and the honest bar every other kernel must clear.
 
 ``aten`` takes every problem on every device with eager's answers, NaN included. On a CPU it is oneDNN's fused convolution with
-packed weights. On a GPU it is eager's launches, no more: convolution, batch norm, then add and ReLU in place. Folding there would save
-none, for ATen adds a bias in a pass of its own, and would cost a dozen for each batch norm. ``aten.cudnn_fused`` is cuDNN's
-conv + bias (+ add) + ReLU in one kernel; what it does to NaN is to be seen on a GPU, so like any kernel it waits for a measurement.
+packed weights. On a GPU, and where oneDNN is not, it is eager's launches, no more: convolution, batch norm, then add and ReLU in place.
+Folding there would save none, for ATen adds a bias in a pass of its own, and would cost a dozen for each batch norm. ``aten.cudnn_fused`` is
+cuDNN's conv + bias (+ add) + ReLU in one kernel; what it does to NaN is to be seen on a GPU, so like any kernel it waits for a measurement.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ def conv_bn_act(x, weight, scale, shift, residual, mean, var, eps, stride, paddi
     pack = fold.packed(x, weight, scale, shift, mean, var, eps, stride, padding, dilation, groups) if packs else None
     if pack is not None:
         return _onednn(x, weight, *pack, residual, stride, padding, dilation, groups, act)
-    if x.device.type == "cpu" and not fold.foldable(scale, shift, mean, var, eps):  # on a GPU the host would have to wait
+    if _normalises(x, scale, shift, mean, var):
+        z = F.conv2d(x, weight, None, stride, padding, dilation, groups)
+        out = F.batch_norm(z, mean, var, scale, shift, False, 0.0, eps)
+        out = out if out.stride() == z.stride() else out.as_strided(z.shape, z.stride())  # of one pixel or channel: the same order
+    elif x.device.type == "cpu" and not fold.foldable(scale, shift, mean, var, eps):  # on a GPU the host would have to wait
         return reference.conv_bn_act(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act)
-    if x.device.type == "cuda" and _normalises(x, scale, shift, mean, var):
-        out = F.batch_norm(F.conv2d(x, weight, None, stride, padding, dilation, groups), mean, var, scale, shift, False, 0.0, eps)
     else:
         folded, bias = fold.fold(weight, scale, shift, mean, var, eps)
         out = F.conv2d(x, folded, bias, stride, padding, dilation, groups)
