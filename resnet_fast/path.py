@@ -161,10 +161,10 @@ def batch_norm_act(bn: nn.BatchNorm2d, z: Tensor, residual: Tensor | None, act: 
     When checkpointing recomputes a block inside backward the statistics were updated already; eager updates them twice.
     """
     if _better_apart(bn, z, residual, act):
-        return _one_by_one(bn, z, residual, act)
+        return one_by_one(bn, z, residual, act)
     y, mean, var = ops.bn_act(z, bn.weight, bn.bias, residual, eps=bn.eps, act=act)
     if _tracks(bn):
-        _track(bn, mean, var, z.numel() // z.shape[1])
+        track(bn, mean, var, z.numel() // z.shape[1])
     return y
 
 
@@ -173,7 +173,7 @@ def _better_apart(bn: nn.BatchNorm2d, z: Tensor, residual: Tensor | None, act: s
     return z.device.type == "cuda" and not ops.fuses_bn_act(z, bn.weight, bn.bias, residual, bn.eps, act)
 
 
-def _one_by_one(bn: nn.BatchNorm2d, z: Tensor, residual: Tensor | None, act: str) -> Tensor:
+def one_by_one(bn: nn.BatchNorm2d, z: Tensor, residual: Tensor | None, act: str) -> Tensor:
     """Eager's own launches: 3 of batch norm, its count and ReLU, where torch's ``bn_act`` and the statistics beside it would take 11."""
     if bn.training and bn.track_running_stats and not _tracks(bn):  # recomputing: no step of the statistics, but they are saved again
         out = F.batch_norm(z, bn.running_mean, bn.running_var, bn.weight, bn.bias, True, 0.0, bn.eps)
@@ -189,7 +189,7 @@ def _tracks(bn: nn.BatchNorm2d) -> bool:
     return bn.training and bn.track_running_stats and torch._C._current_graph_task_id() == -1
 
 
-def _track(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, n: int) -> None:
+def track(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, n: int) -> None:
     """Through ``.data``: like torch's own kernel this bumps no version, so an earlier forward's graph in eval stays usable."""
     momentum = bn.momentum
     if bn.num_batches_tracked is not None:

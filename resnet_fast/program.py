@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .buffers import deaths, own_memory
 from .capture import captured
@@ -21,6 +21,7 @@ from .kernels.aten import onednn_takes
 from .kernels.cpu import FORMS, Form
 from .kernels.cpu import preferred as preferred_on_cpu
 from .nodes import function
+from .path import one_by_one, track
 from .planned import Filter, Lowered
 from .problem import Problem
 from .schedule import Attribute, Group, Step, Value, outputs, references
@@ -331,7 +332,12 @@ def _bind_torch(f: Filter, step: Step, in_place: bool, add: Callable[[Tensor, Te
 
 
 def once(chosen: Kernel, problem: Problem, args: tuple) -> Callable[[], Any]:
-    """One call of a kernel on a problem's arguments as it is in use: torch's convolutions on folded weights as a plan binds them, folded before."""
+    """One call of a kernel on a problem's arguments as it is in use.
+
+    Torch's convolutions on folded weights as a plan binds them, folded before; a training step's batch norm with its running statistics.
+    """
+    if problem.op == "bn_act":
+        return _training_norm(chosen, *args)
     if problem.op != "conv_bn_act" or problem.bn or not chosen.id.startswith("aten."):
         return lambda: chosen.fn(*args)
     x, weight, scale, shift, residual, mean, var, eps, *geometry, act = args
@@ -339,6 +345,20 @@ def once(chosen: Kernel, problem: Problem, args: tuple) -> Callable[[], Any]:
     step = Step("conv_bn_act", "", "", (Value("x"),), residual=None if residual is None else Value("residual"), act=act)
     run = _bind_cudnn(f, step) if chosen.id == "aten.cudnn_fused" else _bind_torch(f, step, False)
     return lambda: run({"x": x, "residual": residual})
+
+
+def _training_norm(chosen: Kernel, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, act: str) -> Callable[[], Tensor]:
+    bn = nn.BatchNorm2d(len(weight), eps, device=x.device, dtype=weight.dtype)
+    bn.weight, bn.bias = nn.Parameter(weight), nn.Parameter(bias)
+    if chosen.id.startswith("aten."):
+        return lambda: one_by_one(bn, x, residual, act)
+
+    def run() -> Tensor:
+        y, mean, var = chosen.fn(x, weight, bias, residual, eps, act)
+        track(bn, mean, var, x.numel() // x.shape[1])
+        return y
+
+    return run
 
 
 def _conv_shape(f: Filter, x: Tensor) -> tuple[int, ...]:

@@ -192,6 +192,22 @@ def test_a_folded_convolution_is_timed_as_a_plan_binds_it(monkeypatch, residual,
         live()
 
 
+@pytest.mark.parametrize("residual", (None, "nhwc"))
+def test_training_norms_are_timed_with_their_running_statistics(residual, monkeypatch) -> None:
+    """Torch's as the modules launch it, for so a GPU runs it that has no kernel of ours: not by the op, which takes more launches."""
+    problem = Problem(op="bn_act", device="cpu", dtype=torch.float32, x=(2, 8, 5, 4), layout="nhwc", residual=residual, act="relu")
+    aten, args = dispatch.find("aten", "bn_act"), full_args(problem)
+    ours = replace(aten, id="experimental.norm")
+    y, mean, var = aten.fn(*args)
+    tracked = []
+    monkeypatch.setattr("resnet_fast.program.track", lambda bn, *found: tracked.append(found))
+    for kernel in (aten, ours):
+        torch.testing.assert_close(once(kernel, problem, args)(), y)
+    assert len(tracked) == 1 and torch.equal(tracked[0][0], mean) and torch.equal(tracked[0][1], var) and tracked[0][2] == 40
+    monkeypatch.setattr(torch, "native_batch_norm", lambda *args: 1 / 0)
+    once(aten, problem, args)()
+
+
 # ---------------------------------------------------------------- resuming
 
 def test_what_was_measured_is_skipped(candidates) -> None:
