@@ -36,9 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     the output that has seen enough (``| head``) in 1.
     """
     from .dispatch import NotUsed
+    command = "resnet_fast"
     try:
         args = parser().parse_args(argv)
-        args.words = sys.argv[1:] if argv is None else argv
+        args.words, command = sys.argv[1:] if argv is None else argv, args.command
         code = args.run(args)
         sys.stdout.flush()
         return code
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         code = 1
     except (ValueError, LookupError, OSError, ImportError, NotUsed) as error:
-        print(f"{args.command}: {error}", file=sys.stderr)
+        print(f"{command}: {error}", file=sys.stderr)
         code = 2
     _flush_or_drop()
     return code

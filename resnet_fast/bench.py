@@ -121,7 +121,7 @@ def untuned(case: Case, batches: Sequence[int] = ()) -> str | None:
     command += ["--size", str(case.size)] if case.size != 224 else []
     command += ["--dtype", str(dtype).removeprefix("torch.")] if case.dtype != "bf16" else []
     command += ["--train"] if case.mode == "train" else []
-    return (f"{case.name}: no kernel of ours was measured for this on {tables.gpu_name()} yet, so ours runs torch's own (cuDNN, batch norm folded). "
+    return (f"{case.name}: no kernel of ours was measured for this on {tables.gpu_name()} yet, so ours runs torch's own kernels. "
             f"`{' '.join(command)}` measures them, in minutes, and says how many; then run this again")
 
 
