@@ -154,7 +154,7 @@ def test_a_cluster_neither_divides_between_products_nor_asks_for_affines_after_t
         assert set(after) == {"LDG.E.128"}, name  # the residual
 
 
-@pytest.mark.parametrize(("file", "most"), [("conv_hopper", 9), ("conv_tail_hopper", 3)])
+@pytest.mark.parametrize(("file", "most"), [("conv_hopper", 9), ("conv_tail_hopper", 3), ("pointwise_hopper", 9)])
 def test_epilogues_read_shared_memory_in_a_few_goes(compiled, file: str, most: int) -> None:
     """Before they replace what they read: one by one, each of some thirty reads would wait for the write before."""
     for name, text in sass(compiled(file)[1], "sm_90a").items():

@@ -209,20 +209,33 @@ __device__ __forceinline__ void multiply(float (&sum)[2][Tile::kN / 2], const Sh
 template <class T, class Tile, bool kResidual>
 __device__ __forceinline__ void finish(const float (&sum)[2][Tile::kN / 2], unsigned char* staging, const Affine* affine,
                                        Act act) {
+  constexpr int kTogether = 4;  // chunks read before the first is replaced: one by one, each read would wait for the write before
   const int lane = threadIdx.x % 32, warp = threadIdx.x % kGroup / 32;
+  const auto place = [&](int j, int rows) {  // rows: of 64, then of 8
+    return staging + j / kChunks * kBoxBytes + (rows / 2 * 64 + rows % 2 * 8) * kRowBytes +
+           swizzled(warp * 16 + lane / 4, j % kChunks) + 4 * (lane % 4);
+  };
 #pragma unroll
-  for (int j = 0; j < Tile::kN / 8; ++j) {
-    const float4 two = *reinterpret_cast<const float4*>(affine + 8 * j + 2 * (lane % 4));
+  for (int first = 0; first < Tile::kN / 8; first += kTogether) {
+    float4 two[kTogether];  // affines
+    Pack<T, 2> old[kTogether][4];
 #pragma unroll
-    for (int rows = 0; rows < 4; ++rows) {  // of 64, then of 8
-      const int row = rows / 2 * 64 + warp * 16 + rows % 2 * 8 + lane / 4, i = 4 * j + 2 * (rows % 2);
-      unsigned char* at = staging + j / kChunks * kBoxBytes + swizzled(row, j % kChunks) + 4 * (lane % 4);
-      float old[2] = {};
-      if constexpr (kResidual) load(reinterpret_cast<const T*>(at), old);
-      const Pack<T, 2> pack{from_float<T>(epilogue(sum[rows / 2][i], {two.x, two.y}, old[0], act)),
-                            from_float<T>(epilogue(sum[rows / 2][i + 1], {two.z, two.w}, old[1], act))};
-      store_for_async(at, reinterpret_cast<const uint32_t&>(pack));
+    for (int k = 0; k < kTogether; ++k) {
+      two[k] = *reinterpret_cast<const float4*>(affine + 8 * (first + k) + 2 * (lane % 4));
+#pragma unroll
+      for (int rows = 0; rows < 4; ++rows)
+        if constexpr (kResidual) old[k][rows] = *reinterpret_cast<const Pack<T, 2>*>(place(first + k, rows));
     }
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k)
+#pragma unroll
+      for (int rows = 0; rows < 4; ++rows) {
+        const float* const s = &sum[rows / 2][4 * (first + k) + 2 * (rows % 2)];
+        const auto add = [&](int i) { return kResidual ? to_float(old[k][rows].v[i]) : -0.f; };  // which costs no addition
+        const Pack<T, 2> pack{from_float<T>(epilogue(s[0], {two[k].x, two[k].y}, add(0), act)),
+                              from_float<T>(epilogue(s[1], {two[k].z, two[k].w}, add(1), act))};
+        store_for_async(place(first + k, rows), reinterpret_cast<const uint32_t&>(pack));
+      }
   }
 }
 
