@@ -46,6 +46,7 @@ constexpr int kPixels = 64;     // of a tile
 constexpr int kStages = 4;      // slices in flight; two blocks fit a processor, so the next kernel's can be there early
 constexpr int kPixelBytes = kPixels * kRowBytes;
 constexpr int kVector = 8;      // channels that a thread adds and stores together
+using Words = Pack<uint32_t, kVector / 2>;  // two each
 
 template <class T_, int kN_>
 struct ClusterTile {
@@ -120,12 +121,11 @@ __device__ __forceinline__ void load_step(const ClusterArgs& p, const ClusterSha
   step(at, p);
 }
 
-// This block's sums over its part of the depth. Thread 0 fills a slot again once all four warps are done with it.
+// This block's sums over its part of the depth; the first slots are filled or on their way. Thread 0 fills a slot again once all
+// four warps are done with it.
 template <class Tile>
 __device__ __forceinline__ void multiply(float (&sum)[Tile::kN / 2], const ClusterArgs& p, const ClusterShared<Tile>& shared,
                                          Loads& at, int steps) {
-  if (threadIdx.x == 0)
-    for (int i = 0; i < kStages && i < steps; ++i) load_step<Tile>(p, shared, at, i);
   for (int i = 0; i < steps; ++i) {
     const uint64_t pixels = matrix_descriptor(shared_address(shared.stage(i % kStages)));
     const uint64_t filters = further_descriptor(pixels, kPixelBytes);
@@ -159,32 +159,76 @@ __device__ __forceinline__ void leave_sums(const float (&sum)[Tile::kN / 2], flo
           make_float2(sum[4 * j + 2 * half], sum[4 * j + 2 * half + 1]);
 }
 
-// The sums of all blocks of the cluster for this one's share of the pixels, with the epilogue. The residual is asked for
-// before the sums: one way to memory and back, not two after each other.
+// What a thread finishes of the tile: eight filters of every kStep-th pixel of its block's share. They are `column` on, of the
+// pixels from `row` to before `end`; `at`: the first of them in residual and output, counted, like `step`, in vectors.
 template <class Tile>
-__device__ __forceinline__ void add_and_store(const ClusterArgs& p, const ClusterShared<Tile>& shared, const Part& part) {
+struct Share {
+  static constexpr int kLanes = Tile::kN / kVector, kStep = kGroup / kLanes, kMost = kPixels / kStep;
+  int row, end, column;
+  int64_t at, step;
+};
+
+template <class Tile>
+__device__ __forceinline__ Share<Tile> share_of(const ClusterArgs& p, const Part& part) {
+  using S = Share<Tile>;
+  const int pixels = kPixels / p.split, begin = pixels * int(cluster_rank()), left = p.pixels - part.first_pixel;
+  const int row = begin + int(threadIdx.x) / S::kLanes, column = int(threadIdx.x) % S::kLanes * kVector;
+  const int end = part.first_filter + column < p.filters ? (begin + pixels < left ? begin + pixels : left) : 0;
+  const int64_t line = p.filters / kVector;
+  return {row, end, column, (part.first_pixel + row) * line + (part.first_filter + column) / kVector, S::kStep * line};
+}
+
+// Asked for before the products, used behind them.
+template <class Tile>
+__device__ __forceinline__ void load_residual(Words (&old)[Share<Tile>::kMost], const ClusterArgs& p, const Share<Tile>& share) {
+#pragma unroll
+  for (int i = 0; i < Share<Tile>::kMost; ++i)
+    if (p.residual != nullptr && share.row + i * Share<Tile>::kStep < share.end)
+      old[i] = static_cast<const Words*>(p.residual)[share.at + i * share.step];
+}
+
+// The sums of all blocks of the cluster for this one's share of the pixels, with the epilogue. All are read before the first is
+// used, as none could be while a store is ahead of it: one way to the other blocks and back.
+template <class Tile, int kSplit>
+__device__ __forceinline__ void add_and_store(const ClusterArgs& p, const ClusterShared<Tile>& shared, const Share<Tile>& share,
+                                              const Words (&residual)[Share<Tile>::kMost]) {
   using T = typename Tile::T;
-  constexpr int kVectors = Tile::kN / kVector;
-  const float* const sums = shared.sums();
-  const int share = kPixels / p.split, begin = share * int(cluster_rank());
-  for (int i = begin * kVectors + int(threadIdx.x); i < (begin + share) * kVectors; i += kGroup) {
-    const int row = i / kVectors, column = i % kVectors * kVector;
-    const int pixel = part.first_pixel + row, filter = part.first_filter + column;
-    if (pixel >= p.pixels || filter >= p.filters) continue;
-    const int64_t at = int64_t(pixel) * p.filters + filter;
-    Pack<T, kVector> old{};
-    if (p.residual != nullptr) old = *reinterpret_cast<const Pack<T, kVector>*>(static_cast<const T*>(p.residual) + at);
+  constexpr int kStep = Share<Tile>::kStep, kRows = Share<Tile>::kMost > kSplit ? Share<Tile>::kMost / kSplit : 1;
+  if (share.row >= share.end) return;
+  const float* const sums = shared.sums() + share.row * Tile::kPitch + share.column;
+  float4 add[kRows][kSplit][kVector / 4];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i)
+#pragma unroll
+    for (int from = 0; from < kSplit; ++from)
+#pragma unroll
+      for (int four = 0; four < kVector / 4; ++four)
+        add[i][from][four] = load_from_block(reinterpret_cast<const float4*>(sums + i * kStep * Tile::kPitch + 4 * four), from);
+  Affine affine[kVector];
+#pragma unroll
+  for (int v = 0; v < kVector; ++v) affine[v] = shared.affine()[share.column + v];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    if (share.row + i * kStep >= share.end) continue;
     float value[kVector] = {};
-    for (int from = 0; from < p.split; ++from)
 #pragma unroll
-      for (int four = 0; four < kVector; four += 4) {
-        const float4 add = load_from_block(reinterpret_cast<const float4*>(sums + row * Tile::kPitch + column + four), from);
-        value[four] += add.x, value[four + 1] += add.y, value[four + 2] += add.z, value[four + 3] += add.w;
+    for (int from = 0; from < kSplit; ++from)
+#pragma unroll
+      for (int v = 0; v < kVector; v += 4) {
+        const float4& four = add[i][from][v / 4];
+        value[v] += four.x, value[v + 1] += four.y, value[v + 2] += four.z, value[v + 3] += four.w;
       }
+    Words made;
 #pragma unroll
-    for (int v = 0; v < kVector; ++v)
-      value[v] = epilogue(value[v], shared.affine()[column + v], to_float(old.v[v]), p.act);
-    store(static_cast<T*>(p.out) + at, value);
+    for (int v = 0; v < kVector; v += 2) {
+      uint32_t word = residual[i].v[v / 2];
+      asm("" : "+r"(word));  // taken apart here: the compiler would do so where it is loaded, and wait there
+      const auto& old = reinterpret_cast<const Pack<T, 2>&>(word);
+      const Pack<T, 2> pair{from_float<T>(epilogue(value[v], affine[v], to_float(old.v[0]), p.act)),
+                            from_float<T>(epilogue(value[v + 1], affine[v + 1], to_float(old.v[1]), p.act))};
+      made.v[v / 2] = reinterpret_cast<const uint32_t&>(pair);
+    }
+    static_cast<Words*>(p.out)[share.at + i * share.step] = made;
   }
 }
 
@@ -193,6 +237,8 @@ __global__ void __launch_bounds__(kGroup, 1) conv_cluster_hopper_kernel(const __
   if constexpr (kHopper) {
     const ClusterShared<Tile> shared{hopper_shared()};
     const Part part = part_of(p, Tile::kN);
+    const Share<Tile> share = share_of<Tile>(p, part);
+    const int steps = part.end - part.begin;
     Loads at = loads_of(p, part);
     if (threadIdx.x == 0) {
       for (int i = 0; i < kStages; ++i) {
@@ -209,13 +255,22 @@ __global__ void __launch_bounds__(kGroup, 1) conv_cluster_hopper_kernel(const __
     }
     __syncthreads();
     wait_for_kernels_before();
+    if (threadIdx.x == 0)
+      for (int i = 0; i < kStages && i < steps; ++i) load_step<Tile>(p, shared, at, i);
     const int own = int(threadIdx.x) - (kGroup - Tile::kN);  // by the last warps, since the first loads
     if (own >= 0 && part.first_filter + own < p.filters) shared.affine()[own] = load_affine(p.affine, part.first_filter + own);
+    Words residual[Share<Tile>::kMost] = {};
+    load_residual<Tile>(residual, p, share);
     float sum[Tile::kN / 2];
-    multiply<Tile>(sum, p, shared, at, part.end - part.begin);
+    multiply<Tile>(sum, p, shared, at, steps);
     leave_sums<Tile>(sum, shared.sums());
     cluster_sync();  // so are the affines seen
-    add_and_store<Tile>(p, shared, part);
+    switch (p.split) {
+      case 1: add_and_store<Tile, 1>(p, shared, share, residual); break;
+      case 2: add_and_store<Tile, 2>(p, shared, share, residual); break;
+      case 4: add_and_store<Tile, 4>(p, shared, share, residual); break;
+      default: add_and_store<Tile, 8>(p, shared, share, residual);
+    }
     cluster_sync_relaxed();  // others still read this block's sums
   } else {
     trap();  // the binary lacks sm_90a, and the caller did not look
