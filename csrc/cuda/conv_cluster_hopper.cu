@@ -15,7 +15,9 @@
 //
 // Floor: the weights from DRAM, 2 R S C K bytes at 4.3 TB/s: 0.3 us for 256 filters of 3x3x256. PREDICTED, nothing of it
 // measured: a block's clocks by cluster_clocks (tile.h), whose rates are guesses, at 1.755 GHz, for ResNet-50's convolutions of
-// one image at 224^2 on an H200 in microseconds, beside what the Triton kernels' own model gives, two launches where it splits:
+// one image at 224^2 on an H200 in microseconds, beside what the Triton kernels' own model gives, two launches where it splits.
+// (What comes behind the products takes 440 clocks of four blocks to 640 of one, by the machine code's stall counts and a guess of
+// 200 for a read from another block, of a tile of 64 filters; the model does not name it: its 1,500 and 900 have to hold it.)
 //
 //   H' = W'   C -> K                   filters x blocks of a tile    all blocks   predicted   triton
 //   56          64 ->   64, 3x3                 32 x 1                    98          1.6       3.5
