@@ -108,7 +108,7 @@ class Plan:
 
     def __call__(self, x: Tensor) -> Any:
         """Run on [N, C, H, W] (uint8 [N, H, W, 3] if made with ``normalize``); raises ValueError for what the plan was not made for."""
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():  # its kernels have no fakes: a break in the compiler's graph
+        if torch.compiler.is_dynamo_compiling():  # its kernels have no fakes: a break in the compiler's graph
             return torch.compiler.disable(self.__call__)(x)
         if (transform := _transform()) is not None:
             raise ValueError(f"plan: {transform} cannot look into a plan, whose kernels have neither fakes nor derivatives: give it the model, "
