@@ -1,194 +1,20 @@
-"""The run on a GPU, without one: watchdog, ledger, deadlines, stages, verdicts, table; children that misbehave."""
+"""The run on a GPU, without one: what is resumed, what each stage is given and when it is left out."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import host_gpu
+import gpu
 import pytest
-
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import gpu  # noqa: E402
-import gpu_probe  # noqa: E402
-import gpu_run  # noqa: E402
-from gpu_run import Job, Ledger, Sensors, Watchdog  # noqa: E402
-
-# A child without torch: each of its cases does what its name says.
-CHILD = f"""
-import json, os, subprocess, sys, time
-sys.path.insert(0, {str(BENCHMARKS)!r})
-from gpu_child import Events, follow_parent, perform
-
-def work(case, args):
-    name = case.rstrip("0123456789")
-    if name == "hang":
-        time.sleep(600)
-    elif name == "slow":
-        time.sleep(args["slow"])
-    elif name == "crash":
-        print("Fatal: an assert in the kernel", flush=True)
-        os.abort()
-    elif name == "raise":
-        raise RuntimeError("no kernel image is available\\nmore")
-    elif name == "long":
-        for _ in range(8):
-            time.sleep(0.2)
-            events.send(alive="still compiling")
-    elif name == "offspring":
-        child = subprocess.Popen(["sleep", "600"])
-        open(args["pid"], "w").write(str(child.pid))
-        time.sleep(600)
-    return {{"status": "right", "pid": os.getpid()}}
-
-job = json.load(open(sys.argv[1]))
-args = job["args"]
-follow_parent()
-if args.get("startup") == "dies":
-    sys.exit("ModuleNotFoundError: No module named 'torch'")
-if args.get("startup") == "hangs":
-    time.sleep(600)
-events = Events(sys.argv[2])
-events.send(alive="ready")
-cases = ((case, lambda case=case: work(case, args)) for case in args["cases"])
-perform(cases, set(job["skip"]), events, lambda: not os.path.exists(args.get("broken", "")))
-if args.get("linger"):
-    time.sleep(600)
-"""
+from gpu_run import Job, Ledger, Sensors, Watchdog
+from gpu_runs import a_run, a_stage, job, soon, watchdog
 
 
 @pytest.fixture
-def dog(tmp_path):
-    child = tmp_path / "child.py"
-    child.write_text(CHILD)
-    ledger = Ledger(tmp_path / "rows.jsonl")
-    return Watchdog([sys.executable, str(child)], ledger, tmp_path / "log.txt")
-
-
-def job(*cases: str, silence: float = 2.0, **args) -> Job:
-    more = {key: args.pop(key) for key in ("restarts", "start", "under") if key in args}
-    return Job("kernel", "fake", {"cases": cases, **args}, silence=silence, **more)
-
-
-def soon(seconds: float = 30.0) -> float:
-    return time.monotonic() + seconds
-
-
-def found(dog: Watchdog) -> list[tuple[str, str]]:
-    return [(row["case"], row["status"]) for row in dog.ledger.rows]
-
-
-def gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
-    except FileNotFoundError:
-        return True
-
-
-# ---------------------------------------------------------------- the watchdog
-
-def test_a_job_that_goes_well(dog, tmp_path) -> None:
-    assert dog.run("check", job("a", "b"), soon()) is None
-    assert found(dog) == [("a", "right"), ("b", "right")]
-    on_disk = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert [(row["stage"], row["job"], row["case"]) for row in on_disk] == [("check", "kernel", c) for c in "ab"]
-    assert "==== check kernel: done" in (tmp_path / "log.txt").read_text()
-
-
-def test_a_hung_case_is_marked_and_the_rest_goes_on(dog) -> None:
-    assert dog.run("check", job("a", "hang", "b"), soon()) is None
-    assert found(dog) == [("a", "right"), ("hang", "hung"), ("b", "right")]
-    assert dog.ledger.rows[1]["reason"].startswith("silent for 2 s")
-    assert dog.ledger.rows[0]["pid"] != dog.ledger.rows[2]["pid"]
-
-
-def test_a_crash_is_marked_with_its_last_words_and_the_rest_goes_on(dog) -> None:
-    assert dog.run("check", job("a", "crash", "b"), soon()) is None
-    assert found(dog) == [("a", "right"), ("crash", "died"), ("b", "right")]
-    assert dog.ledger.rows[1]["reason"] == f"exit code {-signal.SIGABRT}; Fatal: an assert in the kernel"
-
-
-def test_an_exception_is_a_row_and_costs_no_child(dog) -> None:
-    assert dog.run("check", job("raise", "b"), soon()) is None
-    assert found(dog) == [("raise", "failed"), ("b", "right")]
-    assert dog.ledger.rows[0]["reason"] == "RuntimeError: no kernel image is available"
-
-
-def test_a_device_that_did_not_survive_costs_the_child(dog, tmp_path) -> None:
-    (tmp_path / "broken").touch()
-    assert dog.run("check", job("raise", "b", broken=str(tmp_path / "broken"), restarts=3), soon()) is None
-    assert found(dog) == [("raise", "died"), ("b", "died")]
-    assert "did not survive it; RuntimeError: no kernel image" in dog.ledger.rows[0]["reason"]
-
-
-def test_signs_of_life_keep_a_long_case(dog) -> None:
-    assert dog.run("check", job("long", silence=1.0), soon()) is None
-    assert found(dog) == [("long", "right")]
-
-
-def test_the_deadline_ends_a_job_and_all_that_it_started(dog, tmp_path) -> None:
-    start = time.monotonic()
-    trouble = dog.run("check", job("a", "offspring", silence=60, pid=str(tmp_path / "pid")), soon(2))
-    assert trouble == "stopped at its deadline in offspring" and time.monotonic() - start < 10
-    assert found(dog) == [("a", "right")]
-    pid = int((tmp_path / "pid").read_text())
-    for _ in range(50):
-        if gone(pid):
-            break
-        time.sleep(0.1)
-    assert gone(pid)
-
-
-def test_it_gives_up_after_so_many_children(dog) -> None:
-    trouble = dog.run("check", job(*(f"crash{i}" for i in range(9)), restarts=2), soon())
-    assert trouble == "given up after 3 children hung or died" and len(found(dog)) == 3
-
-
-@pytest.mark.parametrize("how, words", [("dies", "died before its first case: exit code 1; ModuleNotFoundError"),
-                                        ("hangs", "hung before its first case: silent for 0.5 s")])
-def test_a_child_that_does_not_start(dog, how, words) -> None:
-    assert dog.run("check", job("a", startup=how, start=0.5 if how == "hangs" else 20), soon()).startswith(words)
-    assert found(dog) == []
-
-
-def test_a_child_that_will_not_leave_is_made_to(dog, monkeypatch) -> None:
-    monkeypatch.setattr(gpu_run, "LEAVE", 0.3)
-    assert dog.run("check", job("a", linger=True), soon()) is None
-    assert found(dog) == [("a", "right")]
-
-
-def test_children_do_not_outlive_a_killed_parent(tmp_path) -> None:
-    child = tmp_path / "child.py"
-    child.write_text(CHILD)
-    job_file = tmp_path / "job"
-    job_file.write_text(json.dumps({"task": "fake", "args": {"cases": ["hang"]}, "skip": []}))
-    start = f"""
-        import subprocess, sys, time
-        p = subprocess.Popen([{sys.executable!r}, {str(child)!r}, {str(job_file)!r}, {str(tmp_path / "events")!r}],
-                             start_new_session=True)
-        print(p.pid, flush=True)
-        time.sleep(600)"""
-    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(start)], stdout=subprocess.PIPE, text=True)
-    pid = int(parent.stdout.readline())
-    events = tmp_path / "events"
-    while not (events.is_file() and "begin" in events.read_text()):
-        time.sleep(0.05)
-    parent.kill()
-    parent.wait()
-    for _ in range(100):
-        if gone(pid):
-            break
-        time.sleep(0.1)
-    assert gone(pid)
+def dog(tmp_path) -> Watchdog:
+    return watchdog(tmp_path)
 
 
 # ---------------------------------------------------------------- resuming
@@ -257,13 +83,13 @@ def test_the_extension_is_built_again_where_it_is_not(tmp_path, monkeypatch, rea
     run = replace(a_run(tmp_path), rehearse=False)
     run.ledger.add({"stage": "environment", "job": "machine", "case": "machine", "status": "here", "capability": [9, 0]})
     run.ledger.add({"stage": "stages", "job": "build", "case": "build", "status": "done", "reason": reason})
-    gpu.perform(run, (stage("build", took, 1, 5), stage("check", took, 1, 5)), Sensors(program="absent"), 100)
+    gpu.perform(run, (a_stage("build", took, 1, 5), a_stage("check", took, 1, 5)), Sensors(program="absent"), 100)
     assert [name for name, _ in took] == ["build", "check"][not again:]
 
 
 def test_what_uses_the_tables_is_seen_again_once_they_grew(tmp_path, monkeypatch) -> None:
     took: list = []
-    stages = tuple(stage(name, took, 1, 5) for name in ("layers", "tables", "groups", "headline", "peers", "others"))
+    stages = tuple(a_stage(name, took, 1, 5) for name in ("layers", "tables", "groups", "headline", "peers", "others"))
     run = a_run(tmp_path)
     for name in ("layers", "groups", "headline", "peers", "others"):
         run.ledger.add({"stage": "stages", "job": name, "case": name, "status": "done", "reason": None})
@@ -323,23 +149,9 @@ def test_children_see_what_the_user_has_beside_the_environment(dog, monkeypatch,
 
 # ---------------------------------------------------------------- stages
 
-def a_run(tmp_path: Path, dog: Watchdog | None = None) -> gpu.Run:
-    ledger = dog.ledger if dog else Ledger(tmp_path / "rows.jsonl")
-    return gpu.Run(tmp_path, ledger, dog, rehearse=True)
-
-
-def stage(name: str, took: list, least: float, most: float, optional: bool = False, says: str = "") -> gpu.Stage:
-    def work(run: gpu.Run, deadline: float) -> str | None:
-        took.append((name, round(deadline - time.monotonic())))
-        return says or None
-
-    work.__name__ = name
-    return gpu.Stage(work, least, most, optional)
-
-
 def test_no_stage_eats_what_a_later_one_needs(tmp_path) -> None:
     took: list = []
-    stages = (stage("check", took, 10, 500), stage("peers", took, 30, 60, True), stage("headline", took, 20, 80))
+    stages = (a_stage("check", took, 10, 500), a_stage("peers", took, 30, 60, True), a_stage("headline", took, 20, 80))
     run = a_run(tmp_path)
     gpu.perform(run, stages, Sensors(program="absent"), 100)
     assert took == [("check", 80), ("peers", 60), ("headline", 80)]
@@ -353,14 +165,14 @@ def test_no_stage_eats_what_a_later_one_needs(tmp_path) -> None:
 def test_too_little_time_for_all_leaves_out_the_last_not_the_first(tmp_path) -> None:
     """Without the machine's row no later stage could say anything."""
     took: list = []
-    stages = (stage("environment", took, 10, 50), stage("check", took, 30, 60), stage("peers", took, 30, 60))
+    stages = (a_stage("environment", took, 10, 50), a_stage("check", took, 30, 60), a_stage("peers", took, 30, 60))
     gpu.perform(a_run(tmp_path), stages, Sensors(program="absent"), 20)
     assert took == [("environment", 10), ("check", 20), ("peers", 20)]  # these take no time
 
 
 def test_stages_that_are_done_are_not_done_again_and_those_cut_are(tmp_path) -> None:
     took: list = []
-    stages = (stage("check", took, 1, 5), stage("layers", took, 1, 5, says="layers: stopped at its deadline in x"))
+    stages = (a_stage("check", took, 1, 5), a_stage("layers", took, 1, 5, says="layers: stopped at its deadline in x"))
     gpu.perform(a_run(tmp_path), stages, Sensors(program="absent"), 100)
     took.clear()
     gpu.perform(a_run(tmp_path), stages, Sensors(program="absent"), 100)
@@ -410,186 +222,3 @@ def test_jobs_side_by_side_and_their_troubles(dog, tmp_path) -> None:
     trouble = gpu.each(a_run(tmp_path, dog), "check", jobs, soon(3), workers=2)
     assert trouble == "b: stopped at its deadline in slow"
     assert [row["job"] for row in dog.ledger.rows] == ["a"]
-
-
-def test_without_a_gpu_one_sentence_and_exit_code_2(tmp_path) -> None:
-    env = {**os.environ, "OUT": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, str(BENCHMARKS / "gpu.py")], env=env, text=True, capture_output=True)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("make gpu found no GPU to run on: torch")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("setup, trouble", [
-    ("", None), ("import sys; sys.exit('nvcc fatal: no')", "failed: nvcc fatal: no"),
-    ("import time; time.sleep(60)", "stopped at its deadline: the kernels of csrc")])
-def test_building_the_extension(tmp_path, monkeypatch, setup, trouble) -> None:
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    (tmp_path / "csrc").mkdir()
-    (tmp_path / "csrc" / "a.cu").write_text("kernel")
-    record = "import os; open('seen', 'w').write(os.environ['TORCH_CUDA_ARCH_LIST'])\n"
-    (tmp_path / "setup.py").write_text(record + setup)
-    run = a_run(tmp_path)
-    run.rehearse = False
-    run.ledger.add({"stage": "environment", "job": "machine", "case": "machine", "capability": [9, 0]})
-    said = gpu.extension(run, soon(3))
-    assert said is None if trouble is None else said.startswith(trouble)
-    assert (tmp_path / "seen").read_text() == "9.0a"
-
-
-def test_a_prebuilt_extension_is_taken_if_it_is_of_these_sources(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu.importlib.machinery, "EXTENSION_SUFFIXES", [".this.so"])
-    for folder in ("csrc", "resnet_fast"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "csrc" / "a.cu").write_text("kernel")
-    record = tmp_path / "resnet_fast" / "_build.json"
-    record.write_text(json.dumps({"csrc": gpu.sources(), "archs": "8.0+PTX 9.0a"}))
-    assert gpu.prebuilt() is None
-    (tmp_path / "resnet_fast" / "_C.this.so").touch()
-    run = a_run(tmp_path)
-    run.rehearse = False
-    run.ledger.add({"stage": "environment", "job": "machine", "case": "machine", "capability": [9, 0]})
-    assert gpu.extension(run, soon()) == "prebuilt"
-    (tmp_path / "setup.py").write_text("raise SystemExit('built anew')")
-    record.write_text(json.dumps({"csrc": gpu.sources(), "archs": "8.0+PTX"}))  # it would run, without what is Hopper's own
-    assert gpu.extension(run, soon()) == "failed: built anew" and "==== build\nbuilt anew" in (tmp_path / "log.txt").read_text()
-    (tmp_path / "csrc" / "a.cu").write_text("another kernel")
-    assert gpu.prebuilt() != gpu.sources()
-
-
-def test_kernels_of_an_extension_made_of_other_sources_do_not_take_part(tmp_path, monkeypatch) -> None:
-    run = a_run(tmp_path)
-    run.rehearse = False
-    for id in ("native.conv", "triton.conv"):
-        run.ledger.add({"stage": "inventory", "job": "inventory", "case": id, "status": "here"})
-    monkeypatch.setattr(gpu, "prebuilt", gpu.sources)
-    assert run.kernels() == ["native.conv", "triton.conv"]
-    monkeypatch.setattr(gpu, "prebuilt", lambda: "other")
-    assert run.kernels() == ["triton.conv"]
-
-
-def test_what_may_win_is_checked_first(tmp_path) -> None:
-    run = a_run(tmp_path)
-    for id, op in (("aten.conv_bn_act", "conv_bn_act"), ("native.bn_act", "bn_act"), ("triton.add_act_backward", "add_act_backward"),
-                   ("triton.conv_tail", "conv_tail"), ("native.conv", "conv_bn_act")):
-        run.ledger.add({"stage": "inventory", "job": "inventory", "case": id, "status": "here", "op": op})
-    assert run.kernels() == ["triton.conv_tail", "native.conv", "native.bn_act", "triton.add_act_backward", "aten.conv_bn_act"]
-
-
-def test_a_child_is_ready_once_everything_is_imported() -> None:
-    """After that it may be silent for seconds only, and so many children at once import slowly."""
-    code = f"import sys; sys.path[:0] = [{str(BENCHMARKS)!r}, {str(gpu.ROOT)!r}]; import gpu_child; from gpu_scale import REHEARSAL\n" \
-        "gpu_child.warm_up(REHEARSAL); before = set(sys.modules); from resnet_fast.dispatch import kernels; kernels()\n" \
-        "print(sorted(set(sys.modules) - before))"
-    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
-    assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr
-
-
-def test_sources_are_hashed_as_the_build_hashes_them() -> None:
-    import importlib.util
-    spec = importlib.util.spec_from_file_location("resnet_fast_setup", gpu.ROOT / "setup.py")
-    setup = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = setup
-    spec.loader.exec_module(setup)
-    assert gpu.sources() == setup.source_hash(without="cpu")
-
-
-def test_a_processors_kernels_are_none_of_a_gpus() -> None:
-    """Each would be a process that checks nothing, and seconds of the memory checker's."""
-    import gpu_check
-    from gpu_scale import Scale
-    said = {case: work() for case, work in gpu_check.inventory(Scale(), print)}
-    mine = {id: row for id, row in said.items() if id.startswith("cpu.")}
-    assert mine and {(row["status"], row["reason"]) for row in mine.values()} == {("absent", "it is for processors")}
-    assert said["aten.conv_bn_act"]["status"] == "here"
-
-
-def test_an_inventory_after_a_build_counts(tmp_path) -> None:
-    run = a_run(tmp_path)
-    for job, status in (("inventory without extension", "absent"), ("inventory 1234", "here")):
-        run.ledger.add({"stage": "inventory", "job": job, "case": "native.conv", "status": status, "op": "conv_bn_act", "reason": None})
-    assert run.kernels() == ["native.conv"]
-
-
-MEMORY_ERROR = """========= COMPUTE-SANITIZER
-========= Invalid __global__ read of size 16 bytes
-=========     at conv_kernel+0x2a0
-========= ERROR SUMMARY: 1 error
-"""
-
-
-@pytest.mark.parametrize("text, status, reason", [
-    ("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n", "right", None),
-    (MEMORY_ERROR, "wrong", "Invalid __global__ read of size 16 bytes; ERROR SUMMARY: 1 error"),
-    ("========= Target application returned an error\n", "left out", "no verdict: ========= Target application"),
-])
-def test_memory_verdict(text, status, reason) -> None:
-    row = gpu.memory_verdict(text)
-    assert row["status"] == status and (reason is None or row["reason"].startswith(reason))
-
-
-@pytest.mark.parametrize("text, rows, said", [
-    (MEMORY_ERROR, [("experimental.mine", "a", "right"), ("experimental.mine", "memcheck", "wrong")], None),
-    ("========= Error: Device not supported.\n", [("experimental.mine", "a", "right")],
-     "left out: compute-sanitizer does not"),
-])
-def test_sanitizer_stage(dog, tmp_path, monkeypatch, text, rows, said) -> None:
-    tool = tmp_path / "compute-sanitizer"
-    tool.write_text(f"#!{sys.executable}\nimport subprocess, sys\ni = sys.argv.index('--log-file')\n"
-                    f"open(sys.argv[i + 1], 'w').write({text!r})\n"
-                    "sys.exit(subprocess.run(sys.argv[i + 2:]).returncode or 1)\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(gpu.Run, "args", lambda self, **more: {"cases": ["a"]})
-    run = a_run(tmp_path, dog)
-    for id in ("aten.add_act", "experimental.mine"):
-        run.ledger.add({"stage": "inventory", "job": "inventory", "case": id, "status": "here"})
-    trouble = gpu.sanitizer(run, soon())
-    assert trouble is None if said is None else trouble.startswith(said)
-    assert [(r["job"], r["case"], r["status"]) for r in run.ledger.of("sanitizer")] == rows
-
-
-def test_sanitizer_absent(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(gpu, "SANITIZER", "no-such-tool")
-    assert gpu.sanitizer(a_run(tmp_path), soon()) == "left out: no-such-tool is not installed"
-
-
-EMULATED = f'exec g++ "$1" "$2" "$3" -I{host_gpu.EMULATION} -o "$7" -x c++ "$8"'
-OTHERWISE = 'printf "#!/bin/sh\\necho operand a, stride 1024, base offset of the pattern: right from rows 0\\n" > "$7"; chmod +x "$7"'
-
-
-@pytest.mark.parametrize("compiles, lines, said", [
-    pytest.param(EMULATED, 8, "matrices that begin inside a pattern of rows are found",
-                 marks=pytest.mark.skipif(host_gpu.compiler() is None, reason="needs a g++ that knows _Float16")),
-    (OTHERWISE, 1, "MATRICES THAT BEGIN INSIDE A PATTERN OF ROWS ARE NOT FOUND: conv_hopper and conv_tail_hopper rest on that"),
-    ("echo no such architecture >&2; exit 1", 0, "failed: no such architecture"),
-    ('printf "#!/bin/sh\\nsleep 60\\n" > "$7"; chmod +x "$7"', 0, "stopped at its deadline"),
-])
-def test_probe_stage(tmp_path, monkeypatch, compiles, lines, said) -> None:
-    compiler = tmp_path / "nvcc"
-    compiler.write_text(f"#!/bin/sh\n{compiles}\n")
-    compiler.chmod(0o755)
-    monkeypatch.setattr(gpu_probe, "compiler", lambda: str(compiler))
-    run = replace(a_run(tmp_path), rehearse=False)
-    run.ledger.add({"stage": "environment", "job": "machine", "case": "machine", "status": "here", "capability": [9, 0]})
-    assert gpu.probe(run, soon(2 if "sleep" in compiles else 60)) == said
-    assert len(run.ledger.of("probe")) == lines and not (tmp_path / "probe").exists()
-
-
-def test_sensors_keep_ranges_and_reasons(tmp_path) -> None:
-    tool = tmp_path / "smi"
-    tool.write_text("#!/bin/sh\ncase $1 in *clocks_event*) exit 2;; esac\n"
-                    f"n=$(cat {tmp_path}/n 2>/dev/null || echo 0); echo $((n + 1)) > {tmp_path}/n\n"
-                    "echo \"$((1500 + n)), 3201, 412.5, 55, 0x000000000000000$((n % 2))\"\n")
-    tool.chmod(0o755)
-    with Sensors(every=0.02, program=str(tool)) as sensors:
-        while len(sensors.readings) < 4:
-            time.sleep(0.02)
-    seen = sensors.since(0)
-    low, high = map(int, seen["clocks.sm"].split(".."))
-    assert 1500 <= low < high and seen["power.draw"] == "412.5..412.5"
-    assert seen["throttle"] == "0x0000000000000000 0x0000000000000001"
-    with Sensors(program="absent") as absent:
-        assert absent.query("driver_version") is None
-    assert absent.since(0) == {}

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
+from gpu_summary import Found, decisions, layer_rows, summary, write
 
 from resnet_fast.report.ledger import read_run
-
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-from gpu_summary import Found, decisions, layer_rows, summary, write  # noqa: E402
 
 
 def rows_of(job: str, *cases: tuple[str, str]) -> list[dict]:

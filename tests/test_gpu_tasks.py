@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import threading
-from pathlib import Path
 
+import gpu_check
+import gpu_measure
 import pytest
 import torch
+from gpu_scale import REHEARSAL, Scale
+from gpu_summary import Found
 
 from resnet_fast import dispatch, testing
-
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import gpu_check  # noqa: E402
-import gpu_measure  # noqa: E402
-from gpu_scale import REHEARSAL, Scale  # noqa: E402
-from gpu_summary import Found  # noqa: E402
 
 
 def test_every_task_exists() -> None:
