@@ -55,8 +55,15 @@ def bn_act(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = No
 
 
 def fuses_bn_act(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, act: str) -> bool:
-    """Whether a kernel of ours would compute this :func:`bn_act`; torch's has more launches in it than the modules that it stands for."""
-    return not chosen("bn_act", (x, weight, bias, residual, eps, act), check_bn_act)[1].id.startswith("aten.")
+    """Whether a kernel of ours would compute this :func:`bn_act`; torch's has more launches in it than the modules that it stands for.
+
+    If not, the choice is seen here by who records choices, for the op will not be called.
+    """
+    args = (x, weight, bias, residual, eps, act)
+    if not chosen("bn_act", args, check_bn_act)[1].id.startswith("aten."):
+        return True
+    select("bn_act", args, check_bn_act)
+    return False
 
 
 def add_act(x: Tensor, y: Tensor, gate: Tensor | None = None, *, act: str = "relu") -> Tensor:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from twins import images, twins, wide
 
 from resnet_fast import path, tables
-from resnet_fast.dispatch import find
+from resnet_fast.dispatch import find, record
 
 LAUNCHES = ("aten.convolution", "batch_norm", "aten.add", "aten.mul", "aten.sub", "aten.rsqrt", "aten.relu", "aten._to_copy", "aten.clone",
             "aten.pow")
@@ -78,9 +78,13 @@ def test_training_fuses_what_was_measured_and_nothing_else(monkeypatch) -> None:
     with FakeTensorMode():
         bn = nn.BatchNorm2d(64, device="cuda")
         z, other = (torch.empty(n, 64, 8, 8, device="cuda").to(memory_format=torch.channels_last) for n in (2, 3))
-    assert path._better_apart(bn, z, None, "relu")
+    with record() as seen:  # or explain would call a batch norm that ran so no part of a fused block
+        assert path._better_apart(bn, z, None, "relu")
+    assert [(choice.kernel, choice.why) for choice in seen] == [("aten.bn_act", "default")]
     entries["bn_act"] = {"kernel": "triton.bn_act", "time_us": 1.0}
-    assert not path._better_apart(bn, other, None, "relu")
+    with record() as seen:
+        assert not path._better_apart(bn, other, None, "relu")
+    assert not seen  # the op tells
     assert not path._better_apart(nn.BatchNorm2d(64), torch.empty(2, 64, 8, 8), None, "relu")  # on a CPU torch's own gains nothing apart
 
 
