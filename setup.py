@@ -111,6 +111,7 @@ class Plan:
 
 # ---------------------------------------------------------------- what is there
 
+
 def find_torch() -> Torch | None:
     """The torch to build against: the importable one, or under build isolation the environment's own."""
     spec = importlib.util.find_spec("torch")
@@ -134,7 +135,9 @@ def find_nvcc() -> Compiler | None:
     archs = frozenset(f"{n[:-1]}.{n[-1]}" for n in re.findall(r"compute_(\d+)\b", known))
     release = re.search(r"release ([\d.]+)", banner)
     command = [path, "-shared", "-Xcompiler", "-fPIC", "-arch=sm_80", f"-I{sysconfig.get_path('include')}"]
-    fault = try_out(command, ".cu", "#include <Python.h>\n__global__ void probe() {}\nvoid run() { probe<<<1, 1>>>(); }\n")
+    fault = try_out(
+        command, ".cu", "#include <Python.h>\n__global__ void probe() {}\nvoid run() { probe<<<1, 1>>>(); }\n"
+    )
     return Compiler((path,), release[1] if release else "unknown", fault, archs)
 
 
@@ -166,7 +169,9 @@ def try_out(command: list[str], suffix: str, text: str) -> str | None:
         source = Path(scratch, f"probe{suffix}")
         source.write_text(text)
         tried = subprocess.run([*command, str(source), "-o", f"{source}.so"], capture_output=True, text=True)
-    return None if tried.returncode == 0 else complaint(tried.stderr or tried.stdout) or f"exit status {tried.returncode}"
+    return (
+        None if tried.returncode == 0 else complaint(tried.stderr or tried.stdout) or f"exit status {tried.returncode}"
+    )
 
 
 def complaint(output: str) -> str:
@@ -177,7 +182,10 @@ def complaint(output: str) -> str:
 
 # ---------------------------------------------------------------- what to build
 
-def decide(mode: str, system: str, machine: str, torch: Torch | None, nvcc: Compiler | None, cxx: Compiler | None) -> Plan:
+
+def decide(
+    mode: str, system: str, machine: str, torch: Torch | None, nvcc: Compiler | None, cxx: Compiler | None
+) -> Plan:
     """What to build of what is there. Raises BuildError for an unknown mode, and if ``cuda`` lacks something."""
     if mode not in ("auto", "cuda", "none"):
         raise BuildError(f"RESNET_FAST_BUILD: got {mode!r}, expected auto, cuda or none")
@@ -189,7 +197,9 @@ def decide(mode: str, system: str, machine: str, torch: Torch | None, nvcc: Comp
     elif torch is None:
         no_cuda = no_cpu = "torch is not installed in this environment: install it first (pip install torch)"
     elif torch.release < TORCH_OLDEST:
-        no_cuda = no_cpu = f"torch {torch.version} is older than {'.'.join(map(str, TORCH_OLDEST))}: install a newer one"
+        no_cuda = no_cpu = (
+            f"torch {torch.version} is older than {'.'.join(map(str, TORCH_OLDEST))}: install a newer one"
+        )
     else:
         if torch.cuda is None:
             no_cuda = f"torch {torch.version} is not a CUDA build: install one that is"
@@ -261,6 +271,7 @@ def free_gigabytes() -> float:
 
 # ---------------------------------------------------------------- building
 
+
 @functools.cache
 def plan() -> Plan:
     """The decision for this machine, taken once."""
@@ -285,7 +296,9 @@ def cuda_commands(torch: Torch, nvcc: Compiler, archs: list[str], jobs: int) -> 
 def cpu_commands(torch: Torch, cxx: Compiler) -> dict[Path, list[str]]:
     """One command per source file of csrc/cpu; library.cpp sees torch's headers."""
     common, headers = [*cxx.command, "-c", *HOST], ["-isystem", str(torch.root / "include"), STABLE]
-    return {source: [*common, *INSTRUCTIONS.get(source.name, headers)] for source in sorted((CSRC / "cpu").glob("*.cpp"))}
+    return {
+        source: [*common, *INSTRUCTIONS.get(source.name, headers)] for source in sorted((CSRC / "cpu").glob("*.cpp"))
+    }
 
 
 def compile_one(source: Path, command: list[str]) -> Path:
@@ -325,24 +338,33 @@ def source_hash(without: str) -> str:
 def facts(found: Plan, archs: list[str]) -> dict[str, str]:
     """The record: what was built of what. No date and nothing random, so equal builds are equal files."""
     torch = found.torch.version if found.torch else "not seen"
-    record = {"extension": "not built" if found.no_cuda else "built",
-              "why": found.no_cuda or f"nvcc {found.nvcc.version} works and torch {torch} is a CUDA build",
-              "torch": torch, "nvcc": found.nvcc.version if found.nvcc else "not seen"}
+    record = {
+        "extension": "not built" if found.no_cuda else "built",
+        "why": found.no_cuda or f"nvcc {found.nvcc.version} works and torch {torch} is a CUDA build",
+        "torch": torch,
+        "nvcc": found.nvcc.version if found.nvcc else "not seen",
+    }
     if found.no_cuda:
         record["rebuild"] = REBUILD
     else:
         kernels = sorted(source.stem for source in (CSRC / "cuda").glob("*.cu"))
         record |= {"archs": " ".join(archs), "kernels": " ".join(kernels), "csrc": source_hash(without="cpu")}
     # What begins with cpu is no part of what GPU kernels are made of (tables.source_hash).
-    record |= {"cpu": "not built" if found.no_cpu else "built",
-               "cpu_why": found.no_cpu or f"{shlex.join(found.cxx.command)} works and torch {torch} is installed",
-               "cpu_compiler": found.cxx.version if found.cxx else "not seen"}
+    record |= {
+        "cpu": "not built" if found.no_cpu else "built",
+        "cpu_why": found.no_cpu or f"{shlex.join(found.cxx.command)} works and torch {torch} is installed",
+        "cpu_compiler": found.cxx.version if found.cxx else "not seen",
+    }
     return record if found.no_cpu else record | {"cpu_csrc": source_hash(without="cuda")}
 
 
 def show(record: dict[str, str], **more: str) -> None:
     """The build in a few lines."""
-    lines = {"extension": f"{record['extension']}: {record['why']}", "cpu": f"{record['cpu']}: {record['cpu_why']}", **more}
+    lines = {
+        "extension": f"{record['extension']}: {record['why']}",
+        "cpu": f"{record['cpu']}: {record['cpu_why']}",
+        **more,
+    }
     print("\n".join(f"resnet_fast {key:9} {value}" for key, value in lines.items()), flush=True)
 
 
@@ -375,9 +397,13 @@ class BuildExtensions(build_ext):
             nvcc, torch = self.found.nvcc, self.found.torch
             self.archs = [] if self.found.no_cuda else choose_archs(os.environ.get("TORCH_CUDA_ARCH_LIST"), nvcc.archs)
             self.jobs = choose_jobs(len(os.sched_getaffinity(0)), free, os.environ.get("MAX_JOBS"))
-            show(facts(self.found, self.archs), torch=f"{torch.root} (stable ABI: loads on 2.11 and later)",
-                 nvcc=nvcc.command[0] if nvcc else "not seen", archs=" ".join(self.archs) or "none",
-                 jobs=f"{self.jobs} ({free:.0f} GB of memory free)")
+            show(
+                facts(self.found, self.archs),
+                torch=f"{torch.root} (stable ABI: loads on 2.11 and later)",
+                nvcc=nvcc.command[0] if nvcc else "not seen",
+                archs=" ".join(self.archs) or "none",
+                jobs=f"{self.jobs} ({free:.0f} GB of memory free)",
+            )
             super().run()
         finish(self.found, into, self.archs)
 
@@ -389,8 +415,12 @@ class BuildExtensions(build_ext):
             except BuildError as error:
                 if ext.name == "resnet_fast._C" and os.environ.get("RESNET_FAST_BUILD") == "cuda":
                     raise BuildError(f"RESNET_FAST_BUILD=cuda: {error} (auto does without)") from error
-                self.found = replace(self.found, **{"no_cuda" if ext.name == "resnet_fast._C" else "no_cpu": str(error)})
-                self.extensions = [other for other in self.extensions if other is not ext]  # it is not there to be installed
+                self.found = replace(
+                    self.found, **{"no_cuda" if ext.name == "resnet_fast._C" else "no_cpu": str(error)}
+                )
+                self.extensions = [
+                    other for other in self.extensions if other is not ext
+                ]  # it is not there to be installed
 
     def build_extension(self, ext: Extension) -> None:
         torch, nvcc, cxx = plan().torch, plan().nvcc, plan().cxx
@@ -410,5 +440,7 @@ class BuildExtensions(build_ext):
 if __name__ == "__main__":
     # Only commands that build need the decision: sdist and metadata work anywhere and cost nothing.
     building = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install", "develop"} & set(sys.argv)
-    setup(ext_modules=[Extension(f"resnet_fast.{name}", sources=[]) for name in plan().extensions] if building else [],
-          cmdclass={"build_py": BuildPython, "build_ext": BuildExtensions})
+    setup(
+        ext_modules=[Extension(f"resnet_fast.{name}", sources=[]) for name in plan().extensions] if building else [],
+        cmdclass={"build_py": BuildPython, "build_ext": BuildExtensions},
+    )

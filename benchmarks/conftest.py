@@ -78,8 +78,14 @@ def model_cases(config: pytest.Config) -> list[Case]:
     unknown = [m for m in models if m not in list_models()]
     if unknown:
         raise pytest.UsageError(f"--models: unknown {', '.join(unknown)}; known: {', '.join(list_models())}")
-    return [Case(mode, model, dtype, batch, size, device) for mode in modes for model in models for dtype in dtypes
-            for size in sizes for batch in batches]
+    return [
+        Case(mode, model, dtype, batch, size, device)
+        for mode in modes
+        for model in models
+        for dtype in dtypes
+        for size in sizes
+        for batch in batches
+    ]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -133,6 +139,7 @@ def together(request: pytest.FixtureRequest, outcomes) -> Callable:
 
     ``key`` and ``member`` name two parameters of the test; ``measure(value of key, [values of member])`` runs once.
     """
+
     def get(key: str, member: str, measure: Callable) -> dict[str, Outcome]:
         value = request.node.callspec.params[key]
         if value not in outcomes:
@@ -152,6 +159,7 @@ def rounds(pytestconfig: pytest.Config) -> int:
 @pytest.fixture
 def report(benchmark, machine, pytestconfig: pytest.Config) -> Callable[[Outcome, str], None]:
     """Report an outcome as this test's benchmark; skip it, or fail it if its check was red."""
+
     def play(outcome: Outcome, group: str) -> None:
         if outcome.skipped is not None:
             benchmark.skipped = True

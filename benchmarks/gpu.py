@@ -31,7 +31,9 @@ from gpu_summary import Found, kernel_of, ours, summary, write
 
 TOTAL = 530.0  # seconds, and a few more to come and to go
 PROCESS_BYTES = 8 << 30  # of GPU memory that a process checking a batch of 256 may take
-COMPILING = 45.0  # seconds that a case may be silent in which several kernels, all of them proved, may have to be compiled
+COMPILING = (
+    45.0  # seconds that a case may be silent in which several kernels, all of them proved, may have to be compiled
+)
 SANITIZER = "compute-sanitizer"
 KEPT = ROOT / "benchmarks" / "results"  # of this checkout: what earlier runs left, though their $OUT be gone
 
@@ -70,8 +72,11 @@ class Run:
     def kernels(self) -> list[str]:
         """The kernels that can run here, what may win first: a deadline costs the others' checks. Of an extension made of other sources, none."""
         stale = not self.rehearse and prebuilt() != sources()
-        found = {id: row.get("op", "") for id, row in self.found.inventory.items()
-                 if row["status"] == "here" and not (stale and id.startswith("native"))}
+        found = {
+            id: row.get("op", "")
+            for id, row in self.found.inventory.items()
+            if row["status"] == "here" and not (stale and id.startswith("native"))
+        }
         return sorted(found, key=lambda id: (not ours(id), found[id].startswith(("bn_act", "add_act"))))
 
     def proved(self) -> list[str]:
@@ -81,12 +86,17 @@ class Run:
 
 # ---------------------------------------------------------------- the stages: each returns None, or a sentence
 
+
 def environment(run: Run, deadline: float) -> str | None:
     """What machine this is, and its ceilings."""
     trouble = run.job("environment", Job("machine", "environment", run.args()), deadline)
     row = run.found.one("environment", "machine")
     if row is None or row["status"] != "here":
-        raise NoGpu(row["reason"] if row and row["status"] == "no gpu" else f"it did not answer: {row['reason'] if row else trouble}")
+        raise NoGpu(
+            row["reason"]
+            if row and row["status"] == "no gpu"
+            else f"it did not answer: {row['reason'] if row else trouble}"
+        )
     return trouble
 
 
@@ -107,12 +117,21 @@ def extension(run: Run, deadline: float) -> str | None:
     arch = architecture(run)
     if prebuilt() == sources() and arch in targets():
         return "prebuilt"
-    jobs = {"MAX_JOBS": str(os.cpu_count())}  # a virtual machine may tell of little free memory until it is asked for; there are a dozen files
+    jobs = {
+        "MAX_JOBS": str(os.cpu_count())
+    }  # a virtual machine may tell of little free memory until it is asked for; there are a dozen files
     env = {**jobs, **os.environ, "RESNET_FAST_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": arch}
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT,
-                                   stdin=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=env,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         try:
             code = process.wait(max(1.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -133,7 +152,9 @@ def architecture(run: Run) -> str:
 
 def lacks_extension(run: Run) -> bool:
     """Whether a run that has built it goes on where it is not, on a new machine say."""
-    built = [row for row in run.ledger.of("stages", "build") if not row["reason"] or row["reason"].startswith("prebuilt")]
+    built = [
+        row for row in run.ledger.of("stages", "build") if not row["reason"] or row["reason"].startswith("prebuilt")
+    ]
     return not run.rehearse and bool(built) and (prebuilt() != sources() or architecture(run) not in targets())
 
 
@@ -167,9 +188,16 @@ def check(run: Run, deadline: float, dtypes: tuple[str, ...] = ("bfloat16",)) ->
     memory = run.found.one("environment", "machine").get("memory_bytes", 0)
     workers = max(1, min(cores - 2, memory // PROCESS_BYTES)) if memory else 1
     threads = {"OMP_NUM_THREADS": str(max(1, cores // workers))}
-    jobs = [Job(f"{id} {share + 1}/{shares(id)} {dtypes[0]}", "check", env=threads,
-                args=run.args(kernel=id, dtypes=dtypes, share=share, shares=shares(id)))
-            for id in run.kernels() for share in range(shares(id))]
+    jobs = [
+        Job(
+            f"{id} {share + 1}/{shares(id)} {dtypes[0]}",
+            "check",
+            env=threads,
+            args=run.args(kernel=id, dtypes=dtypes, share=share, shares=shares(id)),
+        )
+        for id in run.kernels()
+        for share in range(shares(id))
+    ]
     return each(run, "check", jobs, deadline, workers)
 
 
@@ -205,24 +233,45 @@ def layers(run: Run, deadline: float) -> str | None:
 def tables(run: Run, deadline: float) -> str | None:
     """What a plan and the drop-in ask for, with the layers' times to tell what is most at stake."""
     measured = {row["case"]: row["times"] for row in run.ledger.of("layers") if row["status"] == "measured"}
-    args = run.args(proved=run.proved(), times={case: {id: time["us"] for id, time in times.items()} for case, times in measured.items()},
-                    known=known(run, measured), folder=str(run.folder))
+    args = run.args(
+        proved=run.proved(),
+        times={case: {id: time["us"] for id, time in times.items()} for case, times in measured.items()},
+        known=known(run, measured),
+        folder=str(run.folder),
+    )
     return run.job("tables", Job("tables", "fill_tables", args, silence=COMPILING), deadline)
 
 
 def known(run: Run, measured: dict[str, dict]) -> dict[str, dict]:
     """Of each timed layer the proved kernels that were checked at just this size, with error and time: entries of a table."""
     proved = set(run.proved())
-    right = {(kernel_of(row), row["case"]): row for row in run.ledger.of("check") if row["status"] == "right" and kernel_of(row) in proved}
-    found = {case: {id: {**time, **{name: row[name] for name in ("error", "eager_error")}} for id, time in times.items()
-                    if (row := right.get((id, f"full {case}"))) is not None} for case, times in measured.items()}
+    right = {
+        (kernel_of(row), row["case"]): row
+        for row in run.ledger.of("check")
+        if row["status"] == "right" and kernel_of(row) in proved
+    }
+    found = {
+        case: {
+            id: {**time, **{name: row[name] for name in ("error", "eager_error")}}
+            for id, time in times.items()
+            if (row := right.get((id, f"full {case}"))) is not None
+        }
+        for case, times in measured.items()
+    }
     return {case: kernels for case, kernels in found.items() if kernels}
 
 
 def groups(run: Run, deadline: float) -> str | None:
     """Plans as a user tunes them: which groups of layers pay is remembered in the table, and the headline's plan uses it."""
     seconds = max(5.0, (deadline - time.monotonic() - 20) / 2.5)  # two batches, and what building them takes
-    job = Job(f"plans{tuned(run)}", "tune_plans", run.args(seconds=seconds), env={"RESNET_FAST_TABLES": str(run.folder)}, silence=120, restarts=1)
+    job = Job(
+        f"plans{tuned(run)}",
+        "tune_plans",
+        run.args(seconds=seconds),
+        env={"RESNET_FAST_TABLES": str(run.folder)},
+        silence=120,
+        restarts=1,
+    )
     return run.job("groups", job, deadline)
 
 
@@ -234,23 +283,37 @@ def tuned(run: Run) -> str:
 PLAYERS = ("eager-nchw", "eager", "folded", "ours", "ours-plan", "ours-plan-across")
 
 
-def network(run: Run, stage: str, name: str, deadline: float, silence: float, *more: str, mode: str = "infer",
-            batches: tuple[int, ...] = (256, 1)) -> str | None:
+def network(
+    run: Run,
+    stage: str,
+    name: str,
+    deadline: float,
+    silence: float,
+    *more: str,
+    mode: str = "infer",
+    batches: tuple[int, ...] = (256, 1),
+) -> str | None:
     """Whole networks, ours by the tables that this run has filled."""
-    args = run.args(mode=mode, batches=(5,) if run.rehearse else batches, peers=[*PLAYERS, *more],
-                    folder=str(run.folder))
+    args = run.args(
+        mode=mode, batches=(5,) if run.rehearse else batches, peers=[*PLAYERS, *more], folder=str(run.folder)
+    )
     env = {"RESNET_FAST_TABLES": str(run.folder)}
     return run.job(stage, Job(name + tuned(run), "whole_network", args, env=env, silence=silence, restarts=1), deadline)
 
 
 def headline(run: Run, deadline: float) -> str | None:
-    return network(run, "headline", "networks", deadline, 150)  # cuDNN tries its algorithms for every layer, and says nothing meanwhile
+    return network(
+        run, "headline", "networks", deadline, 150
+    )  # cuDNN tries its algorithms for every layer, and says nothing meanwhile
 
 
 def peers(run: Run, deadline: float) -> str | None:
     """Again, beside torch.compile where throughput is compared: as it is by default, then its best mode, which takes minutes; then at batch 1."""
-    jobs = (("compile", ("compile",), (256,)), ("compile-best", ("compile", "compile-best"), (256,)),
-            ("compile at batch 1", ("compile", "compile-best"), (1,)))
+    jobs = (
+        ("compile", ("compile",), (256,)),
+        ("compile-best", ("compile", "compile-best"), (256,)),
+        ("compile at batch 1", ("compile", "compile-best"), (1,)),
+    )
     for name, more, batches in jobs[1:2] if run.rehearse else jobs:
         trouble = network(run, "peers", name, deadline, 400, *more, batches=batches)
         if trouble:
@@ -291,9 +354,15 @@ def sanitizer(run: Run, deadline: float) -> str | None:
     for id in filter(ours, run.kernels()):
         report = run.folder / "sanitizer.txt"
         report.unlink(missing_ok=True)
-        job = Job(id, "memory", run.args(kernel=id), restarts=0, silence=60,
-                  under=(tool, "--tool", "memcheck", "--report-api-errors", "no", "--log-file", str(report)),
-                  env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})  # or overruns end in the allocator's own memory
+        job = Job(
+            id,
+            "memory",
+            run.args(kernel=id),
+            restarts=0,
+            silence=60,
+            under=(tool, "--tool", "memcheck", "--report-api-errors", "no", "--log-file", str(report)),
+            env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        )  # or overruns end in the allocator's own memory
         trouble.append(run.job("sanitizer", job, deadline))
         text = report.read_text(errors="replace") if report.is_file() else ""
         report.unlink(missing_ok=True)
@@ -331,12 +400,25 @@ class Stage:
 
 
 # Of a first run, with nothing compiled, the last that has its time is the headline; torch.compile has what is left, and the next run.
-STAGES = (Stage(environment, 10, 120), Stage(build, 20, 150), Stage(check, 40, 170), Stage(layers, 40, 90),
-          Stage(tables, 30, 80), Stage(groups, 35, 70), Stage(headline, 100, 200), Stage(peers, 60, 330, True), Stage(others, 30, 120, True),
-          Stage(probe, 8, 30, True), Stage(large, 20, 40, True), Stage(sanitizer, 20, 60, True), Stage(train, 30, 60, True))
+STAGES = (
+    Stage(environment, 10, 120),
+    Stage(build, 20, 150),
+    Stage(check, 40, 170),
+    Stage(layers, 40, 90),
+    Stage(tables, 30, 80),
+    Stage(groups, 35, 70),
+    Stage(headline, 100, 200),
+    Stage(peers, 60, 330, True),
+    Stage(others, 30, 120, True),
+    Stage(probe, 8, 30, True),
+    Stage(large, 20, 40, True),
+    Stage(sanitizer, 20, 60, True),
+    Stage(train, 30, 60, True),
+)
 
 
 # ---------------------------------------------------------------- the run
+
 
 def perform(run: Run, stages: tuple[Stage, ...], sensors: Sensors, seconds: float) -> None:
     """Every stage in turn; an earlier one never eats what a later one that is not optional needs."""
@@ -349,22 +431,35 @@ def perform(run: Run, stages: tuple[Stage, ...], sensors: Sensors, seconds: floa
         if stage.name == "tables":  # what uses them is to be seen again
             complete -= {"groups", "headline", "peers"}
         start = time.monotonic()
-        spare = end - start - sum(later.least for later in stages[i + 1:] if not later.optional)
-        limit = min(stage.most, spare if stage.optional else max(spare, min(stage.least, end - start)))  # what comes first has first to be
+        spare = end - start - sum(later.least for later in stages[i + 1 :] if not later.optional)
+        limit = min(
+            stage.most, spare if stage.optional else max(spare, min(stage.least, end - start))
+        )  # what comes first has first to be
         if limit < stage.least and stage.optional or limit <= 0:
             trouble, status = f"left out: {max(0, limit):.0f} s left, it needs {stage.least:.0f}", "left out"
         else:
             say(f"{stage.name} …")
             trouble = stage.work(run, start + limit)
             status = "cut" if trouble and "stopped at its deadline" in trouble else "done"
-        run.ledger.add({"stage": "stages", "job": stage.name, "case": stage.name, "status": status, "reason": trouble,
-                        "seconds": time.monotonic() - start, "sensors": sensors.since(start)})
+        run.ledger.add(
+            {
+                "stage": "stages",
+                "job": stage.name,
+                "case": stage.name,
+                "status": status,
+                "reason": trouble,
+                "seconds": time.monotonic() - start,
+                "sensors": sensors.since(start),
+            }
+        )
         say(f"{stage.name}: {time.monotonic() - start:.0f} s" + (f", {trouble}" if trouble else ""))
 
 
 def done(ledger: Ledger) -> set[str]:
     """The stages that need not run again: the last row of each tells."""
-    return {name for name, status in {row["job"]: row["status"] for row in ledger.of("stages")}.items() if status == "done"}
+    return {
+        name for name, status in {row["job"]: row["status"] for row in ledger.of("stages")}.items() if status == "done"
+    }
 
 
 def goes_on(folder: Path, wanted: set[str]) -> bool:

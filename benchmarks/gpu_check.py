@@ -36,8 +36,17 @@ def chosen_kernels(scale: Scale) -> list[Kernel]:
 def inventory(scale: Scale, alive: Alive) -> Cases:
     """Every kernel: its op, and why it cannot run here."""
     for kernel in chosen_kernels(scale):
-        reason = "it is for processors" if scale.device == "cuda" and kernel.id.startswith("cpu.") else kernel.available()
-        yield kernel.id, lambda kernel=kernel, reason=reason: {"op": kernel.op, "status": "absent" if reason else "here", "reason": reason}
+        reason = (
+            "it is for processors" if scale.device == "cuda" and kernel.id.startswith("cpu.") else kernel.available()
+        )
+        yield (
+            kernel.id,
+            lambda kernel=kernel, reason=reason: {
+                "op": kernel.op,
+                "status": "absent" if reason else "here",
+                "reason": reason,
+            },
+        )
 
 
 def check(scale: Scale, alive: Alive, kernel: str, dtypes: list[str], share: int = 0, shares: int = 1) -> Cases:
@@ -57,22 +66,25 @@ def check(scale: Scale, alive: Alive, kernel: str, dtypes: list[str], share: int
             yield from special_values(found, getattr(torch, name), scale)
             yield from captures(found, getattr(torch, name), scale)
             yield from rows(found, getattr(torch, name), scale)
-        yield (f"{name} complete {share + 1}/{shares}",
-               lambda declined=declined: {"status": "complete", "shares": shares, "declined": declined})
+        yield (
+            f"{name} complete {share + 1}/{shares}",
+            lambda declined=declined: {"status": "complete", "shares": shares, "declined": declined},
+        )
 
 
 def memory(scale: Scale, alive: Alive, kernel: str) -> Cases:
     """Some six of the edges that a kernel takes: under a memory checker everything takes a hundred times longer."""
-    taken = sorted(edges(find(kernel), getattr(torch, scale.dtypes[0]), scale),
-                   key=lambda p: prod(p.x) * prod(p.weight or (1,)))
-    for problem in taken[::max(1, len(taken) // 6)]:
+    taken = sorted(
+        edges(find(kernel), getattr(torch, scale.dtypes[0]), scale), key=lambda p: prod(p.x) * prod(p.weight or (1,))
+    )
+    for problem in taken[:: max(1, len(taken) // 6)]:
         yield f"memory {problem.key}", lambda p=problem: judged(find(kernel), p)
 
 
 def problems(kernel: Kernel, dtype: torch.dtype, scale: Scale) -> Iterator[tuple[str, Problem]]:
     """(what kind, problem): the edges, the networks at a small batch, and the sizes that will be timed."""
     where = place(scale)
-    for problem in nasty_problems(kernel.op, dtype, *where)[::scale.every]:
+    for problem in nasty_problems(kernel.op, dtype, *where)[:: scale.every]:
         yield "edge", problem
     timed = str(dtype) == f"torch.{scale.dtypes[0]}"
     for model in (scale.model, *(scale.more_models if timed else ())):
@@ -80,7 +92,10 @@ def problems(kernel: Kernel, dtype: torch.dtype, scale: Scale) -> Iterator[tuple
             yield "small", problem
     for batch in scale.batches if timed else ():
         for problem in of_network(scale.model, batch, dtype, scale, kernel.op):
-            yield "full", replace(problem, bn=False)  # as a plan asks; what this compiles, the later stages find compiled
+            yield (
+                "full",
+                replace(problem, bn=False),
+            )  # as a plan asks; what this compiles, the later stages find compiled
 
 
 def of_network(model: str, batch: int, dtype: torch.dtype, scale: Scale, op: str) -> list[Problem]:
@@ -105,16 +120,24 @@ def judged(kernel: Kernel, problem: Problem) -> dict:
 
 def told(verdict: Verdict) -> dict:
     """A verdict as a row."""
-    return {"status": "right" if verdict.ok else "wrong", "reason": verdict.reason, "error": verdict.error.rms,
-            "error_max": verdict.error.max, "eager_error": verdict.eager.rms, "eager_error_max": verdict.eager.max}
+    return {
+        "status": "right" if verdict.ok else "wrong",
+        "reason": verdict.reason,
+        "error": verdict.error.rms,
+        "error_max": verdict.error.max,
+        "eager_error": verdict.eager.rms,
+        "eager_error_max": verdict.eager.max,
+    }
 
 
 # ---------------------------------------------------------------- NaN and infinities
 
+
 def special_values(kernel: Kernel, dtype: torch.dtype, scale: Scale) -> Cases:
     """NaN and both infinities in the input of problems with and without residual and activation."""
-    kinds = {(p.residual is not None, p.act): p for p in edges(kernel, dtype, scale)
-             if prod(p.x[2:]) > 3 and not p.bytes}
+    kinds = {
+        (p.residual is not None, p.act): p for p in edges(kernel, dtype, scale) if prod(p.x[2:]) > 3 and not p.bytes
+    }
     for problem in kinds.values():
         yield f"nan {problem.key}", lambda p=problem: nonfinite(kernel, p)
 
@@ -140,6 +163,7 @@ def outputs(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 # ---------------------------------------------------------------- graphs and threads
+
 
 def captures(kernel: Kernel, dtype: torch.dtype, scale: Scale) -> Cases:
     """One problem of the network, the first that the kernel takes, in a CUDA graph and in a thread that has not used the GPU before."""
@@ -171,7 +195,12 @@ def in_a_thread(kernel: Kernel, problem: Problem) -> dict:
         at_hand, wanted = kernel.fn(*args), outputs(kernel.fn(*args))
         del at_hand
         with ThreadPoolExecutor(1) as fresh:
-            return alike(fresh.submit(lambda: outputs(kernel.fn(*args))).result(), wanted, problem, "a call in a fresh thread differs from one here")
+            return alike(
+                fresh.submit(lambda: outputs(kernel.fn(*args))).result(),
+                wanted,
+                problem,
+                "a call in a fresh thread differs from one here",
+            )
 
 
 def alike(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...], problem: Problem, what: str) -> dict:
@@ -219,10 +248,13 @@ def in_a_row(kernel: Kernel, problem: Problem) -> dict:
         return made
 
     wanted = run(wait=True)
-    return alike(run(wait=False), wanted, problem, f"the last of {CALLS} calls in a row differs from the same with waiting")
+    return alike(
+        run(wait=False), wanted, problem, f"the last of {CALLS} calls in a row differs from the same with waiting"
+    )
 
 
 # ---------------------------------------------------------------- more elements than 31 bits count
+
 
 def large(scale: Scale, alive: Alive, kernels: list[str]) -> Cases:
     """Each kernel on tensors of more than 2³¹ elements, where the card has the memory."""
@@ -238,8 +270,16 @@ def huge(op: str, dtype: torch.dtype, scale: Scale) -> list[Problem]:
     """One problem, for convolutions a 1×1 and a 3×3, whose input and output both exceed ``scale.large`` elements."""
     device, capability = place(scale)
     images = ORACLE_IMAGES * (ceil(scale.large / (ORACLE_IMAGES * 64 * 56 * 56)) + 1)
-    base = Problem(op, device, dtype, (images, 64, 56, 56), "nhwc", act="relu", capability=capability,
-                   residual="nhwc" if op.startswith("add_act") else None)
+    base = Problem(
+        op,
+        device,
+        dtype,
+        (images, 64, 56, 56),
+        "nhwc",
+        act="relu",
+        capability=capability,
+        residual="nhwc" if op.startswith("add_act") else None,
+    )
     if op in ACROSS:
         return [_huge_across(replace(base, weight=(64, 64, 1, 1)))]
     if op != "conv_bn_act":
@@ -249,10 +289,12 @@ def huge(op: str, dtype: torch.dtype, scale: Scale) -> list[Problem]:
 
 def _huge_across(base: Problem) -> Problem:
     one = base.weight
-    return {"pointwise_pair": replace(base, chain=(one,), second=base.x[2:], residual="nhwc"),
-            "conv_tail": replace(base, weight=(64, 64, 3, 3), padding=(1, 1), chain=(one, (), one), residual="nhwc"),
-            "conv_pool": replace(base, x=(base.x[0], 4, 224, 224), weight=(64, 4, 7, 7), stride=(2, 2), padding=(3, 3)),
-            "pointwise_pool": replace(base, residual="nhwc")}[base.op]
+    return {
+        "pointwise_pair": replace(base, chain=(one,), second=base.x[2:], residual="nhwc"),
+        "conv_tail": replace(base, weight=(64, 64, 3, 3), padding=(1, 1), chain=(one, (), one), residual="nhwc"),
+        "conv_pool": replace(base, x=(base.x[0], 4, 224, 224), weight=(64, 4, 7, 7), stride=(2, 2), padding=(3, 3)),
+        "pointwise_pool": replace(base, residual="nhwc"),
+    }[base.op]
 
 
 def enormous(kernel: Kernel, problem: Problem, alive: Alive) -> dict:

@@ -19,9 +19,17 @@ from gpu_scale import REHEARSAL, Cases, Scale
 
 BROKEN = 3  # exit code after a fault that this process cannot outlive
 
-TASKS = {"environment": "gpu_measure", "inventory": "gpu_check", "check": "gpu_check", "memory": "gpu_check",
-         "large": "gpu_check", "layer_times": "gpu_measure", "fill_tables": "gpu_measure",
-         "tune_plans": "gpu_measure", "whole_network": "gpu_measure"}
+TASKS = {
+    "environment": "gpu_measure",
+    "inventory": "gpu_check",
+    "check": "gpu_check",
+    "memory": "gpu_check",
+    "large": "gpu_check",
+    "layer_times": "gpu_measure",
+    "fill_tables": "gpu_measure",
+    "tune_plans": "gpu_measure",
+    "whole_network": "gpu_measure",
+}
 
 
 class Events:
@@ -68,6 +76,7 @@ def perform(cases: Cases, skip: set[str], events: Events, alive: Callable[[], bo
 def alive() -> bool:
     """Whether the device still answers."""
     import torch
+
     try:
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.synchronize()
@@ -81,6 +90,7 @@ def warm_up(scale: Scale) -> None:
     import torch
 
     from resnet_fast.dispatch import kernels
+
     kernels()
     if scale.device == "cuda" and not torch.cuda.is_available():
         return  # the first task says so

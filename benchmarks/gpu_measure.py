@@ -35,16 +35,21 @@ ATEN = "aten.conv_bn_act"
 
 def environment(scale: Scale, alive: Alive) -> Cases:
     """The machine, or that there is no GPU; then its ceilings."""
+
     def look() -> dict:
         if scale.device == "cuda" and not torch.cuda.is_available():
             return {"status": "no gpu", "reason": f"torch {torch.__version__} sees no CUDA device"}
         facts = {"status": "here", "machine": asdict(machine(scale.device)), "versions": tables.versions()}
         if scale.device == "cuda":
             found, known = torch.cuda.get_device_properties(), known_ceilings("cuda")
-            facts |= {"capability": [found.major, found.minor], "sms": found.multi_processor_count,
-                      "l2_bytes": found.L2_cache_size, "memory_bytes": found.total_memory,
-                      "cudnn": cudnn(),
-                      "known": known and {"copy": known.copy, "bfloat16": known.rates[torch.bfloat16]}}
+            facts |= {
+                "capability": [found.major, found.minor],
+                "sms": found.multi_processor_count,
+                "l2_bytes": found.L2_cache_size,
+                "memory_bytes": found.total_memory,
+                "cudnn": cudnn(),
+                "known": known and {"copy": known.copy, "bfloat16": known.rates[torch.bfloat16]},
+            }
         return facts
 
     yield "machine", look
@@ -71,6 +76,7 @@ def machine(device: str) -> Machine:
 
 
 # ---------------------------------------------------------------- ceilings
+
 
 def seconds(work: Callable[[], object], scale: Scale) -> float:
     """The median time of one call."""
@@ -130,6 +136,7 @@ def launch(scale: Scale) -> dict:
 
 # ---------------------------------------------------------------- layers
 
+
 def device(scale: Scale) -> autotune.Device:
     if scale.device == "cuda":
         return autotune.Device.current(scale.seconds)
@@ -187,17 +194,30 @@ def layer(problem: Problem, name: str, count: int, proved: list[str], machine: a
     limits = known_ceilings(problem.device)
     floor = limits and roofline.problem_floor(problem, limits)
     step = roofline.problem_step(problem)
-    return {"status": "measured", "layer": name, "count": count, "batch": problem.x[0],
-            "times": {id: told(t, {o: b for o, b in found.items() if o != id}) for id, t in found.items()},
-            "failed": {**failed, **reasons}, "bytes": step.bytes, "flops": step.flops,
-            "floor_us": floor and floor.seconds * 1e6, "bound": floor and floor.bound}
+    return {
+        "status": "measured",
+        "layer": name,
+        "count": count,
+        "batch": problem.x[0],
+        "times": {id: told(t, {o: b for o, b in found.items() if o != id}) for id, t in found.items()},
+        "failed": {**failed, **reasons},
+        "bytes": step.bytes,
+        "flops": step.flops,
+        "floor_us": floor and floor.seconds * 1e6,
+        "bound": floor and floor.bound,
+    }
 
 
 def told(timing: Timing, others: dict[str, Timing]) -> dict:
     """A timing as a row's part: microseconds, rounds, and how many times faster than each other variant."""
     low, high = timing.quartiles
-    return {"us": timing.median * 1e6, "low": low * 1e6, "high": high * 1e6, "rounds": len(timing.seconds),
-            "over": {id: timing.speedup_over(other) for id, other in others.items()}}
+    return {
+        "us": timing.median * 1e6,
+        "low": low * 1e6,
+        "high": high * 1e6,
+        "rounds": len(timing.seconds),
+        "over": {id: timing.speedup_over(other) for id, other in others.items()},
+    }
 
 
 def bar(sets: list[tuple], problem: Problem) -> list[Callable[[], object]]:
@@ -216,7 +236,14 @@ def bar(sets: list[tuple], problem: Problem) -> list[Callable[[], object]]:
 SHORTLIST = 1.5  # of the fastest proved kernel's time: slower ones are not tuned
 
 
-def fill_tables(scale: Scale, alive: Alive, proved: list[str], times: dict[str, dict[str, float]], known: dict[str, dict], folder: str) -> Cases:
+def fill_tables(
+    scale: Scale,
+    alive: Alive,
+    proved: list[str],
+    times: dict[str, dict[str, float]],
+    known: dict[str, dict],
+    folder: str,
+) -> Cases:
     """What is ``known``, then ``autotune`` on what else a plan asks for, on what the drop-in and a training step ask for, as long as there is time.
 
     ``times``: microseconds of each timed convolution by variant. What is most at stake for its network comes first.
@@ -232,7 +259,11 @@ def fill_tables(scale: Scale, alive: Alive, proved: list[str], times: dict[str, 
         for problem, us in gains:
             stakes[problem] = stakes.get(problem, 0.0) + us / whole
     order = sorted(stakes, key=stakes.get, reverse=True)
-    planned = [problem for problem in order if problem.key not in known and (stakes[problem] > 0 or problem.op != "conv_bn_act")]
+    planned = [
+        problem
+        for problem in order
+        if problem.key not in known and (stakes[problem] > 0 or problem.op != "conv_bn_act")
+    ]
     live = [replace(problem, bn=True) for problem in order if problem.op == "conv_bn_act"]
     training = [p for op in TRAINING for p in of_network(scale.model, scale.batches[0], dtype, scale, op)]
     for problem in [*planned, *live, *training]:
@@ -243,21 +274,34 @@ def fill_tables(scale: Scale, alive: Alive, proved: list[str], times: dict[str, 
 
 def adopted(known: dict[str, dict], gpu: str, folder: Path) -> dict:
     """Write into the table what was timed in graphs and checked at the same sizes: neither is done again."""
+
     def entry(id: str, found: dict) -> dict:
-        return {"source": tables.source_hash(find(id).sources), "versions": tables.versions(), "error": found["error"],
-                "eager_error": found["eager_error"]}
+        return {
+            "source": tables.source_hash(find(id).sources),
+            "versions": tables.versions(),
+            "error": found["error"],
+            "eager_error": found["eager_error"],
+        }
 
     def edit(sections: dict[str, dict]) -> None:
         for key, kernels in known.items():
-            records = {id: {**entry(id, found), "status": "right", "reason": None, "device_us": found["us"]} for id, found in kernels.items()}
+            records = {
+                id: {**entry(id, found), "status": "right", "reason": None, "device_us": found["us"]}
+                for id, found in kernels.items()
+            }
             sections["measured"].setdefault(key, {}).update(records)
             best = min(kernels, key=lambda id: kernels[id]["us"], default=ATEN)
             gain = 1.0 if best == ATEN else kernels[best]["over"].get(ATEN, 1.0)
             sections["graph"].pop(key, None)
             if gain >= autotune.MARGIN:
                 found = kernels[best]
-                sections["graph"][key] = {**entry(best, found), "kernel": best, "time_us": found["us"], "aten_us": found["us"] * gain,
-                                          "spread": (found["high"] - found["low"]) / found["us"]}
+                sections["graph"][key] = {
+                    **entry(best, found),
+                    "kernel": best,
+                    "time_us": found["us"],
+                    "aten_us": found["us"] * gain,
+                    "spread": (found["high"] - found["low"]) / found["us"],
+                }
                 chosen[key] = best
 
     chosen: dict[str, str] = {}
@@ -280,14 +324,19 @@ def at_stake(single: list, times: dict, best: dict, proved: list[str]) -> list[t
     gains = []
     for layer in single:
         problem, found = replace(layer.problem, bn=False), times.get(key(layer.problem), {})
-        gains.append((problem, found[ATEN] - best[problem.key] if ATEN in found else floor(problem)))  # not timed: who knows
+        gains.append(
+            (problem, found[ATEN] - best[problem.key] if ATEN in found else floor(problem))
+        )  # not timed: who knows
     ops = {find(id).op for id in proved}
-    return gains + [(group.problem, sum(best.get(key(m), floor(m)) for m in group.members) - floor(group.problem))
-                    for group in across(single) if group.problem.op in ops]
+    return gains + [
+        (group.problem, sum(best.get(key(m), floor(m)) for m in group.members) - floor(group.problem))
+        for group in across(single)
+        if group.problem.op in ops
+    ]
 
 
 def tuned(problem: Problem, proved: list[str], machine: autotune.Device, folder: Path) -> dict:
-    outcome, = autotune.tune([problem], kernels=proved, device=machine, folder=folder)
+    (outcome,) = autotune.tune([problem], kernels=proved, device=machine, folder=folder)
     return {"status": "tuned", "calls": outcome.calls, "graph": outcome.graph, "bad": outcome.bad, "note": outcome.note}
 
 
@@ -310,6 +359,7 @@ def tuned_plan(case: Case, seconds: float, machine: autotune.Device, alive: Aliv
 
 # ---------------------------------------------------------------- networks
 
+
 def whole_network(scale: Scale, alive: Alive, mode: str, batches: list[int], peers: list[str], folder: str) -> Cases:
     """A whole network by these providers; ``folder`` keeps the compiler's cache, and one put beside it is used."""
     for batch in batches:
@@ -323,11 +373,19 @@ def network(case: Case, peers: list[str], scale: Scale, alive: Alive, folder: Pa
     brought = [path for path in (folder / CACHE, folder.parent / CACHE) if path.is_file()]
     if compiles and brought:
         torch.compiler.load_cache_artifacts(brought[0].read_bytes())
-    found = measure(case, [PROVIDERS[id] for id in peers], max_seconds=scale.model_seconds, say=alive,
-                    progress=lambda n: alive(f"round {n}"))
+    found = measure(
+        case,
+        [PROVIDERS[id] for id in peers],
+        max_seconds=scale.model_seconds,
+        say=alive,
+        progress=lambda n: alive(f"round {n}"),
+    )
     artifacts = torch.compiler.save_cache_artifacts() if compiles else None
     if artifacts is not None:
         (folder / CACHE).write_bytes(artifacts[0])
-    return {"status": "measured", "rows": [asdict(o.row) for o in found.values() if o.row],
-            "skipped": {id: o.skipped for id, o in found.items() if o.skipped},
-            "wrong": {id: o.wrong for id, o in found.items() if o.wrong}}
+    return {
+        "status": "measured",
+        "rows": [asdict(o.row) for o in found.values() if o.row],
+        "skipped": {id: o.skipped for id, o in found.items() if o.skipped},
+        "wrong": {id: o.wrong for id, o in found.items() if o.wrong},
+    }

@@ -24,6 +24,7 @@ LEAVE = 15.0  # seconds that a child has to exit after its last row
 
 # ---------------------------------------------------------------- what was found
 
+
 class Ledger:
     """Rows of one run, in memory and, flushed one by one, in a file; an existing file is gone on with."""
 
@@ -62,6 +63,7 @@ def _parse(line: str) -> dict | None:
 
 
 # ---------------------------------------------------------------- who is watched
+
 
 @dataclass(frozen=True)
 class Job:
@@ -119,13 +121,21 @@ class Watchdog:
             job_file, events, words = (Path(scratch, name) for name in ("job", "events", "words"))
             job_file.write_text(json.dumps(request), encoding="utf-8")
             events.touch()
-            path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # what a user has beside the environment
+            path = os.pathsep.join(
+                filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+            )  # what a user has beside the environment
             env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **job.env}
             env.pop("RESNET_FAST_KERNEL", None)  # a user's choice is not the subject here
             with words.open("wb") as output:
-                process = subprocess.Popen([*job.under, *self.command, str(job_file), str(events)], cwd=ROOT, env=env,
-                                           stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                                           start_new_session=True)
+                process = subprocess.Popen(
+                    [*job.under, *self.command, str(job_file), str(events)],
+                    cwd=ROOT,
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
                 try:
                     end = self._watch(process, events, stage, job, deadline)
                 finally:
@@ -189,6 +199,7 @@ def last_words(text: str) -> str:
 
 # ---------------------------------------------------------------- the card meanwhile
 
+
 class Sensors:
     """Clocks, power, temperature and throttling as nvidia-smi tells them every few seconds; nothing is ever set."""
 
@@ -211,8 +222,12 @@ class Sensors:
     def query(self, *names: str) -> list[str] | None:
         """One line of values, or None where nvidia-smi is absent or does not know these names."""
         try:
-            asked = subprocess.run([self._program, f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"],
-                                   capture_output=True, text=True, timeout=10)
+            asked = subprocess.run(
+                [self._program, f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"],
+                capture_output=True,
+                text=True,
+                timeout=10,
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         lines = asked.stdout.strip().splitlines()

@@ -30,6 +30,20 @@ class Scale:
     model_seconds: float = 12.0
 
 
-REHEARSAL = Scale(device="cpu", model="resnet18", more_models=(), size=64, check_batch=1, batches=(5,),
-                  dtypes=("float32",), families=("aten", "experimental"), every=24, copy_bytes=1 << 20,
-                  cache_copy_bytes=1 << 16, matmul=64, large=2**14, seconds=0.01, model_seconds=0.1)
+REHEARSAL = Scale(
+    device="cpu",
+    model="resnet18",
+    more_models=(),
+    size=64,
+    check_batch=1,
+    batches=(5,),
+    dtypes=("float32",),
+    families=("aten", "experimental"),
+    every=24,
+    copy_bytes=1 << 20,
+    cache_copy_bytes=1 << 16,
+    matmul=64,
+    large=2**14,
+    seconds=0.01,
+    model_seconds=0.1,
+)

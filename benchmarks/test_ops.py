@@ -26,13 +26,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                     problems |= dict.fromkeys(op_problems(model, batch, size, DTYPES[dtype], device, capability))
     wanted = [k for name in get("--kernels") for k in named(name)] if get("--kernels") else kernels()
     whole = get("--full") or get("--kernels")
-    pairs = [(p, id) for p in problems if whole or p.op == "conv_bn_act"
-             for id in (*BASELINES[p.op], *(k.id for k in wanted if k.op == p.op and k.available() is None))]
+    pairs = [
+        (p, id)
+        for p in problems
+        if whole or p.op == "conv_bn_act"
+        for id in (*BASELINES[p.op], *(k.id for k in wanted if k.op == p.op and k.available() is None))
+    ]
     metafunc.parametrize(("problem", "kernel_id"), pairs, ids=[f"{p.key}-{id}" for p, id in pairs])
 
 
-def test_op(problem: Problem, kernel_id: str, together: Callable, rounds: int, report: Callable,
-            pytestconfig: pytest.Config) -> None:
+def test_op(
+    problem: Problem, kernel_id: str, together: Callable, rounds: int, report: Callable, pytestconfig: pytest.Config
+) -> None:
     def all_kernels(problem: Problem, ids: list[str]) -> dict:
         chosen = [find(id) for id in ids if id not in BASELINES[problem.op]]
         seconds = pytestconfig.getoption("--seconds") / 10  # one op is a small part of a network

@@ -17,6 +17,7 @@ def jpegs(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config)
     """A folder of photographs as JPEG files."""
     pytest.importorskip("skimage")
     from resnet_fast import photos
+
     folder = tmp_path_factory.mktemp("jpegs")
     for i, image in enumerate(photos.sample(IMAGES[pytestconfig.getoption("--device")])):
         image.save(folder / f"{i:05}.jpg", quality=90)
@@ -28,9 +29,22 @@ def jpegs(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config)
 def test_predict(decode: str, jpegs: Path, benchmark, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     device = pytestconfig.getoption("--device")
     dtype = "bfloat16" if device == "cuda" else "float32"
-    command = [sys.executable, "-m", "resnet_fast", "predict", str(jpegs), "--random-weights", "--overwrite",
-               "--device", device, "--dtype", dtype, "--out", str(tmp_path / "out.csv"),
-               *(["--fast-decode"] if decode == "fast" else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "resnet_fast",
+        "predict",
+        str(jpegs),
+        "--random-weights",
+        "--overwrite",
+        "--device",
+        device,
+        "--dtype",
+        dtype,
+        "--out",
+        str(tmp_path / "out.csv"),
+        *(["--fast-decode"] if decode == "fast" else []),
+    ]
     done = benchmark.pedantic(lambda: subprocess.run(command, capture_output=True, text=True), rounds=1)
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stderr.splitlines() if "img/s" in line)

@@ -94,6 +94,7 @@ def _candidates(b: Bottleneck, whole: bool) -> Iterator[Predicted]:
 
 def _products(b: Bottleneck, whole: bool, tile: int, halo: int) -> int:
     """FLOP of a tile; the whole block's first convolution covers the halo."""
+
     def rows(count: int) -> int:
         return _ROWS * ceil(count / _ROWS)
 
@@ -110,6 +111,21 @@ def _shared(b: Bottleneck, whole: bool, tile: int, halo: int, resident: bool) ->
 
 if __name__ == "__main__":
     print("predicted for ResNet-50's blocks without projection, 256 images at 224², bf16, an H200:\n")
-    print(table(("stage", "blocks", "tail µs", "bound by", "whole µs", "bound by"),
-                [(stage, n, *(cell for p in (predict(b, False), predict(b, True)) for cell in (f"{p.seconds * 1e6:.0f}", p.bound)))
-                 for stage, (b, n) in blocks("resnet50", 256).items()], right=(1, 2, 4)))
+    print(
+        table(
+            ("stage", "blocks", "tail µs", "bound by", "whole µs", "bound by"),
+            [
+                (
+                    stage,
+                    n,
+                    *(
+                        cell
+                        for p in (predict(b, False), predict(b, True))
+                        for cell in (f"{p.seconds * 1e6:.0f}", p.bound)
+                    ),
+                )
+                for stage, (b, n) in blocks("resnet50", 256).items()
+            ],
+            right=(1, 2, 4),
+        )
+    )

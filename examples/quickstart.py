@@ -12,7 +12,9 @@ with torch.inference_mode():
     logits = model(x)
 
 # 2. Any conv + batch norm model, in place; its class, keys, parameters and hooks stay.
-mine = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3, padding=1, bias=False), torch.nn.BatchNorm2d(16), torch.nn.ReLU()).eval()
+mine = torch.nn.Sequential(
+    torch.nn.Conv2d(3, 16, 3, padding=1, bias=False), torch.nn.BatchNorm2d(16), torch.nn.ReLU()
+).eval()
 resnet_fast.accelerate(mine)
 with torch.inference_mode():
     features = mine(x)

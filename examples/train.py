@@ -1,8 +1,8 @@
 """Training on one machine or many: DDP, autocast, a checkpoint that survives a kill. No trainer of ours: torch's own tools.
 
-    python examples/train.py --data FOLDER                         # FOLDER/class/image.jpg, as torchvision.datasets.ImageFolder
-    torchrun --nproc-per-node 8 examples/train.py --data FOLDER    # all the GPUs of a machine
-    python examples/train.py --steps 5                             # random images, to see it run
+python examples/train.py --data FOLDER                         # FOLDER/class/image.jpg, as torchvision.datasets.ImageFolder
+torchrun --nproc-per-node 8 examples/train.py --data FOLDER    # all the GPUs of a machine
+python examples/train.py --steps 5                             # random images, to see it run
 """
 
 import argparse
@@ -20,16 +20,35 @@ def data(args: argparse.Namespace, world: int) -> torch.utils.data.DataLoader:
     """ImageFolder with the usual augmentation, or random images."""
     if args.data is None:
         count = args.steps * args.batch * world
-        images = torch.utils.data.TensorDataset(torch.randn(count, 3, args.size, args.size), torch.randint(args.classes, (count,)))
+        images = torch.utils.data.TensorDataset(
+            torch.randn(count, 3, args.size, args.size), torch.randint(args.classes, (count,))
+        )
     else:
         from torchvision import datasets
         from torchvision.transforms import v2
-        images = datasets.ImageFolder(args.data, v2.Compose([
-            v2.PILToTensor(), v2.RandomResizedCrop(args.size, antialias=True), v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]))
+
+        images = datasets.ImageFolder(
+            args.data,
+            v2.Compose(
+                [
+                    v2.PILToTensor(),
+                    v2.RandomResizedCrop(args.size, antialias=True),
+                    v2.RandomHorizontalFlip(),
+                    v2.ToDtype(torch.float32, scale=True),
+                    v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+                ]
+            ),
+        )
     sampler = torch.utils.data.DistributedSampler(images) if world > 1 else None
-    return torch.utils.data.DataLoader(images, args.batch, shuffle=sampler is None, sampler=sampler, num_workers=args.workers,
-                                       drop_last=True, pin_memory=torch.cuda.is_available())
+    return torch.utils.data.DataLoader(
+        images,
+        args.batch,
+        shuffle=sampler is None,
+        sampler=sampler,
+        num_workers=args.workers,
+        drop_last=True,
+        pin_memory=torch.cuda.is_available(),
+    )
 
 
 def main() -> None:
@@ -45,7 +64,9 @@ def main() -> None:
     args = p.parse_args()
 
     world = int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    )
     if world > 1:
         dist.init_process_group()
     torch.manual_seed(0)

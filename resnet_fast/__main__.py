@@ -21,8 +21,11 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = Parser(prog="python -m resnet_fast", description="ResNets at the speed the machine allows.",
-                                  epilog="`python -m resnet_fast COMMAND --help` tells more of each.")
+    top = Parser(
+        prog="python -m resnet_fast",
+        description="ResNets at the speed the machine allows.",
+        epilog="`python -m resnet_fast COMMAND --help` tells more of each.",
+    )
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
         importlib.import_module(f"resnet_fast.{name}").add_parser(commands)
@@ -36,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     the output that has seen enough (``| head``) in 1.
     """
     from .dispatch import NotUsed
+
     command = "resnet_fast"
     try:
         args = parser().parse_args(argv)

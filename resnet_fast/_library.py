@@ -17,8 +17,14 @@ NAMESPACE = "resnet_fast"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
-def define(schema: str, *, impl: Callable, fake: Callable, function: type[torch.autograd.Function] | None,
-           lowered: tuple[int, ...] = ()) -> Callable:
+def define(
+    schema: str,
+    *,
+    impl: Callable,
+    fake: Callable,
+    function: type[torch.autograd.Function] | None,
+    lowered: tuple[int, ...] = (),
+) -> Callable:
     """Register one op and return the callable overload.
 
     ``function`` is the autograd.Function whose forward calls the op below autograd (None: the op is itself a backward and has no
@@ -54,7 +60,9 @@ def _autograd(op: Callable, function: type[torch.autograd.Function]) -> Callable
 def _no_formula(op: Callable) -> Callable:
     def autograd(*args):
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            raise RuntimeError(f"{op}: got an input that requires grad, expected none: it is a backward and has no formula")
+            raise RuntimeError(
+                f"{op}: got an input that requires grad, expected none: it is a backward and has no formula"
+            )
         return below_autograd(op, *args)
 
     return autograd

@@ -75,8 +75,9 @@ def _install(m: nn.Module) -> Forward:
     forward = m.__dict__.get("forward")
     if forward is None:
         forward = Forward(m)
-        m.__dict__.update(forward=forward, _replicate_for_data_parallel=forward.replicate,
-                          __prepare_scriptable__=forward.plain)
+        m.__dict__.update(
+            forward=forward, _replicate_for_data_parallel=forward.replicate, __prepare_scriptable__=forward.plain
+        )
     return forward
 
 
@@ -89,13 +90,15 @@ def _plain(m: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     if id(m) not in done:
         twin = done[id(m)] = object.__new__(type(m))
         twin.__dict__.update(m.__dict__, _parameters=dict(m._parameters), _buffers=dict(m._buffers))
-        twin.__dict__["_modules"] = {name: None if child is None else _plain(child, done)
-                                     for name, child in m._modules.items()}
+        twin.__dict__["_modules"] = {
+            name: None if child is None else _plain(child, done) for name, child in m._modules.items()
+        }
         _strip(twin)
     return done[id(m)]
 
 
 # ---------------------------------------------------------------- the instance-level forward
+
 
 class Forward:
     """An accelerated module's ``forward``: its schedule over its live children, or its class's forward.
@@ -189,6 +192,7 @@ class Forward:
 
 # ---------------------------------------------------------------- the structural rule
 
+
 @dataclass
 class _Unit:
     """A module that owns a convolution and a batch norm: its schedule in eval and in training, or why there is none."""
@@ -205,8 +209,11 @@ class _Unit:
     def left(self, training: bool) -> dict[str, str]:
         """The unfused convolutions that a batch norm reads, by path, and why."""
         found = self.schedules[training]
-        return {self.path or "(model)": self.reasons[training]} if found is None else {
-            f"{self.path}.{path}" if self.path else path: why for path, why in found.left.items()}
+        return (
+            {self.path or "(model)": self.reasons[training]}
+            if found is None
+            else {f"{self.path}.{path}" if self.path else path: why for path, why in found.left.items()}
+        )
 
 
 def _units(path: str, m: nn.Module, seen: set[int], inlined: set[int]) -> Iterator[_Unit]:
@@ -295,6 +302,7 @@ def _holds_unit(m: nn.Module) -> bool:
 
 # ---------------------------------------------------------------- the report
 
+
 @dataclass(frozen=True)
 class Report:
     """What runs fused in a model and what does not; prints as a table.
@@ -314,8 +322,11 @@ class Report:
         rows = [(path, *counts, "") for path, counts in self.fused.items()]
         rows += [(path, "", "", "fuses by itself") for path in self.own]
         rows += [(path, "-", "", why) for path, why in self.left.items()]
-        rows += [(path, "", "-", f"in training: {why}") for path, why in self.left_training.items()
-                 if self.left.get(path) != why]
+        rows += [
+            (path, "", "-", f"in training: {why}")
+            for path, why in self.left_training.items()
+            if self.left.get(path) != why
+        ]
         total = sum(eval_count for eval_count, _ in self.fused.values())
         inside = f"; NHWC inside {', '.join(self.nhwc)}" if self.nhwc else ""
         header = "module", "eval", "training", "left because"
@@ -328,8 +339,9 @@ def accelerated(model: nn.Module) -> Report:
     """
     _check("accelerated", model)
     found = list(_units("", model, set(), set()))
-    counts = {u.path or "(model)": tuple(len(s.fused) if s else 0 for s in u.schedules.values())
-              for u in found if u.fuses}
+    counts = {
+        u.path or "(model)": tuple(len(s.fused) if s else 0 for s in u.schedules.values()) for u in found if u.fuses
+    }
     own = tuple(path for path, m in model.named_modules() if type(m).forward in _OUR_BLOCKS)
     left, left_training = ({path: why for u in found for path, why in u.left(t).items()} for t in (False, True))
     inside = islands(model, model.training, _fused_convs(model, found, model.training))

@@ -106,6 +106,7 @@ class TorchOps(TorchDispatchMode):
 
 def meta_args(problem: Problem) -> tuple:
     """Flat arguments without data."""
+
     def nhwc(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=problem.dtype, device="meta", memory_format=torch.channels_last)
 
@@ -119,8 +120,19 @@ def meta_args(problem: Problem) -> tuple:
         k = problem.weight[0]
         residual = nhwc(problem.x[0], k, *problem.out_hw) if problem.residual else None
         vectors = [vector(k) for _ in range(4)]
-        return (x, nhwc(*problem.weight), *vectors[:2], residual, *vectors[2:], 1e-5, problem.stride, problem.padding,
-                problem.dilation, problem.groups, problem.act)
+        return (
+            x,
+            nhwc(*problem.weight),
+            *vectors[:2],
+            residual,
+            *vectors[2:],
+            1e-5,
+            problem.stride,
+            problem.padding,
+            problem.dilation,
+            problem.groups,
+            problem.act,
+        )
     v, second = vector(problem.x[1]), nhwc(*problem.x)
     gate = nhwc(*problem.x[:2], 1, 1) if problem.gate else None
     return {
@@ -135,15 +147,24 @@ def _read(name: str, compiled, blocks: int) -> Launch:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        code, = read(Path(file.name))
-    return replace(code, name=name, shared=compiled.metadata.shared, threads=32 * compiled.metadata.num_warps, blocks=blocks,
-                   narrow=_narrow(compiled.asm["ttir"]))
+        (code,) = read(Path(file.name))
+    return replace(
+        code,
+        name=name,
+        shared=compiled.metadata.shared,
+        threads=32 * compiled.metadata.num_warps,
+        blocks=blocks,
+        narrow=_narrow(compiled.asm["ttir"]),
+    )
 
 
 def _narrow(ttir: str) -> frozenset[str]:
     """The pointer arguments to which, as they are, splatted or chosen by a scalar, a 32-bit offset is added first."""
     made = {name: (pointer,) for name, pointer in re.findall(r"(%[\w.]+) = tt\.splat (%[\w.]+) : !tt\.ptr", ttir)}
-    made |= {name: of for name, *of in re.findall(r"(%[\w.]+) = arith\.select %[\w.]+, (%[\w.]+), (%[\w.]+) : !tt\.ptr", ttir)}
+    made |= {
+        name: of
+        for name, *of in re.findall(r"(%[\w.]+) = arith\.select %[\w.]+, (%[\w.]+), (%[\w.]+) : !tt\.ptr", ttir)
+    }
 
     def origins(pointer: str) -> set[str]:
         return {one for of in made[pointer] for one in origins(of)} if pointer in made else {pointer.lstrip("%")}

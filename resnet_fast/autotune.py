@@ -42,6 +42,7 @@ def first_line(error: BaseException) -> str:
 
 # ---------------------------------------------------------------- the device
 
+
 @dataclass
 class Device:
     """What tuning needs of a machine: the current CUDA device, or a test's stand-in that overrides the clock."""
@@ -62,8 +63,9 @@ class Device:
         return verify(kernel, problem)
 
     def clock(self, variants: dict[str, Callable[[], object]], confidence: float = 0.01) -> dict[str, Timing]:
-        return interleaved(variants, device=self.kind, min_rounds=10, max_rounds=100, max_seconds=self.seconds,
-                           confidence=confidence)
+        return interleaved(
+            variants, device=self.kind, min_rounds=10, max_rounds=100, max_seconds=self.seconds, confidence=confidence
+        )
 
     def capture(self, runs: dict[str, Callable]) -> tuple[dict[str, Callable], dict[str, str]]:
         """(each run as a CUDA graph's replay, why a run cannot be captured); the graphs share their memory."""
@@ -88,6 +90,7 @@ class Device:
 
 # ---------------------------------------------------------------- outcomes
 
+
 @dataclass
 class Outcome:
     """What tuning found for a problem: its kernel for ordinary calls and inside graphs, each candidate's record."""
@@ -101,8 +104,11 @@ class Outcome:
     @property
     def bad(self) -> dict[str, str]:
         """Kernels that took the problem and failed it, and how."""
-        return {id: f"{record['status']}: {record['reason']}" for id, record in self.records.items()
-                if record["status"] != "right"}
+        return {
+            id: f"{record['status']}: {record['reason']}"
+            for id, record in self.records.items()
+            if record["status"] != "right"
+        }
 
     def __str__(self) -> str:
         chosen = self.calls if self.calls == self.graph else f"{self.calls}, in graphs {self.graph}"
@@ -112,8 +118,15 @@ class Outcome:
 
 # ---------------------------------------------------------------- tuning
 
-def tune(problems: Iterable[Problem], *, kernels: Iterable[str] | None = None, device: Device | None = None,
-         folder: Path | None = None, say: Callable[[str], None] = lambda line: None) -> list[Outcome]:
+
+def tune(
+    problems: Iterable[Problem],
+    *,
+    kernels: Iterable[str] | None = None,
+    device: Device | None = None,
+    folder: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Outcome]:
     """Fill the table of this GPU model for these problems.
 
     ``kernels`` restricts the candidates (ids; ``aten`` and what the table names already always take part); ``folder``
@@ -131,7 +144,9 @@ def tune(problems: Iterable[Problem], *, kernels: Iterable[str] | None = None, d
         for i, problem in enumerate(problems, 1):
             outcomes.append(_Job(problem, device, folder).run(wanted))
             measured += outcomes[-1].note != BEFORE
-            say(f"[{i}/{len(problems)}] {_progress(time.monotonic() - start, measured, len(problems) - i)}{outcomes[-1]}")
+            say(
+                f"[{i}/{len(problems)}] {_progress(time.monotonic() - start, measured, len(problems) - i)}{outcomes[-1]}"
+            )
     finally:
         torch.backends.cudnn.benchmark = benchmark
         with dispatch._lock:  # choices made before the table changed
@@ -154,8 +169,9 @@ class _Job:
         path = (folder or tables.user_folder()) / tables.file_name(device.name)
         sections = tables.read(path, device.name)
         self.known: dict[str, dict] = sections["measured"].get(problem.key, {})
-        self.chosen: dict[str, dict] = {name: sections[name][problem.key] for name in ("entries", "graph")
-                                        if problem.key in sections[name]}
+        self.chosen: dict[str, dict] = {
+            name: sections[name][problem.key] for name in ("entries", "graph") if problem.key in sections[name]
+        }
         self.records: dict[str, dict] = {}
 
     def run(self, wanted: set[str] | None) -> Outcome:
@@ -164,8 +180,10 @@ class _Job:
             return self.outcome(BEFORE)
         if all(self.fresh(k.id, k, versions=False) and self.known[k.id]["status"] == "right" for k in candidates):
             if all(self.verified(k) for k in candidates if k.id in {e["kernel"] for e in self.chosen.values()}):
-                self.write({id: {**record, "versions": tables.versions()} for id, record in self.known.items()},
-                           {name: {**entry, "versions": tables.versions()} for name, entry in self.chosen.items()})
+                self.write(
+                    {id: {**record, "versions": tables.versions()} for id, record in self.known.items()},
+                    {name: {**entry, "versions": tables.versions()} for name, entry in self.chosen.items()},
+                )
                 return self.outcome("verified again for these versions; its timings are older")
         passed_over = {k.id for k in candidates if self.fresh(k.id, k) and self.known[k.id]["status"] == LOST}
         try:
@@ -174,10 +192,15 @@ class _Job:
         except DeviceLost as lost:
             gone = {id: record for id, record in self.records.items() if record["status"] == LOST}
             self.write(self.known | gone, self.chosen)
-            raise DeviceLost(f"{lost}; the kernel was {', '.join(gone)} on {self.problem.key}. The table is intact; "
-                             "the next run passes that kernel over until its source changes") from lost
-        entries = {name: entry for name in ("entries", "graph")
-                   if (entry := best(self.records, timings[name], find("aten", self.problem.op).id)) is not None}
+            raise DeviceLost(
+                f"{lost}; the kernel was {', '.join(gone)} on {self.problem.key}. The table is intact; "
+                "the next run passes that kernel over until its source changes"
+            ) from lost
+        entries = {
+            name: entry
+            for name in ("entries", "graph")
+            if (entry := best(self.records, timings[name], find("aten", self.problem.op).id)) is not None
+        }
         self.write(self.known | self.records, entries)
         return self.outcome()
 
@@ -186,14 +209,23 @@ class _Job:
         aten = find("aten", self.problem.op)
         if wanted is not None:
             wanted = wanted | {entry["kernel"] for entry in self.chosen.values()}
-        return [aten, *(k for k in dispatch.kernels(self.problem.op)
-                        if k is not aten and (wanted is None or k.id in wanted) and k.reason(self.problem) is None)]
+        return [
+            aten,
+            *(
+                k
+                for k in dispatch.kernels(self.problem.op)
+                if k is not aten and (wanted is None or k.id in wanted) and k.reason(self.problem) is None
+            ),
+        ]
 
     def fresh(self, id: str, kernel: Kernel, versions: bool = True) -> bool:
         """Whether the table's record of a kernel is of this source (and these versions)."""
         record = self.known.get(id)
-        return (record is not None and record["source"] == tables.source_hash(kernel.sources)
-                and (not versions or record["versions"] == tables.versions()))
+        return (
+            record is not None
+            and record["source"] == tables.source_hash(kernel.sources)
+            and (not versions or record["versions"] == tables.versions())
+        )
 
     def outcome(self, note: str = "") -> Outcome:
         calls, graph = (self.chosen.get(name, {}).get("kernel", "aten") for name in ("entries", "graph"))
@@ -214,16 +246,25 @@ class _Job:
         self.known, self.chosen = records, chosen
 
     def note(self, kernel: Kernel, status: str, **facts) -> None:
-        self.records[kernel.id] = {"status": status, "source": tables.source_hash(kernel.sources),
-                                   "versions": tables.versions(), **facts}
+        self.records[kernel.id] = {
+            "status": status,
+            "source": tables.source_hash(kernel.sources),
+            "versions": tables.versions(),
+            **facts,
+        }
 
     def verified(self, kernel: Kernel) -> bool:
         """Whether the kernel is right on the problem; its record says so, or why not."""
         verdict = self.attempt(kernel, lambda: self.device.verify(kernel, self.problem))
         if verdict is None:
             return False
-        self.note(kernel, "right" if verdict.ok else "wrong", reason=verdict.reason, error=verdict.error.rms,
-                  eager_error=verdict.eager.rms)
+        self.note(
+            kernel,
+            "right" if verdict.ok else "wrong",
+            reason=verdict.reason,
+            error=verdict.error.rms,
+            eager_error=verdict.eager.rms,
+        )
         return verdict.ok
 
     def attempt(self, kernel: Kernel, work: Callable):
@@ -267,8 +308,10 @@ class _Job:
             timings = {"entries": self.device.clock(ready)}
             graphs, reasons = self.device.capture(ready)
             timings["graph"] = self.device.clock(graphs)
-        timings = {name: {id: Timing(tuple(s / (times * len(sets)) for s in timing.seconds)) for id, timing in found.items()}
-                   for name, found in timings.items()}
+        timings = {
+            name: {id: Timing(tuple(s / (times * len(sets)) for s in timing.seconds)) for id, timing in found.items()}
+            for name, found in timings.items()
+        }
         for id, timing in timings["entries"].items():
             self.records[id] |= {"time_us": timing.median * 1e6, "spread": timing.spread}
         for id, timing in timings["graph"].items():
@@ -294,5 +337,10 @@ def best(records: dict[str, dict], timings: dict[str, Timing], aten: str) -> dic
     if timings[id].speedup_over(timings[aten]) < MARGIN:
         return None
     kept = {name: records[id][name] for name in ("error", "eager_error", "source", "versions")}
-    return {"kernel": id, "time_us": timings[id].median * 1e6, "aten_us": timings[aten].median * 1e6,
-            "spread": timings[id].spread, **kept}
+    return {
+        "kernel": id,
+        "time_us": timings[id].median * 1e6,
+        "aten_us": timings[aten].median * 1e6,
+        "spread": timings[id].spread,
+        **kept,
+    }

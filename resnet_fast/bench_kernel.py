@@ -91,7 +91,9 @@ def runs_on(kernel: Kernel, device: torch.device) -> bool:
 
 def is_triton(kernel: Kernel) -> bool:
     """Whether the kernel's module holds Triton functions."""
-    return any(type(value).__module__.startswith("triton.") for value in vars(sys.modules[kernel.fn.__module__]).values())
+    return any(
+        type(value).__module__.startswith("triton.") for value in vars(sys.modules[kernel.fn.__module__]).values()
+    )
 
 
 def problems(op: str, args: argparse.Namespace, device: str, capability: tuple[int, int] | None) -> dict[str, Problem]:
@@ -106,14 +108,19 @@ def problems(op: str, args: argparse.Namespace, device: str, capability: tuple[i
             if problem is not None and any(fnmatch(layer.name, pattern) for pattern in args.layers):
                 found.setdefault(problem, layer.name)
     if not found:
-        raise ValueError(f"--layers: got {' '.join(args.layers)}, which no layer of {args.model} with {op} is called; "
-                         "`explain` lists them")
+        raise ValueError(
+            f"--layers: got {' '.join(args.layers)}, which no layer of {args.model} with {op} is called; "
+            "`explain` lists them"
+        )
     return {f"{name}, batch {problem.x[0]}" if len(batch) > 1 else name: problem for problem, name in found.items()}
 
 
 # ---------------------------------------------------------------- where the kernel runs
 
-def timed(mine: list[Kernel], args: argparse.Namespace, device: torch.device, gpu: Gpu) -> tuple[list[Kernel], list[Row]]:
+
+def timed(
+    mine: list[Kernel], args: argparse.Namespace, device: torch.device, gpu: Gpu
+) -> tuple[list[Kernel], list[Row]]:
     """Check, then time; (kernels that are wrong, ledger rows)."""
     capability = gpu.capability if device.type == "cuda" else None
     chosen = problems(mine[0].op, args, device.type, capability)
@@ -122,14 +129,20 @@ def timed(mine: list[Kernel], args: argparse.Namespace, device: torch.device, gp
     red = [k for k in mine if refuse(k, *judge(k, [*grid, *small]), "")]
     mine = [k for k in mine if k not in red]
     rivals = [k for k in kernels(mine[0].op) if k not in mine and runs_on(k, device)] if mine else []
-    code = compiled(args.kernel, [k for k in (*mine, *rivals) if is_triton(k)], list(chosen.values())) if device.type == "cuda" else {}
+    code = (
+        compiled(args.kernel, [k for k in (*mine, *rivals) if is_triton(k)], list(chosen.values()))
+        if device.type == "cuda"
+        else {}
+    )
     rows = []
     for name, problem in chosen.items() if mine else ():
         able = [k for k in (*mine, *rivals) if k in mine or k.reason(problem) is None]
         print(f"  {name} …", file=sys.stderr, flush=True)
         outcomes = measure_op(problem, able, max_seconds=args.seconds or 4.0)
         rows += [outcome.row for outcome in outcomes.values() if outcome.row is not None]
-        calls = {k.id: code.get((k.id, problem)) or _profile(k, problem) for k in able if outcomes[k.id].row is not None}
+        calls = {
+            k.id: code.get((k.id, problem)) or _profile(k, problem) for k in able if outcomes[k.id].row is not None
+        }
         print(show(name, problem, outcomes, [k.id for k in mine], calls, gpu, device))
     if mine and device.type != "cuda":
         print("No roofline on a CPU: nobody wrote its ceilings down. Ratios are medians of same-round ratios.")
@@ -144,8 +157,15 @@ def _profile(kernel: Kernel, problem: Problem):
     return tuple(profiled(lambda: kernel.fn(*args))), 0, ()
 
 
-def show(name: str, problem: Problem, outcomes: dict[str, Outcome], mine: list[str], calls: dict, gpu: Gpu,
-         device: torch.device) -> str:
+def show(
+    name: str,
+    problem: Problem,
+    outcomes: dict[str, Outcome],
+    mine: list[str],
+    calls: dict,
+    gpu: Gpu,
+    device: torch.device,
+) -> str:
     """One problem: every way to compute it, fastest first, and why the kernels in question are not faster."""
     found = sorted((o.row for o in outcomes.values() if o.row is not None), key=lambda row: row.seconds)
     bar = f"aten.{problem.op}"
@@ -153,14 +173,40 @@ def show(name: str, problem: Problem, outcomes: dict[str, Outcome], mine: list[s
     for row in found:
         ratio = 1.0 if row.provider == bar else row.speed_over.get(bar)
         code = _numbers(calls.get(row.provider), gpu)
-        lines.append((("→ " if row.provider in mine else "  ") + row.provider, f"{row.seconds * 1e6:,.1f}",
-                      f"{(row.high - row.low) / row.seconds:.0%}", _or(ratio, ".2f"), _or(row.roofline, ".0%"), f"{row.gb_s:,.0f}",
-                      _or(row.tflops, ".2f"), _or(row.error, ".1e"), *code))
-    header = ["", "µs", "spread", "× aten", "roofline", "GB/s", "TFLOP/s", "error", "registers", "shared KiB", "occupancy"]
+        lines.append(
+            (
+                ("→ " if row.provider in mine else "  ") + row.provider,
+                f"{row.seconds * 1e6:,.1f}",
+                f"{(row.high - row.low) / row.seconds:.0%}",
+                _or(ratio, ".2f"),
+                _or(row.roofline, ".0%"),
+                f"{row.gb_s:,.0f}",
+                _or(row.tflops, ".2f"),
+                _or(row.error, ".1e"),
+                *code,
+            )
+        )
+    header = [
+        "",
+        "µs",
+        "spread",
+        "× aten",
+        "roofline",
+        "GB/s",
+        "TFLOP/s",
+        "error",
+        "registers",
+        "shared KiB",
+        "occupancy",
+    ]
     kept = [i for i in range(len(header)) if i < 3 or any(line[i] for line in lines)]
-    parts = [heading(name, problem, gpu if device.type == "cuda" else None),
-             table([header[i] for i in kept], [[line[i] for i in kept] for line in lines], right=range(1, len(kept)))]
-    parts += [f"{o.provider}: {o.skipped or f'WRONG: {o.wrong}: not timed'}" for o in outcomes.values() if o.row is None]
+    parts = [
+        heading(name, problem, gpu if device.type == "cuda" else None),
+        table([header[i] for i in kept], [[line[i] for i in kept] for line in lines], right=range(1, len(kept))),
+    ]
+    parts += [
+        f"{o.provider}: {o.skipped or f'WRONG: {o.wrong}: not timed'}" for o in outcomes.values() if o.row is None
+    ]
     if device.type == "cuda" and gpu.limits is not None:
         seconds = {row.provider: row.seconds for row in found}
         parts += [why(id, facts(problem, calls[id], gpu), seconds[id]) for id in mine if id in seconds]
@@ -169,7 +215,10 @@ def show(name: str, problem: Problem, outcomes: dict[str, Outcome], mine: list[s
 
 # ---------------------------------------------------------------- where it does not
 
-def untimed(mine: list[Kernel], args: argparse.Namespace, device: torch.device, gpu: Gpu) -> tuple[list[Kernel], list[Row]]:
+
+def untimed(
+    mine: list[Kernel], args: argparse.Namespace, device: torch.device, gpu: Gpu
+) -> tuple[list[Kernel], list[Row]]:
     """Check in the interpreter and compile for the named GPU; (kernels that are wrong, no rows)."""
     chosen = problems(mine[0].op, args, "cuda", gpu.capability)
     red = []
@@ -210,25 +259,40 @@ def show_code(id: str, found: dict, chosen: dict[str, Problem], gpu: Gpu) -> str
         f = facts(problem, call, gpu)
         one = f.main
         registers, shared, share = _numbers(call, gpu)
-        lines.append((*start, len(call[0]) + len(call[2]), f"{one.blocks}×{one.threads}", registers, shared, one.stack, share))
+        lines.append(
+            (*start, len(call[0]) + len(call[2]), f"{one.blocks}×{one.threads}", registers, shared, one.stack, share)
+        )
         told = causes(f)
         words += [f"{name}:", *map(wrapped, told)] if told else []
     header = ("layer", "problem", "floor µs", "by", "launches", "grid", "regs", "KiB", "spilled", "occupancy")
     import triton
-    return "\n".join([
-        f"{id} as {gpu.title} would run it",
-        wrapped(f"Out of the machine code by Triton {triton.__version__}: blocks × threads, registers a thread, KiB of shared memory a block, "
-                f"bytes spilled. Computed: occupancy, and floor ({gpu.limits.source}).", ""),
-        table(header, lines, right=(2, 4, 5, 6, 7, 8)), "What grid and machine code say:" if words else "Grid and machine code look well.",
-        *words])
+
+    return "\n".join(
+        [
+            f"{id} as {gpu.title} would run it",
+            wrapped(
+                f"Out of the machine code by Triton {triton.__version__}: blocks × threads, registers a thread, KiB of shared memory a block, "
+                f"bytes spilled. Computed: occupancy, and floor ({gpu.limits.source}).",
+                "",
+            ),
+            table(header, lines, right=(2, 4, 5, 6, 7, 8)),
+            "What grid and machine code say:" if words else "Grid and machine code look well.",
+            *words,
+        ]
+    )
 
 
 def show_file(kernel: Kernel) -> str:
     """Registers and shared memory of a kernel that nvcc built, from its shared library."""
     from .kernels import native, runtime
+
     files = [Path(s) for s in kernel.sources if s.endswith(".cu")]
     if not files:
-        where = "`make gpu` reads its registers on a GPU" if kernel.sources == native.SOURCES or native.RECORD.is_file() else "no build"
+        where = (
+            "`make gpu` reads its registers on a GPU"
+            if kernel.sources == native.SOURCES or native.RECORD.is_file()
+            else "no build"
+        )
         return f"  built into the package: {where}."
     built = [one for file in files for one in read(Path(runtime.build(file).__file__))]
     lines = [(one.name, one.registers, one.stack, f"{one.shared / 1024:g}", one.instructions.total()) for one in built]
@@ -237,9 +301,19 @@ def show_file(kernel: Kernel) -> str:
 
 # ---------------------------------------------------------------- numbers and words
 
+
 def facts(problem: Problem, call: tuple, gpu: Gpu) -> Facts:
     launches, moved, names = call
-    return Facts(roofline.problem_floor(problem, gpu.limits), problem.dtype, launches, gpu.limits, gpu.capability, gpu.sms, moved, names)
+    return Facts(
+        roofline.problem_floor(problem, gpu.limits),
+        problem.dtype,
+        launches,
+        gpu.limits,
+        gpu.capability,
+        gpu.sms,
+        moved,
+        names,
+    )
 
 
 def why(id: str, f: Facts, seconds: float) -> str:
@@ -276,6 +350,7 @@ def _or(value: float | None, spec: str) -> str:
 
 # ---------------------------------------------------------------- checking, compiling, in this process or a fresh one
 
+
 def judge(kernel: Kernel, grid: Iterable[Problem]) -> tuple[int, list[str]]:
     """(problems that the kernel takes, what is wrong with those that it gets wrong)."""
     taken, wrong = 0, []
@@ -297,7 +372,9 @@ def refuse(kernel: Kernel, taken: int, wrong: list[str], where: str) -> bool:
     for words in wrong[:3]:
         print(f"WRONG {kernel.id}: {words}")
     if wrong:
-        print(f"{kernel.id} is wrong on {len(wrong)} of {taken} problems{where}: it gets no time. `check --kernel` tells more.")
+        print(
+            f"{kernel.id} is wrong on {len(wrong)} of {taken} problems{where}: it gets no time. `check --kernel` tells more."
+        )
     elif not taken:
         print(f"{kernel.id} declines every problem of the check{where}: it gets no time.")
     else:
@@ -312,6 +389,7 @@ def compiled(names: list[str], chosen: list[Kernel], grid: list[Problem]) -> dic
 
 def compile_named(names: list[str], ids: list[str], grid: list[Problem]) -> dict[tuple[str, Problem], tuple | str]:
     from .ahead import compile_call
+
     known = {k.id: k for k in (*wanted(names), *kernels())}
     found: dict[tuple[str, Problem], tuple | str] = {}
     for id in ids:

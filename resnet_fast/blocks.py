@@ -16,8 +16,16 @@ from .path import conv_bn_act, why_misplaced, why_plain
 
 def conv3x3(in_planes: int, out_planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
     """3×3 convolution with padding, no bias."""
-    return nn.Conv2d(in_planes, out_planes, kernel_size=3, stride=stride, padding=dilation, groups=groups, bias=False,
-                     dilation=dilation)
+    return nn.Conv2d(
+        in_planes,
+        out_planes,
+        kernel_size=3,
+        stride=stride,
+        padding=dilation,
+        groups=groups,
+        bias=False,
+        dilation=dilation,
+    )
 
 
 def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
@@ -42,8 +50,11 @@ def _identity(block: nn.Module, x: Tensor) -> Tensor:
 def why_plain_block(block: nn.Module, x: Tensor) -> str | None:
     """Why this block's plain modules must run on ``x``, or None."""
     downsample = block.downsample
-    if downsample is not None and (type(downsample) is not nn.Sequential or len(downsample) != 2
-                                   or why_misplaced(zip(("conv", "bn"), downsample._modules.values(), strict=True))):
+    if downsample is not None and (
+        type(downsample) is not nn.Sequential
+        or len(downsample) != 2
+        or why_misplaced(zip(("conv", "bn"), downsample._modules.values(), strict=True))
+    ):
         return "the projection is not Conv2d + BatchNorm2d"
     return why_plain(x, _skipped(block)) or why_misplaced(block._modules.items())
 
@@ -57,12 +68,23 @@ class BasicBlock(nn.Module):
 
     expansion: int = 1
 
-    def __init__(self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None, groups: int = 1,
-                 base_width: int = 64, dilation: int = 1, norm_layer: Callable[..., nn.Module] | None = None) -> None:
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[..., nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         norm_layer = norm_layer or nn.BatchNorm2d
         if groups != 1 or base_width != 64:
-            raise ValueError(f"BasicBlock: got groups={groups}, base_width={base_width}, expected groups=1 and base_width=64")
+            raise ValueError(
+                f"BasicBlock: got groups={groups}, base_width={base_width}, expected groups=1 and base_width=64"
+            )
         self.conv1 = conv3x3(inplanes, planes, stride, dilation=dilation)
         self.bn1 = norm_layer(planes)
         self.relu = nn.ReLU(inplace=True)
@@ -104,8 +126,17 @@ class Bottleneck(nn.Module):
 
     expansion: int = 4
 
-    def __init__(self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None, groups: int = 1,
-                 base_width: int = 64, dilation: int = 1, norm_layer: Callable[..., nn.Module] | None = None) -> None:
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[..., nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         norm_layer = norm_layer or nn.BatchNorm2d
         width = int(planes * (base_width / 64.0)) * groups

@@ -32,9 +32,14 @@ class Part:
 
     def holds(self, module: nn.Module) -> bool:
         attributes = module.__dict__
-        return (type(module) is self.type and self.type.forward is self.forward and len(attributes) == self.size
-                and attributes["_modules"] == self.children and tuple(attributes["_modules"]) == self.order
-                and tuple(map(attributes.get, self.names)) == self.values)
+        return (
+            type(module) is self.type
+            and self.type.forward is self.forward
+            and len(attributes) == self.size
+            and attributes["_modules"] == self.children
+            and tuple(attributes["_modules"]) == self.order
+            and tuple(map(attributes.get, self.names)) == self.values
+        )
 
 
 def _is_plain(value: Any) -> bool:
@@ -62,8 +67,10 @@ class Program:
             slots[name] = len(slots)
         self.size, self.inputs = len(slots), len(schedule.inputs)
         self.output = _getter(schedule.output, slots, owner)
-        self.steps = [(_bind(step, slots, owner), slots[step.output], dead)
-                      for step, dead in zip(schedule.steps, _deaths(schedule, slots), strict=True)]
+        self.steps = [
+            (_bind(step, slots, owner), slots[step.output], dead)
+            for step, dead in zip(schedule.steps, _deaths(schedule, slots), strict=True)
+        ]
 
     def changed(self, owner: nn.Module) -> bool:
         """Whether the modules are no longer made as they were when they were traced."""
@@ -75,9 +82,12 @@ class Program:
             return "there is nothing to fuse"
         if len(args) != self.inputs:
             return f"it was called with {len(args)} inputs, not {self.inputs}"
-        return (why_plain(args[0], self.skipped) or next(filter(None, map(_why_plain_biased, self.biased)), None)
-                or next((f"a {type(m).__name__} has hooks" for m, _ in self.inlined if touched(m)), None)
-                or next((f"an input is a {type(a).__name__}" for a in args[1:] if type(a) is not Tensor), None))
+        return (
+            why_plain(args[0], self.skipped)
+            or next(filter(None, map(_why_plain_biased, self.biased)), None)
+            or next((f"a {type(m).__name__} has hooks" for m, _ in self.inlined if touched(m)), None)
+            or next((f"an input is a {type(a).__name__}" for a in args[1:] if type(a) is not Tensor), None)
+        )
 
     def __call__(self, *args: Tensor) -> Any:
         values: list[Any] = [*args, *[None] * (self.size - self.inputs)]
@@ -112,6 +122,7 @@ def _deaths(schedule: Schedule, slots: dict[str, int]) -> list[list[int]]:
 
 
 # ---------------------------------------------------------------- steps as callables over the list of values
+
 
 def _getter(structure: Any, slots: dict[str, int], owner: nn.Module) -> Callable[[list], Any]:
     """A function that fills the nested structure from the values and the owner's live attributes."""
@@ -175,9 +186,21 @@ def _biased_conv_bn_act(conv: nn.Conv2d, bn: nn.Module, x: Tensor, residual: Ten
     """As ``path.conv_bn_act``; BN(z + b) with statistics μ is BN(z) with statistics μ − b."""
     if uses_batch_statistics(bn):
         return batch_norm_act(bn, conv._conv_forward(x, own_strides(conv.weight), conv.bias), residual, act)
-    return ops.conv_bn_act(x, conv.weight, bn.weight, bn.bias, residual, mean=bn.running_mean - conv.bias,
-                           var=bn.running_var, eps=bn.eps, stride=conv.stride, padding=conv.padding,
-                           dilation=conv.dilation, groups=conv.groups, act=act)
+    return ops.conv_bn_act(
+        x,
+        conv.weight,
+        bn.weight,
+        bn.bias,
+        residual,
+        mean=bn.running_mean - conv.bias,
+        var=bn.running_var,
+        eps=bn.eps,
+        stride=conv.stride,
+        padding=conv.padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        act=act,
+    )
 
 
 def own_strides(t: Tensor) -> Tensor:
@@ -192,8 +215,12 @@ def _result_dtype(x: Tensor) -> torch.dtype:
 
 def output_shape(conv: nn.Conv2d, x: Tensor) -> tuple[int, ...]:
     """The shape of ``conv(x)``."""
-    sizes = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, p, d, k, s in
-             zip(x.shape[2:], conv.padding, conv.dilation, conv.kernel_size, conv.stride, strict=True)]
+    sizes = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, p, d, k, s in zip(
+            x.shape[2:], conv.padding, conv.dilation, conv.kernel_size, conv.stride, strict=True
+        )
+    ]
     return (x.shape[0], conv.out_channels, *sizes)
 
 
@@ -228,5 +255,10 @@ def _unexpanded(gate: Any) -> Any:
 
 
 def _is_gate(gate: Any, x: Any) -> bool:
-    return (type(gate) is Tensor and type(x) is Tensor and x.dim() == 4 and gate.dtype == x.dtype
-            and gate.shape == (x.shape[0], x.shape[1], 1, 1))
+    return (
+        type(gate) is Tensor
+        and type(x) is Tensor
+        and x.dim() == 4
+        and gate.dtype == x.dtype
+        and gate.shape == (x.shape[0], x.shape[1], 1, 1)
+    )

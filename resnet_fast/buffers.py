@@ -16,11 +16,45 @@ if TYPE_CHECKING:
 _F = "torch.nn.functional."
 _POOLS = (f"{_F}max_pool2d", f"{_F}avg_pool2d", f"{_F}adaptive_avg_pool2d")
 # Functions that compute each image by itself, whatever their other arguments.
-_IMAGEWISE = {*_POOLS, *(_F + name for name in (
-    "relu", "relu6", "silu", "gelu", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "elu", "mish", "sigmoid", "tanh", "linear",
-    "conv1d", "conv2d", "batch_norm", "group_norm", "dropout", "dropout2d", "interpolate", "adaptive_max_pool2d")),
-    *(f"operator.{name}" for name in ("add", "sub", "mul", "truediv", "neg")), "torch.relu", "torch.sigmoid", "torch.add", "torch.mul",
-    "Tensor.relu", "Tensor.sigmoid", "Tensor.add", "Tensor.mul", "Tensor.expand_as"}
+_IMAGEWISE = {
+    *_POOLS,
+    *(
+        _F + name
+        for name in (
+            "relu",
+            "relu6",
+            "silu",
+            "gelu",
+            "hardswish",
+            "hardsigmoid",
+            "hardtanh",
+            "leaky_relu",
+            "elu",
+            "mish",
+            "sigmoid",
+            "tanh",
+            "linear",
+            "conv1d",
+            "conv2d",
+            "batch_norm",
+            "group_norm",
+            "dropout",
+            "dropout2d",
+            "interpolate",
+            "adaptive_max_pool2d",
+        )
+    ),
+    *(f"operator.{name}" for name in ("add", "sub", "mul", "truediv", "neg")),
+    "torch.relu",
+    "torch.sigmoid",
+    "torch.add",
+    "torch.mul",
+    "Tensor.relu",
+    "Tensor.sigmoid",
+    "Tensor.add",
+    "Tensor.mul",
+    "Tensor.expand_as",
+}
 _REDUCTIONS = {f"{space}.{name}" for space in ("Tensor", "torch") for name in ("mean", "sum", "amax")}
 
 
@@ -37,6 +71,7 @@ def deaths(lowered: Lowered) -> list[set[str]]:
 
 def own_memory(lowered: Lowered) -> set[str]:
     """Values in memory nobody else can see: results of fused steps and pools that only fused steps and pools read."""
+
     def simple(step: Step) -> bool:
         return step.op in ("conv_bn_act", "add_act") or isinstance(step, Group) or step.target in _POOLS
 
@@ -68,7 +103,11 @@ def _all_in(output: Any, computed: set[str]) -> bool:
         return output.name in computed
     if isinstance(output, dict):
         output = tuple(output.values())
-    return isinstance(output, (tuple, list)) and not isinstance(output, Attribute) and all(_all_in(part, computed) for part in output)
+    return (
+        isinstance(output, (tuple, list))
+        and not isinstance(output, Attribute)
+        and all(_all_in(part, computed) for part in output)
+    )
 
 
 def _imagewise(step: Step, sizes: set[str]) -> bool:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 
-def captured(run: Callable[[], Any], *, stream: torch.cuda.Stream | None = None, pool: Any = None,
-             mode: str = "global") -> tuple[torch.cuda.CUDAGraph, Any]:
+def captured(
+    run: Callable[[], Any], *, stream: torch.cuda.Stream | None = None, pool: Any = None, mode: str = "global"
+) -> tuple[torch.cuda.CUDAGraph, Any]:
     """(graph, what ``run`` answered in it, which each replay writes anew); ``stream``: where to capture, by default torch's own stream for it.
 
     Raises what ``run`` raised, or what the capture did. Up to torch 2.11 at least a capture that fails leaves its stream as the thread's current
@@ -25,7 +26,10 @@ def captured(run: Callable[[], Any], *, stream: torch.cuda.Stream | None = None,
             raise
 
     try:
-        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode),
+        ):
             answer = watched()
     except RuntimeError as error:
         if raised and error is not raised[0]:

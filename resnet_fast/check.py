@@ -20,13 +20,24 @@ SHOWN = 10  # wrong problems that are told in full
 
 
 def add_parser(commands) -> None:
-    p = commands.add_parser("check", help="every kernel here against float64",
-                            description="Check kernels against the float64 reference by the error rule (at most twice eager's own error, three "
-                                        "times for gradients, plus a few roundings) in poisoned memory. Exit code 1 if a kernel is wrong, "
-                                        "2 if none named could run.")
-    p.add_argument("--kernel", nargs="+", action="extend", metavar="ID|FILE", help="only this kernel, or those of a .py or .cu file")
+    p = commands.add_parser(
+        "check",
+        help="every kernel here against float64",
+        description="Check kernels against the float64 reference by the error rule (at most twice eager's own error, three "
+        "times for gradients, plus a few roundings) in poisoned memory. Exit code 1 if a kernel is wrong, "
+        "2 if none named could run.",
+    )
+    p.add_argument(
+        "--kernel",
+        nargs="+",
+        action="extend",
+        metavar="ID|FILE",
+        help="only this kernel, or those of a .py or .cu file",
+    )
     p.add_argument("--dtype", action="append", choices=DTYPES, help="default: float32, float16, bfloat16")
-    p.add_argument("--model", help="also the distinct convolutions of this architecture (and groups of them), at 224² and batch 2")
+    p.add_argument(
+        "--model", help="also the distinct convolutions of this architecture (and groups of them), at 224² and batch 2"
+    )
     p.add_argument("--device", default=default_device(), help="cpu or cuda (default here: %(default)s)")
     p.set_defaults(run=run)
 
@@ -40,11 +51,17 @@ def _named(name: str) -> list[Kernel]:
     try:
         return named(name)
     except Exception as error:  # a user's file may raise anything; which line did says more than how it came to be read
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(Path(name).resolve())]
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == str(Path(name).resolve())
+        ]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
         if line is None:
             raise
-        raise ImportError(f"kernel file {name}, line {line}: {type(error).__name__}: {getattr(error, 'msg', error)}") from error
+        raise ImportError(
+            f"kernel file {name}, line {line}: {type(error).__name__}: {getattr(error, 'msg', error)}"
+        ) from error
 
 
 def problems(kernel: Kernel, dtype: torch.dtype, device: torch.device, model: str | None) -> Iterator[Problem]:
@@ -55,7 +72,9 @@ def problems(kernel: Kernel, dtype: torch.dtype, device: torch.device, model: st
         yield from model_problems(model, 2, 224, dtype, device.type, capability, kernel.op)
 
 
-def check(kernel: Kernel, dtypes: list[torch.dtype], device: torch.device, model: str | None) -> tuple[list[Verdict], list[str]]:
+def check(
+    kernel: Kernel, dtypes: list[torch.dtype], device: torch.device, model: str | None
+) -> tuple[list[Verdict], list[str]]:
     """(verdicts, sentences of the declined problems)."""
     verdicts, declined = [], []
     for dtype in dtypes:

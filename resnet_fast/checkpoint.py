@@ -23,8 +23,9 @@ _SEGMENTS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 
 
-def load_checkpoint(model: nn.Module, source: str | os.PathLike | Mapping[str, Any], *, strict: bool = True,
-                    weights_only: bool = True) -> nn.Module:
+def load_checkpoint(
+    model: nn.Module, source: str | os.PathLike | Mapping[str, Any], *, strict: bool = True, weights_only: bool = True
+) -> nn.Module:
     """Load weights into ``model`` (in place) and return it.
 
     ``source``: a file (.safetensors, or anything torch.load reads) or a mapping already in memory; names may carry
@@ -98,7 +99,9 @@ def _clean(state: Mapping[str, Any]) -> dict[str, Tensor]:
         if not isinstance(t, Tensor):
             raise ValueError(f"load_checkpoint: {name}: got a {type(t).__name__}, expected a tensor")
         if _bare(name) in cleaned:
-            raise ValueError(f"load_checkpoint: {_bare(name)}: got it twice, with and without a wrapper's prefix, expected once")
+            raise ValueError(
+                f"load_checkpoint: {_bare(name)}: got it twice, with and without a wrapper's prefix, expected once"
+            )
         cleaned[_bare(name)] = t
     return cleaned
 
@@ -110,8 +113,10 @@ def _check_shapes(state: dict[str, Tensor], own: dict[str, tuple[str, Tensor]]) 
         expected = list(own[name][1].shape)
         sentence = f"load_checkpoint: {name}: got {list(t.shape)}, expected {expected}"
         if name.split(".")[0] in ("fc", "head", "classifier"):
-            sentence += (f": the checkpoint has {t.shape[0]} classes, the model {expected[0]}; build it with "
-                         f"num_classes={t.shape[0]}, or leave {name.rpartition('.')[0]}.* out and pass strict=False")
+            sentence += (
+                f": the checkpoint has {t.shape[0]} classes, the model {expected[0]}; build it with "
+                f"num_classes={t.shape[0]}, or leave {name.rpartition('.')[0]}.* out and pass strict=False"
+            )
         raise ValueError(sentence)
 
 
@@ -120,8 +125,10 @@ def _check_names(state: dict[str, Tensor], own: dict[str, tuple[str, Tensor]]) -
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in state if name not in own]
     if missing or unexpected:
-        raise ValueError("load_checkpoint: the checkpoint is of another architecture: "
-                         f"{_some(missing)} missing, {_some(unexpected)} unexpected (strict=False loads what fits)")
+        raise ValueError(
+            "load_checkpoint: the checkpoint is of another architecture: "
+            f"{_some(missing)} missing, {_some(unexpected)} unexpected (strict=False loads what fits)"
+        )
 
 
 def _some(names: list[str]) -> str:

@@ -32,8 +32,9 @@ def cold_start(provider: str, mode: str, model: str, dtype: str, batch: int, siz
     with tempfile.TemporaryDirectory() as cache:
         env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": str(Path(cache, "triton"))}
         start = time.perf_counter()
-        child = subprocess.run([sys.executable, "-m", "resnet_fast.coldstart", *case], env=env, text=True,
-                               capture_output=True)
+        child = subprocess.run(
+            [sys.executable, "-m", "resnet_fast.coldstart", *case], env=env, text=True, capture_output=True
+        )
         seconds = time.perf_counter() - start
     if child.returncode:
         raise RuntimeError(f"cold start of {provider} failed: {child.stderr.strip()[-500:]}")

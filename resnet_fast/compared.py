@@ -42,14 +42,30 @@ class Comparison(list):
     def __str__(self) -> str:
         judged, wrong = any(r.error is not None for r in self), any(r.broken for r in self)
         # The verdict stands beside the name, since a narrow terminal cuts a table's right side.
-        header = ["step", *(["rule"] if wrong else []), "steps", "other's", "distance", *(["error", "other's"] if judged else []),
-                  "ms", "other's", "speed"]
+        header = [
+            "step",
+            *(["rule"] if wrong else []),
+            "steps",
+            "other's",
+            "distance",
+            *(["error", "other's"] if judged else []),
+            "ms",
+            "other's",
+            "speed",
+        ]
 
         def line(name: str, rows: list[Row], errors: Iterable[float | None]) -> list[str]:
             ms, other_ms = sum(r.ms for r in rows), sum(r.other_ms for r in rows)
-            return [name, *(["WRONG" if any(r.broken for r in rows) else ""] if wrong else []),
-                    str(sum(r.steps for r in rows)), str(sum(r.other_steps for r in rows)),
-                    *("" if e is None else f"{e:.1e}" for e in errors), f"{ms:.2f}", f"{other_ms:.2f}", f"{other_ms / ms:.2f}×" if ms else ""]
+            return [
+                name,
+                *(["WRONG" if any(r.broken for r in rows) else ""] if wrong else []),
+                str(sum(r.steps for r in rows)),
+                str(sum(r.other_steps for r in rows)),
+                *("" if e is None else f"{e:.1e}" for e in errors),
+                f"{ms:.2f}",
+                f"{other_ms:.2f}",
+                f"{other_ms / ms:.2f}×" if ms else "",
+            ]
 
         rows = [line(r.name, [r], (r.distance, *((r.error, r.other_error) if judged else ()))) for r in self]
         rows.append(line("total", list(self), (None,) * (3 if judged else 1)))
@@ -62,10 +78,13 @@ def compare(mine: Program, theirs: Program, exact: Program | None = None) -> Com
     Raises ValueError for programs of different networks.
     """
     from .testing import broken_rule, error
+
     for other in (theirs, exact):
         if other is not None:
             _check_same_network(mine, other)
-    names = {name: shown.name for step, shown in zip(mine._lowered.steps, mine.steps, strict=True) for name in outputs(step)}
+    names = {
+        name: shown.name for step, shown in zip(mine._lowered.steps, mine.steps, strict=True) for name in outputs(step)
+    }
     spent, other_spent = _spender(mine), _spender(theirs)
     rows = Comparison()
     for name, (value, _) in mine.values.items():
@@ -75,9 +94,15 @@ def compare(mine: Program, theirs: Program, exact: Program | None = None) -> Com
         judged = {}
         if exact is not None and name in exact.values:
             oracle = exact.values[name][0].double().cpu()
-            judged = {"error": error(value, oracle).rms, "other_error": error(other, oracle).rms, "broken": broken_rule(value, other, oracle)}
+            judged = {
+                "error": error(value, oracle).rms,
+                "other_error": error(other, oracle).rms,
+                "broken": broken_rule(value, other, oracle),
+            }
         (steps, ms), (other_steps, other_ms) = spent(name), other_spent(name)
-        rows.append(Row(name, names[name], steps, other_steps, error(value, other.double()).rms, ms, other_ms, **judged))
+        rows.append(
+            Row(name, names[name], steps, other_steps, error(value, other.double()).rms, ms, other_ms, **judged)
+        )
     return rows
 
 
@@ -86,12 +111,16 @@ def _check_same_network(mine: Program, other: Program) -> None:
     held, expected = ({name for step in program.steps for name in step.modules if name} for program in (other, mine))
     if held != expected:
         differs = min(held ^ expected)
-        raise ValueError(f"plan: compare: got a plan of another network, {'with' if differs in held else 'without'} {differs}, expected one of the "
-                         "same model, with the same features")
+        raise ValueError(
+            f"plan: compare: got a plan of another network, {'with' if differs in held else 'without'} {differs}, expected one of the "
+            "same model, with the same features"
+        )
     for name, (value, _) in mine.values.items():
         got, wanted = (getattr(v, "shape", None) for v in (other.values.get(name, (value,))[0], value))
         if got != wanted:
-            raise ValueError(f"plan: compare: got a plan whose {name} is {list(got or ())}, expected {list(wanted or ())}, as in the other")
+            raise ValueError(
+                f"plan: compare: got a plan whose {name} is {list(got or ())}, expected {list(wanted or ())}, as in the other"
+            )
 
 
 def _spender(program: Program) -> Callable[[str], tuple[int, float]]:

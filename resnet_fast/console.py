@@ -15,7 +15,9 @@ import torch
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, right: Iterable[int] = (), width: int | None = None) -> str:
+def table(
+    header: Sequence[str], rows: Iterable[Sequence[object]], *, right: Iterable[int] = (), width: int | None = None
+) -> str:
     """Columns aligned, the last one cut to the terminal's width; ``right`` are the columns of numbers."""
     cells = [list(map(str, row)) for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
@@ -23,8 +25,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, right: Ite
     limit = width or shutil.get_terminal_size((120, 40)).columns
 
     def line(row: Sequence[str]) -> str:
-        text = "  ".join(cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip()
-        return text if len(text) <= limit else text[:limit - 1] + "…"
+        text = "  ".join(
+            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        return text if len(text) <= limit else text[: limit - 1] + "…"
 
     rule = "  ".join("-" * w for w in widths)[:limit]
     return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
@@ -34,7 +38,9 @@ def wrapped(text: str, bullet: str = "  - ") -> str:
     """Prose as wide as the terminal; what a compiler said keeps its lines."""
     if "\n" in text:
         return bullet + text
-    return textwrap.fill(text, shutil.get_terminal_size((120, 40)).columns, initial_indent=bullet, subsequent_indent=" " * len(bullet))
+    return textwrap.fill(
+        text, shutil.get_terminal_size((120, 40)).columns, initial_indent=bullet, subsequent_indent=" " * len(bullet)
+    )
 
 
 def counted(count: object, noun: str) -> str:
@@ -46,7 +52,9 @@ def add_problem_options(parser: argparse.ArgumentParser, *, batch: int = 1) -> N
     """--batch, --size, --dtype, --device."""
     parser.add_argument("--batch", type=positive, default=batch, help="images in a batch (default %(default)s)")
     parser.add_argument("--size", type=positive, default=224, help="height and width in pixels (default %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and activations (default %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of weights and activations (default %(default)s)"
+    )
     parser.add_argument("--device", default=default_device(), help="cpu or cuda (default here: %(default)s)")
 
 
@@ -90,5 +98,7 @@ def device_or_error(name: str) -> torch.device:
         raise ValueError(f"--device: got {name}, expected cpu or cuda")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: this machine shows no CUDA device to torch {torch.__version__}; use --device cpu")
+        raise ValueError(
+            f"--device {name}: this machine shows no CUDA device to torch {torch.__version__}; use --device cpu"
+        )
     return device

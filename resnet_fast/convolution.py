@@ -29,7 +29,13 @@ def convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _wins(x: Tensor, weight: Tensor, conv: nn.Conv2d) -> bool:
-    if (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups) != ((3, 3), (1, 1), (1, 1), (1, 1), 1) or conv.bias is not None:
+    if (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups) != (
+        (3, 3),
+        (1, 1),
+        (1, 1),
+        (1, 1),
+        1,
+    ) or conv.bias is not None:
         return False
     return dispatch.undisturbed() and _chosen(x, x.shape, weight.shape)
 
@@ -39,17 +45,26 @@ def _chosen(x: Tensor, shape: torch.Size, weight: tuple[int, ...]) -> bool:
     return _measured_to_win(x.dtype, tuple(shape), layout(x), tuple(weight))
 
 
-@functools.lru_cache(maxsize=1024)  # a step asks twice for each convolution; shapes without end must not grow it without end
+@functools.lru_cache(
+    maxsize=1024
+)  # a step asks twice for each convolution; shapes without end must not grow it without end
 def _measured_to_win(dtype: torch.dtype, x: tuple[int, ...], lies: str, weight: tuple[int, ...]) -> bool:
     from .kernels import cpu
+
     n, _, h, w = x
     problem = Problem(op="conv_bn_act", device="cpu", dtype=dtype, x=x, layout=lies, weight=weight, padding=(1, 1))
-    return n * h * w >= LEAST_PIXELS and dtype == torch.float32 and cpu.available() is None and cpu.chooses("cpu.winograd", problem)
+    return (
+        n * h * w >= LEAST_PIXELS
+        and dtype == torch.float32
+        and cpu.available() is None
+        and cpu.chooses("cpu.winograd", problem)
+    )
 
 
 def _filtered(x: Tensor, weight: Tensor) -> Tensor | None:
     """conv(x, weight), or None for values that the kernel leaves to torch."""
     from .kernels import cpu
+
     made = cpu.winograd_filters(weight, weight.new_zeros(weight.shape[0]), (), x.shape)
     geometry = (1, 1), (1, 1), (1, 1), 1
     return None if made is None else cpu.run_winograd(x, *made, None, weight.shape[2:], geometry, False, False)
@@ -70,5 +85,7 @@ class _Winograd(torch.autograd.Function):
         if wanted[0] and not torch.is_grad_enabled() and _chosen(dz, dz.shape, (c, k, r, s)):
             dx = _filtered(dz, weight.transpose(0, 1).flip(2, 3))
             wanted[0] = dx is None
-        by_torch = torch.ops.aten.convolution_backward(dz, x, weight, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1, (*wanted, False))
+        by_torch = torch.ops.aten.convolution_backward(
+            dz, x, weight, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1, (*wanted, False)
+        )
         return by_torch[0] if dx is None else dx, by_torch[1]

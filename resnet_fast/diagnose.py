@@ -16,9 +16,15 @@ def diagnose(kernel: Kernel, problem: Problem, seed: int = 0) -> str:
     with testing.poisoned(), torch.no_grad():
         outputs = kernel.fn(*args)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    found = [locate(got.cpu(), exact, problem) for got, exact in zip(outputs, testing.oracle(problem.op, args), strict=True)
-             if exact.numel()]
-    return "; ".join(f"output {i}: {text}" for i, text in enumerate(found) if text) or "right this time: the error moves, so suspect a race"
+    found = [
+        locate(got.cpu(), exact, problem)
+        for got, exact in zip(outputs, testing.oracle(problem.op, args), strict=True)
+        if exact.numel()
+    ]
+    return (
+        "; ".join(f"output {i}: {text}" for i, text in enumerate(found) if text)
+        or "right this time: the error moves, so suspect a race"
+    )
 
 
 def _telling(problem: Problem, args: tuple) -> tuple:
@@ -85,12 +91,16 @@ def _magnitude(got: Tensor, exact: Tensor, problem: Problem) -> str:
 
 
 def _border(wrong: Tensor) -> str | None:
-    """"the first row" and the like, if nothing but the outermost rows and columns is wrong."""
+    """ "the first row" and the like, if nothing but the outermost rows and columns is wrong."""
     inner = wrong[:, 1:-1, 1:-1]
     if inner.numel() == 0 or inner.any():
         return None
-    sides = {"the first row": wrong[:, 0, 1:-1], "the last row": wrong[:, -1, 1:-1], "the first column": wrong[:, 1:-1, 0],
-             "the last column": wrong[:, 1:-1, -1]}
+    sides = {
+        "the first row": wrong[:, 0, 1:-1],
+        "the last row": wrong[:, -1, 1:-1],
+        "the first column": wrong[:, 1:-1, 0],
+        "the last column": wrong[:, 1:-1, -1],
+    }
     return ", ".join(name for name, side in sides.items() if side.any()) or "the corners"
 
 
@@ -99,7 +109,7 @@ def _one_run(flags: Tensor) -> bool:
 
 
 def _ranges(flags: Tensor, most: int = 4) -> str:
-    """"0–63, 128" of the indices that are set."""
+    """ "0–63, 128" of the indices that are set."""
     index = flags.nonzero().flatten().tolist()
     runs: list[list[int]] = []
     for i in index:

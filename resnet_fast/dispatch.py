@@ -68,8 +68,14 @@ _recorders: list[list[Choice]] = []
 _lock = threading.RLock()
 
 
-def kernel(id: str, *, op: str, supports: Callable[[Problem], str | None],
-           available: Callable[[], str | None] = lambda: None, sources: tuple[str, ...] = ()) -> Callable:
+def kernel(
+    id: str,
+    *,
+    op: str,
+    supports: Callable[[Problem], str | None],
+    available: Callable[[], str | None] = lambda: None,
+    sources: tuple[str, ...] = (),
+) -> Callable:
     """Register the decorated function as kernel ``id`` ("family.name") of ``op``.
 
     ``supports`` and ``available`` answer None or one sentence that says why not; ``sources`` are further files whose text the kernel
@@ -132,6 +138,7 @@ def named(name: str) -> list[Kernel]:
 
 # ---------------------------------------------------------------- choosing
 
+
 class use:
     """Context manager: run the named kernels (ids, or a file of one's own) wherever they support the problem; others are chosen as usual.
 
@@ -159,7 +166,12 @@ class use:
             _forget()
         idle = [entry for entry in self._uses if not entry.claimed]
         if kind is None and idle:
-            raise NotUsed("; ".join(f"kernel {e.kernel.id!r} claimed no problem: {e.declined or 'its op was never called'}" for e in idle))
+            raise NotUsed(
+                "; ".join(
+                    f"kernel {e.kernel.id!r} claimed no problem: {e.declined or 'its op was never called'}"
+                    for e in idle
+                )
+            )
 
 
 class _Use:
@@ -235,11 +247,13 @@ def choose(problem: Problem) -> tuple[Kernel, str]:
             return wanted, f"forced by {ENV}"
     if problem.device == "cuda":
         from . import tables
+
         entry = tables.lookup(problem)
         if entry is not None and find(entry["kernel"]).reason(problem) is None:
             return find(entry["kernel"]), f"measured: {entry['time_us']:.1f} µs on {tables.gpu_name()}"
     if problem.device == "cpu" and problem.op in ("conv_bn_act", "bn_act", "bn_act_backward"):
         from .kernels import cpu
+
         preferred = cpu.preferred(problem)
         if preferred is not None:
             return find(preferred[0]), preferred[1]
@@ -252,13 +266,16 @@ def rejected(problem: Problem) -> dict[str, str]:
     unproved, measured = "no measurement on this GPU: unproved kernels are never chosen by themselves", {}
     if problem.device == "cpu":
         from .kernels import cpu
+
         unproved = "kernels of one's own are never chosen by themselves"
-        measured = {id: cpu.yields(id, problem) or f"{chosen.id} goes first" for id in (*cpu.FORMS, *cpu.BATCH_NORM.values())}
+        measured = {
+            id: cpu.yields(id, problem) or f"{chosen.id} goes first" for id in (*cpu.FORMS, *cpu.BATCH_NORM.values())
+        }
     else:
         from . import tables
+
         measured = {kernel: tables.tell(record) for kernel, record in tables.records(problem).items()}
-    return {k.id: k.reason(problem) or measured.get(k.id, unproved)
-            for k in kernels(problem.op) if k is not chosen}
+    return {k.id: k.reason(problem) or measured.get(k.id, unproved) for k in kernels(problem.op) if k is not chosen}
 
 
 def undisturbed() -> bool:
@@ -286,6 +303,7 @@ def load_file(path: str | Path) -> list[Kernel]:
         raise FileNotFoundError(f"kernel file {path} does not exist")
     if path.suffix == ".cu":
         from .kernels import runtime
+
         return runtime.load_file(path)
     spec = importlib.util.spec_from_file_location(f"resnet_fast_user_{path.stem}", path)
     if spec is None:

@@ -17,12 +17,16 @@ from torch import Tensor, nn
 from . import folded
 
 # module → what to install: what runs on a CPU is in the extra ``bench``
-PACKAGES = {**dict.fromkeys(("openvino", "onnxruntime", "onnx", "onnxscript"), "'resnet_fast[bench]'"),
-            "torch_tensorrt": "torch-tensorrt", "cudnn": "nvidia-cudnn-frontend"}
+PACKAGES = {
+    **dict.fromkeys(("openvino", "onnxruntime", "onnx", "onnxscript"), "'resnet_fast[bench]'"),
+    "torch_tensorrt": "torch-tensorrt",
+    "cudnn": "nvidia-cudnn-frontend",
+}
 
 
 def missing(*modules: str) -> Callable[[], str | None]:
     """A check that says which of the modules is not installed, and what to install."""
+
     def unavailable() -> str | None:
         absent = dict.fromkeys(PACKAGES[name] for name in modules if importlib.util.find_spec(name) is None)
         return f"not installed: pip install {' '.join(absent)}" if absent else None
@@ -36,8 +40,11 @@ def openvino(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[
 
     converted = ov.convert_model(torch.export.export(copy.deepcopy(model), (example.float(),)))
     precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
-    settings = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY",
-                "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    settings = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
     request = ov.Core().compile_model(converted, "CPU", settings).create_infer_request()
 
     def run(x: Tensor) -> Tensor:
@@ -52,8 +59,9 @@ def onnxruntime(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callab
     import onnxruntime as ort
 
     buffer = io.BytesIO()
-    torch.onnx.export(copy.deepcopy(model).to(dtype), (example,), input_names=["x"], output_names=["y"],
-                      dynamo=True, verbose=False).save(buffer)
+    torch.onnx.export(
+        copy.deepcopy(model).to(dtype), (example,), input_names=["x"], output_names=["y"], dynamo=True, verbose=False
+    ).save(buffer)
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = torch.get_num_threads()
@@ -84,8 +92,9 @@ def tensorrt(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[
     import torch_tensorrt
 
     net = copy.deepcopy(model).to(dtype)
-    compiled = torch_tensorrt.compile(net, ir="dynamo", inputs=[example], use_explicit_typing=True,
-                                      require_full_compilation=True)
+    compiled = torch_tensorrt.compile(
+        net, ir="dynamo", inputs=[example], use_explicit_typing=True, require_full_compilation=True
+    )
     with torch.no_grad():
         return folded.graphed(compiled, example)
 
@@ -106,11 +115,16 @@ def cudnn_frontend(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Cal
             return [t for t in (x, conv.weight, bias, residual) if t is not None]
 
         def build(x: Tensor, residual: Tensor | None) -> tuple:
-            graph = cudnn.pygraph(io_data_type=kind, intermediate_data_type=cudnn.data_type.FLOAT,
-                                  compute_data_type=cudnn.data_type.FLOAT, handle=handle)
+            graph = cudnn.pygraph(
+                io_data_type=kind,
+                intermediate_data_type=cudnn.data_type.FLOAT,
+                compute_data_type=cudnn.data_type.FLOAT,
+                handle=handle,
+            )
             inputs = [graph.tensor_like(t) for t in tensors(x, residual)]
-            y = graph.conv_fprop(image=inputs[0], weight=inputs[1], padding=list(padding), stride=list(stride),
-                                 dilation=list(dilation))
+            y = graph.conv_fprop(
+                image=inputs[0], weight=inputs[1], padding=list(padding), stride=list(stride), dilation=list(dilation)
+            )
             if bias is not None:
                 y = graph.bias(input=y, bias=inputs[2])
             if residual is not None:

@@ -25,8 +25,15 @@ _libc = ctypes.CDLL("msvcrt" if os.name == "nt" else None)
 _libc.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
-def fold(weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor | None, var: Tensor | None,
-         eps: float, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def fold(
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """The convolution that equals convolution + affine: (weight·s, t), in the weight's dtype, rounded once, by way of ``out`` (as wide as s).
 
     A zero scale times an infinite weight would be NaN as in eager; nothing is special-cased.
@@ -42,7 +49,9 @@ Make = Callable[[Tensor, Tensor, tuple, torch.Size], "tuple[Tensor, Tensor] | No
 def onednn_filters(weight: Tensor, bias: Tensor, geometry: tuple, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """oneDNN's blocked layout."""
     stride, padding, dilation, groups = geometry
-    return torch.ops.mkldnn._reorder_convolution_weight(weight.contiguous(), padding, stride, dilation, groups, shape), bias
+    return torch.ops.mkldnn._reorder_convolution_weight(
+        weight.contiguous(), padding, stride, dilation, groups, shape
+    ), bias
 
 
 def pack_case(make: Make, shape: torch.Size) -> tuple:
@@ -60,7 +69,9 @@ class Packed:
         forget, storages = _packed.pop, [t.untyped_storage() for t in tensors]
         self._memory = [(weakref.ref(s, lambda _: forget(key, None)), s.data_ptr(), s.nbytes()) for s in storages]
         self.snapshot = [t.detach().clone(memory_format=torch.preserve_format) for t in tensors]
-        self.places = torch.tensor([(t.data_ptr(), s.data_ptr(), t.nbytes) for t, s in zip(tensors, self.snapshot, strict=True)], device="cpu")
+        self.places = torch.tensor(
+            [(t.data_ptr(), s.data_ptr(), t.nbytes) for t, s in zip(tensors, self.snapshot, strict=True)], device="cpu"
+        )
         self.packs: dict[tuple, tuple[Tensor, Tensor] | None] = {}
 
     def holds(self) -> bool:
@@ -70,11 +81,15 @@ class Packed:
     def memory(self) -> list[torch.UntypedStorage] | None:
         """For a caller who has no tensors, to hold while he compares: what they lie in, or None if it was freed, moved or resized since."""
         storages = [ref() for ref, _, _ in self._memory]
-        lies = all(s is not None and s.data_ptr() == start and s.nbytes() == size
-                   for s, (_, start, size) in zip(storages, self._memory, strict=True))
+        lies = all(
+            s is not None and s.data_ptr() == start and s.nbytes() == size
+            for s, (_, start, size) in zip(storages, self._memory, strict=True)
+        )
         return storages if lies else None
 
-    def pack(self, shape: torch.Size, stride, padding, dilation, groups: int, make: Make) -> tuple[Tensor, Tensor] | None:
+    def pack(
+        self, shape: torch.Size, stride, padding, dilation, groups: int, make: Make
+    ) -> tuple[Tensor, Tensor] | None:
         """The folded weight in the form that ``make`` gives it, and the bias; None if unfoldable, or if it has no such form."""
         geometry = tuple(stride), tuple(padding), tuple(dilation), groups
         case = pack_case(make, shape), geometry
@@ -92,6 +107,7 @@ def all_places(entries: Iterable[Packed]) -> Tensor:
 def same_bytes(places: Tensor) -> bool:
     """Whether the bytes at two addresses are the same, for each row (address, address, bytes); by all threads where the CPU kernels are."""
     from .kernels import cpu  # which stands on this file
+
     if cpu.available() is None:
         return torch.ops.resnet_fast_cpu.same_bytes.default(places)
     return not any(starmap(_libc.memcmp, places.tolist()))
@@ -145,11 +161,25 @@ def _holding(keys: Iterable[tuple]) -> set[tuple]:
     return {key for key, entry, _ in held if entry.holds()}
 
 
-def packed(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor | None, var: Tensor | None, eps: float,
-           stride, padding, dilation, groups: int, make: Make = onednn_filters) -> tuple[Tensor, Tensor] | None:
+def packed(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    stride,
+    padding,
+    dilation,
+    groups: int,
+    make: Make = onednn_filters,
+) -> tuple[Tensor, Tensor] | None:
     """The folded weight in a kernel's form and the bias, made now or proved to be still true; None if it has no such form."""
     if running.proved is not None:
-        running.largest = max(running.largest, x.nbytes, x.nbytes // x.shape[1] * weight.shape[0] // (stride[0] * stride[1]))
+        running.largest = max(
+            running.largest, x.nbytes, x.nbytes // x.shape[1] * weight.shape[0] // (stride[0] * stride[1])
+        )
     return proved(weight, scale, shift, mean, var, eps).pack(x.shape, stride, padding, dilation, groups, make)
 
 
@@ -167,7 +197,9 @@ def proved(weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor | None, va
     return entry
 
 
-def _pack(snapshot: tuple[Tensor, ...], eps: float, geometry: tuple, shape: torch.Size, make: Make) -> tuple[Tensor, Tensor] | None:
+def _pack(
+    snapshot: tuple[Tensor, ...], eps: float, geometry: tuple, shape: torch.Size, make: Make
+) -> tuple[Tensor, Tensor] | None:
     """From the snapshot, never from the live tensors: an edit in another thread after the comparison, taken back later
     (a moving average swapped in and out), would stay in the pack for good.
     """
@@ -186,5 +218,6 @@ def foldable(scale: Tensor, shift: Tensor, mean: Tensor | None, var: Tensor | No
 
 def packable(weight: Tensor, *vectors: Tensor | None) -> bool:
     """Whether the bytes of every tensor lie in one run, so that comparing the bytes is comparing the tensor."""
-    return ((weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last))
-            and all(v is None or v.is_contiguous() for v in vectors))
+    return (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)) and all(
+        v is None or v.is_contiguous() for v in vectors
+    )

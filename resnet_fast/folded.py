@@ -41,8 +41,9 @@ def onednn(conv: Folded) -> Conv:
             packed.append(mkldnn._reorder_convolution_weight(conv.weight.contiguous(), *geometry, x.shape))
         if residual is None:
             return mkldnn._convolution_pointwise(x, packed[0], conv.bias, *geometry, conv.act, [], "")
-        return mkldnn._convolution_pointwise_.binary(residual, x, packed[0], conv.bias, *geometry,
-                                                     "add", None, conv.act, [], "")
+        return mkldnn._convolution_pointwise_.binary(
+            residual, x, packed[0], conv.bias, *geometry, "add", None, conv.act, [], ""
+        )
 
     return run
 
@@ -96,8 +97,9 @@ class FoldedNet:
         return F.linear(F.adaptive_avg_pool2d(x, 1).flatten(1), *self.fc)
 
 
-def _block(block: nn.Module, dtype: torch.dtype,
-           make: Callable[[Folded], Conv]) -> tuple[Conv | None, list[Conv], Conv]:
+def _block(
+    block: nn.Module, dtype: torch.dtype, make: Callable[[Folded], Conv]
+) -> tuple[Conv | None, list[Conv], Conv]:
     pairs = [(getattr(block, f"conv{i}"), getattr(block, f"bn{i}")) for i in (1, 2, 3) if hasattr(block, f"conv{i}")]
     inner = [make(Folded(*_weights(*pair, dtype), "relu")) for pair in pairs[:-1]]
     weight, bias, geometry = _weights(*pairs[-1], dtype)

@@ -18,7 +18,9 @@ from ._library import below_autograd, define
 from .ops import Pair, check_images, check_like, composite, differentiable, dispatched, pair, require
 
 
-def pointwise_pair(x: Tensor, weight: Tensor, x2: Tensor, weight2: Tensor, bias: Tensor, *, stride2: Pair = 1) -> Tensor:
+def pointwise_pair(
+    x: Tensor, weight: Tensor, x2: Tensor, weight2: Tensor, bias: Tensor, *, stride2: Pair = 1
+) -> Tensor:
     """Two 1×1 convolutions into one sum: relu(conv(x, weight) + conv(x2, weight2, stride2) + bias).
 
     A stage's first block in one product over concatenated channels: its last convolution and its projection, which is never written.
@@ -29,8 +31,17 @@ def pointwise_pair(x: Tensor, weight: Tensor, x2: Tensor, weight2: Tensor, bias:
     return reference.pointwise_pair(*args) if composite() else POINTWISE_PAIR(*args)
 
 
-def conv_tail(x: Tensor, weight2: Tensor, bias2: Tensor, weight3: Tensor, bias3: Tensor, residual: Tensor, projection: Tensor | None,
-              weight1: Tensor, bias1: Tensor) -> tuple[Tensor, Tensor]:
+def conv_tail(
+    x: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    weight3: Tensor,
+    bias3: Tensor,
+    residual: Tensor,
+    projection: Tensor | None,
+    weight1: Tensor,
+    bias1: Tensor,
+) -> tuple[Tensor, Tensor]:
     """A bottleneck from its 3×3 on, and the next one's first 1×1; returns (y, z), block output and that first 1×1's.
 
     m = relu(conv3×3(x, weight2, padding 1) + bias2);  y = relu(conv1×1(m, weight3) + bias3 + r);  z = relu(conv1×1(y, weight1) + bias1);
@@ -65,10 +76,19 @@ def pointwise_pool(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) ->
 
 # ---------------------------------------------------------------- checks: once for each new combination of shapes, dtypes and devices
 
-def _check_filter(op: str, name: str, weight: Tensor, channels: int, dtype: torch.dtype, of: str, size: tuple[int, int] = (1, 1)) -> None:
+
+def _check_filter(
+    op: str, name: str, weight: Tensor, channels: int, dtype: torch.dtype, of: str, size: tuple[int, int] = (1, 1)
+) -> None:
     """[any, channels, *size] of x's dtype; ``of`` names what has the channels."""
     right = weight.dim() == 4 and (weight.shape[1], *weight.shape[2:]) == (channels, *size)
-    require(right, op, f"{name} shape", list(weight.shape), f"[K, {channels}, {size[0]}, {size[1]}] ({of} has {channels} channels)")
+    require(
+        right,
+        op,
+        f"{name} shape",
+        list(weight.shape),
+        f"[K, {channels}, {size[0]}, {size[1]}] ({of} has {channels} channels)",
+    )
     require(weight.dtype == dtype, op, f"{name} dtype", weight.dtype, f"{dtype} (that of x)")
 
 
@@ -83,30 +103,60 @@ def check_pointwise_pair(x, weight, x2, weight2, bias, stride2) -> None:
     check_images(op, x, weight=weight, x2=x2, weight2=weight2, bias=bias)
     _check_filter(op, "weight", weight, x.shape[1], x.dtype, "x")
     require(min(stride2) > 0, op, "stride2", list(stride2), "two positive numbers")
-    require(x2.dim() == 4 and x2.dtype == x.dtype, op, "x2", f"{x2.dtype} {list(x2.shape)}", f"4-D {x.dtype} (that of x)")
+    require(
+        x2.dim() == 4 and x2.dtype == x.dtype, op, "x2", f"{x2.dtype} {list(x2.shape)}", f"4-D {x.dtype} (that of x)"
+    )
     strided = x2.shape[0], *((size - 1) // s + 1 for size, s in zip(x2.shape[2:], stride2, strict=True))
-    require(strided == (x.shape[0], *x.shape[2:]), op, "x2 shape", list(x2.shape),
-            f"images and pixels that stride {list(stride2)} makes those of x, {list(x.shape)}")
+    require(
+        strided == (x.shape[0], *x.shape[2:]),
+        op,
+        "x2 shape",
+        list(x2.shape),
+        f"images and pixels that stride {list(stride2)} makes those of x, {list(x.shape)}",
+    )
     _check_filter(op, "weight2", weight2, x2.shape[1], x.dtype, "x2")
-    require(weight2.shape[0] == weight.shape[0], op, "weight2 filters", weight2.shape[0], f"{weight.shape[0]} (those of weight)")
+    require(
+        weight2.shape[0] == weight.shape[0],
+        op,
+        "weight2 filters",
+        weight2.shape[0],
+        f"{weight.shape[0]} (those of weight)",
+    )
     _check_bias(op, "bias", bias, weight)
 
 
 def check_conv_tail(x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1) -> None:
     op = "conv_tail"
-    check_images(op, x, weight2=weight2, bias2=bias2, weight3=weight3, bias3=bias3, residual=residual, projection=projection,
-                 weight1=weight1, bias1=bias1)
+    check_images(
+        op,
+        x,
+        weight2=weight2,
+        bias2=bias2,
+        weight3=weight3,
+        bias3=bias3,
+        residual=residual,
+        projection=projection,
+        weight1=weight1,
+        bias1=bias1,
+    )
     _check_filter(op, "weight2", weight2, x.shape[1], x.dtype, "x", (3, 3))
     _check_filter(op, "weight3", weight3, weight2.shape[0], x.dtype, "weight2's result")
     n, _, h, w = x.shape
     if projection is None:
         check_like(op, "residual", residual, (n, weight3.shape[0], h, w), x.dtype)
     else:
-        require(residual.dim() == 4, op, "residual", f"{residual.dim()}-D shape {list(residual.shape)}", "4-D [N, C, H, W]")
+        require(
+            residual.dim() == 4, op, "residual", f"{residual.dim()}-D shape {list(residual.shape)}", "4-D [N, C, H, W]"
+        )
         check_like(op, "residual", residual, (n, residual.shape[1], h, w), x.dtype)
         _check_filter(op, "projection", projection, residual.shape[1], x.dtype, "residual")
-        require(projection.shape[0] == weight3.shape[0], op, "projection filters", projection.shape[0],
-                f"{weight3.shape[0]} (those of weight3)")
+        require(
+            projection.shape[0] == weight3.shape[0],
+            op,
+            "projection filters",
+            projection.shape[0],
+            f"{weight3.shape[0]} (those of weight3)",
+        )
     _check_filter(op, "weight1", weight1, weight3.shape[0], x.dtype, "y")
     for name, bias, weight in (("bias2", bias2, weight2), ("bias3", bias3, weight3), ("bias1", bias1, weight1)):
         _check_bias(op, name, bias, weight)
@@ -118,7 +168,13 @@ def check_conv_pool(x, weight, bias, mean, std) -> None:
     if mean is None:
         check_images(op, x, weight=weight, bias=bias)
     else:
-        require(x.dim() == 4 and x.dtype == torch.uint8, op, "x with mean and std", f"{x.dtype} {list(x.shape)}", "uint8 [N, C, H, W]")
+        require(
+            x.dim() == 4 and x.dtype == torch.uint8,
+            op,
+            "x with mean and std",
+            f"{x.dtype} {list(x.shape)}",
+            "uint8 [N, C, H, W]",
+        )
         for name, t in (("weight", weight), ("bias", bias), ("mean", mean), ("std", std)):
             require(t.device == x.device, op, f"{name} device", t.device, f"{x.device} (that of x)")
     require(weight.dim() == 4, op, "weight", f"{weight.dim()}-D shape {list(weight.shape)}", "4-D [K, C, R, S]")
@@ -142,6 +198,7 @@ def check_pointwise_pool(x, weight, bias, residual) -> None:
 
 # ---------------------------------------------------------------- fakes: shapes and strides without data
 
+
 def _nhwc(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape).to(memory_format=torch.channels_last)
 
@@ -158,7 +215,9 @@ def _fake_conv_tail(x, weight2, bias2, weight3, bias3, residual, projection, wei
 
 def _fake_conv_pool(x, weight, bias, mean, std) -> Tensor:
     check_conv_pool(x, weight, bias, mean, std)
-    pooled = F.max_pool2d(F.conv2d(x.to(weight.dtype), weight, None, 2, (weight.shape[2] // 2, weight.shape[3] // 2)), 3, 2, 1)
+    pooled = F.max_pool2d(
+        F.conv2d(x.to(weight.dtype), weight, None, 2, (weight.shape[2] // 2, weight.shape[3] // 2)), 3, 2, 1
+    )
     return _nhwc(weight, *pooled.shape)
 
 
@@ -169,8 +228,10 @@ def _fake_pointwise_pool(x, weight, bias, residual) -> Tensor:
 
 # ---------------------------------------------------------------- derivatives
 
+
 def _function(name: str, formula: Callable) -> type[torch.autograd.Function]:
     """First derivatives by autograd on the formula, which is run again: nothing inside a fused op was kept."""
+
     class Across(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *args):
@@ -189,14 +250,37 @@ def _function(name: str, formula: Callable) -> type[torch.autograd.Function]:
 
 def _define(schema: str, check: Callable, fake: Callable, lowered: tuple[int, ...]) -> Callable:
     name = schema.split("(")[0]
-    return define(schema, impl=dispatched(name, check), fake=fake, function=_function(name, getattr(reference, name)), lowered=lowered)
+    return define(
+        schema,
+        impl=dispatched(name, check),
+        fake=fake,
+        function=_function(name, getattr(reference, name)),
+        lowered=lowered,
+    )
 
 
-POINTWISE_PAIR = _define("pointwise_pair(Tensor x, Tensor weight, Tensor x2, Tensor weight2, Tensor bias, int[2] stride2) -> Tensor",
-                         check_pointwise_pair, _fake_pointwise_pair, lowered=(0, 1, 2, 3))
-CONV_TAIL = _define("conv_tail(Tensor x, Tensor weight2, Tensor bias2, Tensor weight3, Tensor bias3, Tensor residual, Tensor? projection, "
-                    "Tensor weight1, Tensor bias1) -> (Tensor, Tensor)", check_conv_tail, _fake_conv_tail, lowered=(0, 1, 3, 5, 6, 7))
-CONV_POOL = _define("conv_pool(Tensor x, Tensor weight, Tensor bias, Tensor? mean, Tensor? std) -> Tensor",
-                    check_conv_pool, _fake_conv_pool, lowered=(0, 1))
-POINTWISE_POOL = _define("pointwise_pool(Tensor x, Tensor weight, Tensor bias, Tensor residual) -> Tensor",
-                         check_pointwise_pool, _fake_pointwise_pool, lowered=(0, 1, 3))
+POINTWISE_PAIR = _define(
+    "pointwise_pair(Tensor x, Tensor weight, Tensor x2, Tensor weight2, Tensor bias, int[2] stride2) -> Tensor",
+    check_pointwise_pair,
+    _fake_pointwise_pair,
+    lowered=(0, 1, 2, 3),
+)
+CONV_TAIL = _define(
+    "conv_tail(Tensor x, Tensor weight2, Tensor bias2, Tensor weight3, Tensor bias3, Tensor residual, Tensor? projection, "
+    "Tensor weight1, Tensor bias1) -> (Tensor, Tensor)",
+    check_conv_tail,
+    _fake_conv_tail,
+    lowered=(0, 1, 3, 5, 6, 7),
+)
+CONV_POOL = _define(
+    "conv_pool(Tensor x, Tensor weight, Tensor bias, Tensor? mean, Tensor? std) -> Tensor",
+    check_conv_pool,
+    _fake_conv_pool,
+    lowered=(0, 1),
+)
+POINTWISE_POOL = _define(
+    "pointwise_pool(Tensor x, Tensor weight, Tensor bias, Tensor residual) -> Tensor",
+    check_pointwise_pool,
+    _fake_pointwise_pool,
+    lowered=(0, 1, 3),
+)

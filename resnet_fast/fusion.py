@@ -27,7 +27,9 @@ def known(across: Iterable[str]) -> tuple[str, ...]:
     across = (across,) if isinstance(across, str) or not isinstance(across, Iterable) else tuple(across)
     strange = [name for name in across if not isinstance(name, str) or name.partition(":")[0] not in ACROSS]
     if strange:
-        raise ValueError(f"plan: across: got {', '.join(map(repr, strange))}, expected some of {', '.join(map(repr, ACROSS))}")
+        raise ValueError(
+            f"plan: across: got {', '.join(map(repr, strange))}, expected some of {', '.join(map(repr, ACROSS))}"
+        )
     return across
 
 
@@ -52,7 +54,11 @@ def group(lowered: Lowered, across: Iterable[str], normalize: Normalize | None =
                 members = {m.output for m in found.members} if wanted else set()
                 if members and not members & taken and net.close(found.members):
                     taken |= members
-                    steps = [found if s.output == found.output else s for s in steps if s.output == found.output or s.output not in members]
+                    steps = [
+                        found if s.output == found.output else s
+                        for s in steps
+                        if s.output == found.output or s.output not in members
+                    ]
     if normalize is not None:
         steps = _normalizing(steps, lowered, normalize)
     return replace(lowered, steps=tuple(steps))
@@ -69,10 +75,13 @@ def _normalizing(steps: list[Step], lowered: Lowered, normalize: Normalize) -> l
     if len(readers) != 1 or readers[0].op != "conv_pool" or given in names(lowered.output):
         return steps
     mean, std = normalize
-    return [replace(step, kwargs={"mean": tuple(mean), "std": tuple(std)}) if step is readers[0] else step for step in steps]
+    return [
+        replace(step, kwargs={"mean": tuple(mean), "std": tuple(std)}) if step is readers[0] else step for step in steps
+    ]
 
 
 # ---------------------------------------------------------------- matching
+
 
 @dataclass
 class _Net:
@@ -98,7 +107,7 @@ class _Net:
     def close(self, members: Sequence[Step]) -> bool:
         """Whether no module runs between the members: it might write to what they read."""
         places = [self.position[m.output] for m in members]
-        return not any(step.op == "module" for step in self.steps[min(places):max(places)])
+        return not any(step.op == "module" for step in self.steps[min(places) : max(places)])
 
     def conv(self, step: Step | None, size: int, *, act: str = "relu", stride: int | None = 1) -> bool:
         """Whether it is a convolution of that size, padded by half of it; ``stride`` None: any."""
@@ -106,18 +115,31 @@ class _Net:
             return False
         strides, padding, dilation, groups = self.filters[step.output].geometry
         shape = tuple(self.filters[step.output].weight.shape[2:])
-        return (shape == (size, size) and _pair(padding) == (size // 2, size // 2) and groups == 1
-                and (size == 1 or _pair(dilation) == (1, 1)) and (stride is None or _pair(strides) == (stride, stride)))
+        return (
+            shape == (size, size)
+            and _pair(padding) == (size // 2, size // 2)
+            and groups == 1
+            and (size == 1 or _pair(dilation) == (1, 1))
+            and (stride is None or _pair(strides) == (stride, stride))
+        )
 
     def projection(self, reader: Step, stride: int | None) -> Step | None:
         """The 1×1 convolution without activation that makes a step's residual and nothing else."""
         made = self.maker.get(reader.residual.name)
-        right = self.conv(made, 1, act="none", stride=stride) and made.residual is None and self.only_reader(made) is reader
+        right = (
+            self.conv(made, 1, act="none", stride=stride) and made.residual is None and self.only_reader(made) is reader
+        )
         return made if right else None
 
 
 def _pair(value: Any) -> tuple:
-    return (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    return (
+        (value, value)
+        if isinstance(value, int)
+        else tuple(value)
+        if isinstance(value, (tuple, list))
+        else (value, value)
+    )
 
 
 def _last(net: _Net, step: Step, stride: int | None = 1) -> bool:
@@ -125,10 +147,20 @@ def _last(net: _Net, step: Step, stride: int | None = 1) -> bool:
     return net.conv(step, 1, stride=stride) and step.residual is not None and step.residual != step.args[0]
 
 
-def _made(net: _Net, kind: str, main: Step, members: Iterable[Step], parts: tuple[str, ...], args: tuple, also: tuple[str, ...] = ()) -> Group:
+def _made(
+    net: _Net,
+    kind: str,
+    main: Step,
+    members: Iterable[Step],
+    parts: tuple[str, ...],
+    args: tuple,
+    also: tuple[str, ...] = (),
+) -> Group:
     members = tuple(sorted(members, key=lambda m: net.position[m.output]))
     modules = tuple(dict.fromkeys(path for m in members for path in m.modules if path))
-    return Group(kind, members[0].target, main.output, args, {}, modules, act="relu", also=also, members=members, parts=parts)
+    return Group(
+        kind, members[0].target, main.output, args, {}, modules, act="relu", also=also, members=members, parts=parts
+    )
 
 
 def _pointwise_pair(net: _Net, step: Step) -> Group | None:
@@ -140,7 +172,9 @@ def _pointwise_pair(net: _Net, step: Step) -> Group | None:
     if not net.conv(first, 1, act=first.act):
         return None
     args = (first.args[0], second.args[0])
-    return replace(_made(net, "pointwise_pair", step, (step, other), (first.output, second.output), args), target=first.target)
+    return replace(
+        _made(net, "pointwise_pair", step, (step, other), (first.output, second.output), args), target=first.target
+    )
 
 
 def _conv_tail(net: _Net, step: Step) -> Group | None:
@@ -176,33 +210,64 @@ def _pointwise_pool(net: _Net, step: Step) -> Group | None:
     if not _last(net, step):
         return None
     members, pool = [step], net.only_reader(step)
-    if pool is not None and _call(pool, f"{_F}adaptive_avg_pool2d", ("output_size",)) in ({"output_size": 1}, {"output_size": (1, 1)}):
+    if pool is not None and _call(pool, f"{_F}adaptive_avg_pool2d", ("output_size",)) in (
+        {"output_size": 1},
+        {"output_size": (1, 1)},
+    ):
         members.append(pool)
         pool = net.only_reader(pool)
-        flat = pool is not None and any(_call(pool, name, ("start_dim", "end_dim"), end_dim=-1) == {"start_dim": 1, "end_dim": -1}
-                                        for name in ("torch.flatten", "Tensor.flatten"))
+        flat = pool is not None and any(
+            _call(pool, name, ("start_dim", "end_dim"), end_dim=-1) == {"start_dim": 1, "end_dim": -1}
+            for name in ("torch.flatten", "Tensor.flatten")
+        )
     else:
-        flat = pool is not None and any(_call(pool, name, ("dim", "keepdim"), keepdim=False)
-                                        in ({"dim": dim, "keepdim": False} for dim in ((2, 3), (-2, -1)))
-                                        for name in ("torch.mean", "Tensor.mean"))
-    return _made(net, "pointwise_pool", pool, (*members, pool), (step.output,), (step.args[0], step.residual)) if flat else None
+        flat = pool is not None and any(
+            _call(pool, name, ("dim", "keepdim"), keepdim=False)
+            in ({"dim": dim, "keepdim": False} for dim in ((2, 3), (-2, -1)))
+            for name in ("torch.mean", "Tensor.mean")
+        )
+    return (
+        _made(net, "pointwise_pool", pool, (*members, pool), (step.output,), (step.args[0], step.residual))
+        if flat
+        else None
+    )
 
 
 def _call(step: Step, target: str, parameters: tuple[str, ...], **defaults: Any) -> dict[str, Any] | None:
     """A function's arguments after the first by name, lists as tuples; None for another function or arguments that are not these."""
-    if step.op != "function" or step.target != target or len(step.args) > 1 + len(parameters) or not isinstance(step.args[0], Value):
+    if (
+        step.op != "function"
+        or step.target != target
+        or len(step.args) > 1 + len(parameters)
+        or not isinstance(step.args[0], Value)
+    ):
         return None
     given = defaults | dict(zip(parameters, step.args[1:], strict=False)) | step.kwargs
     return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
 
 
 def _is_max_pool(step: Step) -> bool:
-    given = _call(step, f"{_F}max_pool2d", ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
-                  dilation=1, ceil_mode=False, return_indices=False)
+    given = _call(
+        step,
+        f"{_F}max_pool2d",
+        ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
+        dilation=1,
+        ceil_mode=False,
+        return_indices=False,
+    )
     return given is not None and {key: _pair(value) for key, value in given.items()} == {
-        "kernel_size": (3, 3), "stride": (2, 2), "padding": (1, 1), "dilation": (1, 1), "ceil_mode": (False, False),
-        "return_indices": (False, False)}
+        "kernel_size": (3, 3),
+        "stride": (2, 2),
+        "padding": (1, 1),
+        "dilation": (1, 1),
+        "ceil_mode": (False, False),
+        "return_indices": (False, False),
+    }
 
 
 _MATCHERS: dict[str, Callable[[_Net, Step], Group | None]] = {
-    "conv_tail": _conv_tail, "pointwise_pool": _pointwise_pool, "conv_pool": _conv_pool, "pointwise_pair": _pointwise_pair}
+    "conv_tail": _conv_tail,
+    "pointwise_pool": _pointwise_pool,
+    "conv_pool": _conv_pool,
+    "pointwise_pair": _pointwise_pair,
+}

@@ -13,15 +13,22 @@ if TYPE_CHECKING:
     from .timing import Timing
 
 UNTRIED = "not tried by itself: the time was up"
-MARGIN = 1.002  # of what is certain of a gain: two measurements of the same network, each in a graph of its own, differ too
+MARGIN = (
+    1.002  # of what is certain of a gain: two measurements of the same network, each in a graph of its own, differ too
+)
 
 Option = tuple[str, ...]  # the names of its groups, "kind:step"
 Choice = frozenset[Option]
 Clock = Callable[[list[Choice]], dict[Choice, "Timing"]]
 
 
-def search(options: Sequence[Option], clock: Clock, formed: Callable[[Iterable[Option]], Choice], late: Callable[[], bool],
-           say: Callable[[str], None]) -> tuple[Choice, list[str]]:
+def search(
+    options: Sequence[Option],
+    clock: Clock,
+    formed: Callable[[Iterable[Option]], Choice],
+    late: Callable[[], bool],
+    say: Callable[[str], None],
+) -> tuple[Choice, list[str]]:
     """(the options that make the whole network faster, a sentence for each).
 
     ``clock`` times whole networks in one run; what it leaves out could not be run. ``formed``: those of some options whose steps no
@@ -50,7 +57,9 @@ def search(options: Sequence[Option], clock: Clock, formed: Callable[[Iterable[O
     return chosen, [_told(option, chosen, how) for option in options]
 
 
-def _start(options: Sequence[Option], clock: Clock, formed: Callable[[Iterable[Option]], Choice]) -> tuple[Choice, bool]:
+def _start(
+    options: Sequence[Option], clock: Clock, formed: Callable[[Iterable[Option]], Choice]
+) -> tuple[Choice, bool]:
     """The fastest of nothing, each kind and everything; whether nothing could be timed."""
     kinds = dict.fromkeys(_kind(option) for option in options)
     starts = [formed([o for o in options if _kind(o) == kind]) for kind in kinds]

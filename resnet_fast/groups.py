@@ -14,8 +14,12 @@ from .schedule import Group, Step, outputs, references
 if TYPE_CHECKING:
     from .planned import Filter, Lowered
 
-CHECKS = {"pointwise_pair": fused.check_pointwise_pair, "conv_tail": fused.check_conv_tail, "conv_pool": fused.check_conv_pool,
-          "pointwise_pool": fused.check_pointwise_pool}
+CHECKS = {
+    "pointwise_pair": fused.check_pointwise_pair,
+    "conv_tail": fused.check_conv_tail,
+    "conv_pool": fused.check_conv_pool,
+    "pointwise_pool": fused.check_pointwise_pool,
+}
 # Where the group's own arguments stand among the op's.
 EXTERNAL = {"pointwise_pair": (0, 2), "conv_tail": (0, 5), "conv_pool": (0,), "pointwise_pool": (0, 3)}
 
@@ -45,8 +49,17 @@ def _pair(step: Group, given: list, filters: list) -> tuple:
 def _tail(step: Group, given: list, filters: list) -> tuple:
     second, third, projection, first = filters
     bias = _wide(third) if projection is None else _wide(third, projection)
-    return (given[0], second.weight, _wide(second), third.weight, bias, given[1], None if projection is None else projection.weight,
-            first.weight, _wide(first))
+    return (
+        given[0],
+        second.weight,
+        _wide(second),
+        third.weight,
+        bias,
+        given[1],
+        None if projection is None else projection.weight,
+        first.weight,
+        _wide(first),
+    )
 
 
 def _conv_pool(step: Group, given: list, filters: list) -> tuple:
@@ -58,12 +71,19 @@ def _pointwise_pool(step: Group, given: list, filters: list) -> tuple:
 
 
 _FLAT: dict[str, Callable[[Group, list, list], tuple]] = {
-    "pointwise_pair": _pair, "conv_tail": _tail, "conv_pool": _conv_pool, "pointwise_pool": _pointwise_pool}
+    "pointwise_pair": _pair,
+    "conv_tail": _tail,
+    "conv_pool": _conv_pool,
+    "pointwise_pool": _pointwise_pool,
+}
 
 
 def statistics(step: Group, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     """Mean and standard deviation in units of uint8, of a stem that normalises."""
-    return tuple(torch.tensor(step.kwargs[name], dtype=torch.float32, device=device) * 255 if step.kwargs else None for name in ("mean", "std"))
+    return tuple(
+        torch.tensor(step.kwargs[name], dtype=torch.float32, device=device) * 255 if step.kwargs else None
+        for name in ("mean", "std")
+    )
 
 
 class Members:
@@ -72,7 +92,10 @@ class Members:
     def __init__(self, step: Group, lowered: Lowered, values: dict[str, Any]) -> None:
         self.step, self.largest = step, 0
         self._filters = lowered.filters
-        self._normalize = (*statistics(step, values[step.args[0].name].device), lowered.filters[step.parts[0]].weight.dtype)
+        self._normalize = (
+            *statistics(step, values[step.args[0].name].device),
+            lowered.filters[step.parts[0]].weight.dtype,
+        )
         self._given = tuple(dict.fromkeys(value.name for value in step.args))
         self._last = {name: m for m in step.members for name in references(m)}
         self._inside = {m.output for m in step.members} - set(outputs(step))
@@ -88,12 +111,19 @@ class Members:
 
     def writable(self, member: Step, writable: set[str]) -> set[str]:
         """Of what the group may write to, and of what is inside it, that which nobody reads after this member."""
-        return {name for name in self._inside | writable if self._last.get(name) is member and name != member.args[0].name}
+        return {
+            name for name in self._inside | writable if self._last.get(name) is member and name != member.args[0].name
+        }
 
     def bind(self, member: Step, run: Callable, kernel: str, *told: Any) -> str:
         """Take one member's call, in order; its kernel."""
-        self._calls.append((member.output, run, tuple(n for n in dict.fromkeys(references(member)) if n in self._inside and
-                                                     self._last[n] is member)))
+        self._calls.append(
+            (
+                member.output,
+                run,
+                tuple(n for n in dict.fromkeys(references(member)) if n in self._inside and self._last[n] is member),
+            )
+        )
         if member.op == "conv_bn_act":
             made = self.values[member.output] = self._like(member)
             if member.output in self._inside:
@@ -103,8 +133,10 @@ class Members:
     def _like(self, member: Step) -> Tensor:
         x, f = self.values[member.args[0].name], self._filters[member.output]
         stride, padding, dilation, _ = f.geometry
-        sizes = ((i + 2 * p - d * (k - 1) - 1) // s + 1 for i, p, d, k, s in
-                 zip(x.shape[2:], padding, dilation, f.weight.shape[2:], stride, strict=True))
+        sizes = (
+            (i + 2 * p - d * (k - 1) - 1) // s + 1
+            for i, p, d, k, s in zip(x.shape[2:], padding, dilation, f.weight.shape[2:], stride, strict=True)
+        )
         shape = torch.Size((x.shape[0], f.weight.shape[0], *sizes))
         if member.residual is not None:
             shape = torch.broadcast_shapes(shape, self.values[member.residual.name].shape)

@@ -52,11 +52,16 @@ class Kept:
         tensors = {path: attribute(owner, path) for step in steps for path in attributes((step.args, step.kwargs))}
         called = {step.target: owner.get_submodule(step.target) for step in steps if step.op == "module"}
         self._lowered = Lowered(steps, found.inputs, found.output, {}, tensors, called)
-        self._filters = {step.output: _filter(*(owner.get_submodule(path) for path in step.modules[:2]))
-                         for step in steps if step.op == "conv_bn_act"}
+        self._filters = {
+            step.output: _filter(*(owner.get_submodule(path) for path in step.modules[:2]))
+            for step in steps
+            if step.op == "conv_bn_act"
+        }
         entries = dict.fromkeys(entry for _, entry in self._filters.values())
         # A network that moved to a GPU, or to another dtype, may never come back to ask whether this still holds.
-        self._memory = [weakref.ref(conv.weight.untyped_storage(), lambda _: forget()) for conv, _ in self._filters.values()]
+        self._memory = [
+            weakref.ref(conv.weight.untyped_storage(), lambda _: forget()) for conv, _ in self._filters.values()
+        ]
         self._places = fold.all_places(entries)
         self.imagewise = imagewise(steps, found.output)
         self._programs: dict[tuple, Program | None] = {}
@@ -96,7 +101,9 @@ class Kept:
             self._programs.pop(next(iter(self._programs)), None)
         self._programs[key] = program
 
-    def _bind(self, lowered: Lowered, step: Step, values: Values, writable: set[str], graph: bool) -> tuple[Run, str, str, Problem | None]:
+    def _bind(
+        self, lowered: Lowered, step: Step, values: Values, writable: set[str], graph: bool
+    ) -> tuple[Run, str, str, Problem | None]:
         if step.op != "conv_bn_act":
             return bind(lowered, step, values, writable, graph)
         conv, entry = self._filters[step.output]
@@ -108,20 +115,30 @@ class Kept:
             raise Unfit(f"the residual of {step.target} broadcasts or promotes")
         geometry = conv.stride, conv.padding, conv.dilation, conv.groups
         vectors = entry.snapshot[1:] if len(entry.snapshot) == 5 else (*entry.snapshot[1:], None, None)
-        problem = describe("conv_bn_act", (x, conv.weight, *vectors[:2], residual, *vectors[2:], 0.0, *geometry, step.act))
+        problem = describe(
+            "conv_bn_act", (x, conv.weight, *vectors[:2], residual, *vectors[2:], 0.0, *geometry, step.act)
+        )
         chosen, why = choose(problem)
         form, plain = FORMS.get(chosen.id), partial(entry.pack, x.shape, *geometry, onednn_filters)
         packs = entry.pack(x.shape, *geometry, form.make) if form else None
         in_place = residual is not None and step.residual.name in writable
         if packs is not None:
+
             def otherwise() -> Run:
                 return bind_onednn(step, *plain(), geometry, False)
 
-            return bind_form(step, form, packs, otherwise, conv.weight.shape[2:], geometry, in_place), chosen.id, why, problem
+            return (
+                bind_form(step, form, packs, otherwise, conv.weight.shape[2:], geometry, in_place),
+                chosen.id,
+                why,
+                problem,
+            )
         packs = plain()
         if packs is None:
             raise Unfit(f"a factor of {step.target} is not finite")
-        in_place = in_place and not residual.is_contiguous()  # one pixel or channel: torch 2.11 cannot fuse the add then
+        in_place = (
+            in_place and not residual.is_contiguous()
+        )  # one pixel or channel: torch 2.11 cannot fuse the add then
         return bind_onednn(step, *packs, geometry, in_place), "aten (oneDNN)", why, problem
 
 

@@ -20,20 +20,42 @@ class Layer:
     problem: Problem
 
 
-def layers(model: str, batch: int, size: int = 224, dtype: torch.dtype = torch.bfloat16, device: str = "cuda",
-           capability: tuple[int, int] | None = None) -> list[Layer]:
+def layers(
+    model: str,
+    batch: int,
+    size: int = 224,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
+    capability: tuple[int, int] | None = None,
+) -> list[Layer]:
     """The fused convolutions of ``model`` at [batch, 3, size, size] in NHWC, in the order in which they run.
 
     A block's projection comes before its last convolution.
     """
     with torch.device("meta"):
         net = create_model(model)
-    shared = {"op": "conv_bn_act", "device": device, "dtype": dtype, "layout": "nhwc", "bn": True, "capability": capability}
+    shared = {
+        "op": "conv_bn_act",
+        "device": device,
+        "dtype": dtype,
+        "layout": "nhwc",
+        "bn": True,
+        "capability": capability,
+    }
     found: list[Layer] = []
 
     def add(name: str, conv: nn.Conv2d, x: tuple[int, ...], act: str, residual: str | None = None) -> tuple[int, ...]:
-        problem = Problem(x=x, weight=tuple(conv.weight.shape), stride=conv.stride, padding=conv.padding, dilation=conv.dilation,
-                          groups=conv.groups, act=act, residual=residual, **shared)
+        problem = Problem(
+            x=x,
+            weight=tuple(conv.weight.shape),
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            act=act,
+            residual=residual,
+            **shared,
+        )
         found.append(Layer(name, problem))
         return x[0], conv.out_channels, *problem.out_hw
 
@@ -72,7 +94,9 @@ def across(found: list[Layer]) -> list[Across]:
 
     def add(op: str, *names: str, **facts: Any) -> None:
         members = {name: problems[name] for name in names if name in problems}
-        groups.append(Across(tuple(members), replace(problems[names[0]], op=op, bn=False, **facts), tuple(members.values())))
+        groups.append(
+            Across(tuple(members), replace(problems[names[0]], op=op, bn=False, **facts), tuple(members.values()))
+        )
 
     add("conv_pool", "conv1")
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):
@@ -81,14 +105,25 @@ def across(found: list[Layer]) -> list[Across]:
             continue
         second, first = problems[f"{block}.conv2"], problems.get(f"{following}.conv1")
         if projection is not None:
-            add("pointwise_pair", f"{block}.conv3", f"{block}.downsample.0", chain=(projection.weight,), stride=projection.stride,
-                second=projection.x[2:])
+            add(
+                "pointwise_pair",
+                f"{block}.conv3",
+                f"{block}.downsample.0",
+                chain=(projection.weight,),
+                stride=projection.stride,
+                second=projection.x[2:],
+            )
         if first is None:
             add("pointwise_pool", f"{block}.conv3")
         elif second.groups == 1 and second.stride == (1, 1):
             chain = last.weight, projection.weight if projection is not None else (), first.weight
-            add("conv_tail", *(f"{block}.{name}" for name in ("conv2", "conv3", "downsample.0")), f"{following}.conv1", chain=chain,
-                residual="nhwc")
+            add(
+                "conv_tail",
+                *(f"{block}.{name}" for name in ("conv2", "conv3", "downsample.0")),
+                f"{following}.conv1",
+                chain=chain,
+                residual="nhwc",
+            )
     return groups
 
 

@@ -17,15 +17,59 @@ from .schedule import Schedule, names, schedule
 from .tracing import Untraceable
 
 # What answers otherwise, raises, or returns other strides, when its input lies in NHWC.
-_SEES_STRIDES = {"view", "view_as", "as_strided", "stride", "is_contiguous", "contiguous", "data_ptr", "storage",
-                 "untyped_storage", "numpy", "permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims",
-                 "t", "T", "mT", "H", "mH", "unfold", "to", "clone", "data"}
+_SEES_STRIDES = {
+    "view",
+    "view_as",
+    "as_strided",
+    "stride",
+    "is_contiguous",
+    "contiguous",
+    "data_ptr",
+    "storage",
+    "untyped_storage",
+    "numpy",
+    "permute",
+    "transpose",
+    "movedim",
+    "moveaxis",
+    "swapaxes",
+    "swapdims",
+    "t",
+    "T",
+    "mT",
+    "H",
+    "mH",
+    "unfold",
+    "to",
+    "clone",
+    "data",
+}
 # Random numbers are drawn in the order of memory: in NHWC the same seed would drop other elements.
-_DRAWS = {"dropout", "alpha_dropout", "feature_dropout", "bernoulli", "bernoulli_", "rand_like", "randn_like",
-          "normal_", "uniform_", "rrelu"}
+_DRAWS = {
+    "dropout",
+    "alpha_dropout",
+    "feature_dropout",
+    "bernoulli",
+    "bernoulli_",
+    "rand_like",
+    "randn_like",
+    "normal_",
+    "uniform_",
+    "rrelu",
+}
 # What has the same strides whatever its input's are: pooled and flattened values, new tensors.
-_REDUCES = {"Tensor.mean", "Tensor.sum", "Tensor.amax", "Tensor.flatten", "Tensor.new_empty", "Tensor.new_ones",
-            "Tensor.new_zeros", "torch.mean", "torch.flatten", "torch.nn.functional.adaptive_avg_pool2d"}
+_REDUCES = {
+    "Tensor.mean",
+    "Tensor.sum",
+    "Tensor.amax",
+    "Tensor.flatten",
+    "Tensor.new_empty",
+    "Tensor.new_ones",
+    "Tensor.new_zeros",
+    "torch.mean",
+    "torch.flatten",
+    "torch.nn.functional.adaptive_avg_pool2d",
+}
 _REDUCING_MODULES = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten, nn.Linear)
 _DRAWING_MODULES = (nn.modules.dropout._DropoutNd, nn.RReLU)
 
@@ -65,8 +109,11 @@ def _layout_blind(m: nn.Module, training: bool) -> bool:
 
 
 def _torch_or_ours(path: str, m: nn.Module) -> bool:
-    return (type(m).__module__.startswith(("torch.nn.", "resnet_fast.")) and type(m) is not nn.Sequential
-            or type(m).__name__ == "FrozenBatchNorm2d")
+    return (
+        type(m).__module__.startswith(("torch.nn.", "resnet_fast."))
+        and type(m) is not nn.Sequential
+        or type(m).__name__ == "FrozenBatchNorm2d"
+    )
 
 
 def _blind(found: Schedule, owner: nn.Module, training: bool) -> bool:

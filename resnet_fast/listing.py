@@ -8,7 +8,9 @@ import torch
 
 
 def add_parser(commands) -> None:
-    p = commands.add_parser("list", help="the architectures", description="List the architectures, with parameters and FLOPs at 224².")
+    p = commands.add_parser(
+        "list", help="the architectures", description="List the architectures, with parameters and FLOPs at 224²."
+    )
     p.add_argument("--names", action="store_true", help="names only, one a line")
     p.set_defaults(run=run)
 
@@ -18,6 +20,7 @@ def run(args: argparse.Namespace) -> int:
     from .layers import layers
     from .models import MODELS, create_model
     from .roofline import flops
+
     if args.names:
         print("\n".join(MODELS))
         return 0

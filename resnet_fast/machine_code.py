@@ -46,6 +46,7 @@ def cuobjdump() -> str | None:
     """The program's path: it ships inside Triton's wheel and beside nvcc."""
     if importlib.util.find_spec("triton") is not None:
         import triton
+
         if triton.knobs.nvidia.cuobjdump:
             return triton.knobs.nvidia.cuobjdump.path
     return shutil.which("cuobjdump")
@@ -64,8 +65,15 @@ def read(path: Path) -> list[Launch]:
     code = _code(dump("-sass"))
     if not usage or not all(_instructions(code.get(name, "")) for name, _ in usage):
         raise ValueError(f"machine code: cuobjdump found none in {path}")
-    return [Launch(readable(name), *(int(re.search(rf"\b{key}:(\d+)", line)[1]) for key in ("REG", "STACK", "SHARED")),
-                   instructions=_instructions(code[name]), operands=_operands(code[name])) for name, line in usage]
+    return [
+        Launch(
+            readable(name),
+            *(int(re.search(rf"\b{key}:(\d+)", line)[1]) for key in ("REG", "STACK", "SHARED")),
+            instructions=_instructions(code[name]),
+            operands=_operands(code[name]),
+        )
+        for name, line in usage
+    ]
 
 
 def readable(name: str) -> str:

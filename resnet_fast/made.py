@@ -28,11 +28,20 @@ class Made:
     def __init__(self, owner: nn.Module, inside: Sequence[nn.Module]) -> None:
         self._own, self._inside = Part(owner, False), tuple(inside)
         parts = [Part(m, False) for m in inside]
-        self._types, self._states, self._sizes = [part.type for part in parts], [vars(m) for m in inside], [part.size for part in parts]
+        self._types, self._states, self._sizes = (
+            [part.type for part in parts],
+            [vars(m) for m in inside],
+            [part.size for part in parts],
+        )
         self._forwards = {part.type: part.forward for part in parts}
         self._children = [(m._modules, part.order) for m, part in zip(inside, parts, strict=True)]
         same = [(state, name, state.get(name)) for state in self._states for name in (*_HOLDERS, "forward")]
-        same += [(held, name, value) for m in (owner, *inside) for held in (m._modules, m._parameters, m._buffers) for name, value in held.items()]
+        same += [
+            (held, name, value)
+            for m in (owner, *inside)
+            for held in (m._modules, m._parameters, m._buffers)
+            for name, value in held.items()
+        ]
         self._dicts, self._names, self._values = zip(*same, strict=True)
         alike = defaultdict(list)
         for state, part in zip(self._states, parts, strict=True):
@@ -43,12 +52,17 @@ class Made:
 
     def holds(self, owner: nn.Module) -> bool:
         """Whether ``owner`` and everything inside are still made so, over the same tensors in the same places."""
-        return (self._own.holds(owner) and all(map(is_, map(vars, self._inside), self._states)) and list(map(len, self._states)) == self._sizes
-                and all(map(is_, map(type, self._inside), self._types))
-                and all(cls.forward is forward for cls, forward in self._forwards.items())
-                and all(map(is_, map(dict.get, self._dicts, self._names), self._values))
-                and all(tuple(children) == order for children, order in self._children)
-                and self._has_equal_attributes() and self._lie() == self._places)
+        return (
+            self._own.holds(owner)
+            and all(map(is_, map(vars, self._inside), self._states))
+            and list(map(len, self._states)) == self._sizes
+            and all(map(is_, map(type, self._inside), self._types))
+            and all(cls.forward is forward for cls, forward in self._forwards.items())
+            and all(map(is_, map(dict.get, self._dicts, self._names), self._values))
+            and all(tuple(children) == order for children, order in self._children)
+            and self._has_equal_attributes()
+            and self._lie() == self._places
+        )
 
     def _has_equal_attributes(self) -> bool:
         try:

@@ -64,10 +64,18 @@ class _Ready:
     peak_bytes: int | None
 
 
-def measure(case: Case, providers: Iterable[Provider], *, x: Tensor | None = None, max_seconds: float = 40.0,
-            max_rounds: int = 60, confidence: float = 0.01, cold: bool = False,
-            say: Callable[[str], None] = lambda line: None,
-            progress: Callable[[int], None] | None = None) -> dict[str, Outcome]:
+def measure(
+    case: Case,
+    providers: Iterable[Provider],
+    *,
+    x: Tensor | None = None,
+    max_seconds: float = 40.0,
+    max_rounds: int = 60,
+    confidence: float = 0.01,
+    cold: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Outcome]:
     """Measure the providers of one case together; ``x`` replaces the random images, ``cold`` adds cold starts.
 
     One of ours whose error breaks the rule gets no time: the whole-network form of it, RMS over the logits (in
@@ -77,8 +85,18 @@ def measure(case: Case, providers: Iterable[Provider], *, x: Tensor | None = Non
     with fair():
         ready, outcomes, eager = _build(case, providers, x, say)
         runs = {id: (lambda made=made: made.run(x)) for id, made in ready.items()}
-        timings = interleaved(runs, device=case.device, max_seconds=max_seconds, max_rounds=max_rounds,
-                              confidence=confidence, progress=progress) if runs else {}
+        timings = (
+            interleaved(
+                runs,
+                device=case.device,
+                max_seconds=max_seconds,
+                max_rounds=max_rounds,
+                confidence=confidence,
+                progress=progress,
+            )
+            if runs
+            else {}
+        )
     for id, timing in timings.items():
         started = None
         if cold:
@@ -88,8 +106,9 @@ def measure(case: Case, providers: Iterable[Provider], *, x: Tensor | None = Non
     return outcomes
 
 
-def _build(case: Case, providers: Iterable[Provider], x: Tensor,
-           say: Callable[[str], None]) -> tuple[dict[str, _Ready], dict[str, Outcome], float]:
+def _build(
+    case: Case, providers: Iterable[Provider], x: Tensor, say: Callable[[str], None]
+) -> tuple[dict[str, _Ready], dict[str, Outcome], float]:
     """(what may be timed, what became of the others, eager's error)."""
     model = reference_model(case.model, case.device)
     say("the answers in float64, and eager's error …")
@@ -181,14 +200,33 @@ def known_ceilings(device: str) -> roofline.Ceilings | None:
         return None
 
 
-def _row(case: Case, made: _Ready, timing: Timing, timings: dict[str, Timing], eager: float,
-         started: ColdStart | None) -> Row:
+def _row(
+    case: Case, made: _Ready, timing: Timing, timings: dict[str, Timing], eager: float, started: ColdStart | None
+) -> Row:
     low, high = timing.quartiles
     p = made.provider
     flops, floor = work(case)
     speed = {other: timing.speedup_over(base) for other, base in timings.items() if other != p.id}
-    return Row("model", case.name, p.id, p.ours, case.dtype, case.batch, case.size, "nchw", timing.median, low, high,
-               len(timing.seconds), img_s=case.batch / timing.median, tflops=flops / timing.median / 1e12,
-               roofline=floor and floor / timing.median, first_s=made.first_s, cold_s=started and started.seconds,
-               peak_bytes=made.peak_bytes or started and started.peak_bytes, error=made.error, eager_error=eager,
-               speed_over=speed)
+    return Row(
+        "model",
+        case.name,
+        p.id,
+        p.ours,
+        case.dtype,
+        case.batch,
+        case.size,
+        "nchw",
+        timing.median,
+        low,
+        high,
+        len(timing.seconds),
+        img_s=case.batch / timing.median,
+        tflops=flops / timing.median / 1e12,
+        roofline=floor and floor / timing.median,
+        first_s=made.first_s,
+        cold_s=started and started.seconds,
+        peak_bytes=made.peak_bytes or started and started.peak_bytes,
+        error=made.error,
+        eager_error=eager,
+        speed_over=speed,
+    )

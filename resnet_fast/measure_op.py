@@ -30,13 +30,20 @@ CHECK_BATCH = 2  # the oracle is float64 on the CPU
 
 # What stands beside the kernels: torch's ops one by one, and for convolutions the bar of ``folded``.
 _EAGER = ("eager",)
-BASELINES = {"conv_bn_act": ("eager", "folded"), "bn_act": _EAGER, "bn_act_backward": _EAGER, "add_act": _EAGER,
-             "add_act_backward": _EAGER, **dict.fromkeys(ACROSS, _EAGER)}
+BASELINES = {
+    "conv_bn_act": ("eager", "folded"),
+    "bn_act": _EAGER,
+    "bn_act_backward": _EAGER,
+    "add_act": _EAGER,
+    "add_act_backward": _EAGER,
+    **dict.fromkeys(ACROSS, _EAGER),
+}
 TRAINING = tuple(op for op in BASELINES if op not in ("conv_bn_act", *ACROSS))
 
 
-def op_problems(model: str, batch: int, size: int, dtype: torch.dtype, device: str,
-                capability: tuple[int, int] | None = None) -> list[Problem]:
+def op_problems(
+    model: str, batch: int, size: int, dtype: torch.dtype, device: str, capability: tuple[int, int] | None = None
+) -> list[Problem]:
     """Every distinct problem of a network: its convolutions, the batch norms and adds of its training step, its groups of convolutions."""
     found: dict[Problem, None] = {}
     single = layers(model, batch, size, dtype, device, capability)
@@ -52,12 +59,27 @@ def after(conv: Problem, op: str) -> Problem | None:
     """The batch norm or residual add that follows a convolution in training, or its derivative; None where nothing is added."""
     if op.startswith("add_act") and not conv.residual:
         return None
-    return Problem(op, conv.device, conv.dtype, (conv.x[0], conv.weight[0], *conv.out_hw), "nhwc", residual=conv.residual, act=conv.act,
-                   capability=conv.capability)
+    return Problem(
+        op,
+        conv.device,
+        conv.dtype,
+        (conv.x[0], conv.weight[0], *conv.out_hw),
+        "nhwc",
+        residual=conv.residual,
+        act=conv.act,
+        capability=conv.capability,
+    )
 
 
-def measure_op(problem: Problem, kernels: Iterable[Kernel], *, max_seconds: float = 5.0, max_rounds: int = 100,
-               confidence: float = 0.01, progress: Callable[[int], None] | None = None) -> dict[str, Outcome]:
+def measure_op(
+    problem: Problem,
+    kernels: Iterable[Kernel],
+    *,
+    max_seconds: float = 5.0,
+    max_rounds: int = 100,
+    confidence: float = 0.01,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Outcome]:
     """Measure kernels on one problem beside its ``BASELINES``.
 
     A kernel that breaks the error rule on the same problem at batch 2 gets no time.
@@ -80,13 +102,21 @@ def measure_op(problem: Problem, kernels: Iterable[Kernel], *, max_seconds: floa
         calls[kernel.id] = lambda args, kernel=kernel: kernel.fn(*args)
     copies = _copies(problem)
     with fair(), torch.inference_mode():
-        variants = {id: _walk(call, [make_args(problem, seed) for seed in range(copies)], problem.device)
-                    for id, call in calls.items()}
+        variants = {
+            id: _walk(call, [make_args(problem, seed) for seed in range(copies)], problem.device)
+            for id, call in calls.items()
+        }
         if "folded" in BASELINES[problem.op]:
             bar = [_bar(make_args(problem, seed), problem) for seed in range(copies)]
             variants["folded"] = _walk(lambda ready: ready[0](*ready[1:]), bar, problem.device)
-        walks = interleaved(variants, device=problem.device, max_seconds=max_seconds, max_rounds=max_rounds,
-                            confidence=confidence, progress=progress)
+        walks = interleaved(
+            variants,
+            device=problem.device,
+            max_seconds=max_seconds,
+            max_rounds=max_rounds,
+            confidence=confidence,
+            progress=progress,
+        )
     timings = {id: Timing(tuple(s / copies for s in walk.seconds)) for id, walk in walks.items()}
     for id, timing in timings.items():
         outcomes[id] = Outcome(id, _row(problem, id, timing, timings, errors.get(id), errors.get("eager")), timing)
@@ -102,6 +132,7 @@ def _copies(problem: Problem) -> int:
 
 def _walk(call: Callable[[tuple], object], sets: list[tuple], device: str) -> Callable[[], object]:
     """One pass over all argument sets; on a GPU captured as a graph after a first pass outside it."""
+
     def walk() -> None:
         for args in sets:
             call(args)
@@ -124,15 +155,38 @@ def _bar(args: tuple, problem: Problem) -> tuple:
     return (folded.onednn if problem.device == "cpu" else folded.cudnn)(conv), x, residual
 
 
-def _row(problem: Problem, id: str, timing: Timing, timings: dict[str, Timing], error: float | None,
-         eager_error: float | None) -> Row:
+def _row(
+    problem: Problem,
+    id: str,
+    timing: Timing,
+    timings: dict[str, Timing],
+    error: float | None,
+    eager_error: float | None,
+) -> Row:
     low, high = timing.quartiles
     dtype = next(name for name, dtype in DTYPES.items() if dtype == problem.dtype)
     speed = {other: timing.speedup_over(base) for other, base in timings.items() if other != id}
     ours = id not in BASELINES[problem.op] and not id.startswith("aten")
     step, limits = roofline.problem_step(problem), known_ceilings(problem.device)
     floor = limits and roofline.problem_floor(problem, limits).seconds
-    return Row("op", f"op/{problem.key}", id, ours, dtype, problem.x[0], None, problem.layout, timing.median, low, high,
-               len(timing.seconds), problem=problem.key, tflops=step.flops / timing.median / 1e12 or None,
-               gb_s=step.bytes / timing.median / 1e9, roofline=floor and floor / timing.median, error=error,
-               eager_error=eager_error, speed_over=speed)
+    return Row(
+        "op",
+        f"op/{problem.key}",
+        id,
+        ours,
+        dtype,
+        problem.x[0],
+        None,
+        problem.layout,
+        timing.median,
+        low,
+        high,
+        len(timing.seconds),
+        problem=problem.key,
+        tflops=step.flops / timing.median / 1e12 or None,
+        gb_s=step.bytes / timing.median / 1e9,
+        roofline=floor and floor / timing.median,
+        error=error,
+        eager_error=eager_error,
+        speed_over=speed,
+    )

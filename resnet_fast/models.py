@@ -27,18 +27,21 @@ class ModelSpec:
     width_per_group: int = 64
 
 
-MODELS = {spec.name: spec for spec in (
-    ModelSpec("resnet18", "ResNet18", BasicBlock, (2, 2, 2, 2)),
-    ModelSpec("resnet34", "ResNet34", BasicBlock, (3, 4, 6, 3)),
-    ModelSpec("resnet50", "ResNet50", Bottleneck, (3, 4, 6, 3)),
-    ModelSpec("resnet101", "ResNet101", Bottleneck, (3, 4, 23, 3)),
-    ModelSpec("resnet152", "ResNet152", Bottleneck, (3, 8, 36, 3)),
-    ModelSpec("resnext50_32x4d", "ResNeXt50_32X4D", Bottleneck, (3, 4, 6, 3), groups=32, width_per_group=4),
-    ModelSpec("resnext101_32x8d", "ResNeXt101_32X8D", Bottleneck, (3, 4, 23, 3), groups=32, width_per_group=8),
-    ModelSpec("resnext101_64x4d", "ResNeXt101_64X4D", Bottleneck, (3, 4, 23, 3), groups=64, width_per_group=4),
-    ModelSpec("wide_resnet50_2", "Wide_ResNet50_2", Bottleneck, (3, 4, 6, 3), width_per_group=128),
-    ModelSpec("wide_resnet101_2", "Wide_ResNet101_2", Bottleneck, (3, 4, 23, 3), width_per_group=128),
-)}
+MODELS = {
+    spec.name: spec
+    for spec in (
+        ModelSpec("resnet18", "ResNet18", BasicBlock, (2, 2, 2, 2)),
+        ModelSpec("resnet34", "ResNet34", BasicBlock, (3, 4, 6, 3)),
+        ModelSpec("resnet50", "ResNet50", Bottleneck, (3, 4, 6, 3)),
+        ModelSpec("resnet101", "ResNet101", Bottleneck, (3, 4, 23, 3)),
+        ModelSpec("resnet152", "ResNet152", Bottleneck, (3, 8, 36, 3)),
+        ModelSpec("resnext50_32x4d", "ResNeXt50_32X4D", Bottleneck, (3, 4, 6, 3), groups=32, width_per_group=4),
+        ModelSpec("resnext101_32x8d", "ResNeXt101_32X8D", Bottleneck, (3, 4, 23, 3), groups=32, width_per_group=8),
+        ModelSpec("resnext101_64x4d", "ResNeXt101_64X4D", Bottleneck, (3, 4, 23, 3), groups=64, width_per_group=4),
+        ModelSpec("wide_resnet50_2", "Wide_ResNet50_2", Bottleneck, (3, 4, 6, 3), width_per_group=128),
+        ModelSpec("wide_resnet101_2", "Wide_ResNet101_2", Bottleneck, (3, 4, 23, 3), width_per_group=128),
+    )
+}
 
 
 class ResNet(nn.Module):
@@ -49,10 +52,17 @@ class ResNet(nn.Module):
     dtype or device, ValueError for a bad ``replace_stride_with_dilation``. Source: He et al. 2016; torchvision.models.resnet.
     """
 
-    def __init__(self, block: type[BasicBlock | Bottleneck], layers: list[int], num_classes: int = 1000,
-                 zero_init_residual: bool = False, groups: int = 1, width_per_group: int = 64,
-                 replace_stride_with_dilation: list[bool] | None = None,
-                 norm_layer: Callable[..., nn.Module] | None = None) -> None:
+    def __init__(
+        self,
+        block: type[BasicBlock | Bottleneck],
+        layers: list[int],
+        num_classes: int = 1000,
+        zero_init_residual: bool = False,
+        groups: int = 1,
+        width_per_group: int = 64,
+        replace_stride_with_dilation: list[bool] | None = None,
+        norm_layer: Callable[..., nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         self._norm_layer = norm_layer or nn.BatchNorm2d
         self.inplanes = 64
@@ -60,8 +70,9 @@ class ResNet(nn.Module):
         if replace_stride_with_dilation is None:
             replace_stride_with_dilation = [False, False, False]
         if len(replace_stride_with_dilation) != 3:
-            raise ValueError("replace_stride_with_dilation should be None or a 3-element tuple, "
-                             f"got {replace_stride_with_dilation}")
+            raise ValueError(
+                f"replace_stride_with_dilation should be None or a 3-element tuple, got {replace_stride_with_dilation}"
+            )
         self.groups = groups
         self.base_width = width_per_group
         self.conv1 = nn.Conv2d(3, self.inplanes, kernel_size=7, stride=2, padding=3, bias=False)
@@ -91,8 +102,9 @@ class ResNet(nn.Module):
                 elif isinstance(m, BasicBlock) and m.bn2.weight is not None:
                     nn.init.constant_(m.bn2.weight, 0)
 
-    def _make_layer(self, block: type[BasicBlock | Bottleneck], planes: int, blocks: int, stride: int = 1,
-                    dilate: bool = False) -> nn.Sequential:
+    def _make_layer(
+        self, block: type[BasicBlock | Bottleneck], planes: int, blocks: int, stride: int = 1, dilate: bool = False
+    ) -> nn.Sequential:
         norm_layer = self._norm_layer
         downsample = None
         previous_dilation = self.dilation
@@ -100,12 +112,26 @@ class ResNet(nn.Module):
             self.dilation *= stride
             stride = 1
         if stride != 1 or self.inplanes != planes * block.expansion:
-            downsample = nn.Sequential(conv1x1(self.inplanes, planes * block.expansion, stride), norm_layer(planes * block.expansion))
-        layers = [block(self.inplanes, planes, stride, downsample, self.groups, self.base_width, previous_dilation, norm_layer)]
+            downsample = nn.Sequential(
+                conv1x1(self.inplanes, planes * block.expansion, stride), norm_layer(planes * block.expansion)
+            )
+        layers = [
+            block(
+                self.inplanes, planes, stride, downsample, self.groups, self.base_width, previous_dilation, norm_layer
+            )
+        ]
         self.inplanes = planes * block.expansion
         for _ in range(1, blocks):
-            layers.append(block(self.inplanes, planes, groups=self.groups, base_width=self.base_width, dilation=self.dilation,
-                                norm_layer=norm_layer))
+            layers.append(
+                block(
+                    self.inplanes,
+                    planes,
+                    groups=self.groups,
+                    base_width=self.base_width,
+                    dilation=self.dilation,
+                    norm_layer=norm_layer,
+                )
+            )
         return nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,20 +172,37 @@ class ResNet(nn.Module):
         """conv1 + bn1 + ReLU in one step, in NHWC from here on if nobody inside the network can see the strides."""
         nchw = x.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last)
         if nchw and not any(map(_sees_strides, self._modules.values())):
-            if x.requires_grad:  # through a flat view, so that its gradient is contiguous, as in NCHW: callers ``view`` it
+            if (
+                x.requires_grad
+            ):  # through a flat view, so that its gradient is contiguous, as in NCHW: callers ``view`` it
                 x = x.reshape(-1).view(x.shape)
             x = x.contiguous(memory_format=torch.channels_last)
         return conv_bn_act(self.conv1, self.bn1, x, act="relu")
 
 
-_STRIDE_BLIND = {BasicBlock, Bottleneck, nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.MaxPool2d,
-                 nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Identity, nn.Dropout, nn.Linear}
+_STRIDE_BLIND = {
+    BasicBlock,
+    Bottleneck,
+    nn.Sequential,
+    nn.Conv2d,
+    nn.BatchNorm2d,
+    nn.SyncBatchNorm,
+    nn.ReLU,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.Identity,
+    nn.Dropout,
+    nn.Linear,
+}
 
 
 def _unseen(owner: ResNet) -> list[nn.Module] | None:
     """The modules inside, if no user code looks into their inference."""
     inside = unseen(owner)
-    blind = inside is not None and all(type(m) in _STRIDE_BLIND and "forward" not in m.__dict__ or is_frozen_bn(m) for m in inside)
+    blind = inside is not None and all(
+        type(m) in _STRIDE_BLIND and "forward" not in m.__dict__ or is_frozen_bn(m) for m in inside
+    )
     return inside if blind else None
 
 
@@ -167,8 +210,16 @@ def _sees_strides(m: nn.Module | None) -> bool:
     """Whether user code runs in or under ``m``: a hook, a module of another class, a forward of its own (``modules()`` is slower)."""
     if m is None:
         return False
-    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in m.__dict__
-                or type(m) not in _STRIDE_BLIND and not is_frozen_bn(m) or any(map(_sees_strides, m._modules.values())))
+    return bool(
+        m._forward_hooks
+        or m._forward_pre_hooks
+        or m._backward_hooks
+        or m._backward_pre_hooks
+        or "forward" in m.__dict__
+        or type(m) not in _STRIDE_BLIND
+        and not is_frozen_bn(m)
+        or any(map(_sees_strides, m._modules.values()))
+    )
 
 
 def create_model(name: str, *, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
@@ -186,7 +237,9 @@ def create_model(name: str, *, weights: Any = None, progress: bool = True, **kwa
         weights = _verify_weights(spec, weights)
         classes = len(weights.meta["categories"])
         if kwargs.setdefault("num_classes", classes) != classes:
-            raise ValueError(f"{name}: num_classes: got {kwargs['num_classes']}, expected {classes} (that of {weights})")
+            raise ValueError(
+                f"{name}: num_classes: got {kwargs['num_classes']}, expected {classes} (that of {weights})"
+            )
     for key in ("groups", "width_per_group"):
         value = getattr(spec, key)
         if value != getattr(ModelSpec, key) and kwargs.setdefault(key, value) != value:
@@ -201,11 +254,15 @@ def _verify_weights(spec: ModelSpec, weights: Any):
     try:
         from torchvision.models import get_model_weights
     except ImportError as error:
-        raise ImportError(f"{spec.name}: weights come through torchvision: pip install 'resnet_fast[vision]'") from error
+        raise ImportError(
+            f"{spec.name}: weights come through torchvision: pip install 'resnet_fast[vision]'"
+        ) from error
     entries = get_model_weights(spec.name)
     if isinstance(weights, str) and weights.removeprefix(f"{entries.__name__}.") not in entries.__members__:
-        raise ValueError(f"{spec.name}: weights: got {weights!r}, expected one of {', '.join(entries.__members__)}, or None "
-                         "(a file of yours: resnet_fast.load_checkpoint)")
+        raise ValueError(
+            f"{spec.name}: weights: got {weights!r}, expected one of {', '.join(entries.__members__)}, or None "
+            "(a file of yours: resnet_fast.load_checkpoint)"
+        )
     return entries.verify(weights)
 
 
@@ -214,8 +271,10 @@ def _fetched(weights: Any, progress: bool) -> dict[str, Tensor]:
         return weights.get_state_dict(progress=progress, check_hash=True)
     except OSError as error:  # no network, no space
         folder = Path(torch.hub.get_dir(), "checkpoints")
-        raise OSError(f"{weights}: {weights.url} could not be fetched ({error}): put that file into {folder}, or build the model without "
-                      "weights and give a file of yours to resnet_fast.load_checkpoint") from error
+        raise OSError(
+            f"{weights}: {weights.url} could not be fetched ({error}): put that file into {folder}, or build the model without "
+            "weights and give a file of yours to resnet_fast.load_checkpoint"
+        ) from error
 
 
 def list_models() -> list[str]:
@@ -228,7 +287,9 @@ def _builder(name: str) -> Callable[..., ResNet]:
         return create_model(name, weights=weights, progress=progress, **kwargs)
 
     build.__name__ = build.__qualname__ = name
-    build.__doc__ = f"{MODELS[name].title} with torchvision's signature: see :func:`create_model`, of which this is one name."
+    build.__doc__ = (
+        f"{MODELS[name].title} with torchvision's signature: see :func:`create_model`, of which this is one name."
+    )
     return build
 
 

@@ -16,19 +16,47 @@ from torch import Tensor, fx, nn
 from .path import is_frozen_bn
 from .tracing import Untraceable
 
-_KINDS = {torch.relu: "relu", torch.relu_: "relu", F.relu: "relu", F.relu_: "relu", "relu": "relu", "relu_": "relu",
-          operator.add: "add", operator.iadd: "add", torch.add: "add", "add": "add", "add_": "add",
-          operator.mul: "mul", operator.imul: "mul", torch.mul: "mul", "mul": "mul", "mul_": "mul"}
+_KINDS = {
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.relu: "relu",
+    F.relu_: "relu",
+    "relu": "relu",
+    "relu_": "relu",
+    operator.add: "add",
+    operator.iadd: "add",
+    torch.add: "add",
+    "add": "add",
+    "add_": "add",
+    operator.mul: "mul",
+    operator.imul: "mul",
+    torch.mul: "mul",
+    "mul": "mul",
+    "mul_": "mul",
+}
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _FRESH_MODULES = (*_NORMS, nn.Conv2d, nn.Linear, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.ReLU, nn.Sigmoid)
-_FRESH_FUNCTIONS = {"mean", "sum", "sigmoid", "new_empty", "new_ones", "new_zeros", "size", "dim", torch.cat,
-                    torch.mean, torch.sigmoid, F.conv2d, F.interpolate}
+_FRESH_FUNCTIONS = {
+    "mean",
+    "sum",
+    "sigmoid",
+    "new_empty",
+    "new_ones",
+    "new_zeros",
+    "size",
+    "dim",
+    torch.cat,
+    torch.mean,
+    torch.sigmoid,
+    F.conv2d,
+    F.interpolate,
+}
 _PLAIN_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
 _INPLACE = {"iadd", "imul", "isub", "itruediv", "ifloordiv", "ipow", "imod", "iand", "ior", "ixor", "setitem"}
 
 
 def kind(node: fx.Node, modules: dict[str, nn.Module]) -> str:
-    """"conv", "bn", "relu", "add", "mul", "identity", or "" for everything that no chain knows."""
+    """ "conv", "bn", "relu", "add", "mul", "identity", or "" for everything that no chain knows."""
     if node.op == "call_module":
         m = modules[node.target]
         if touched(m) or len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
@@ -48,8 +76,15 @@ def kind(node: fx.Node, modules: dict[str, nn.Module]) -> str:
 def touched(m: nn.Module) -> bool:
     """Whether a user attached something to this module's call that skipping it would lose."""
     own = m.__dict__.get("forward")
-    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-                or m._compiled_call_impl is not None or own is not None and not getattr(own, "same_answers", False))
+    return bool(
+        m._forward_hooks
+        or m._forward_pre_hooks
+        or m._backward_hooks
+        or m._backward_pre_hooks
+        or m._compiled_call_impl is not None
+        or own is not None
+        and not getattr(own, "same_answers", False)
+    )
 
 
 def is_norm(m: nn.Module) -> bool:

@@ -24,8 +24,12 @@ class Limits:
 
 
 LIMITS = {
-    (8, 0): Limits(64, 32, 164 * _KIB), (8, 6): Limits(48, 16, 100 * _KIB), (8, 7): Limits(48, 16, 164 * _KIB),
-    (8, 9): Limits(48, 24, 100 * _KIB), (9, 0): Limits(64, 32, 228 * _KIB), (10, 0): Limits(64, 32, 228 * _KIB),
+    (8, 0): Limits(64, 32, 164 * _KIB),
+    (8, 6): Limits(48, 16, 100 * _KIB),
+    (8, 7): Limits(48, 16, 164 * _KIB),
+    (8, 9): Limits(48, 24, 100 * _KIB),
+    (9, 0): Limits(64, 32, 228 * _KIB),
+    (10, 0): Limits(64, 32, 228 * _KIB),
     (12, 0): Limits(48, 24, 100 * _KIB),
 }
 
@@ -39,8 +43,14 @@ class Chip:
 
 
 # By the short names of ``roofline.GPUS``.
-CHIPS = {"h200": Chip((9, 0), 132), "h100": Chip((9, 0), 132), "b200": Chip((10, 0), 148), "a100": Chip((8, 0), 108),
-         "l40s": Chip((8, 9), 142), "rtx4090": Chip((8, 9), 128)}
+CHIPS = {
+    "h200": Chip((9, 0), 132),
+    "h100": Chip((9, 0), 132),
+    "b200": Chip((10, 0), 148),
+    "a100": Chip((8, 0), 108),
+    "l40s": Chip((8, 9), 142),
+    "rtx4090": Chip((8, 9), 128),
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,11 @@ def occupancy(registers: int, shared: int, threads: int, capability: tuple[int, 
         raise LookupError("occupancy: got compute capability {}.{}, expected 8.0 or later".format(*capability))
     sm, warps = LIMITS[max(known)], -(-threads // 32)
     per_warp = max(256, -(-registers * 32 // 256) * 256)
-    by = {"warps": sm.warps // warps, "registers": REGISTERS // per_warp // 4 * 4 // warps,
-          "shared memory": sm.shared // (-(-shared // 128) * 128 + _KIB), "blocks": sm.blocks}
+    by = {
+        "warps": sm.warps // warps,
+        "registers": REGISTERS // per_warp // 4 * 4 // warps,
+        "shared memory": sm.shared // (-(-shared // 128) * 128 + _KIB),
+        "blocks": sm.blocks,
+    }
     limit = min(by, key=by.get)
     return Occupancy(by[limit], by[limit] * warps / sm.warps, limit)

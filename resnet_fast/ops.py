@@ -20,9 +20,22 @@ from .dispatch import chosen, select
 Pair = int | tuple[int, int]
 
 
-def conv_bn_act(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None, *,
-                mean: Tensor | None = None, var: Tensor | None = None, eps: float = 0.0, stride: Pair = 1,
-                padding: Pair = 0, dilation: Pair = 1, groups: int = 1, act: str = "relu") -> Tensor:
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    *,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    eps: float = 0.0,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    act: str = "relu",
+) -> Tensor:
     """Convolution, per-channel affine, residual and activation: act(conv(x, weight)·s + t + residual).
 
     With ``mean`` and ``var`` (batch norm's four vectors and ``eps``) s = scale/√(var+eps) and t = shift − mean·s; without, s = scale and
@@ -39,8 +52,9 @@ def conv_bn_act(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residua
     return CONV_BN_ACT(*args)
 
 
-def bn_act(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, *,
-           eps: float = 1e-5, act: str = "relu") -> tuple[Tensor, Tensor, Tensor]:
+def bn_act(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, *, eps: float = 1e-5, act: str = "relu"
+) -> tuple[Tensor, Tensor, Tensor]:
     """Training batch norm, residual and activation: act((x − μ)/√(σ²+eps)·weight + bias + residual); returns (y, μ, σ²).
 
     μ and the biased σ² are the batch's, float32 (float64 for float64), without gradient: the caller updates its running statistics with
@@ -80,15 +94,24 @@ def composite() -> bool:
 
     So FlopCounterMode counts it without a formula of ours, whose registration would import Triton (155 ms) with the package.
     """
-    return (forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-            or torch._C._len_torch_dispatch_stack() > 0)
+    return (
+        forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def _direct(x: Tensor, weight: Tensor) -> bool:
     """Whether the dispatcher would only find the kernel: no gradients, autocast, tracing, subclasses or profiler. It takes 17 µs."""
-    return (not torch.is_grad_enabled() and type(x) is Tensor and type(weight) in (Tensor, torch.nn.Parameter)
-            and not torch.is_autocast_enabled(x.device.type) and not torch.compiler.is_compiling()
-            and torch._C._get_tracing_state() is None and not torch.autograd._profiler_enabled())
+    return (
+        not torch.is_grad_enabled()
+        and type(x) is Tensor
+        and type(weight) in (Tensor, torch.nn.Parameter)
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and not torch.autograd._profiler_enabled()
+    )
 
 
 def pair(value: Pair) -> tuple[int, int]:
@@ -96,6 +119,7 @@ def pair(value: Pair) -> tuple[int, int]:
 
 
 # ---------------------------------------------------------------- checks: once for each new combination of shapes, dtypes and devices
+
 
 def require(ok: bool, op: str, what: str, got, expected) -> None:
     if not ok:
@@ -134,30 +158,63 @@ def check_convolution(x: Tensor, weight: Tensor, groups: int, **others: Tensor |
     check_images(op, x, weight=weight, **others)
     require(weight.dim() == 4, op, "weight", f"{weight.dim()}-D shape {list(weight.shape)}", "4-D [K, C/groups, R, S]")
     require(weight.dtype == x.dtype, op, "x dtype", x.dtype, f"{weight.dtype} (that of weight)")
-    require(x.shape[1] == weight.shape[1] * groups, op, "x channels", x.shape[1],
-             f"{weight.shape[1] * groups} (weight is {list(weight.shape)}, groups {groups})")
+    require(
+        x.shape[1] == weight.shape[1] * groups,
+        op,
+        "x channels",
+        x.shape[1],
+        f"{weight.shape[1] * groups} (weight is {list(weight.shape)}, groups {groups})",
+    )
 
 
 def check_geometry(op: str, x: Tensor, weight: Tensor, groups: int, **geometry: tuple[int, int]) -> tuple[int, ...]:
     """The output's shape. Libraries divide by a stride and by groups without asking: a 0 would end the process."""
     for name, numbers in geometry.items():
         least = 0 if name == "padding" else 1
-        require(len(numbers) == 2 and min(numbers) >= least, op, name, list(numbers), f"one or two whole numbers of {least} or more")
+        require(
+            len(numbers) == 2 and min(numbers) >= least,
+            op,
+            name,
+            list(numbers),
+            f"one or two whole numbers of {least} or more",
+        )
     require(groups >= 1, op, "groups", groups, "1 or more")
-    require(weight.numel() > 0 and weight.shape[0] % groups == 0, op, "weight", list(weight.shape), f"filters, a multiple of groups ({groups})")
-    sizes = [(i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d in zip(x.shape[2:], weight.shape[2:], *geometry.values(), strict=True)]
-    require(min(sizes) >= 1, op, "image", f"{x.shape[2]}×{x.shape[3]} pixels",
-            f"at least one output pixel for filters of {list(weight.shape)} with {', '.join(f'{k} {list(v)}' for k, v in geometry.items())}")
+    require(
+        weight.numel() > 0 and weight.shape[0] % groups == 0,
+        op,
+        "weight",
+        list(weight.shape),
+        f"filters, a multiple of groups ({groups})",
+    )
+    sizes = [
+        (i + 2 * p - d * (k - 1) - 1) // s + 1
+        for i, k, s, p, d in zip(x.shape[2:], weight.shape[2:], *geometry.values(), strict=True)
+    ]
+    require(
+        min(sizes) >= 1,
+        op,
+        "image",
+        f"{x.shape[2]}×{x.shape[3]} pixels",
+        f"at least one output pixel for filters of {list(weight.shape)} with {', '.join(f'{k} {list(v)}' for k, v in geometry.items())}",
+    )
     return x.shape[0], weight.shape[0], *sizes
 
 
-def check_conv_bn_act(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> None:
+def check_conv_bn_act(
+    x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
+) -> None:
     op = "conv_bn_act"
     _check_act(op, act)
     check_convolution(x, weight, groups, scale=scale, shift=shift, residual=residual, mean=mean, var=var)
     require((mean is None) == (var is None), op, "mean and var", "one of them", "both or neither")
     check_vectors(op, weight.shape[0], scale=scale, shift=shift, mean=mean, var=var)
-    check_like(op, "residual", residual, check_geometry(op, x, weight, groups, stride=stride, padding=padding, dilation=dilation), x.dtype)
+    check_like(
+        op,
+        "residual",
+        residual,
+        check_geometry(op, x, weight, groups, stride=stride, padding=padding, dilation=dilation),
+        x.dtype,
+    )
 
 
 def check_bn_act(x, weight, bias, residual, eps, act) -> None:
@@ -184,7 +241,10 @@ def _unchecked(*args) -> None:
 
 # ---------------------------------------------------------------- fakes: shapes and strides without data
 
-def _fake_conv_bn_act(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
+
+def _fake_conv_bn_act(
+    x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
+) -> Tensor:
     # Also the Meta kernel, which the dispatcher calls for a mix of real and meta tensors: without a check it would answer.
     check_images("conv_bn_act", x, weight=weight, scale=scale, shift=shift, residual=residual, mean=mean, var=var)
     return F.conv2d(x, weight, None, stride, padding, dilation, groups)
@@ -198,8 +258,12 @@ def _fake_bn_act(x, weight, bias, residual, eps, act) -> tuple[Tensor, Tensor, T
 
 
 def _fake_bn_act_backward(dy, x, y, weight, mean, var, eps, act, residual) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight),
-            torch.empty_like(y) if residual else x.new_empty(0))
+    return (
+        torch.empty_like(x),
+        torch.empty_like(weight),
+        torch.empty_like(weight),
+        torch.empty_like(y) if residual else x.new_empty(0),
+    )
 
 
 def _fake_add_act(x, y, gate, act) -> Tensor:
@@ -214,6 +278,7 @@ def _fake_add_act_backward(dout, out, x, gate, act) -> tuple[Tensor, Tensor, Ten
 
 
 # ---------------------------------------------------------------- derivatives
+
 
 def differentiable(formula, saved: tuple, grad: Tensor | tuple[Tensor, ...]) -> tuple:
     """First derivatives, under ``create_graph`` such that can be differentiated again: autograd on a formula, say the reference up to
@@ -256,7 +321,9 @@ class _ConvBnAct(torch.autograd.Function):
         need = ctx.needs_input_grad
         if torch.is_grad_enabled():
             dz = reference.relu_mask(dy, out, act)
-            *first, dmean, dvar = differentiable(_linear_conv, (x, weight, scale, shift, mean, var, *ctx.rest[:-1]), dz)[:6]
+            *first, dmean, dvar = differentiable(
+                _linear_conv, (x, weight, scale, shift, mean, var, *ctx.rest[:-1]), dz
+            )[:6]
             return *first, dz if need[4] else None, dmean, dvar, *[None] * 6
         dz = torch.ops.aten.threshold_backward(dy, out, 0) if act == "relu" else dy
         s, _ = reference.affine(scale, shift, mean, var, eps)
@@ -274,8 +341,12 @@ class _ConvBnAct(torch.autograd.Function):
             dt = dz.sum((0, 2, 3), dtype=s.dtype)
             ds = (weight.to(s.dtype) * raw).sum((1, 2, 3)) if need[2] or need[6] else None
             vectors = _affine_backward(ds, dt, scale, mean, var, eps)
-            vectors = [v.to(p.dtype) if wanted else None for v, p, wanted in
-                       zip(vectors, (scale, shift, mean, var), (need[2], need[3], need[5], need[6]), strict=True)]
+            vectors = [
+                v.to(p.dtype) if wanted else None
+                for v, p, wanted in zip(
+                    vectors, (scale, shift, mean, var), (need[2], need[3], need[5], need[6]), strict=True
+                )
+            ]
         return dx, dweight, *vectors[:2], dz if need[4] else None, *vectors[2:], *[None] * 6
 
 
@@ -284,7 +355,9 @@ def _flat_like(grad: Tensor, t: Tensor) -> Tensor:
     return grad.reshape(-1).view(t.shape) if t.is_contiguous() and t.stride(-1) == 1 else grad
 
 
-def _affine_backward(ds: Tensor | None, dt: Tensor, scale: Tensor, mean: Tensor | None, var: Tensor | None, eps: float) -> list:
+def _affine_backward(
+    ds: Tensor | None, dt: Tensor, scale: Tensor, mean: Tensor | None, var: Tensor | None, eps: float
+) -> list:
     """Through s = γ·r, t = β − μ·s, r = (σ²+ε)^-½: dγ = q·r, dβ = dt, dμ = −γ·r·dt, dσ² = −½·γ·r³·q, with q = ds − μ·dt."""
     if mean is None:
         return [ds, dt, None, None]
@@ -311,10 +384,16 @@ class _BnAct(torch.autograd.Function):
         eps, act = ctx.rest
         if torch.is_grad_enabled():
             dz = reference.relu_mask(dy, y, act)
-            return *differentiable(_linear_bn, (x, weight, bias, eps), dz)[:3], dz if ctx.needs_input_grad[3] else None, None, None
+            return (
+                *differentiable(_linear_bn, (x, weight, bias, eps), dz)[:3],
+                dz if ctx.needs_input_grad[3] else None,
+                None,
+                None,
+            )
         y = dy if y is None else y  # without an activation there is no mask to take from it
-        dx, dweight, dbias, dresidual = below_autograd(BN_ACT_BACKWARD, dy, x, y, weight, mean, var, eps, act,
-                                                       ctx.needs_input_grad[3])
+        dx, dweight, dbias, dresidual = below_autograd(
+            BN_ACT_BACKWARD, dy, x, y, weight, mean, var, eps, act, ctx.needs_input_grad[3]
+        )
         return dx, dweight, dbias, dresidual if ctx.needs_input_grad[3] else None, None, None
 
 
@@ -338,8 +417,10 @@ class _AddAct(torch.autograd.Function):
 
 # ---------------------------------------------------------------- registration
 
+
 def dispatched(op: str, check):
     """The op's implementation: look the kernel up, checking the arguments the first time such a combination is seen."""
+
     def run(*args):
         return select(op, args, check)(*args)
 
@@ -349,17 +430,33 @@ def dispatched(op: str, check):
 CONV_BN_ACT = define(
     "conv_bn_act(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor? mean, Tensor? var, float eps, "
     "int[2] stride, int[2] padding, int[2] dilation, int groups, str act) -> Tensor",
-    impl=dispatched("conv_bn_act", check_conv_bn_act), fake=_fake_conv_bn_act, function=_ConvBnAct, lowered=(0, 1, 4))
+    impl=dispatched("conv_bn_act", check_conv_bn_act),
+    fake=_fake_conv_bn_act,
+    function=_ConvBnAct,
+    lowered=(0, 1, 4),
+)
 BN_ACT = define(
     "bn_act(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps, str act) -> (Tensor, Tensor, Tensor)",
-    impl=dispatched("bn_act", check_bn_act), fake=_fake_bn_act, function=_BnAct)
+    impl=dispatched("bn_act", check_bn_act),
+    fake=_fake_bn_act,
+    function=_BnAct,
+)
 BN_ACT_BACKWARD = define(
     "bn_act_backward(Tensor dy, Tensor x, Tensor y, Tensor weight, Tensor mean, Tensor var, float eps, str act, bool residual) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    impl=dispatched("bn_act_backward", _unchecked), fake=_fake_bn_act_backward, function=None)
+    impl=dispatched("bn_act_backward", _unchecked),
+    fake=_fake_bn_act_backward,
+    function=None,
+)
 ADD_ACT = define(
     "add_act(Tensor x, Tensor y, Tensor? gate, str act) -> Tensor",
-    impl=dispatched("add_act", check_add_act), fake=_fake_add_act, function=_AddAct)
+    impl=dispatched("add_act", check_add_act),
+    fake=_fake_add_act,
+    function=_AddAct,
+)
 ADD_ACT_BACKWARD = define(
     "add_act_backward(Tensor dout, Tensor out, Tensor? x, Tensor? gate, str act) -> (Tensor, Tensor, Tensor)",
-    impl=dispatched("add_act_backward", _unchecked), fake=_fake_add_act_backward, function=None)
+    impl=dispatched("add_act_backward", _unchecked),
+    fake=_fake_add_act_backward,
+    function=None,
+)

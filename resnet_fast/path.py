@@ -116,8 +116,13 @@ def _never(m: nn.Module) -> None:
     return None
 
 
-_CHECKS = {nn.Conv2d: _why_plain_conv, nn.BatchNorm2d: _why_plain_bn, nn.SyncBatchNorm: _why_plain_sync,
-           nn.ReLU: _never, nn.Sequential: _never}
+_CHECKS = {
+    nn.Conv2d: _why_plain_conv,
+    nn.BatchNorm2d: _why_plain_bn,
+    nn.SyncBatchNorm: _why_plain_sync,
+    nn.ReLU: _never,
+    nn.Sequential: _never,
+}
 
 
 def is_frozen_bn(m: nn.Module) -> bool:
@@ -136,14 +141,32 @@ def conv_bn_act(conv: nn.Conv2d, bn: nn.Module, x: Tensor, residual: Tensor | No
         _require_fit(x, conv)
         z = convolve(conv, x, _with_own_strides(conv.weight))
         return batch_norm_act(bn, z, residual, act)
-    return ops.conv_bn_act(x, conv.weight, bn.weight, bn.bias, residual, mean=bn.running_mean, var=bn.running_var, eps=bn.eps,
-                           stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups, act=act)
+    return ops.conv_bn_act(
+        x,
+        conv.weight,
+        bn.weight,
+        bn.bias,
+        residual,
+        mean=bn.running_mean,
+        var=bn.running_var,
+        eps=bn.eps,
+        stride=conv.stride,
+        padding=conv.padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        act=act,
+    )
 
 
 def _require_fit(x: Tensor, conv: nn.Conv2d) -> None:
     """The sentence of ``ops.conv_bn_act`` for a wrong input, in training too, where the convolution is torch's own."""
     weight = conv.weight
-    fits = x.dim() == 4 and x.dtype is weight.dtype and x.device == weight.device and x.shape[1] == weight.shape[1] * conv.groups
+    fits = (
+        x.dim() == 4
+        and x.dtype is weight.dtype
+        and x.device == weight.device
+        and x.shape[1] == weight.shape[1] * conv.groups
+    )
     if not fits and not torch.is_autocast_enabled(x.device.type):  # autocast makes the dtypes meet
         ops.check_convolution(x, weight, conv.groups)
 
@@ -176,7 +199,9 @@ def _better_apart(bn: nn.BatchNorm2d, z: Tensor, residual: Tensor | None, act: s
 
 def one_by_one(bn: nn.BatchNorm2d, z: Tensor, residual: Tensor | None, act: str) -> Tensor:
     """Eager's own launches: 3 of batch norm, its count and ReLU, where torch's ``bn_act`` and the statistics beside it would take 11."""
-    if bn.training and bn.track_running_stats and not _tracks(bn):  # recomputing: no step of the statistics, but they are saved again
+    if (
+        bn.training and bn.track_running_stats and not _tracks(bn)
+    ):  # recomputing: no step of the statistics, but they are saved again
         out = F.batch_norm(z, bn.running_mean, bn.running_var, bn.weight, bn.bias, True, 0.0, bn.eps)
     else:
         out = bn(z)

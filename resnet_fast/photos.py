@@ -19,9 +19,26 @@ if TYPE_CHECKING:
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training images, RGB in [0, 1]
 # Photographs only: the packages also ship charts, text and phantoms.
 PHOTOS = {
-    "skimage": ("data", ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png",
-                         "motorcycle_right.png", "camera.png", "coins.png", "hubble_deep_field.jpg", "retina.jpg",
-                         "ihc.png", "moon.png", "brick.png", "grass.png", "gravel.png")),
+    "skimage": (
+        "data",
+        (
+            "astronaut.png",
+            "chelsea.png",
+            "coffee.png",
+            "rocket.jpg",
+            "motorcycle_left.png",
+            "motorcycle_right.png",
+            "camera.png",
+            "coins.png",
+            "hubble_deep_field.jpg",
+            "retina.jpg",
+            "ihc.png",
+            "moon.png",
+            "brick.png",
+            "grass.png",
+            "gravel.png",
+        ),
+    ),
     "sklearn": ("datasets/images", ("china.jpg", "flower.jpg")),
 }
 

@@ -19,9 +19,20 @@ if TYPE_CHECKING:
     from .planning import Plan
 
 
-def plan(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None = None, cuda_graph: bool | None = None, tune: bool = False,
-         fuse: bool = True, features: Sequence[str] | None = None, normalize: tuple[Sequence[float], Sequence[float]] | None = None,
-         softmax: bool = False, topk: int | None = None, across: Sequence[str] | None = None) -> Plan:
+def plan(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    cuda_graph: bool | None = None,
+    tune: bool = False,
+    fuse: bool = True,
+    features: Sequence[str] | None = None,
+    normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+    softmax: bool = False,
+    topk: int | None = None,
+    across: Sequence[str] | None = None,
+) -> Plan:
     """A callable snapshot of ``model`` in eval, made for ``example``'s device and tried on it; the model is left unchanged.
 
     ``model``: ours, torchvision's, timm's, accelerated or any whose forward can be traced, of one input [N, C, H, W]; other batch
@@ -37,8 +48,20 @@ def plan(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None = None,
     Raises ValueError, before anything is built, with what cannot be planned and why.
     """
     from .planning import make
-    return make(model, example, dtype=dtype, cuda_graph=cuda_graph, tune=tune, fuse=fuse, features=features, normalize=normalize,
-                softmax=softmax, topk=topk, across=across)
+
+    return make(
+        model,
+        example,
+        dtype=dtype,
+        cuda_graph=cuda_graph,
+        tune=tune,
+        fuse=fuse,
+        features=features,
+        normalize=normalize,
+        softmax=softmax,
+        topk=topk,
+        across=across,
+    )
 
 
 def load_plan(path: str | Path, device: torch.device | str = "cpu", *, cuda_graph: bool | None = None) -> Plan:
@@ -46,4 +69,5 @@ def load_plan(path: str | Path, device: torch.device | str = "cpu", *, cuda_grap
     and for a device that this machine has not.
     """
     from .planfile import load
+
     return load(path, device, cuda_graph)

@@ -17,8 +17,10 @@ def check_example(example: Tensor, normalize: Any) -> None:
         raise ValueError(f"plan: example: got {shape}, expected one 4-D tensor [N, C, H, W]")
     right = example.dtype == torch.uint8 if normalize is not None else example.is_floating_point()
     if not right:
-        raise ValueError(f"plan: example: got {example.dtype} with normalize={normalize}, expected uint8 [N, H, W, 3] with "
-                         "normalize=(mean, std), or a floating dtype without")
+        raise ValueError(
+            f"plan: example: got {example.dtype} with normalize={normalize}, expected uint8 [N, H, W, 3] with "
+            "normalize=(mean, std), or a floating dtype without"
+        )
 
 
 def numbers(normalize: Any) -> Normalize | None:
@@ -37,7 +39,9 @@ def numbers(normalize: Any) -> Normalize | None:
 def names_of(features: Any) -> Sequence[str] | None:
     """The names of modules, where one may stand by itself."""
     features = (features,) if isinstance(features, str) else features
-    if features is not None and (not isinstance(features, (tuple, list)) or not features or not all(isinstance(f, str) for f in features)):
+    if features is not None and (
+        not isinstance(features, (tuple, list)) or not features or not all(isinstance(f, str) for f in features)
+    ):
         raise ValueError(f"plan: features: got {features!r}, expected names of modules, or None")
     return features
 
@@ -46,11 +50,19 @@ def check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"plan: model: got {type(model).__name__}, expected an nn.Module")
     if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
-        raise ValueError("plan: model: got one with meta tensors, which have no values, expected weights: load them first")
+        raise ValueError(
+            "plan: model: got one with meta tensors, which have no values, expected weights: load them first"
+        )
 
 
-def check_options(dtype: torch.dtype, device: torch.device, cuda_graph: bool | None, softmax: bool, topk: int | None,
-                  features: Sequence[str] | None) -> None:
+def check_options(
+    dtype: torch.dtype,
+    device: torch.device,
+    cuda_graph: bool | None,
+    softmax: bool,
+    topk: int | None,
+    features: Sequence[str] | None,
+) -> None:
     if dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         raise ValueError(f"plan: dtype: got {dtype}, expected torch.float32, float64, float16 or bfloat16")
     if cuda_graph and device.type != "cuda":
@@ -58,7 +70,9 @@ def check_options(dtype: torch.dtype, device: torch.device, cuda_graph: bool | N
     if topk is not None and (type(topk) is not int or topk < 1):
         raise ValueError(f"plan: topk: got {topk!r}, expected a whole number, at least 1, or None")
     if features is not None and (softmax or topk):
-        raise ValueError("plan: features: softmax and topk are of the classes; make two plans, they share their weights")
+        raise ValueError(
+            "plan: features: softmax and topk are of the classes; make two plans, they share their weights"
+        )
 
 
 def place(device: torch.device | str) -> torch.device:
@@ -68,8 +82,10 @@ def place(device: torch.device | str) -> torch.device:
         if found.type in ("cpu", "cuda"):
             torch.empty(0, device=found)
     except (RuntimeError, TypeError, AssertionError) as problem:  # AssertionError: a torch that was built without CUDA
-        raise ValueError(f'plan: device: got {device}, which is not to be had here ({str(problem).splitlines()[0]}): use "cpu", or "cuda" '
-                         f"on a machine whose GPU torch {torch.__version__} sees") from problem
+        raise ValueError(
+            f'plan: device: got {device}, which is not to be had here ({str(problem).splitlines()[0]}): use "cpu", or "cuda" '
+            f"on a machine whose GPU torch {torch.__version__} sees"
+        ) from problem
     if found.type not in ("cpu", "cuda"):
         raise ValueError(f"plan: device: got {found}, expected cpu or cuda")
     return torch.device("cuda", torch.cuda.current_device()) if found.type == "cuda" and found.index is None else found

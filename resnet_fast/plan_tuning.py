@@ -66,12 +66,18 @@ def choose_groups(plan: Plan, example: Tensor, device: Device, seconds: float, s
         lines = tried((name,), lambda variant: variant.explain(example))
         won = {} if lines is None else _won(lines)
         options += [option for option in won.values() if option not in options]
-        tried.told += [f"across: {name}: not used: no kernel of it won against single steps"] if lines is not None and not won else []
+        tried.told += (
+            [f"across: {name}: not used: no kernel of it won against single steps"]
+            if lines is not None and not won
+            else []
+        )
     networks = _Networks(options, plan, example, device, tried)
     chosen, decisions = search(options, networks, lambda some: _formed(plan, options, some), _deadline(seconds), say)
     plan.use_across(_names(options, chosen), list(dict.fromkeys([*tried.told, *decisions])))
     if not plan.asked and (networks.ready or not options):
-        remembered.keep(device.name, plan, example, complete=not any(UNTRIED in note or FAILED in note for note in plan.notes))
+        remembered.keep(
+            device.name, plan, example, complete=not any(UNTRIED in note or FAILED in note for note in plan.notes)
+        )
 
 
 class _Tried:
@@ -85,7 +91,9 @@ class _Tried:
         try:
             return work(self.plan.variant(across))
         except (torch.OutOfMemoryError, RuntimeError, ValueError) as trouble:
-            self.told.append(f"across: {', '.join(across) or 'the plan without groups'} {FAILED}: {first_line(trouble)}")
+            self.told.append(
+                f"across: {', '.join(across) or 'the plan without groups'} {FAILED}: {first_line(trouble)}"
+            )
             return None
         finally:
             self.device.settle()

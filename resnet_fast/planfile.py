@@ -20,12 +20,59 @@ from .schedule import Attribute, Step, Value, names, references
 VERSION = 2
 # A file may name these functions and no others: a name is looked up and called.
 _SAFE = ("Tensor", "torch.nn.functional", "operator")
-_SAFE_TORCH = {f"torch.{name}" for name in (
-    "flatten", "relu", "add", "sub", "mul", "div", "mean", "sum", "sigmoid", "tanh", "cat", "stack", "split", "chunk", "squeeze", "unsqueeze",
-    "reshape", "softmax", "transpose", "permute", "matmul", "conv2d", "_assert")}
-_UNSAFE = {f"operator.{name}" for name in (
-    "attrgetter", "methodcaller", "call", "itemgetter", "setitem", "delitem", "iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul",
-    "imod", "imul", "ior", "ipow", "irshift", "isub", "itruediv", "ixor")}
+_SAFE_TORCH = {
+    f"torch.{name}"
+    for name in (
+        "flatten",
+        "relu",
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "mean",
+        "sum",
+        "sigmoid",
+        "tanh",
+        "cat",
+        "stack",
+        "split",
+        "chunk",
+        "squeeze",
+        "unsqueeze",
+        "reshape",
+        "softmax",
+        "transpose",
+        "permute",
+        "matmul",
+        "conv2d",
+        "_assert",
+    )
+}
+_UNSAFE = {
+    f"operator.{name}"
+    for name in (
+        "attrgetter",
+        "methodcaller",
+        "call",
+        "itemgetter",
+        "setitem",
+        "delitem",
+        "iadd",
+        "iand",
+        "iconcat",
+        "ifloordiv",
+        "ilshift",
+        "imatmul",
+        "imod",
+        "imul",
+        "ior",
+        "ipow",
+        "irshift",
+        "isub",
+        "itruediv",
+        "ixor",
+    )
+}
 _SAFE_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
 
 
@@ -43,10 +90,19 @@ def record(plan: Plan) -> dict[str, Any]:
     if code:
         raise ValueError(f"plan: cannot be saved: {', '.join(code)} would have to travel as code")
     return {
-        "resnet_fast_plan": VERSION, "steps": [_encode({f.name: getattr(step, f.name) for f in fields(step)}) for step in held.steps],
-        "inputs": list(held.inputs), "output": _encode(held.output), "tensors": dict(held.tensors),
-        "filters": {k: {"weight": f.weight, "bias": f.bias, "geometry": list(map(_encode, f.geometry))} for k, f in held.filters.items()},
-        "dtype": str(plan.dtype).removeprefix("torch."), "normalize": _encode(plan.normalize), "softmax": plan.softmax, "topk": plan.topk,
+        "resnet_fast_plan": VERSION,
+        "steps": [_encode({f.name: getattr(step, f.name) for f in fields(step)}) for step in held.steps],
+        "inputs": list(held.inputs),
+        "output": _encode(held.output),
+        "tensors": dict(held.tensors),
+        "filters": {
+            k: {"weight": f.weight, "bias": f.bias, "geometry": list(map(_encode, f.geometry))}
+            for k, f in held.filters.items()
+        },
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "normalize": _encode(plan.normalize),
+        "softmax": plan.softmax,
+        "topk": plan.topk,
         "across": list(plan.across),
     }
 
@@ -58,7 +114,9 @@ def load(path: str | Path, device: torch.device | str, cuda_graph: bool | None) 
     with open(path, "rb") as file:  # a path that cannot be read is an OSError
         try:
             record = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as problem:  # a foreign or torn file makes torch's reader and its safe unpickler raise anything
+        except (
+            Exception
+        ) as problem:  # a foreign or torn file makes torch's reader and its safe unpickler raise anything
             raise ValueError(f"plan: {path}: not a plan, or damaged ({type(problem).__name__})") from problem
     return restored(record, device, cuda_graph, str(path))
 
@@ -74,25 +132,47 @@ def restored(record: Any, device: torch.device | str, cuda_graph: bool | None, p
     try:
         steps = tuple(Step(**_decode(step)) for step in record["steps"])
         filters = {k: _filter(f) for k, f in record["filters"].items()}
-        lowered = Lowered(steps, tuple(record["inputs"]), _decode(record["output"]), filters, record["tensors"], {}).shared()
-        dtype, ends = DTYPES[record["dtype"]], {"normalize": _decode(record["normalize"]), "softmax": record["softmax"], "topk": record["topk"]}
+        lowered = Lowered(
+            steps, tuple(record["inputs"]), _decode(record["output"]), filters, record["tensors"], {}
+        ).shared()
+        dtype, ends = (
+            DTYPES[record["dtype"]],
+            {"normalize": _decode(record["normalize"]), "softmax": record["softmax"], "topk": record["topk"]},
+        )
         across = known(record["across"])
         wrong = _wrong(lowered)
     except (LookupError, TypeError, ValueError, AttributeError) as problem:
         raise ValueError(f"plan: {path}: damaged ({type(problem).__name__}: {problem})") from problem
     if wrong is not None:
         raise ValueError(f"plan: {path}: {wrong}")
-    return Plan(lowered if device.type == "cpu" else lowered.to(device), dtype, device, cuda_graph=cuda_graph, across=across, **ends)
+    return Plan(
+        lowered if device.type == "cpu" else lowered.to(device),
+        dtype,
+        device,
+        cuda_graph=cuda_graph,
+        across=across,
+        **ends,
+    )
 
 
 def _filter(record: dict) -> Filter:
     """One convolution's; raises ValueError for shapes that a kernel would take on trust."""
     weight, bias, geometry = record["weight"], record["bias"], tuple(map(_decode, record["geometry"]))
     pairs, groups = geometry[:3], geometry[3]
-    if weight.dim() != 4 or bias.shape != weight.shape[:1] or weight.dtype != bias.dtype or not weight.is_floating_point():
+    if (
+        weight.dim() != 4
+        or bias.shape != weight.shape[:1]
+        or weight.dtype != bias.dtype
+        or not weight.is_floating_point()
+    ):
         raise ValueError(f"weight {list(weight.shape)} and bias {list(bias.shape)} of no convolution")
     least = 1, 0, 1  # of stride, padding, dilation
-    if len(geometry) != 4 or any(len(p) != 2 or min(p) < n for p, n in zip(pairs, least, strict=True)) or groups < 1 or len(weight) % groups:
+    if (
+        len(geometry) != 4
+        or any(len(p) != 2 or min(p) < n for p, n in zip(pairs, least, strict=True))
+        or groups < 1
+        or len(weight) % groups
+    ):
         raise ValueError(f"geometry {geometry} of no convolution")
     return Filter(weight.contiguous(memory_format=torch.channels_last), bias, geometry)
 
@@ -105,8 +185,11 @@ def _wrong(lowered: Lowered) -> str | None:
     for step in lowered.steps:
         if not _is_safe(step):
             return f"step {step.output} wants to call {step.target}, which no saved plan does"
-        absent = (set(references(step)) - known or set(attributes((step.args, step.kwargs))) - lowered.tensors.keys()
-                  or ({step.output} - lowered.filters.keys() if step.op == "conv_bn_act" else set()))
+        absent = (
+            set(references(step)) - known
+            or set(attributes((step.args, step.kwargs))) - lowered.tensors.keys()
+            or ({step.output} - lowered.filters.keys() if step.op == "conv_bn_act" else set())
+        )
         if absent:
             return f"step {step.output} reads {min(absent)}, which is not there"
         known.add(step.output)
@@ -151,7 +234,7 @@ def _decode(value: Any) -> Any:
         return list(map(_decode, value))
     if not isinstance(value, dict):
         return value
-    (kind, held), = value.items()
+    ((kind, held),) = value.items()
     if kind in ("value", "attribute"):
         return Value(held) if kind == "value" else Attribute(held)
     if kind == "tuple":

@@ -36,7 +36,11 @@ class Filter:
 
     def same(self, other: Filter) -> bool:
         """Whether another plan's filter may serve here too."""
-        return self.geometry == other.geometry and torch.equal(self.weight, other.weight) and torch.equal(self.bias, other.bias)
+        return (
+            self.geometry == other.geometry
+            and torch.equal(self.weight, other.weight)
+            and torch.equal(self.bias, other.bias)
+        )
 
 
 # What living plans hold, by shape: for each a dict of weak references, so that a thread may look while another adds.
@@ -57,9 +61,7 @@ def _shared(mine: Filter | Tensor) -> Any:
 
 @dataclass
 class Lowered:
-    """Steps that refer to nothing but ``filters`` (by step output), ``tensors`` (by path) and copies of ``modules`` that stay one call.
-
-    """
+    """Steps that refer to nothing but ``filters`` (by step output), ``tensors`` (by path) and copies of ``modules`` that stay one call."""
 
     steps: tuple[Step, ...]
     inputs: tuple[str, ...]
@@ -70,8 +72,11 @@ class Lowered:
 
     def shared(self) -> Lowered:
         """The same, but what a living plan holds with the very same values is taken from it: plans of one model share weights."""
-        return replace(self, filters={name: _shared(mine) for name, mine in self.filters.items()},
-                       tensors={path: _shared(mine) for path, mine in self.tensors.items()})
+        return replace(
+            self,
+            filters={name: _shared(mine) for name, mine in self.filters.items()},
+            tensors={path: _shared(mine) for path, mine in self.tensors.items()},
+        )
 
     def to(self, device: torch.device) -> Lowered:
         """The same over weights on that device."""
@@ -84,14 +89,25 @@ class Lowered:
 # ---------------------------------------------------------------- what cannot be planned
 
 # What a plan, NHWC inside, would answer otherwise.
-_SEES_STRIDES = {"as_strided", "stride", "is_contiguous", "data_ptr", "storage", "untyped_storage", "storage_offset", "numpy"}
+_SEES_STRIDES = {
+    "as_strided",
+    "stride",
+    "is_contiguous",
+    "data_ptr",
+    "storage",
+    "untyped_storage",
+    "storage_offset",
+    "numpy",
+}
 
 
 def refused(model: nn.Module, found: Schedule | None = None) -> dict[str, str]:
     """What of ``model``, and of its schedule once there is one, cannot be planned: module or step → why."""
-    why = {path or type(model).__name__: "a batch norm without running statistics normalises with each batch's own"
-           for path, m in model.named_modules()
-           if isinstance(m, nn.BatchNorm2d) and not is_frozen_bn(m) and m.running_mean is None}
+    why = {
+        path or type(model).__name__: "a batch norm without running statistics normalises with each batch's own"
+        for path, m in model.named_modules()
+        if isinstance(m, nn.BatchNorm2d) and not is_frozen_bn(m) and m.running_mean is None
+    }
     if touched(model):
         why[type(model).__name__] = "the model itself has hooks or a forward of its own, which a plan would not call"
     if found is not None:
@@ -104,6 +120,7 @@ def refused(model: nn.Module, found: Schedule | None = None) -> dict[str, str]:
 
 
 # ---------------------------------------------------------------- a schedule over a model → steps over weights
+
 
 def lower(found: Schedule, model: nn.Module, dtype: torch.dtype, device: torch.device) -> Lowered:
     """Fold every convolution, turn torch's layers into functions over copied tensors, and copy what stays a module."""
@@ -159,16 +176,26 @@ def _norm(m: nn.Module, p: str) -> _Call:
 
 
 def _conv(m: nn.Module, p: str) -> _Call:
-    return f"{_F}conv{m.weight.dim() - 2}d", (*_weights(p, m, "weight", "bias"), m.stride, m.padding, m.dilation, m.groups), {}
+    return (
+        f"{_F}conv{m.weight.dim() - 2}d",
+        (*_weights(p, m, "weight", "bias"), m.stride, m.padding, m.dilation, m.groups),
+        {},
+    )
 
 
 # torch's layers as functions: (module, its path) → name, further arguments, keyword arguments.
 _FUNCTIONS: dict[type, Callable[[Any, str], _Call]] = {
     nn.AdaptiveAvgPool2d: lambda m, p: (f"{_F}adaptive_avg_pool2d", (m.output_size,), {}),
-    nn.AvgPool2d: lambda m, p: (f"{_F}avg_pool2d", (m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad,
-                                                    m.divisor_override), {}),
-    nn.BatchNorm1d: _norm, nn.BatchNorm2d: _norm, nn.SyncBatchNorm: _norm,
-    nn.Conv1d: _conv, nn.Conv2d: _conv,
+    nn.AvgPool2d: lambda m, p: (
+        f"{_F}avg_pool2d",
+        (m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override),
+        {},
+    ),
+    nn.BatchNorm1d: _norm,
+    nn.BatchNorm2d: _norm,
+    nn.SyncBatchNorm: _norm,
+    nn.Conv1d: _conv,
+    nn.Conv2d: _conv,
     nn.Dropout: lambda m, p: (f"{_F}dropout", (m.p, False), {}),
     nn.Dropout2d: lambda m, p: (f"{_F}dropout2d", (m.p, False), {}),
     nn.ELU: lambda m, p: (f"{_F}elu", (m.alpha,), {}),
@@ -180,8 +207,11 @@ _FUNCTIONS: dict[type, Callable[[Any, str], _Call]] = {
     nn.Hardtanh: lambda m, p: (f"{_F}hardtanh", (m.min_val, m.max_val), {}),
     nn.LeakyReLU: lambda m, p: (f"{_F}leaky_relu", (m.negative_slope,), {}),
     nn.Linear: lambda m, p: (f"{_F}linear", _weights(p, m, "weight", "bias"), {}),
-    nn.MaxPool2d: lambda m, p: (f"{_F}max_pool2d", (m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode,
-                                                    m.return_indices), {}),
+    nn.MaxPool2d: lambda m, p: (
+        f"{_F}max_pool2d",
+        (m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices),
+        {},
+    ),
     nn.Mish: lambda m, p: (f"{_F}mish", (), {}),
     nn.ReLU: lambda m, p: (f"{_F}relu", (), {}),
     nn.ReLU6: lambda m, p: (f"{_F}relu6", (), {}),
@@ -203,14 +233,30 @@ def as_function(step: Step, model: nn.Module) -> Step:
 def _layer_as_function(step: Step, m: nn.Module) -> Step:
     """Anything but an untouched layer of torch's stays a module."""
     make = _FUNCTIONS.get(type(m))
-    if make is None or len(step.args) != 1 or step.kwargs or touched(m) or getattr(m, "padding_mode", "zeros") != "zeros":
+    if (
+        make is None
+        or len(step.args) != 1
+        or step.kwargs
+        or touched(m)
+        or getattr(m, "padding_mode", "zeros") != "zeros"
+    ):
         return step
     name, args, kwargs = make(m, step.target)
     return replace(step, op="function", target=name, args=(*step.args, *args), kwargs=kwargs)
 
 
-_IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv", "ifloordiv": "floordiv", "imod": "mod",
-             "ipow": "pow", "iand": "and_", "ior": "or_", "ixor": "xor"}
+_IN_PLACE = {
+    "iadd": "add",
+    "isub": "sub",
+    "imul": "mul",
+    "itruediv": "truediv",
+    "ifloordiv": "floordiv",
+    "imod": "mod",
+    "ipow": "pow",
+    "iand": "and_",
+    "ior": "or_",
+    "ixor": "xor",
+}
 
 
 def _pure(step: Step) -> Step:

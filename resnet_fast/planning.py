@@ -30,8 +30,20 @@ from .whole import joined, pieces
 SHAPES = 8  # programs (and CUDA graphs) kept at a time, oldest out: a service that sees every shape must not grow without end
 
 
-def make(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None, cuda_graph: bool | None, tune: bool, fuse: bool,
-         features: Sequence[str] | None, normalize: Normalize | None, softmax: bool, topk: int | None, across: Sequence[str] | None) -> Plan:
+def make(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    dtype: torch.dtype | None,
+    cuda_graph: bool | None,
+    tune: bool,
+    fuse: bool,
+    features: Sequence[str] | None,
+    normalize: Normalize | None,
+    softmax: bool,
+    topk: int | None,
+    across: Sequence[str] | None,
+) -> Plan:
     """See :func:`resnet_fast.plan`."""
     named, features, normalize = known(across or ()), names_of(features), numbers(normalize)
     check_example(example, normalize)
@@ -41,8 +53,17 @@ def make(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None, cuda_g
     check_model(model)
     check_options(dtype, example.device, cuda_graph, softmax, topk, features)
     found = _schedule(model, fuse, features)
-    made = Plan(lower(found, model, dtype, example.device), dtype, example.device, cuda_graph=cuda_graph, normalize=normalize,
-                softmax=softmax, topk=topk, across=named, source=(weakref.ref(model), fuse, features))
+    made = Plan(
+        lower(found, model, dtype, example.device),
+        dtype,
+        example.device,
+        cuda_graph=cuda_graph,
+        normalize=normalize,
+        softmax=softmax,
+        topk=topk,
+        across=named,
+        source=(weakref.ref(model), fuse, features),
+    )
     if tune:
         made.tune(example)
     elif across is None:
@@ -55,12 +76,16 @@ def make(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None, cuda_g
 def _schedule(model: nn.Module, fuse: bool, features: Sequence[str] | None) -> Schedule:
     """The whole network's schedule, or ValueError with everything that stands against it."""
     name = type(model).__name__
-    inside = next((child for child in ("module", "_orig_mod") if list(model._modules) == [child]), None)  # DDP, EMA; torch.compile
+    inside = next(
+        (child for child in ("module", "_orig_mod") if list(model._modules) == [child]), None
+    )  # DDP, EMA; torch.compile
     hint = f"; it wraps another model: plan that, model.{inside}" if inside else ""
 
     def check(why: dict[str, str]) -> None:
         if why:
-            raise ValueError(f"plan: cannot plan {name}: " + "; ".join(f"{what}: {reason}" for what, reason in why.items()) + hint)
+            raise ValueError(
+                f"plan: cannot plan {name}: " + "; ".join(f"{what}: {reason}" for what, reason in why.items()) + hint
+            )
 
     check(refused(model))
     try:
@@ -68,7 +93,9 @@ def _schedule(model: nn.Module, fuse: bool, features: Sequence[str] | None) -> S
     except Untraceable as reason:
         raise ValueError(f"plan: {name} cannot be planned: {reason}{hint}") from None
     if len(found.inputs) != 1:
-        raise ValueError(f"plan: {name}: got {len(found.inputs)} inputs ({', '.join(found.inputs)}), expected one tensor")
+        raise ValueError(
+            f"plan: {name}: got {len(found.inputs)} inputs ({', '.join(found.inputs)}), expected one tensor"
+        )
     check(refused(model, found))
     return found
 
@@ -81,10 +108,27 @@ def _leaf(path: str, m: nn.Module) -> bool:
 class Plan:
     """A network as steps over folded weights. Call it with images; print it for its steps. Outputs are the caller's own. Thread-safe."""
 
-    def __init__(self, lowered: Lowered, dtype: torch.dtype, device: torch.device, *, cuda_graph: bool | None, normalize: Any,
-                 softmax: bool, topk: int | None, across: Sequence[str] = (), source: tuple | None = None) -> None:
+    def __init__(
+        self,
+        lowered: Lowered,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        cuda_graph: bool | None,
+        normalize: Any,
+        softmax: bool,
+        topk: int | None,
+        across: Sequence[str] = (),
+        source: tuple | None = None,
+    ) -> None:
         self._plain, self.dtype, self.device = lowered, dtype, place(device)  # its steps before any is part of a group
-        self.cuda_graph, self.normalize, self.softmax, self.topk, self.across = cuda_graph, normalize, softmax, topk, tuple(across)
+        self.cuda_graph, self.normalize, self.softmax, self.topk, self.across = (
+            cuda_graph,
+            normalize,
+            softmax,
+            topk,
+            tuple(across),
+        )
         self.asked = self.across  # the groups that the user named, whichever are in use
         self._source = source  # a weak reference to the model, and how its schedule was made
         self._lock, self._replaying = threading.RLock(), threading.Lock()
@@ -111,8 +155,10 @@ class Plan:
         if torch.compiler.is_dynamo_compiling():  # its kernels have no fakes: a break in the compiler's graph
             return torch.compiler.disable(self.__call__)(x)
         if (transform := _transform()) is not None:
-            raise ValueError(f"plan: {transform} cannot look into a plan, whose kernels have neither fakes nor derivatives: give it the model, "
-                             "in eval, that the plan was made of")
+            raise ValueError(
+                f"plan: {transform} cannot look into a plan, whose kernels have neither fakes nor derivatives: give it the model, "
+                "in eval, that the plan was made of"
+            )
         with _quiet(self.device):
             x = self._prepared(x)
             sizes = self._pieces(x)
@@ -133,8 +179,10 @@ class Plan:
             shapes = {step.output: step.shape for step in self._last.steps}
             shape = shapes.get(getattr(self._lowered.output, "name", None), ())
             if len(shape) != 2 or (self.topk or 1) > shape[1]:
-                raise ValueError(f"plan: softmax={self.softmax}, topk={self.topk}: expected a network that answers [N, classes] with at least "
-                                 f"{self.topk or 1} classes, got {list(shape) or 'no single tensor'}")
+                raise ValueError(
+                    f"plan: softmax={self.softmax}, topk={self.topk}: expected a network that answers [N, classes] with at least "
+                    f"{self.topk or 1} classes, got {list(shape) or 'no single tensor'}"
+                )
 
     def _prepared(self, x: Tensor) -> Tensor:
         """The input checked and normalised; as the first step wants it on a CPU, where it is cut next."""
@@ -143,13 +191,17 @@ class Plan:
             raise ValueError(f"plan: got a {got} input, expected 4-D on {self.device}")
         if self.normalize is not None:
             if x.dtype != torch.uint8 or x.shape[3] != 3:
-                raise ValueError(f"plan: got {x.dtype} {list(x.shape)}, expected uint8 [N, H, W, 3]: the plan normalises by itself")
+                raise ValueError(
+                    f"plan: got {x.dtype} {list(x.shape)}, expected uint8 [N, H, W, 3]: the plan normalises by itself"
+                )
             if self._bytes:
                 return x.contiguous().permute(0, 3, 1, 2)
             mean, std = (torch.tensor(v, dtype=torch.float32, device=x.device) * 255 for v in self.normalize)
             return ((x - mean) / std).to(self.dtype).permute(0, 3, 1, 2)
         if not x.is_floating_point():
-            raise ValueError(f"plan: got {x.dtype}, expected a floating dtype (uint8 photographs: plan(..., normalize=(mean, std)))")
+            raise ValueError(
+                f"plan: got {x.dtype}, expected a floating dtype (uint8 photographs: plan(..., normalize=(mean, std)))"
+            )
         return x if self.device.type == "cuda" else self._laid(x)
 
     def _laid(self, x: Tensor) -> Tensor:
@@ -230,7 +282,9 @@ class Plan:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the folded weights (packs of them come on top, one for each batch case met)."""
-        held = [t for f in self._lowered.filters.values() for t in (f.weight, f.bias)] + list(self._lowered.tensors.values())
+        held = [t for f in self._lowered.filters.values() for t in (f.weight, f.bias)] + list(
+            self._lowered.tensors.values()
+        )
         return sum(t.nbytes for t in held)
 
     @property
@@ -241,17 +295,31 @@ class Plan:
     @property
     def unfused(self) -> dict[str, str]:
         """What is not a fused step, and what it is, by module or function."""
-        return {s.name: "a module that runs as it is" if s.op == "module" else s.target
-                for s in self.steps if s.op in ("module", "function")}
+        return {
+            s.name: "a module that runs as it is" if s.op == "module" else s.target
+            for s in self.steps
+            if s.op in ("module", "function")
+        }
 
     def __str__(self) -> str:
         def size(shape: tuple[int, ...]) -> str:
             return "×".join(map(str, shape))
 
-        rows = [(s.name, s.what, size(s.reads[0]) if s.reads else "", size(s.shape), f"{s.flops / 1e9:.2f}" if s.flops else "",
-                 s.kernel) for s in self.steps]
-        head = (f"plan of {len(rows)} steps, {str(self.dtype).removeprefix('torch.')} on {self.device}, "
-                f"{self.weight_bytes / 1e6:.1f} MB of weights, {self.activation_bytes / 1e6:.1f} MB of activations")
+        rows = [
+            (
+                s.name,
+                s.what,
+                size(s.reads[0]) if s.reads else "",
+                size(s.shape),
+                f"{s.flops / 1e9:.2f}" if s.flops else "",
+                s.kernel,
+            )
+            for s in self.steps
+        ]
+        head = (
+            f"plan of {len(rows)} steps, {str(self.dtype).removeprefix('torch.')} on {self.device}, "
+            f"{self.weight_bytes / 1e6:.1f} MB of weights, {self.activation_bytes / 1e6:.1f} MB of activations"
+        )
         body = table(("step", "what", "in", "out", "GFLOP", "kernel"), rows, right=(4,))
         return "\n".join([head, body, *self.notes])
 
@@ -264,7 +332,10 @@ class Plan:
             self._run(x)
             with self._lock:
                 program = self._programs[tuple(x.shape)]
-            return Explanation(timed(Line(s.target, s.op, s.kernel, s.why, s.problem), program.graph is not None) for s in program.steps)
+            return Explanation(
+                timed(Line(s.target, s.op, s.kernel, s.why, s.problem), program.graph is not None)
+                for s in program.steps
+            )
 
     def compare(self, other: Plan, x: Tensor, exact: Plan | None = None) -> Comparison:
         """Both plans step by step on one input, by distance and time; ``other`` is of the same model, say with ``fuse=False``.
@@ -309,12 +380,14 @@ class Plan:
         if self.device.type != "cuda":
             raise ValueError(f"plan: tune measures GPU kernels, this plan is on {self.device}")
         from . import plan_tuning
+
         with _quiet(self.device):
             plan_tuning.tune(self, example, plan_tuning.Device.current(), seconds, say)
 
     def recall(self, example: Tensor) -> None:
         """Use the groups that :meth:`tune` found to pay for this network and input, in whichever process; ``notes`` say so."""
         from . import remembered, tables
+
         if self.device.type == remembered.DEVICE and example.numel() > 0:
             found = remembered.find(self, example, tables.gpu_name(self.device.index))
             if found is not None:
@@ -322,8 +395,17 @@ class Plan:
 
     def variant(self, across: Sequence[str]) -> Plan:
         """The same plan over the same weights with other groups."""
-        return Plan(self._plain, self.dtype, self.device, cuda_graph=self.cuda_graph, normalize=self.normalize, softmax=self.softmax,
-                    topk=self.topk, across=known(across), source=self._source)
+        return Plan(
+            self._plain,
+            self.dtype,
+            self.device,
+            cuda_graph=self.cuda_graph,
+            normalize=self.normalize,
+            softmax=self.softmax,
+            topk=self.topk,
+            across=known(across),
+            source=self._source,
+        )
 
     def use_across(self, across: Sequence[str], why: Sequence[str] = ()) -> None:
         """Form these groups from now on, in place; ``notes`` say why."""
@@ -346,11 +428,13 @@ class Plan:
     def __reduce__(self) -> tuple:
         """A pickle holds what ``save`` writes, not the model, and raises as ``save`` does."""
         from .planfile import record, restored
+
         return restored, (record(self), self.device, self.cuda_graph)
 
     def save(self, path: str | Path) -> None:
         """Write schedule and weights; ``load_plan`` reads them. Raises ValueError if a module that is not data is part of the plan."""
         from .planfile import save
+
         save(self, path)
 
 

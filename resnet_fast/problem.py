@@ -46,8 +46,12 @@ class Problem:
         """Height and width that the first convolution gives (the input's own, for the pointwise ops)."""
         if self.weight is None or self.second is not None or self.op == "pointwise_pair":
             return self.x[2], self.x[3]
-        return tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, p, d, k, s in
-                     zip(self.x[2:], self.padding, self.dilation, self.weight[2:], self.stride, strict=True))
+        return tuple(
+            (size + 2 * p - d * (k - 1) - 1) // s + 1
+            for size, p, d, k, s in zip(
+                self.x[2:], self.padding, self.dilation, self.weight[2:], self.stride, strict=True
+            )
+        )
 
     @property
     def pointwise(self) -> bool:
@@ -59,8 +63,13 @@ class Problem:
         """One line that names this problem in tables and reports, the same on every machine."""
         parts = [self.op, str(self.dtype).removeprefix("torch."), "x".join(map(str, self.x)), self.layout]
         if self.weight is not None:
-            parts += ["w" + "x".join(map(str, self.weight)), f"s{self.stride[0]}x{self.stride[1]}",
-                      f"p{self.padding[0]}x{self.padding[1]}", f"d{self.dilation[0]}x{self.dilation[1]}", f"g{self.groups}"]
+            parts += [
+                "w" + "x".join(map(str, self.weight)),
+                f"s{self.stride[0]}x{self.stride[1]}",
+                f"p{self.padding[0]}x{self.padding[1]}",
+                f"d{self.dilation[0]}x{self.dilation[1]}",
+                f"g{self.groups}",
+            ]
         parts += ["w" + "x".join(map(str, shape)) if shape else "w-none" for shape in self.chain]
         parts += [f"second-{self.second[0]}x{self.second[1]}"] if self.second else []
         parts += [f"res-{self.residual}"] if self.residual else []
@@ -77,8 +86,13 @@ def layout(x: Tensor) -> str:
 
 def _place(x: Tensor) -> dict:
     on_gpu = x.device.type == "cuda"
-    return {"device": x.device.type, "dtype": x.dtype, "x": tuple(x.shape), "layout": layout(x),
-            "capability": torch.cuda.get_device_capability(x.device) if on_gpu else None}
+    return {
+        "device": x.device.type,
+        "dtype": x.dtype,
+        "x": tuple(x.shape),
+        "layout": layout(x),
+        "capability": torch.cuda.get_device_capability(x.device) if on_gpu else None,
+    }
 
 
 def describe(op: str, args: tuple) -> Problem:
@@ -86,10 +100,21 @@ def describe(op: str, args: tuple) -> Problem:
     return DESCRIBE[op](*args)
 
 
-def _describe_conv(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Problem:
-    return Problem(op="conv_bn_act", weight=tuple(weight.shape), stride=tuple(stride), padding=tuple(padding),
-                   dilation=tuple(dilation), groups=groups, residual=None if residual is None else layout(residual),
-                   bn=mean is not None, act=act, **_place(x))
+def _describe_conv(
+    x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
+) -> Problem:
+    return Problem(
+        op="conv_bn_act",
+        weight=tuple(weight.shape),
+        stride=tuple(stride),
+        padding=tuple(padding),
+        dilation=tuple(dilation),
+        groups=groups,
+        residual=None if residual is None else layout(residual),
+        bn=mean is not None,
+        act=act,
+        **_place(x),
+    )
 
 
 def _describe_bn(x, weight, bias, residual, eps, act) -> Problem:
@@ -109,35 +134,72 @@ def _describe_add_backward(dout, out, x, gate, act) -> Problem:
 
 
 def _describe_pair(x, weight, x2, weight2, bias, stride2) -> Problem:
-    return Problem(op="pointwise_pair", weight=tuple(weight.shape), chain=(tuple(weight2.shape),), stride=tuple(stride2),
-                   second=tuple(x2.shape[2:]), residual=layout(x2), act="relu", **_place(x))
+    return Problem(
+        op="pointwise_pair",
+        weight=tuple(weight.shape),
+        chain=(tuple(weight2.shape),),
+        stride=tuple(stride2),
+        second=tuple(x2.shape[2:]),
+        residual=layout(x2),
+        act="relu",
+        **_place(x),
+    )
 
 
 def _describe_tail(x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1) -> Problem:
     chain = tuple(weight3.shape), () if projection is None else tuple(projection.shape), tuple(weight1.shape)
-    return Problem(op="conv_tail", weight=tuple(weight2.shape), chain=chain, padding=(1, 1), residual=layout(residual), act="relu",
-                   **_place(x))
+    return Problem(
+        op="conv_tail",
+        weight=tuple(weight2.shape),
+        chain=chain,
+        padding=(1, 1),
+        residual=layout(residual),
+        act="relu",
+        **_place(x),
+    )
 
 
 def _describe_conv_pool(x, weight, bias, mean, std) -> Problem:
     place = _place(x) | {"dtype": weight.dtype}
-    return Problem(op="conv_pool", weight=tuple(weight.shape), stride=(2, 2), padding=(weight.shape[2] // 2, weight.shape[3] // 2),
-                   bytes=x.dtype == torch.uint8, act="relu", **place)
+    return Problem(
+        op="conv_pool",
+        weight=tuple(weight.shape),
+        stride=(2, 2),
+        padding=(weight.shape[2] // 2, weight.shape[3] // 2),
+        bytes=x.dtype == torch.uint8,
+        act="relu",
+        **place,
+    )
 
 
 def _describe_pointwise_pool(x, weight, bias, residual) -> Problem:
     return Problem(op="pointwise_pool", weight=tuple(weight.shape), residual=layout(residual), act="relu", **_place(x))
 
 
-DESCRIBE = {"conv_bn_act": _describe_conv, "bn_act": _describe_bn, "bn_act_backward": _describe_bn_backward,
-            "add_act": _describe_add, "add_act_backward": _describe_add_backward, "pointwise_pair": _describe_pair,
-            "conv_tail": _describe_tail, "conv_pool": _describe_conv_pool, "pointwise_pool": _describe_pointwise_pool}
+DESCRIBE = {
+    "conv_bn_act": _describe_conv,
+    "bn_act": _describe_bn,
+    "bn_act_backward": _describe_bn_backward,
+    "add_act": _describe_add,
+    "add_act_backward": _describe_add_backward,
+    "pointwise_pair": _describe_pair,
+    "conv_tail": _describe_tail,
+    "conv_pool": _describe_conv_pool,
+    "pointwise_pool": _describe_pointwise_pool,
+}
 
 # The ops over several convolutions: what only a plan, which knows a value's readers, may put in place of single ones.
 ACROSS = ("pointwise_pair", "conv_tail", "conv_pool", "pointwise_pool")
 
 # Which flat argument tells the layer in explain(): the (first) filter, the BN weight, or the input.
-IDENTITY = {"conv_bn_act": 1, "bn_act": 1, "bn_act_backward": 3, "add_act": 0, "add_act_backward": 0, **dict.fromkeys(ACROSS, 1)}
+IDENTITY = {
+    "conv_bn_act": 1,
+    "bn_act": 1,
+    "bn_act_backward": 3,
+    "add_act": 0,
+    "add_act_backward": 0,
+    **dict.fromkeys(ACROSS, 1),
+}
 
 
 def _strides(t: Tensor | None):
@@ -146,29 +208,98 @@ def _strides(t: Tensor | None):
 
 def _whole(op: str):
     """A key of everything there is to know of an op's tensors without their data."""
+
     def key(*args) -> tuple:
-        return (op, *((a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else None if a is None else tuple(a) for a in args))
+        return (
+            op,
+            *(
+                (a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else None if a is None else tuple(a)
+                for a in args
+            ),
+        )
 
     return key
 
 
 KEYS = {
     "conv_bn_act": lambda x, w, scale, shift, res, mean, var, eps, stride, padding, dilation, groups, act: (
-        "conv_bn_act", x.shape, x.stride(), x.dtype, x.device, w.shape, w.stride(), w.dtype, w.device,
-        scale.shape, scale.dtype, scale.device, shift.shape, shift.dtype, shift.device, mean is None, var is None,
+        "conv_bn_act",
+        x.shape,
+        x.stride(),
+        x.dtype,
+        x.device,
+        w.shape,
+        w.stride(),
+        w.dtype,
+        w.device,
+        scale.shape,
+        scale.dtype,
+        scale.device,
+        shift.shape,
+        shift.dtype,
+        shift.device,
+        mean is None,
+        var is None,
         None if res is None else (res.shape, res.stride(), res.dtype, res.device),
-        None if mean is None or var is None
+        None
+        if mean is None or var is None
         else (mean.shape, mean.dtype, mean.device, var.shape, var.dtype, var.device),
-        *stride, *padding, *dilation, groups, act),
+        *stride,
+        *padding,
+        *dilation,
+        groups,
+        act,
+    ),
     "bn_act": lambda x, w, b, res, eps, act: (
-        "bn_act", x.shape, x.stride(), x.dtype, x.device, w.shape, w.dtype, w.device, b.shape, b.dtype, b.device,
-        None if res is None else (res.shape, res.stride(), res.dtype, res.device), act),
+        "bn_act",
+        x.shape,
+        x.stride(),
+        x.dtype,
+        x.device,
+        w.shape,
+        w.dtype,
+        w.device,
+        b.shape,
+        b.dtype,
+        b.device,
+        None if res is None else (res.shape, res.stride(), res.dtype, res.device),
+        act,
+    ),
     "bn_act_backward": lambda dy, x, y, w, mean, var, eps, act, res: (
-        "bn_act_backward", x.shape, x.stride(), dy.stride(), y.stride(), x.dtype, x.device, w.dtype, act, res),
+        "bn_act_backward",
+        x.shape,
+        x.stride(),
+        dy.stride(),
+        y.stride(),
+        x.dtype,
+        x.device,
+        w.dtype,
+        act,
+        res,
+    ),
     "add_act": lambda x, y, gate, act: (
-        "add_act", x.shape, x.stride(), x.dtype, x.device, y.shape, y.stride(), y.dtype, y.device,
-        None if gate is None else (gate.shape, gate.stride(), gate.dtype, gate.device), act),
+        "add_act",
+        x.shape,
+        x.stride(),
+        x.dtype,
+        x.device,
+        y.shape,
+        y.stride(),
+        y.dtype,
+        y.device,
+        None if gate is None else (gate.shape, gate.stride(), gate.dtype, gate.device),
+        act,
+    ),
     "add_act_backward": lambda dout, out, x, gate, act: (
-        "add_act_backward", dout.shape, dout.stride(), out.stride(), _strides(x), dout.dtype, dout.device, _strides(gate), act),
+        "add_act_backward",
+        dout.shape,
+        dout.stride(),
+        out.stride(),
+        _strides(x),
+        dout.dtype,
+        dout.device,
+        _strides(gate),
+        act,
+    ),
     **{op: _whole(op) for op in ACROSS},
 }

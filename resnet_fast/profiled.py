@@ -16,6 +16,7 @@ from .machine_code import Launch
 def profiled(call: Callable[[], object]) -> list[Launch]:
     """The launches of one call after a first; an empty list where the driver lets nobody profile."""
     from torch.profiler import ProfilerActivity, profile
+
     call()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
@@ -30,5 +31,14 @@ def profiled(call: Callable[[], object]) -> list[Launch]:
 def launches_of(trace: dict) -> list[Launch]:
     """The kernels of a Chrome trace that Kineto wrote, in the order in which they began."""
     events = sorted((e for e in trace["traceEvents"] if e.get("cat") == "kernel"), key=lambda e: e["ts"])
-    return [Launch(e["name"], int(e["args"]["registers per thread"]), 0, int(e["args"]["shared memory"]), prod(e["args"]["block"]),
-                   prod(e["args"]["grid"])) for e in events]
+    return [
+        Launch(
+            e["name"],
+            int(e["args"]["registers per thread"]),
+            0,
+            int(e["args"]["shared memory"]),
+            prod(e["args"]["block"]),
+            prod(e["args"]["grid"]),
+        )
+        for e in events
+    ]

@@ -64,14 +64,26 @@ class PlanStep:
         """What it does in a word or two."""
         short = self.target.rpartition(".")[2] if self.op == "function" else self.op
         others = ["with", ", ".join(self.others)] if self.others else []
-        return " ".join([short, *others, *(["+", self.residual] if self.residual else []), *([self.act] if self.act != "none" else [])])
+        return " ".join(
+            [
+                short,
+                *others,
+                *(["+", self.residual] if self.residual else []),
+                *([self.act] if self.act != "none" else []),
+            ]
+        )
 
     @classmethod
     def of(cls, step: Step, **ran: Any) -> PlanStep:
         residual = step.residual.name if step.residual else None
         block = step.target.rpartition(".")[0] + "."
-        others = tuple(m.target.removeprefix(block) for m in step.members
-                       if m.op == "conv_bn_act" and m.target != step.target) if isinstance(step, Group) else ()
+        others = (
+            tuple(
+                m.target.removeprefix(block) for m in step.members if m.op == "conv_bn_act" and m.target != step.target
+            )
+            if isinstance(step, Group)
+            else ()
+        )
         return cls(step.output, step.op, step.target, step.modules, residual, step.act, others, **ran)
 
 
@@ -81,7 +93,9 @@ class Program:
     ``binder`` replaces :func:`bind`. With ``keep`` no value dies and ``values`` holds each with the seconds that it took, the least of three runs.
     """
 
-    def __init__(self, lowered: Lowered, x: Tensor, *, graph: bool = False, keep: bool = False, binder: Binder | None = None) -> None:
+    def __init__(
+        self, lowered: Lowered, x: Tensor, *, graph: bool = False, keep: bool = False, binder: Binder | None = None
+    ) -> None:
         self._lowered = lowered
         self._calls: list[tuple[Step, Run, frozenset[str]]] = []
         self.steps: list[PlanStep] = []
@@ -100,15 +114,32 @@ class Program:
             _leave(step, result, values)
             out = values[step.output]
             shape = tuple(out.shape) if isinstance(out, Tensor) else ()
-            self.steps.append(PlanStep.of(step, kernel=kernel, why=why, reads=reads, shape=shape, problem=problem,
-                                          flops=_flops(lowered, step, shape, problem)))
+            self.steps.append(
+                PlanStep.of(
+                    step,
+                    kernel=kernel,
+                    why=why,
+                    reads=reads,
+                    shape=shape,
+                    problem=problem,
+                    flops=_flops(lowered, step, shape, problem),
+                )
+            )
             if keep:
                 seconds = min(_seconds(step, run, values) for _ in range(3))
                 self.values |= {name: (values[name], seconds if name == step.output else 0.0) for name in outputs(step)}
-            alive = {v.untyped_storage().data_ptr(): v.nbytes if v is x else v.untyped_storage().nbytes()  # x may be a part of a batch
-                     for v in values.values() if isinstance(v, Tensor)}
+            alive = {
+                v.untyped_storage().data_ptr(): v.nbytes
+                if v is x
+                else v.untyped_storage().nbytes()  # x may be a part of a batch
+                for v in values.values()
+                if isinstance(v, Tensor)
+            }
             inside = run.largest if isinstance(run, Members) else 0
-            self.largest, self.peak = max(self.largest, inside, *alive.values()), max(self.peak, inside + sum(alive.values()))
+            self.largest, self.peak = (
+                max(self.largest, inside, *alive.values()),
+                max(self.peak, inside + sum(alive.values())),
+            )
             for name in dead:
                 values.pop(name, None)
             self._calls.append((step, run, frozenset(dead)))
@@ -180,7 +211,10 @@ def _fill(structure: Any, values: Values, tensors: dict[str, Tensor]) -> Any:
 
 # ---------------------------------------------------------------- binding a step for the shapes that it meets
 
-def bind(lowered: Lowered, step: Step, values: Values, writable: set[str], graph: bool) -> tuple[Run, str, str, Problem | None]:
+
+def bind(
+    lowered: Lowered, step: Step, values: Values, writable: set[str], graph: bool
+) -> tuple[Run, str, str, Problem | None]:
     """(callable over the values, kernel, why it, problem) of a step; ``writable`` are the values whose memory the step may take for its own."""
     if isinstance(step, Group):
         return _bind_group(lowered, step, values, writable, graph)
@@ -196,12 +230,16 @@ def bind(lowered: Lowered, step: Step, values: Values, writable: set[str], graph
     return run, "torch", "a module that is no data" if step.op == "module" else "a function of torch's", None
 
 
-def _bind_conv(f: Filter, step: Step, values: Values, writable: set[str], graph: bool) -> tuple[Run, str, str, Problem | None]:
+def _bind_conv(
+    f: Filter, step: Step, values: Values, writable: set[str], graph: bool
+) -> tuple[Run, str, str, Problem | None]:
     x = values[step.args[0].name]
     wanted = f.weight.shape[1] * f.geometry[3]
     if x.dim() != 4 or x.shape[1] != wanted or min(_conv_shape(f, x)[2:]) < 1:
-        raise ValueError(f"plan: step {step.output} ({step.target}) does not fit this input: got {list(x.shape)}, expected "
-                         f"{wanted} channels and at least one output pixel for filters of {list(f.weight.shape)}")
+        raise ValueError(
+            f"plan: step {step.output} ({step.target}) does not fit this input: got {list(x.shape)}, expected "
+            f"{wanted} channels and at least one output pixel for filters of {list(f.weight.shape)}"
+        )
     residual = None if step.residual is None else values[step.residual.name]
     if residual is not None and (residual.dtype != x.dtype or tuple(residual.shape) != _conv_shape(f, x)):
         return _bind_torch(f, step, False, torch.add), "torch", "the residual broadcasts or promotes", None
@@ -228,7 +266,9 @@ def _bind_conv(f: Filter, step: Step, values: Values, writable: set[str], graph:
     return _bind_torch(f, step, in_place), "aten", why, problem
 
 
-def _bind_group(lowered: Lowered, step: Group, values: Values, writable: set[str], graph: bool) -> tuple[Run, str, str, Problem | None]:
+def _bind_group(
+    lowered: Lowered, step: Group, values: Values, writable: set[str], graph: bool
+) -> tuple[Run, str, str, Problem | None]:
     """The op's kernel if one is forced or was measured to win; else the members one by one, each by its own choice."""
     args, misfit = flat(lowered, step, values)
     problem = None if misfit else describe(step.op, args)
@@ -237,7 +277,9 @@ def _bind_group(lowered: Lowered, step: Group, values: Values, writable: set[str
         if chosen.id != f"aten.{step.op}" or why.startswith("forced"):
             return _bind_across(chosen, step, args), chosen.id, why, problem
     members = Members(step, lowered, values)
-    told = [members.bind(m, *bind(lowered, m, members.values, members.writable(m, writable), graph)) for m in step.members]
+    told = [
+        members.bind(m, *bind(lowered, m, members.values, members.writable(m, writable), graph)) for m in step.members
+    ]
     kernels = " + ".join(dict.fromkeys(kernel for kernel in told if kernel != "torch"))
     members.forget()
     return members, kernels, f"one by one: {misfit or why}", problem
@@ -258,6 +300,7 @@ def _choose(problem: Problem, graph: bool) -> tuple[Kernel, str]:
     if not graph or problem.device != "cuda" or why.startswith("forced"):
         return chosen, why
     from . import tables
+
     entry = tables.lookup(problem, graph=True)
     if entry is None or find(entry["kernel"]).reason(problem) is not None:
         return find("aten", problem.op), "default"
@@ -301,8 +344,15 @@ def bind_onednn(step: Step, packed: Tensor, bias: Tensor, geometry: tuple, in_pl
     return run
 
 
-def bind_form(step: Step, form: Form, packs: tuple[Tensor, Tensor], plain: Callable[[], Run], size: torch.Size, geometry: tuple,
-              in_place: bool) -> Run:
+def bind_form(
+    step: Step,
+    form: Form,
+    packs: tuple[Tensor, Tensor],
+    plain: Callable[[], Run],
+    size: torch.Size,
+    geometry: tuple,
+    in_place: bool,
+) -> Run:
     """A kernel of ours from filters of that size in its form; for an input that it cannot take torch's, which ``plain`` binds then."""
     x, residual, relu = _names(step)
     rest = size, geometry, relu, in_place
@@ -347,7 +397,9 @@ def once(chosen: Kernel, problem: Problem, args: tuple) -> Callable[[], Any]:
     return lambda: run({"x": x, "residual": residual})
 
 
-def _training_norm(chosen: Kernel, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, act: str) -> Callable[[], Tensor]:
+def _training_norm(
+    chosen: Kernel, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, act: str
+) -> Callable[[], Tensor]:
     bn = nn.BatchNorm2d(len(weight), eps, device=x.device, dtype=weight.dtype)
     bn.weight, bn.bias = nn.Parameter(weight), nn.Parameter(bias)
     if chosen.id.startswith("aten."):
@@ -363,8 +415,10 @@ def _training_norm(chosen: Kernel, x: Tensor, weight: Tensor, bias: Tensor, resi
 
 def _conv_shape(f: Filter, x: Tensor) -> tuple[int, ...]:
     stride, padding, dilation, _ = f.geometry
-    sizes = [(i + 2 * p - d * (k - 1) - 1) // s + 1 for i, p, d, k, s in
-             zip(x.shape[2:], padding, dilation, f.weight.shape[2:], stride, strict=True)]
+    sizes = [
+        (i + 2 * p - d * (k - 1) - 1) // s + 1
+        for i, p, d, k, s in zip(x.shape[2:], padding, dilation, f.weight.shape[2:], stride, strict=True)
+    ]
     return (x.shape[0], f.weight.shape[0], *sizes)
 
 
@@ -381,6 +435,7 @@ def _bind_add(step: Step) -> Run:
 
 # ---------------------------------------------------------------- a GPU's graph
 
+
 class Graph:
     """One input shape's steps as a CUDA graph over a static input. Graphs of a plan share ``pool``, so they run one at a time.
 
@@ -395,7 +450,9 @@ class Graph:
         with torch.cuda.stream(side):
             program(self._static)  # lazy handles and workspaces come into being outside the capture
         torch.cuda.current_stream(x.device).wait_stream(side)
-        self._graph, self._answer = captured(partial(program, self._static), stream=side, pool=pool, mode="thread_local")
+        self._graph, self._answer = captured(
+            partial(program, self._static), stream=side, pool=pool, mode="thread_local"
+        )
 
     def replay(self, x: Tensor) -> Any:
         """Copies of the answer: it lies in the graph's own memory, which the next replay writes."""

@@ -67,6 +67,7 @@ class Provider:
 
 # ---------------------------------------------------------------- what every provider shares
 
+
 def reference_model(name: str, device: str | torch.device = "cpu", seed: int = 0) -> nn.Module:
     """The eager model that all providers share: torchvision's if installed, else our plain modules; settled, eval, fp32, NCHW."""
     torch.manual_seed(seed)
@@ -74,6 +75,7 @@ def reference_model(name: str, device: str | torch.device = "cpu", seed: int = 0
         model = plain(create_model(name))
     else:
         import torchvision
+
         model = torchvision.models.get_model(name)
     model.architecture = name
     return settle(model).eval().to(device)
@@ -122,8 +124,12 @@ def fair() -> Iterator[None]:
 
 # ---------------------------------------------------------------- inference
 
-def _inference(run: Callable[[Tensor], Tensor], memory_format: torch.memory_format = torch.contiguous_format,
-               guard: Callable = torch.inference_mode) -> Callable[[Tensor], Tensor]:
+
+def _inference(
+    run: Callable[[Tensor], Tensor],
+    memory_format: torch.memory_format = torch.contiguous_format,
+    guard: Callable = torch.inference_mode,
+) -> Callable[[Tensor], Tensor]:
     def infer(x: Tensor) -> Tensor:
         with guard():
             return run(x.contiguous(memory_format=memory_format))
@@ -195,6 +201,7 @@ def _plan_across(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Calla
 
 # ---------------------------------------------------------------- training
 
+
 class TrainStep:
     """One step of SGD with momentum on cross-entropy: forward, backward, update; x: [N, 3, H, W] → the loss.
 
@@ -202,8 +209,13 @@ class TrainStep:
     and nothing diverges.
     """
 
-    def __init__(self, net: nn.Module, forward: Callable[[Tensor], Tensor], dtype: torch.dtype,
-                 memory_format: torch.memory_format = torch.channels_last) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        forward: Callable[[Tensor], Tensor],
+        dtype: torch.dtype,
+        memory_format: torch.memory_format = torch.channels_last,
+    ) -> None:
         self.net, self.forward, self.dtype, self.memory_format = net, forward, dtype, memory_format
         self.optimizer = torch.optim.SGD(net.parameters(), lr=1e-5, momentum=0.9, weight_decay=1e-4)
 
@@ -222,8 +234,11 @@ class TrainStep:
         return torch.cat([p.grad.flatten() for p in self.net.parameters()])
 
 
-def _train(prepare: Callable[[nn.Module], nn.Module], memory_format: torch.memory_format = torch.channels_last,
-           compiled: Callable[[], dict] | None = None) -> Build:
+def _train(
+    prepare: Callable[[nn.Module], nn.Module],
+    memory_format: torch.memory_format = torch.channels_last,
+    compiled: Callable[[], dict] | None = None,
+) -> Build:
     def build(model: nn.Module, example: Tensor, dtype: torch.dtype) -> TrainStep:
         net = prepare(model).train().to(memory_format=memory_format)
         forward = net if compiled is None else torch.compile(net, fullgraph=True, dynamic=False, **compiled())
@@ -234,25 +249,46 @@ def _train(prepare: Callable[[nn.Module], nn.Module], memory_format: torch.memor
 
 # ---------------------------------------------------------------- the list
 
-PROVIDERS = {p.id: p for p in (
-    Provider("eager-nchw", "eager, NCHW", _eager_nchw, _train(copy.deepcopy, torch.contiguous_format)),
-    Provider("eager", "eager, channels_last", _eager_nhwc, _train(copy.deepcopy)),
-    Provider("folded", "folded + fused by torch", _folded),
-    Provider("compile", "torch.compile", _compile(), _train(copy.deepcopy, compiled=dict)),
-    Provider("compile-best", "torch.compile, max-autotune", _compile_best,
-             _train(copy.deepcopy, compiled=lambda: {"mode": "max-autotune"})),
-    Provider("ours", "resnet_fast, drop-in", _dropin, _train(_ours), ours=True),
-    Provider("ours-accelerate", "resnet_fast, accelerate()", _accelerate, _train(_accelerated), ours=True),
-    Provider("ours-plan", "resnet_fast, plan()", _plan, ours=True),
-    Provider("ours-plan-across", "resnet_fast, plan(across=…)", _plan_across, devices=("cuda",), ours=True),
-    Provider("openvino", "OpenVINO", engines.openvino, None, engines.missing("openvino"), ("cpu",), ("fp32", "bf16")),
-    Provider("onnxruntime", "ONNX Runtime", engines.onnxruntime, None,
-             engines.missing("onnxruntime", "onnx", "onnxscript"), dtypes=("fp32", "fp16")),
-    Provider("tensorrt", "TensorRT", engines.tensorrt, None, engines.missing("torch_tensorrt"),
-             ("cuda",)),
-    Provider("cudnn-frontend", "cudnn-frontend", engines.cudnn_frontend, None,
-             engines.missing("cudnn"), ("cuda",), ("fp16", "bf16")),
-)}
+PROVIDERS = {
+    p.id: p
+    for p in (
+        Provider("eager-nchw", "eager, NCHW", _eager_nchw, _train(copy.deepcopy, torch.contiguous_format)),
+        Provider("eager", "eager, channels_last", _eager_nhwc, _train(copy.deepcopy)),
+        Provider("folded", "folded + fused by torch", _folded),
+        Provider("compile", "torch.compile", _compile(), _train(copy.deepcopy, compiled=dict)),
+        Provider(
+            "compile-best",
+            "torch.compile, max-autotune",
+            _compile_best,
+            _train(copy.deepcopy, compiled=lambda: {"mode": "max-autotune"}),
+        ),
+        Provider("ours", "resnet_fast, drop-in", _dropin, _train(_ours), ours=True),
+        Provider("ours-accelerate", "resnet_fast, accelerate()", _accelerate, _train(_accelerated), ours=True),
+        Provider("ours-plan", "resnet_fast, plan()", _plan, ours=True),
+        Provider("ours-plan-across", "resnet_fast, plan(across=…)", _plan_across, devices=("cuda",), ours=True),
+        Provider(
+            "openvino", "OpenVINO", engines.openvino, None, engines.missing("openvino"), ("cpu",), ("fp32", "bf16")
+        ),
+        Provider(
+            "onnxruntime",
+            "ONNX Runtime",
+            engines.onnxruntime,
+            None,
+            engines.missing("onnxruntime", "onnx", "onnxscript"),
+            dtypes=("fp32", "fp16"),
+        ),
+        Provider("tensorrt", "TensorRT", engines.tensorrt, None, engines.missing("torch_tensorrt"), ("cuda",)),
+        Provider(
+            "cudnn-frontend",
+            "cudnn-frontend",
+            engines.cudnn_frontend,
+            None,
+            engines.missing("cudnn"),
+            ("cuda",),
+            ("fp16", "bf16"),
+        ),
+    )
+}
 
 
 def provider(id: str) -> Provider:
@@ -274,5 +310,10 @@ def _forced(kernel: str) -> Provider:
         with use(kernel):
             return _plan(model, example, dtype)
 
-    return Provider(f"kernel:{kernel}", f"plan() with {kernel}", build, ours=True,
-                    unavailable=lambda: next(filter(None, (k.available() for k in named)), None))
+    return Provider(
+        f"kernel:{kernel}",
+        f"plan() with {kernel}",
+        build,
+        ours=True,
+        unavailable=lambda: next(filter(None, (k.available() for k in named)), None),
+    )

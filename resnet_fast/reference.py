@@ -26,9 +26,21 @@ def affine(scale: Tensor, shift: Tensor, mean: Tensor | None, var: Tensor | None
     return s, t - mean.to(wide) * s
 
 
-def conv_bn_act(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None,
-                mean: Tensor | None = None, var: Tensor | None = None, eps: float = 0.0,
-                stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups: int = 1, act: str = "none") -> Tensor:
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    eps: float = 0.0,
+    stride=(1, 1),
+    padding=(0, 0),
+    dilation=(1, 1),
+    groups: int = 1,
+    act: str = "none",
+) -> Tensor:
     """act(conv(x, weight)·s + t + residual), with (s, t) from :func:`affine`."""
     s, t = affine(scale, shift, mean, var, eps)
     z = F.conv2d(x, weight, None, stride, padding, dilation, groups)
@@ -38,8 +50,9 @@ def conv_bn_act(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residua
     return ACTIVATIONS[act](z).to(x.dtype)
 
 
-def bn_act(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None,
-           eps: float = 1e-5, act: str = "none") -> tuple[Tensor, Tensor, Tensor]:
+def bn_act(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, eps: float = 1e-5, act: str = "none"
+) -> tuple[Tensor, Tensor, Tensor]:
     """Training batch norm, residual and activation: act((x − μ)/√(σ²+ε)·γ + β + residual), and the batch's μ and biased σ²."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     mean = wide.mean((0, 2, 3))
@@ -51,8 +64,9 @@ def bn_act(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = No
     return ACTIVATIONS[act](z).to(x.dtype), mean, var
 
 
-def bn_act_backward(dy: Tensor, x: Tensor, y: Tensor, weight: Tensor, mean: Tensor, var: Tensor,
-                    eps: float, act: str, residual: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def bn_act_backward(
+    dy: Tensor, x: Tensor, y: Tensor, weight: Tensor, mean: Tensor, var: Tensor, eps: float, act: str, residual: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of :func:`bn_act` with respect to x, γ, β and (empty if there is none) the residual.
 
     dz = dy·[y > 0];  x̂ = (x − μ)/√(σ²+ε);  dβ = Σdz;  dγ = Σdz·x̂;  dx = γ/√(σ²+ε)·(dz − mean(dz) − x̂·mean(dz·x̂)).
@@ -77,8 +91,9 @@ def add_act(x: Tensor, y: Tensor, gate: Tensor | None = None, act: str = "none")
     return ACTIVATIONS[act](z + y).to(x.dtype)
 
 
-def add_act_backward(dout: Tensor, out: Tensor, x: Tensor | None, gate: Tensor | None,
-                     act: str) -> tuple[Tensor, Tensor, Tensor]:
+def add_act_backward(
+    dout: Tensor, out: Tensor, x: Tensor | None, gate: Tensor | None, act: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`add_act`: (dy, dx, dgate); dx and dgate are empty without a gate, where dx equals dy.
 
     dy = dout·[out > 0];  dx = dy·gate;  dgate = Σ_hw dy·x.
@@ -97,8 +112,17 @@ def pointwise_pair(x: Tensor, weight: Tensor, x2: Tensor, weight2: Tensor, bias:
     return torch.relu(z + bias.view(1, -1, 1, 1)).to(x.dtype)
 
 
-def conv_tail(x: Tensor, weight2: Tensor, bias2: Tensor, weight3: Tensor, bias3: Tensor, residual: Tensor, projection: Tensor | None,
-              weight1: Tensor, bias1: Tensor) -> tuple[Tensor, Tensor]:
+def conv_tail(
+    x: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    weight3: Tensor,
+    bias3: Tensor,
+    residual: Tensor,
+    projection: Tensor | None,
+    weight1: Tensor,
+    bias1: Tensor,
+) -> tuple[Tensor, Tensor]:
     """m = relu(conv3×3(x) + b₂);  y = relu(conv1×1(m) + b₃ + r);  z = relu(conv1×1(y) + b₁);  r the residual or its projection."""
     middle = torch.relu(F.conv2d(x, weight2, padding=1) + bias2.view(1, -1, 1, 1)).to(x.dtype)
     shortcut = residual if projection is None else F.conv2d(residual, projection)

@@ -59,18 +59,33 @@ def find(plan: Plan, example: Tensor, gpu: str) -> Remembered | None:
             why = _stale(record)
             if why is None:
                 first = f"across: as measured on {gpu} on {record['date']}"
-                return Remembered(tuple(record["across"]), (first, *record["notes"]), record["complete"] and record["candidates"] == candidates())
+                return Remembered(
+                    tuple(record["across"]),
+                    (first, *record["notes"]),
+                    record["complete"] and record["candidates"] == candidates(),
+                )
     if why is None:
         return None
-    return Remembered((), (f"across: the groups that were found to pay are not used, measure them again with tune=True: {why}",), False)
+    return Remembered(
+        (),
+        (f"across: the groups that were found to pay are not used, measure them again with tune=True: {why}",),
+        False,
+    )
 
 
 def keep(gpu: str, plan: Plan, example: Tensor, complete: bool) -> Path:
     """Write the plan's groups and notes into the GPU's table; its kernels on this input are those that the choice stands on."""
     ran = {id for line in plan.explain(example) for id in line.kernel.split(" + ") if "." in id}
     sources = {k.id: tables.source_hash(k.sources) for k in kernels() if k.id in {TIES, *ran}}
-    record = {"across": list(plan.across), "notes": list(plan.notes), "complete": complete, "sources": sources, "versions": tables.versions(),
-              "candidates": candidates(), "date": datetime.now(timezone.utc).strftime("%Y-%m-%d")}
+    record = {
+        "across": list(plan.across),
+        "notes": list(plan.notes),
+        "complete": complete,
+        "sources": sources,
+        "versions": tables.versions(),
+        "candidates": candidates(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+    }
     return tables.update(gpu, lambda sections: sections[SECTION].__setitem__(key(plan, example), record))
 
 
@@ -84,5 +99,8 @@ def candidates() -> str:
 
 
 def _stale(record: dict) -> str | None:
-    whys = (tables.stale({"kernel": id, "source": source, "versions": record["versions"]}) for id, source in record["sources"].items())
+    whys = (
+        tables.stale({"kernel": id, "source": source, "versions": record["versions"]})
+        for id, source in record["sources"].items()
+    )
     return next(filter(None, whys), None)

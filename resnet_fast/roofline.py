@@ -61,6 +61,7 @@ def ceilings(gpu: str) -> Ceilings:
 
 # ---------------------------------------------------------------- one step
 
+
 @dataclass(frozen=True)
 class Floor:
     """The least time of a step in seconds and which ceiling sets it, "memory" or "compute"."""
@@ -121,6 +122,7 @@ def problem_floor(problem: Problem, limits: Ceilings) -> Floor:
 
 # ---------------------------------------------------------------- a network
 
+
 @dataclass(frozen=True)
 class Total:
     """A whole network at one level of fusion, for one batch."""
@@ -138,13 +140,21 @@ class Total:
         return self.batch / self.seconds
 
 
-def total(model: str, batch: int, size: int, dtype: torch.dtype, limits: Ceilings, level: str = LEVEL,
-          mode: str = "infer") -> Total:
+def total(
+    model: str, batch: int, size: int, dtype: torch.dtype, limits: Ceilings, level: str = LEVEL, mode: str = "infer"
+) -> Total:
     """The floor of one pass ("infer") or iteration ("train") over a batch; raises KeyError for an unknown level."""
     steps = {"infer": INFERENCE, "train": TRAINING}[mode][level](network(model, batch, size, dtype))
     floors = predict(steps, limits, dtype)
-    return Total(mode, level, len(floors), sum(f.bytes for f in floors), sum(f.flops for f in floors),
-                 sum(f.seconds for f in floors), batch)
+    return Total(
+        mode,
+        level,
+        len(floors),
+        sum(f.bytes for f in floors),
+        sum(f.flops for f in floors),
+        sum(f.seconds for f in floors),
+        batch,
+    )
 
 
 @dataclass(frozen=True)
@@ -162,15 +172,22 @@ def savings(groups: Iterable[Across], limits: Ceilings) -> list[Saving]:
     found: dict[str, list[Across]] = {}
     for group in groups:
         found.setdefault(group.problem.op, []).append(group)
-    return [Saving(op, len(each), _sum(f"{op}, alone", [f for group in each for f in _alone(group, limits)]),
-                   _sum(op, [problem_floor(group.problem, limits) for group in each])) for op, each in found.items()]
+    return [
+        Saving(
+            op,
+            len(each),
+            _sum(f"{op}, alone", [f for group in each for f in _alone(group, limits)]),
+            _sum(op, [problem_floor(group.problem, limits) for group in each]),
+        )
+        for op, each in found.items()
+    ]
 
 
 def _alone(group: Across, limits: Ceilings) -> list[Floor]:
     """The convolutions one by one, and the pool that follows."""
     floors = [problem_floor(member, limits) for member in group.members]
     if group.problem.op in ("conv_pool", "pointwise_pool"):
-        read, = problem_step(group.members[-1]).writes.values()
+        (read,) = problem_step(group.members[-1]).writes.values()
         pool = Step(f"{group.name} pool", {"x": read}, problem_step(group.problem).writes)
         floors.append(floor(pool, limits, group.problem.dtype))
     return floors
@@ -178,7 +195,9 @@ def _alone(group: Across, limits: Ceilings) -> list[Floor]:
 
 def _sum(name: str, floors: list[Floor]) -> Floor:
     bound = max(("memory", "compute"), key=lambda bound: sum(f.seconds for f in floors if f.bound == bound))
-    return Floor(name, sum(f.bytes for f in floors), sum(f.flops for f in floors), sum(f.seconds for f in floors), bound)
+    return Floor(
+        name, sum(f.bytes for f in floors), sum(f.flops for f in floors), sum(f.seconds for f in floors), bound
+    )
 
 
 @dataclass(frozen=True)
@@ -193,21 +212,46 @@ class Table:
     groups: list[Saving]
 
     def __str__(self) -> str:
-        kernels = [(f.name, f"{f.bytes / 1e6:.2f}", f"{f.flops / 1e9:.2f}", f"{f.seconds * 1e6:.2f}", f.bound)
-                   for f in self.rows]
-        levels = [(t.mode, t.level, t.kernels, f"{t.bytes / t.batch / 1e6:.1f}", f"{t.seconds * 1e3:.3f}",
-                   f"{t.img_s:,.0f}") for t in self.totals]
+        kernels = [
+            (f.name, f"{f.bytes / 1e6:.2f}", f"{f.flops / 1e9:.2f}", f"{f.seconds * 1e6:.2f}", f.bound)
+            for f in self.rows
+        ]
+        levels = [
+            (t.mode, t.level, t.kernels, f"{t.bytes / t.batch / 1e6:.1f}", f"{t.seconds * 1e3:.3f}", f"{t.img_s:,.0f}")
+            for t in self.totals
+        ]
         header = "", "level of fusion", "kernels", "MB/img", "floor ms", "img/s"
-        groups = [(g.op, g.count, f"{g.alone.bytes / 1e6:.1f}", f"{g.together.bytes / 1e6:.1f}", f"{g.alone.seconds * 1e6:.1f}",
-                   f"{g.together.seconds * 1e6:.1f}") for g in self.groups]
-        return "\n".join([
-            self.heading, "", console.table(("kernel", "MB", "GFLOP", "floor µs", "bound"), kernels, right=(1, 2, 3)),
-            "", console.table(header, levels, right=(2, 3, 4, 5)),
-            "", console.table(("across convolutions", "groups", "MB alone", "together", "floor µs alone", "together"), groups,
-                              right=(1, 2, 3, 4, 5))])
+        groups = [
+            (
+                g.op,
+                g.count,
+                f"{g.alone.bytes / 1e6:.1f}",
+                f"{g.together.bytes / 1e6:.1f}",
+                f"{g.alone.seconds * 1e6:.1f}",
+                f"{g.together.seconds * 1e6:.1f}",
+            )
+            for g in self.groups
+        ]
+        return "\n".join(
+            [
+                self.heading,
+                "",
+                console.table(("kernel", "MB", "GFLOP", "floor µs", "bound"), kernels, right=(1, 2, 3)),
+                "",
+                console.table(header, levels, right=(2, 3, 4, 5)),
+                "",
+                console.table(
+                    ("across convolutions", "groups", "MB alone", "together", "floor µs alone", "together"),
+                    groups,
+                    right=(1, 2, 3, 4, 5),
+                ),
+            ]
+        )
 
 
-def with_groups(rows: Iterable[Floor], groups: Iterable[Across], wanted: Iterable[str], limits: Ceilings) -> Iterator[Floor]:
+def with_groups(
+    rows: Iterable[Floor], groups: Iterable[Across], wanted: Iterable[str], limits: Ceilings
+) -> Iterator[Floor]:
     """The rows with the groups of these names in place of their members: larger ones first, each convolution in one, as in ``fusion``."""
     place: dict[str, Across] = {}
     for group in sorted(groups, key=lambda group: ORDER.index(group.problem.op)):
@@ -235,12 +279,16 @@ def table(model: str, batch: int, size: int, dtype: torch.dtype, gpu: str, acros
     groups = across(layers(model, batch, size, dtype))
     rows = list(with_groups(predict(INFERENCE[LEVEL](net), limits, dtype), groups, wanted, limits))
     rate = limits.rates[dtype] / 1e12
-    heading = (f"{model}, batch {batch}, {size}², {str(dtype).removeprefix('torch.')}: the least time physics allows\n"
-               f"{limits.title} at {limits.copy / 1e12:g} TB/s and {rate:g} TFLOP/s\n{limits.source}")
+    heading = (
+        f"{model}, batch {batch}, {size}², {str(dtype).removeprefix('torch.')}: the least time physics allows\n"
+        f"{limits.title} at {limits.copy / 1e12:g} TB/s and {rate:g} TFLOP/s\n{limits.source}"
+    )
     formed = {name for group in groups for name in (group.problem.op, f"{group.problem.op}:{group.name}")}
     heading += "".join(f"\nacross: this network has no {name}" for name in wanted if name not in formed)
     totals = [total(model, batch, size, dtype, limits, level, mode) for mode, level in levels]
     if wanted:
         asked = _sum(f"with {', '.join(wanted)}", rows)
-        totals.insert(len(INFERENCE), Total("infer", asked.name, len(rows), asked.bytes, asked.flops, asked.seconds, batch))
+        totals.insert(
+            len(INFERENCE), Total("infer", asked.name, len(rows), asked.bytes, asked.flops, asked.seconds, batch)
+        )
     return Table(heading, rows, totals, savings(groups, limits))

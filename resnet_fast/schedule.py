@@ -95,12 +95,21 @@ class Schedule:
         return [s for s in self.steps if s.op in ("conv_bn_act", "add_act")]
 
     def __str__(self) -> str:
-        return table(("value", "op", "what", "act", "residual"),
-                     [(s.output, s.op, s.target, s.act, s.residual.name if s.residual else "") for s in self.steps])
+        return table(
+            ("value", "op", "what", "act", "residual"),
+            [(s.output, s.op, s.target, s.act, s.residual.name if s.residual else "") for s in self.steps],
+        )
 
 
-def schedule(module: nn.Module, leaf: Callable[[str, nn.Module], bool], *, training: bool | None = None,
-             fuse: bool = True, lone: bool = False, outputs: Iterable[str] | None = None) -> Schedule:
+def schedule(
+    module: nn.Module,
+    leaf: Callable[[str, nn.Module], bool],
+    *,
+    training: bool | None = None,
+    fuse: bool = True,
+    lone: bool = False,
+    outputs: Iterable[str] | None = None,
+) -> Schedule:
     """Trace ``module`` (see :func:`tracing.trace`) and fuse what may be fused.
 
     ``lone``: a convolution without batch norm is a fused step too; ``outputs``: module paths whose results are
@@ -150,6 +159,7 @@ def names(structure: Any) -> list[str]:
 
 
 # ---------------------------------------------------------------- matching
+
 
 class _Matcher:
     """Finds the chains of one graph and writes the steps."""
@@ -206,16 +216,27 @@ class _Matcher:
         skipped = [n.target for chain in self.chains.values() for n in chain if n.op == "call_module"]
         read = [n.target.rpartition(".")[0] for n in self.nodes if n.op == "get_attr"]
         return Schedule(
-            inputs=tuple(n.name for n in self.traced.inputs), steps=tuple(map(self._step, calls)),
+            inputs=tuple(n.name for n in self.traced.inputs),
+            steps=tuple(map(self._step, calls)),
             output=_map(self.traced.output, _reference),
-            inlined=_distinct([*self.traced.inlined, *self.identities, *read]), idle=self._idle(),
-            skipped=_distinct(skipped), opaque=dict(self.traced.opaque),
+            inlined=_distinct([*self.traced.inlined, *self.identities, *read]),
+            idle=self._idle(),
+            skipped=_distinct(skipped),
+            opaque=dict(self.traced.opaque),
             left={n.target: why for n in self.nodes if n not in self.chains and (why := self._why_left(n))},
             returned={p: _map(r, _reference) for p, r in self.traced.returned.items()},
-            writes_inputs=any(self.memory[w] is self.memory[n] for written in self.writes.values() for w in written
-                              for n in self.traced.inputs),
-            entangled=tuple(n.name for n in self.writes if n not in self.chains and not _is_opaque(n, self.modules)
-                            and self._seen_later(n)))
+            writes_inputs=any(
+                self.memory[w] is self.memory[n]
+                for written in self.writes.values()
+                for w in written
+                for n in self.traced.inputs
+            ),
+            entangled=tuple(
+                n.name
+                for n in self.writes
+                if n not in self.chains and not _is_opaque(n, self.modules) and self._seen_later(n)
+            ),
+        )
 
     def _idle(self) -> tuple[str, ...]:
         def inside(nodes: Iterable[fx.Node]) -> set[str]:
@@ -263,9 +284,12 @@ class _Matcher:
         norms = {n.target for n in members if self.kinds[n] == "bn"}
         for member in chain:
             read = {self.memory[a] for a in member.all_input_nodes if a not in members}
-            for node in self.nodes[self.position[member] + 1:self.position[end]]:
-                if node not in members and (node.op == "call_module" and node.target in norms
-                                            or any(self.memory[w] in read for w in self.writes.get(node, ()))):
+            for node in self.nodes[self.position[member] + 1 : self.position[end]]:
+                if node not in members and (
+                    node.op == "call_module"
+                    and node.target in norms
+                    or any(self.memory[w] in read for w in self.writes.get(node, ()))
+                ):
                     return False
         return True
 
@@ -273,14 +297,17 @@ class _Matcher:
         """Whether nobody but the readers of its result can see what this node writes in place, the caller included."""
         lent = [n for n in self.nodes if n.op in ("placeholder", "get_attr")]
         return not self._seen_later(node) and not any(
-            self.memory[w] is self.memory[n] for w in self.writes.get(node, ()) for n in lent)
+            self.memory[w] is self.memory[n] for w in self.writes.get(node, ()) for n in lent
+        )
 
     def _seen_later(self, node: fx.Node) -> bool:
         """Whether what this node writes in place is read later by another name than its result."""
         written = {self.memory[w] for w in self.writes.get(node, ())}
-        return any(self.memory[value] in written and (
-            value in self.results or any(self.position[user] > self.position[node] for user in value.users))
-            for value in self.nodes[:self.position[node]])
+        return any(
+            self.memory[value] in written
+            and (value in self.results or any(self.position[user] > self.position[node] for user in value.users))
+            for value in self.nodes[: self.position[node]]
+        )
 
     def _why_left(self, conv: fx.Node) -> str | None:
         """Why a convolution that a batch norm reads is not fused with it; None if none does."""

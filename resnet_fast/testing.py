@@ -57,8 +57,10 @@ def error(got: Tensor, oracle: Tensor) -> Error:
     if true.numel() == 0:
         return Error(0.0, 0.0)
     tiny = torch.finfo(torch.float64).tiny
-    return Error((diff.square().mean().sqrt() / true.square().mean().sqrt().clamp_min(tiny)).item(),
-                 (diff.abs().max() / true.abs().max().clamp_min(tiny)).item())
+    return Error(
+        (diff.square().mean().sqrt() / true.square().mean().sqrt().clamp_min(tiny)).item(),
+        (diff.abs().max() / true.abs().max().clamp_min(tiny)).item(),
+    )
 
 
 def broken_rule(got: Tensor, eager: Tensor, oracle: Tensor, *, gradient: bool = False) -> str | None:
@@ -91,6 +93,7 @@ def same_nonfinite(got: Tensor, eager: Tensor) -> bool:
 def poisoned() -> Iterator[None]:
     """Memory from ``torch.empty`` is NaN inside: an element that a kernel forgot to write is then seen."""
     from torch.utils import deterministic
+
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -103,6 +106,7 @@ def poisoned() -> Iterator[None]:
 
 
 # ---------------------------------------------------------------- inputs
+
 
 def make_args(problem: Problem, seed: int = 0, device: str | torch.device | None = None) -> tuple:
     """Random flat arguments for a problem, in its dtypes, layouts and device; the affine has negative, zero and tiny scales among others."""
@@ -128,7 +132,17 @@ def make_args(problem: Problem, seed: int = 0, device: str | torch.device | None
         forward = make_args(replace(problem, op="bn_act"), seed, device)
         y, mean, var = reference.bn_act(*forward)
         dy = normal(*problem.x, layout=problem.layout)
-        return dy, forward[0], _lay(y, problem.layout), forward[1], mean, var, 1e-5, problem.act, problem.residual is not None
+        return (
+            dy,
+            forward[0],
+            _lay(y, problem.layout),
+            forward[1],
+            mean,
+            var,
+            1e-5,
+            problem.act,
+            problem.residual is not None,
+        )
     if problem.op in ACROSS:
         return across_args(problem, normal, vectors)
     x, y = normal(*problem.x, layout=problem.layout), normal(*problem.x, layout=problem.residual or problem.layout)
@@ -147,11 +161,24 @@ def _conv_args(problem: Problem, normal: Callable, vectors: Callable) -> tuple:
     scale, shift, mean, var = vectors(k)
     residual = _maybe(problem.residual, normal, (problem.x[0], k, *problem.out_hw))
     four = (mean, var, 1e-5) if problem.bn else (None, None, 0.0)
-    return (x, weight, scale, shift, residual, *four, problem.stride, problem.padding, problem.dilation, problem.groups, problem.act)
+    return (
+        x,
+        weight,
+        scale,
+        shift,
+        residual,
+        *four,
+        problem.stride,
+        problem.padding,
+        problem.dilation,
+        problem.groups,
+        problem.act,
+    )
 
 
 def across_args(problem: Problem, normal: Callable, vectors: Callable) -> tuple:
     """Filters that keep the variance, biases as a folded batch norm has them."""
+
     def conv(shape: tuple[int, ...]) -> Tensor:
         return normal(*shape, std=(2.0 / (shape[1] * shape[2] * shape[3])) ** 0.5)
 
@@ -162,19 +189,32 @@ def across_args(problem: Problem, normal: Callable, vectors: Callable) -> tuple:
     n, (k, *_), first = problem.x[0], problem.weight, conv(problem.weight)
     x = normal(*problem.x, layout=problem.layout, **({"dtype": wide} if problem.bytes else {}))
     if problem.op == "pointwise_pair":
-        second, = problem.chain
+        (second,) = problem.chain
         sizes = problem.second or tuple(size * s for size, s in zip(problem.x[2:], problem.stride, strict=True))
         x2 = normal(n, second[1], *sizes, layout=problem.residual or "nhwc")
         return x, first, x2, conv(second), bias(second), problem.stride
     if problem.op == "conv_tail":
         third, projection, after = problem.chain
-        residual = normal(n, projection[1] if projection else third[0], *problem.x[2:], layout=problem.residual or "nhwc")
-        return (x, first, bias(problem.weight), conv(third), bias(third), residual, conv(projection) if projection else None,
-                conv(after), bias(after))
+        residual = normal(
+            n, projection[1] if projection else third[0], *problem.x[2:], layout=problem.residual or "nhwc"
+        )
+        return (
+            x,
+            first,
+            bias(problem.weight),
+            conv(third),
+            bias(third),
+            residual,
+            conv(projection) if projection else None,
+            conv(after),
+            bias(after),
+        )
     if problem.op == "conv_pool":
         if not problem.bytes:
             return x, first, bias(problem.weight), None, None
-        mean, std = (torch.tensor(v, dtype=wide, device=x.device).repeat(problem.x[1])[:problem.x[1]] * 255 for v in IMAGENET)
+        mean, std = (
+            torch.tensor(v, dtype=wide, device=x.device).repeat(problem.x[1])[: problem.x[1]] * 255 for v in IMAGENET
+        )
         pixels = _lay((x * 64 + 128).clamp(0, 255).to(torch.uint8), problem.layout)
         return pixels, first, bias(problem.weight), mean, std
     return x, first, bias(problem.weight), normal(n, k, *problem.x[2:], layout=problem.residual or "nhwc")
@@ -198,6 +238,7 @@ def _lay(t: Tensor, layout: str) -> Tensor:
 
 
 # ---------------------------------------------------------------- judging
+
 
 def oracle(op: str, args: tuple) -> tuple[Tensor, ...]:
     """The reference in float64 on the CPU, on exactly the values that the kernel gets."""
@@ -261,8 +302,12 @@ def _eager_pointwise_pool(x, weight, bias, residual) -> Tensor:
     return _eager_block(x, weight, bias, residual).mean((2, 3))
 
 
-_EAGER_ACROSS = {"pointwise_pair": _eager_pair, "conv_tail": _eager_tail, "conv_pool": _eager_conv_pool,
-                 "pointwise_pool": _eager_pointwise_pool}
+_EAGER_ACROSS = {
+    "pointwise_pair": _eager_pair,
+    "conv_tail": _eager_tail,
+    "conv_pool": _eager_conv_pool,
+    "pointwise_pool": _eager_pointwise_pool,
+}
 
 
 def check_kernel(kernel: Kernel, problem: Problem, seed: int = 0) -> Verdict:
@@ -274,9 +319,15 @@ def check_kernel(kernel: Kernel, problem: Problem, seed: int = 0) -> Verdict:
     if problem.device == "cuda":
         torch.cuda.synchronize()
     exact, bar = oracle(problem.op, args), eager(problem.op, args)
-    reasons = [broken_rule(got, low, true, gradient=problem.op in _BACKWARD)
-               for got, low, true in zip(outputs, bar, exact, strict=True) if true.numel()]
-    if any(isinstance(a, Tensor) and not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(args, kept, strict=True)):
+    reasons = [
+        broken_rule(got, low, true, gradient=problem.op in _BACKWARD)
+        for got, low, true in zip(outputs, bar, exact, strict=True)
+        if true.numel()
+    ]
+    if any(
+        isinstance(a, Tensor) and not torch.equal(a.nan_to_num(), b.nan_to_num())
+        for a, b in zip(args, kept, strict=True)
+    ):
         reasons.append("it changed an input")
     reason = "; ".join(filter(None, reasons)) or None
     return Verdict(kernel.id, problem, error(outputs[0], exact[0]), error(bar[0], exact[0]), reason)
@@ -288,16 +339,25 @@ def _tuple(value) -> tuple[Tensor, ...]:
 
 # ---------------------------------------------------------------- grids
 
-def model_problems(model: str = "resnet50", batch: int = 2, size: int = 224, dtype: torch.dtype = torch.float32,
-                   device: str = "cpu", capability: tuple[int, int] | None = None, op: str = "conv_bn_act") -> list[Problem]:
+
+def model_problems(
+    model: str = "resnet50",
+    batch: int = 2,
+    size: int = 224,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    capability: tuple[int, int] | None = None,
+    op: str = "conv_bn_act",
+) -> list[Problem]:
     """Every distinct convolution of a model, or group of convolutions that ``op`` could take."""
     single = layers(model, batch, size, dtype, device, capability)
     found = single if op == "conv_bn_act" else [group for group in across(single) if group.problem.op == op]
     return [layer.problem for layer in distinct(found)]
 
 
-def nasty_problems(op: str, dtype: torch.dtype = torch.float32, device: str = "cpu",
-                   capability: tuple[int, int] | None = None) -> list[Problem]:
+def nasty_problems(
+    op: str, dtype: torch.dtype = torch.float32, device: str = "cpu", capability: tuple[int, int] | None = None
+) -> list[Problem]:
     """Small problems at the edges: channels in {1, 3, 8, 63, 64, 65, 129}, H≠W, odd sizes with stride 2, groups, dilation, N=0 and 1."""
     place = {"op": op, "device": device, "dtype": dtype, "capability": capability}
     if op == "conv_bn_act":
@@ -319,8 +379,17 @@ def nasty_problems(op: str, dtype: torch.dtype = torch.float32, device: str = "c
 def _nasty_convs() -> Iterator[dict]:
     def case(n, c, h, w, k, r=1, stride=1, dilation=1, groups=1, act="relu", residual=None, bn=True, padding=None):
         pad = dilation * (r // 2) if padding is None else padding
-        return {"x": (n, c, h, w), "weight": (k, c // groups, r, r), "stride": (stride, stride), "padding": (pad, pad),
-                "dilation": (dilation, dilation), "groups": groups, "act": act, "residual": residual, "bn": bn}
+        return {
+            "x": (n, c, h, w),
+            "weight": (k, c // groups, r, r),
+            "stride": (stride, stride),
+            "padding": (pad, pad),
+            "dilation": (dilation, dilation),
+            "groups": groups,
+            "act": act,
+            "residual": residual,
+            "bn": bn,
+        }
 
     channels = (1, 3, 8, 63, 64, 65, 129)
     for c, k in zip(channels, channels[::-1], strict=True):
@@ -342,43 +411,114 @@ def _nasty_convs() -> Iterator[dict]:
 
 def _nasty_pairs() -> Iterator[dict]:
     """n, c, h, w → k filters; c2 channels at height and width h2, w2."""
-    cases = [(2, 64, 7, 5, 256, 64, 7, 5, 1), (2, 128, 4, 6, 512, 256, 8, 12, 2), (2, 128, 4, 3, 512, 256, 7, 5, 2),
-             (1, 1, 3, 3, 3, 129, 5, 6, 2), (2, 65, 5, 4, 63, 3, 5, 4, 1), (3, 8, 1, 1, 130, 8, 2, 1, 2), (1, 72, 9, 1, 8, 1, 17, 1, 2),
-             (0, 16, 4, 4, 24, 8, 8, 8, 2), (4, 64, 7, 7, 64, 32, 13, 13, 2)]
+    cases = [
+        (2, 64, 7, 5, 256, 64, 7, 5, 1),
+        (2, 128, 4, 6, 512, 256, 8, 12, 2),
+        (2, 128, 4, 3, 512, 256, 7, 5, 2),
+        (1, 1, 3, 3, 3, 129, 5, 6, 2),
+        (2, 65, 5, 4, 63, 3, 5, 4, 1),
+        (3, 8, 1, 1, 130, 8, 2, 1, 2),
+        (1, 72, 9, 1, 8, 1, 17, 1, 2),
+        (0, 16, 4, 4, 24, 8, 8, 8, 2),
+        (4, 64, 7, 7, 64, 32, 13, 13, 2),
+    ]
     for n, c, h, w, k, c2, h2, w2, stride in cases:
-        yield {"x": (n, c, h, w), "weight": (k, c, 1, 1), "chain": ((k, c2, 1, 1),), "second": (h2, w2), "stride": (stride, stride),
-               "residual": "nhwc"}
-    yield {"x": (2, 8, 5, 5), "weight": (16, 8, 1, 1), "chain": ((16, 4, 1, 1),), "second": (9, 10), "stride": (2, 2), "layout": "nchw",
-           "residual": "nchw"}
+        yield {
+            "x": (n, c, h, w),
+            "weight": (k, c, 1, 1),
+            "chain": ((k, c2, 1, 1),),
+            "second": (h2, w2),
+            "stride": (stride, stride),
+            "residual": "nhwc",
+        }
+    yield {
+        "x": (2, 8, 5, 5),
+        "weight": (16, 8, 1, 1),
+        "chain": ((16, 4, 1, 1),),
+        "second": (9, 10),
+        "stride": (2, 2),
+        "layout": "nchw",
+        "residual": "nchw",
+    }
 
 
 def _nasty_tails() -> Iterator[dict]:
     """c channels → c2 by 3×3 → k, + residual (of cr channels, projected) → k1."""
-    cases = [(2, 64, 9, 7, 64, 256, 0, 64), (2, 64, 8, 8, 64, 256, 64, 64), (1, 128, 14, 5, 128, 512, 0, 128), (2, 3, 5, 4, 8, 65, 0, 129),
-             (1, 63, 1, 1, 64, 64, 1, 8), (3, 16, 1, 6, 24, 40, 0, 1), (2, 8, 17, 3, 1, 3, 130, 65), (0, 16, 4, 4, 16, 64, 0, 16),
-             (2, 64, 6, 6, 64, 256, 0, 128)]
+    cases = [
+        (2, 64, 9, 7, 64, 256, 0, 64),
+        (2, 64, 8, 8, 64, 256, 64, 64),
+        (1, 128, 14, 5, 128, 512, 0, 128),
+        (2, 3, 5, 4, 8, 65, 0, 129),
+        (1, 63, 1, 1, 64, 64, 1, 8),
+        (3, 16, 1, 6, 24, 40, 0, 1),
+        (2, 8, 17, 3, 1, 3, 130, 65),
+        (0, 16, 4, 4, 16, 64, 0, 16),
+        (2, 64, 6, 6, 64, 256, 0, 128),
+    ]
     for n, c, h, w, c2, k, cr, k1 in cases:
         chain = (k, c2, 1, 1), (k, cr, 1, 1) if cr else (), (k1, k, 1, 1)
         yield {"x": (n, c, h, w), "weight": (c2, c, 3, 3), "padding": (1, 1), "chain": chain, "residual": "nhwc"}
-    yield {"x": (2, 8, 5, 5), "weight": (8, 8, 3, 3), "padding": (1, 1), "chain": ((16, 8, 1, 1), (), (8, 16, 1, 1)), "layout": "nchw",
-           "residual": "nchw"}
+    yield {
+        "x": (2, 8, 5, 5),
+        "weight": (8, 8, 3, 3),
+        "padding": (1, 1),
+        "chain": ((16, 8, 1, 1), (), (8, 16, 1, 1)),
+        "layout": "nchw",
+        "residual": "nchw",
+    }
 
 
 def _nasty_stems() -> Iterator[dict]:
-    sizes = [(2, 3, 32, 32, 64, 7), (1, 3, 33, 47, 64, 7), (2, 3, 224, 5, 64, 7), (1, 3, 1, 1, 64, 7), (2, 3, 2, 3, 8, 7), (3, 3, 9, 10, 65, 7),
-             (0, 3, 16, 16, 64, 7), (1, 4, 21, 22, 64, 7), (2, 1, 12, 13, 3, 5), (1, 3, 19, 18, 32, 3)]
+    sizes = [
+        (2, 3, 32, 32, 64, 7),
+        (1, 3, 33, 47, 64, 7),
+        (2, 3, 224, 5, 64, 7),
+        (1, 3, 1, 1, 64, 7),
+        (2, 3, 2, 3, 8, 7),
+        (3, 3, 9, 10, 65, 7),
+        (0, 3, 16, 16, 64, 7),
+        (1, 4, 21, 22, 64, 7),
+        (2, 1, 12, 13, 3, 5),
+        (1, 3, 19, 18, 32, 3),
+    ]
     for n, c, h, w, k, r in sizes:
         for byte in (False, True) if c == 3 else (False,):
-            yield {"x": (n, c, h, w), "weight": (k, c, r, r), "stride": (2, 2), "padding": (r // 2, r // 2), "bytes": byte}
+            yield {
+                "x": (n, c, h, w),
+                "weight": (k, c, r, r),
+                "stride": (2, 2),
+                "padding": (r // 2, r // 2),
+                "bytes": byte,
+            }
     for byte in (False, True):
-        yield {"x": (2, 3, 20, 18), "weight": (64, 3, 7, 7), "stride": (2, 2), "padding": (3, 3), "layout": "nchw", "bytes": byte}
+        yield {
+            "x": (2, 3, 20, 18),
+            "weight": (64, 3, 7, 7),
+            "stride": (2, 2),
+            "padding": (3, 3),
+            "layout": "nchw",
+            "bytes": byte,
+        }
 
 
 def _nasty_pointwise_pools() -> Iterator[dict]:
-    cases = [(2, 512, 7, 7, 2048), (1, 64, 1, 1, 64), (3, 65, 5, 9, 63), (2, 8, 14, 13, 129), (5, 1, 3, 1, 3), (0, 16, 4, 4, 24), (2, 130, 2, 8, 72)]
+    cases = [
+        (2, 512, 7, 7, 2048),
+        (1, 64, 1, 1, 64),
+        (3, 65, 5, 9, 63),
+        (2, 8, 14, 13, 129),
+        (5, 1, 3, 1, 3),
+        (0, 16, 4, 4, 24),
+        (2, 130, 2, 8, 72),
+    ]
     for n, c, h, w, k in cases:
         yield {"x": (n, c, h, w), "weight": (k, c, 1, 1), "residual": "nhwc"}
     yield {"x": (2, 8, 5, 5), "weight": (16, 8, 1, 1), "layout": "nchw", "residual": "nchw"}
 
 
-_NASTY_ACROSS = {"pointwise_pair": _nasty_pairs, "conv_tail": _nasty_tails, "conv_pool": _nasty_stems, "pointwise_pool": _nasty_pointwise_pools}
+_NASTY_ACROSS = {
+    "pointwise_pair": _nasty_pairs,
+    "conv_tail": _nasty_tails,
+    "conv_pool": _nasty_stems,
+    "pointwise_pool": _nasty_pointwise_pools,
+}

@@ -53,9 +53,17 @@ class Timing:
         return [b / s for b, s in zip(base.seconds, self.seconds, strict=True)]
 
 
-def interleaved(variants: dict[str, Callable[[], object]], *, device: str = "cpu", warmup: int = 2, min_rounds: int = 5,
-                max_rounds: int = 200, max_seconds: float = 20.0, confidence: float = 0.02,
-                progress: Callable[[int], None] | None = None) -> dict[str, Timing]:
+def interleaved(
+    variants: dict[str, Callable[[], object]],
+    *,
+    device: str = "cpu",
+    warmup: int = 2,
+    min_rounds: int = 5,
+    max_rounds: int = 200,
+    max_seconds: float = 20.0,
+    confidence: float = 0.02,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Timing]:
     """Time the variants in interleaved rounds, each round in an order of its own, or each would always run on what the same neighbour leaves.
 
     Stops after ``min_rounds`` as soon as every variant's standard error of the median is below ``confidence`` of it, at ``max_rounds``, or

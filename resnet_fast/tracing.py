@@ -101,9 +101,12 @@ class _Trace(TracerBase):
             twin.__dict__.update((k, _shallow(v)) for k, v in module.__dict__.items() if k != "forward")
             prefix = f"{path}." if path else ""
             twin.__dict__.update(
-                _path=path, _trace=self, _parameters=_Tensors(self, prefix, module._parameters),
+                _path=path,
+                _trace=self,
+                _parameters=_Tensors(self, prefix, module._parameters),
                 _buffers=_Tensors(self, prefix, module._buffers),
-                _modules={k: m if m is None else self._twin(m, prefix + k) for k, m in module._modules.items()})
+                _modules={k: m if m is None else self._twin(m, prefix + k) for k, m in module._modules.items()},
+            )
             if self.training is not None:
                 twin.__dict__["training"] = self.training
         return twin
@@ -214,11 +217,16 @@ class _Tensors(dict):
 
 # ---------------------------------------------------------------- what a forward may not do unseen
 
+
 def _mode() -> tuple:
     depth = torch.autocast_increment_nesting() - 1
     torch.autocast_decrement_nesting()
-    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), depth,
-            torch._C._autograd._top_saved_tensors_default_hooks(True) is None)
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        depth,
+        torch._C._autograd._top_saved_tensors_default_hooks(True) is None,
+    )
 
 
 def _chance() -> tuple:
@@ -259,12 +267,16 @@ def _same(a: Any, b: Any) -> bool:
 
 # ---------------------------------------------------------------- signatures, results, sentences
 
+
 def _required(module: nn.Module) -> list[str]:
     """The names of the inputs without a default; the others keep theirs, and a call that gives them is not this
     graph's.
     """
-    return [p.name for p in list(inspect.signature(type(module).forward).parameters.values())[1:]
-            if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return [
+        p.name
+        for p in list(inspect.signature(type(module).forward).parameters.values())[1:]
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
 
 
 def _nodes(result: Any, strict: bool = True) -> Any:

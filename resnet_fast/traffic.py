@@ -132,7 +132,9 @@ def across_step(problem: Problem) -> Step:
     if problem.op == "conv_tail":
         third, projection, after = problem.chain
         shortcut = pixels * (projection[1] if projection else third[0]) * width
-        return step({**reads, "shortcut": shortcut}, {"y": pixels * third[0] * width, "next": pixels * after[0] * width})
+        return step(
+            {**reads, "shortcut": shortcut}, {"y": pixels * third[0] * width, "next": pixels * after[0] * width}
+        )
     if problem.op == "conv_pool":
         pooled = n * k * prod((size + 1) // 2 for size in problem.out_hw)
         return step(reads, {"out": pooled * width})
@@ -147,12 +149,20 @@ def network(model: str, batch: int, size: int, dtype: torch.dtype) -> Net:
     for layer in layers(model, batch, size, dtype):
         p = layer.problem
         y, weights = batch * p.weight[0] * prod(p.out_hw), prod(p.weight)
-        convs[layer.name] = Conv(layer.name, touched(p) * width, prod(p.x) * width, y * width, weights * width, weights,
-                                 p.weight[0], conv_flops(p))
+        convs[layer.name] = Conv(
+            layer.name,
+            touched(p) * width,
+            prod(p.x) * width,
+            y * width,
+            weights * width,
+            weights,
+            p.weight[0],
+            conv_flops(p),
+        )
     members: dict[str, list[Conv]] = {}
     for name, conv in convs.items():
         members.setdefault(".".join(name.split(".")[:2]), []).append(conv)
-    stem, = members.pop("conv1")
+    (stem,) = members.pop("conv1")
     return Net(stem, tuple(_block(name, found) for name, found in members.items()), batch, width)
 
 
@@ -162,6 +172,7 @@ def _block(name: str, found: list[Conv]) -> Block:
 
 
 # ---------------------------------------------------------------- inference
+
 
 def fc_step(net: Net) -> Step:
     """The fully connected layer."""
@@ -266,8 +277,12 @@ def _tail_steps(net: Net, stages: tuple[str, ...]) -> Iterator[Step]:
             yield _fused_conv(block, block.projection)
         after = following.convs[0]
         taken.add(after.name)
-        yield Step(f"{block.name} tail", {"x": middle.x, "shortcut": end.y, "w": middle.w + end.w + after.w},
-                   {"out": end.y, "next": after.y}, middle.flops + end.flops + after.flops)
+        yield Step(
+            f"{block.name} tail",
+            {"x": middle.x, "shortcut": end.y, "w": middle.w + end.w + after.w},
+            {"out": end.y, "next": after.y},
+            middle.flops + end.flops + after.flops,
+        )
 
 
 def whole_blocks(net: Net) -> Iterator[Step]:

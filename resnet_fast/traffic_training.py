@@ -27,6 +27,7 @@ def _pool(net: Net, index: int = ATEN_INDEX) -> Step:
 
 # ---------------------------------------------------------------- forward
 
+
 def _forward_eager(net: Net) -> Iterator[Step]:
     def statistics(conv: Conv) -> Iterator[Step]:
         yield conv_step(conv)
@@ -77,6 +78,7 @@ def _forward_fused(net: Net, index: int) -> Iterator[Step]:
 
 # ---------------------------------------------------------------- backward: what every level shares
 
+
 def _loss_and_fc(net: Net) -> Iterator[Step]:
     fc = fc_step(net)
     yield Step("loss", {"logits": net.logits}, {"dlogits": net.logits})
@@ -103,6 +105,7 @@ def _bn_backward(conv: Conv) -> Iterator[Step]:
 
 
 # ---------------------------------------------------------------- backward, level by level
+
 
 def _backward_eager(net: Net) -> Iterator[Step]:
     def mask(conv: Conv) -> Step:
@@ -195,10 +198,11 @@ def _iteration(forward: Iterator[Step], net: Net, backward: Iterator[Step]) -> I
 TRAINING: dict[str, Callable[[Net], Iterator[Step]]] = {
     "eager": lambda net: _iteration(_forward_eager(net), net, _backward_eager(net)),
     "pointwise fused": lambda net: _iteration(_forward_pointwise(net), net, _backward_pointwise(net)),
-    "statistics in the conv's epilogue, normalise+ReLU in the next one's prologue":
-        lambda net: _iteration(_forward_fused(net, ATEN_INDEX), net, _backward_pointwise(net)),
-    "+ fused backward":
-        lambda net: _iteration(_forward_fused(net, TAP_INDEX), net, _backward_fused(net, shared=False)),
-    "dgrad and wgrad share their loads":
-        lambda net: _iteration(_forward_fused(net, TAP_INDEX), net, _backward_fused(net, shared=True)),
+    "statistics in the conv's epilogue, normalise+ReLU in the next one's prologue": lambda net: _iteration(
+        _forward_fused(net, ATEN_INDEX), net, _backward_pointwise(net)
+    ),
+    "+ fused backward": lambda net: _iteration(_forward_fused(net, TAP_INDEX), net, _backward_fused(net, shared=False)),
+    "dgrad and wgrad share their loads": lambda net: _iteration(
+        _forward_fused(net, TAP_INDEX), net, _backward_fused(net, shared=True)
+    ),
 }

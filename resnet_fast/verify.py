@@ -19,8 +19,17 @@ from .problem import Problem
 from .testing import FACTOR, FLOOR, GRADIENT_FACTOR, Error, Verdict
 
 # Which flat arguments hold one entry for each image, and which outputs are sums over the batch.
-IMAGES = {"conv_bn_act": (0, 4), "bn_act": (0, 3), "bn_act_backward": (0, 1, 2), "add_act": (0, 1, 2),
-          "add_act_backward": (0, 1, 2, 3), "pointwise_pair": (0, 2), "conv_tail": (0, 5), "conv_pool": (0,), "pointwise_pool": (0, 3)}
+IMAGES = {
+    "conv_bn_act": (0, 4),
+    "bn_act": (0, 3),
+    "bn_act_backward": (0, 1, 2),
+    "add_act": (0, 1, 2),
+    "add_act_backward": (0, 1, 2, 3),
+    "pointwise_pair": (0, 2),
+    "conv_tail": (0, 5),
+    "conv_pool": (0,),
+    "pointwise_pool": (0, 3),
+}
 SUMS = {"bn_act_backward": (1, 2)}
 ORACLE_IMAGES = 4
 CHUNK = 2**25  # elements compared at once, in float64
@@ -38,12 +47,26 @@ def verify(kernel: Kernel, problem: Problem) -> Verdict:
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     if problem.device == "cuda":
         torch.cuda.synchronize()
-    found = [(i, _judge(got, bar[i], exact[i], copies, total=i in SUMS.get(problem.op, ()),
-                        gradient=problem.op.endswith("_backward")))
-             for i, got in enumerate(outputs) if exact[i].numel()]
+    found = [
+        (
+            i,
+            _judge(
+                got,
+                bar[i],
+                exact[i],
+                copies,
+                total=i in SUMS.get(problem.op, ()),
+                gradient=problem.op.endswith("_backward"),
+            ),
+        )
+        for i, got in enumerate(outputs)
+        if exact[i].numel()
+    ]
     reasons = [f"output {i}: {reason}" for i, (_, reason) in found if reason]
-    if any(isinstance(a, Tensor) and not _repeats(a, b, copies if i in IMAGES[problem.op] else 1)
-           for i, (a, b) in enumerate(zip(args, small, strict=True))):
+    if any(
+        isinstance(a, Tensor) and not _repeats(a, b, copies if i in IMAGES[problem.op] else 1)
+        for i, (a, b) in enumerate(zip(args, small, strict=True))
+    ):
         reasons.append("it changed an input")
     return Verdict(kernel.id, problem, found[0][1][0], testing.error(bar[0], exact[0]), "; ".join(reasons) or None)
 
@@ -65,14 +88,19 @@ def full_args(problem: Problem, seed: int = 0) -> tuple:
 
 def repeat(problem: Problem, args: tuple, copies: int) -> tuple:
     """The arguments with each per-image tensor ``copies`` times along the batch, in the same layout."""
-    return tuple(_repeat(a, copies) if i in IMAGES[problem.op] and isinstance(a, Tensor) else a
-                 for i, a in enumerate(args))
+    return tuple(
+        _repeat(a, copies) if i in IMAGES[problem.op] and isinstance(a, Tensor) else a for i, a in enumerate(args)
+    )
 
 
 def _repeat(t: Tensor, copies: int) -> Tensor:
     nhwc = t.is_contiguous(memory_format=torch.channels_last)
-    out = torch.empty((copies * t.shape[0], *t.shape[1:]), dtype=t.dtype, device=t.device,
-                      memory_format=torch.channels_last if nhwc else torch.contiguous_format)
+    out = torch.empty(
+        (copies * t.shape[0], *t.shape[1:]),
+        dtype=t.dtype,
+        device=t.device,
+        memory_format=torch.channels_last if nhwc else torch.contiguous_format,
+    )
     out.unflatten(0, (copies, t.shape[0])).copy_(t)
     return out
 
@@ -88,8 +116,9 @@ def _repeats(t: Tensor, small: Tensor, copies: int) -> bool:
     return bool((t.unflatten(0, (copies, small.shape[0])) == small).all())
 
 
-def _judge(got: Tensor, bar: Tensor, exact: Tensor, copies: int, *, total: bool,
-           gradient: bool) -> tuple[Error, str | None]:
+def _judge(
+    got: Tensor, bar: Tensor, exact: Tensor, copies: int, *, total: bool, gradient: bool
+) -> tuple[Error, str | None]:
     """The worst error of any repetition and how it breaks the rule, or None."""
     images = exact.dim() > 1
     if total:
@@ -101,8 +130,9 @@ def _judge(got: Tensor, bar: Tensor, exact: Tensor, copies: int, *, total: bool,
     eager, factor, floor = testing.error(bar, exact), GRADIENT_FACTOR if gradient else FACTOR, FLOOR[bar.dtype]
     for name in ("rms", "max"):
         if not getattr(mine, name) <= factor * getattr(eager, name) + floor:
-            return mine, (f"{name} error {getattr(mine, name):.3g}, allowed {factor:g} × {getattr(eager, name):.3g} + "
-                          f"{floor:g}")
+            return mine, (
+                f"{name} error {getattr(mine, name):.3g}, allowed {factor:g} × {getattr(eager, name):.3g} + {floor:g}"
+            )
     return mine, None
 
 

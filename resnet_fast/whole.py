@@ -55,10 +55,20 @@ def unseen(owner: nn.Module) -> list[nn.Module] | None:
     return found
 
 
-def at_once(owner: nn.Module, forward: Callable[[Tensor], Any], x: Tensor, look: Callable[[nn.Module], list[nn.Module] | None]) -> Any:
+def at_once(
+    owner: nn.Module, forward: Callable[[Tensor], Any], x: Tensor, look: Callable[[nn.Module], list[nn.Module] | None]
+) -> Any:
     """``forward(x)``, the forward of ``owner``; ``look(owner)`` gives the modules inside if they are unseen."""
-    if (owner.training or torch.is_grad_enabled() or running.proved is not None or x.device.type != "cpu" or x.dim() != 4
-            or x.numel() == 0 or not undisturbed() or torch.autograd._profiler_enabled()):
+    if (
+        owner.training
+        or torch.is_grad_enabled()
+        or running.proved is not None
+        or x.device.type != "cpu"
+        or x.dim() != 4
+        or x.numel() == 0
+        or not undisturbed()
+        or torch.autograd._profiler_enabled()
+    ):
         return forward(x)
     state = _states.get(owner) or _states.setdefault(owner, _State())
     kept = state.kept
@@ -82,6 +92,7 @@ def at_once(owner: nn.Module, forward: Callable[[Tensor], Any], x: Tensor, look:
 def _keep(state: _State, owner: nn.Module, x: Tensor, inside: list[nn.Module]) -> Tensor | None:
     """The answer of a program that is made now, since two passes used the same weights; None if there can be none."""
     from .kept import Kept
+
     still = weakref.ref(state)  # it holds what is to forget it
 
     def forget() -> None:

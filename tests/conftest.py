@@ -14,8 +14,14 @@ from hypothesis import HealthCheck, settings
 from resnet_fast import dispatch, kept
 
 torch.set_num_threads(1)  # the machines that run this have few cores, and results must not depend on how many
-settings.register_profile("house", deadline=None, derandomize=True, database=None, max_examples=30,
-                          suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+settings.register_profile(
+    "house",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=30,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 settings.load_profile("house")
 
 

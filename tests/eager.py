@@ -14,8 +14,22 @@ CL = torch.channels_last
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def eager_conv(x, weight, scale, shift, residual=None, *, mean=None, var=None, eps=0.0, stride=1, padding=0, dilation=1,
-               groups=1, act="relu") -> Tensor:
+def eager_conv(
+    x,
+    weight,
+    scale,
+    shift,
+    residual=None,
+    *,
+    mean=None,
+    var=None,
+    eps=0.0,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups=1,
+    act="relu",
+) -> Tensor:
     """What a user writes without this package: torch's convolution, batch norm (or affine), add and ReLU."""
     z = F.conv2d(x, weight, None, stride, padding, dilation, groups)
     if mean is None:
@@ -89,6 +103,7 @@ def pairs(dtype=torch.float64):
             def run(*live):
                 it = iter(live)
                 return call_conv(op, tuple(None if t is None else next(it) for t in tensors), "relu", **keywords)
+
             return run
 
         yield f"conv-{four}-{residual}", conv(ops.conv_bn_act), conv(eager_affine), given_only(tensors)
@@ -104,7 +119,10 @@ def layouts(t: Tensor) -> dict[str, Tensor]:
     n, c, h, w = t.shape
     wider, taller = t.new_full((n, c, h, w + 3), 7.0), t.new_full((n, c, 2 * h, w), 7.0)
     wider[..., 1:-2], taller[:, :, ::2] = t, t
-    return {"nchw": t.contiguous(), "nhwc": t.contiguous(memory_format=CL), "sliced": wider[..., 1:-2],
-            "stepped": taller[:, :, ::2], "transposed": t.transpose(2, 3).contiguous().transpose(2, 3)}
-
-
+    return {
+        "nchw": t.contiguous(),
+        "nhwc": t.contiguous(memory_format=CL),
+        "sliced": wider[..., 1:-2],
+        "stepped": taller[:, :, ::2],
+        "transposed": t.transpose(2, 3).contiguous().transpose(2, 3),
+    }

@@ -19,12 +19,27 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-CONVOLUTIONS = ("conv", "pointwise", "pointwise_hopper", "conv_hopper", "conv_cluster_hopper")  # as shim.cpp counts them
+CONVOLUTIONS = (
+    "conv",
+    "pointwise",
+    "pointwise_hopper",
+    "conv_hopper",
+    "conv_cluster_hopper",
+)  # as shim.cpp counts them
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 EMULATION = ROOT / "tests" / "host_cuda"
 # Undefined behaviour traps, which the emulation reports as the launch's error. No fortification: fibres change stacks.
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error",
-         "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-Wno-psabi", f"-I{EMULATION}"]
+FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-fPIC",
+    "-fsanitize=undefined",
+    "-fsanitize-undefined-trap-on-error",
+    "-U_FORTIFY_SOURCE",
+    "-Wno-unknown-pragmas",
+    "-Wno-psabi",
+    f"-I{EMULATION}",
+]
 
 
 def compiler() -> str | None:
@@ -78,15 +93,17 @@ class HostGpu:
         self._memory: list[tuple[int, int]] = []
         self.settings()
 
-    def settings(self, seed: int = 1, processors: int = 132, late_copies: bool = True, first_block: int = 0,
-                 slack: int = 0) -> None:
+    def settings(
+        self, seed: int = 1, processors: int = 132, late_copies: bool = True, first_block: int = 0, slack: int = 0
+    ) -> None:
         self.lib.host_settings(seed, processors, int(late_copies), first_block)
         self._slack = slack
 
     # ------------------------------------------------------------ memory
 
-    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype, strides: tuple[int, ...] | None = None,
-                  poison: bool = True) -> Tensor:
+    def _allocate(
+        self, shape: tuple[int, ...], dtype: torch.dtype, strides: tuple[int, ...] | None = None, poison: bool = True
+    ) -> Tensor:
         """Dense memory before an unreadable page, NaN (or zeros) inside; NHWC for four dimensions by default."""
         count = torch.Size(shape).numel()
         if count == 0:
@@ -111,8 +128,16 @@ class HostGpu:
         self._memory.clear()
 
     def _launch(self, name: str, *args) -> None:
-        flat = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_void_p() if a is None else
-                ctypes.c_float(a) if isinstance(a, float) else a for a in args]
+        flat = [
+            ctypes.c_void_p(a.data_ptr())
+            if isinstance(a, Tensor)
+            else ctypes.c_void_p()
+            if a is None
+            else ctypes.c_float(a)
+            if isinstance(a, float)
+            else a
+            for a in args
+        ]
         error = getattr(self.lib, name)(*flat)
         if error:
             raise RuntimeError(f"{name}: error {error}: {self.lib.host_message().decode()}")
@@ -131,24 +156,61 @@ class HostGpu:
     def conv_cluster_hopper(self, *args) -> Tensor:
         return self.conv(*args, kernel="conv_cluster_hopper")
 
-    def conv(self, x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act, *,
-             kernel: str = "conv") -> Tensor:
-        out_h, out_w = ((i + 2 * p - d * (f - 1) - 1) // t + 1 for i, p, d, f, t in
-                        zip(x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True))
+    def conv(
+        self,
+        x,
+        weight,
+        scale,
+        shift,
+        residual,
+        mean,
+        var,
+        eps,
+        stride,
+        padding,
+        dilation,
+        groups,
+        act,
+        *,
+        kernel: str = "conv",
+    ) -> Tensor:
+        out_h, out_w = (
+            (i + 2 * p - d * (f - 1) - 1) // t + 1
+            for i, p, d, f, t in zip(x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True)
+        )
         with self._call():
             out = self._allocate((x.shape[0], weight.shape[0], out_h, out_w), x.dtype)
-            self._conv(kernel, self._put(x), self._put(weight), (scale, shift, mean, var), eps, self._put(residual),
-                       (stride, padding, dilation), act, out)
+            self._conv(
+                kernel,
+                self._put(x),
+                self._put(weight),
+                (scale, shift, mean, var),
+                eps,
+                self._put(residual),
+                (stride, padding, dilation),
+                act,
+                out,
+            )
             return out.clone()
 
     def conv_last_image(self, image, images, weight, scale, shift, residual, padding, *, kernel: str) -> Tensor:
         """The last image's output in a batch of ``images``, all zeros but the last, from the block that makes it."""
         with self._call():
-            x, last, out = (self._allocate((images, *t.shape[1:]), t.dtype, poison=False)
-                            for t in (image, residual, residual))
+            x, last, out = (
+                self._allocate((images, *t.shape[1:]), t.dtype, poison=False) for t in (image, residual, residual)
+            )
             x[-1], last[-1] = image[0], residual[0]
-            self._conv(kernel, x, self._put(weight), (scale, shift, None, None), 0.0, last,
-                       ((1, 1), padding, (1, 1)), "relu", out)
+            self._conv(
+                kernel,
+                x,
+                self._put(weight),
+                (scale, shift, None, None),
+                0.0,
+                last,
+                ((1, 1), padding, (1, 1)),
+                "relu",
+                out,
+            )
             return out[-1:].clone()
 
     def _conv(self, kernel, x, weight, vectors, eps, residual, geometry, act, out) -> None:
@@ -158,10 +220,25 @@ class HostGpu:
         affine = (ctypes.c_void_p * 6)(*(None if v is None else v.data_ptr() for v in forms))
         sizes = (ctypes.c_int64 * 9)(n, h, w, c, weight.shape[0], *weight.shape[2:], *out.shape[2:])
         numbers = (ctypes.c_int * 6)(*itertools.chain(*geometry))
-        self._launch("host_conv", CONVOLUTIONS.index(kernel), x, weight, residual, out, affine, float(eps), DTYPES[scale.dtype],
-                     sizes, numbers, DTYPES[x.dtype], int(act == "relu"))
+        self._launch(
+            "host_conv",
+            CONVOLUTIONS.index(kernel),
+            x,
+            weight,
+            residual,
+            out,
+            affine,
+            float(eps),
+            DTYPES[scale.dtype],
+            sizes,
+            numbers,
+            DTYPES[x.dtype],
+            int(act == "relu"),
+        )
 
-    def conv_tail_hopper(self, x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1) -> tuple[Tensor, Tensor]:
+    def conv_tail_hopper(
+        self, x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1
+    ) -> tuple[Tensor, Tensor]:
         with self._call():
             y, z = (self._allocate((x.shape[0], w.shape[0], *x.shape[2:]), x.dtype) for w in (weight3, weight1))
             self._tail(*map(self._put, (x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1)), y, z)
@@ -170,16 +247,39 @@ class HostGpu:
     def tail_of_last_image(self, args: tuple, images: int) -> tuple[Tensor, Tensor]:
         """Its y and z in a batch of ``images``, all zeros but the last, from the block that makes them."""
         with self._call():
-            x, residual, y, z = (self._allocate((images, channels, *args[0].shape[2:]), args[0].dtype, poison=False)
-                                 for channels in (args[0].shape[1], args[5].shape[1], args[3].shape[0], args[7].shape[0]))
+            x, residual, y, z = (
+                self._allocate((images, channels, *args[0].shape[2:]), args[0].dtype, poison=False)
+                for channels in (args[0].shape[1], args[5].shape[1], args[3].shape[0], args[7].shape[0])
+            )
             x[-1], residual[-1] = args[0][0], args[5][0]
             self._tail(x, *map(self._put, args[1:5]), residual, *map(self._put, args[6:]), y, z)
             return y[-1:].clone(), z[-1:].clone()
 
     def _tail(self, x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1, y, z) -> None:
-        sizes = (ctypes.c_int64 * 8)(x.shape[0], *x.shape[2:], x.shape[1], *(w.shape[0] for w in (weight2, weight3)),
-                                     0 if projection is None else projection.shape[1], weight1.shape[0])
-        self._launch("host_tail", x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1, y, z, sizes, DTYPES[x.dtype])
+        sizes = (ctypes.c_int64 * 8)(
+            x.shape[0],
+            *x.shape[2:],
+            x.shape[1],
+            *(w.shape[0] for w in (weight2, weight3)),
+            0 if projection is None else projection.shape[1],
+            weight1.shape[0],
+        )
+        self._launch(
+            "host_tail",
+            x,
+            weight2,
+            bias2,
+            weight3,
+            bias3,
+            residual,
+            projection,
+            weight1,
+            bias1,
+            y,
+            z,
+            sizes,
+            DTYPES[x.dtype],
+        )
 
     def pointwise_pair_hopper(self, x, weight, x2, weight2, bias, stride2) -> Tensor:
         with self._call():
@@ -191,7 +291,9 @@ class HostGpu:
         """The last image's output in a batch of ``images``, all zeros but the last, from the block that makes it."""
         with self._call():
             shape = images, weight.shape[0], *image.shape[2:]
-            x, x2, out = (self._allocate((images, *s[1:]), image.dtype, poison=False) for s in (image.shape, image2.shape, shape))
+            x, x2, out = (
+                self._allocate((images, *s[1:]), image.dtype, poison=False) for s in (image.shape, image2.shape, shape)
+            )
             x[-1], x2[-1] = image[0], image2[0]
             self._pair(x, self._put(weight), x2, self._put(weight2), bias, stride2, out)
             return out[-1:].clone()
@@ -205,16 +307,29 @@ class HostGpu:
         with self._call():
             y = self._allocate(tuple(x.shape), x.dtype)
             mean, var = (self._allocate((x.shape[1],), torch.float32) for _ in range(2))
-            self._launch("host_bn", *map(self._put, (x, residual, weight, bias)), y, mean, var,
-                         *self._bn_rest(x, weight, eps, act))
+            self._launch(
+                "host_bn",
+                *map(self._put, (x, residual, weight, bias)),
+                y,
+                mean,
+                var,
+                *self._bn_rest(x, weight, eps, act),
+            )
             return y.clone(), mean.clone(), var.clone()
 
     def bn_act_backward(self, dy, x, y, weight, mean, var, eps, act, residual) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with self._call():
             dx, dresidual = (self._allocate(tuple(x.shape), x.dtype) for _ in range(2))
             dgamma, dbeta = (self._allocate((x.shape[1],), weight.dtype) for _ in range(2))
-            self._launch("host_bn_backward", *map(self._put, (dy, x, y, weight, mean, var)), dx,
-                         dresidual if residual else None, dgamma, dbeta, *self._bn_rest(x, weight, eps, act))
+            self._launch(
+                "host_bn_backward",
+                *map(self._put, (dy, x, y, weight, mean, var)),
+                dx,
+                dresidual if residual else None,
+                dgamma,
+                dbeta,
+                *self._bn_rest(x, weight, eps, act),
+            )
             return dx.clone(), dgamma.clone(), dbeta.clone(), dresidual.clone() if residual else x.new_empty(0)
 
     def _bn_rest(self, x, weight, eps, act) -> tuple:
@@ -243,8 +358,16 @@ class HostGpu:
                 return dy.clone(), dout.new_empty(0), dout.new_empty(0)
             dgate = self._allocate(tuple(gate.shape), gate.dtype)
             partial = self._allocate((self.lib.host_gate_workspace(*_images(dout), rest[0]),), torch.float32)
-            self._launch("host_gate_backward", *map(self._put, (dout, out, x, gate)), dx, dy, dgate, partial,
-                         *_images(dout), *rest)
+            self._launch(
+                "host_gate_backward",
+                *map(self._put, (dout, out, x, gate)),
+                dx,
+                dy,
+                dgate,
+                partial,
+                *_images(dout),
+                *rest,
+            )
             return dy.clone(), dx.clone(), dgate.clone()
 
     def fold_bn(self, weight, gamma, beta, mean, var, eps, out: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -252,9 +375,19 @@ class HostGpu:
             folded, bias = self._allocate(tuple(weight.shape), out), self._allocate((weight.shape[0],), out)
             vectors = [self._put(v) for v in (gamma, beta, mean, var)]
             shape, strides = ((ctypes.c_int64 * 4)(*sizes) for sizes in (weight.shape, weight.stride()))
-            self._launch("host_fold", self._put(weight, weight.stride()), folded, bias,
-                         (ctypes.c_void_p * 4)(*(v.data_ptr() for v in vectors)), float(eps), DTYPES[gamma.dtype],
-                         shape, strides, DTYPES[weight.dtype], DTYPES[out])
+            self._launch(
+                "host_fold",
+                self._put(weight, weight.stride()),
+                folded,
+                bias,
+                (ctypes.c_void_p * 4)(*(v.data_ptr() for v in vectors)),
+                float(eps),
+                DTYPES[gamma.dtype],
+                shape,
+                strides,
+                DTYPES[weight.dtype],
+                DTYPES[out],
+            )
             return folded.clone(), bias.clone()
 
 

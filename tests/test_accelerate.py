@@ -53,15 +53,19 @@ NETWORKS = {
     "resnext": lambda: small(groups=8, width_per_group=8),
     "dilated": lambda: small(replace_stride_with_dilation=[False, True, True]),
     "frozen": lambda: small(norm_layer=FrozenBatchNorm2d),
-    "vgg with biases": lambda: torchvision.models.vgg.VGG(
-        torchvision.models.vgg.make_layers([8, "M", 16, "M", 16, 16, "M"], batch_norm=True), num_classes=10).features,
+    "vgg with biases": lambda: (
+        torchvision.models.vgg.VGG(
+            torchvision.models.vgg.make_layers([8, "M", 16, "M", 16, 16, "M"], batch_norm=True), num_classes=10
+        ).features
+    ),
     "mobilenet_v3": lambda: torchvision.models.mobilenet_v3_small(num_classes=10),
     "mobilenet_v2": lambda: torchvision.models.mobilenet_v2(num_classes=10, width_mult=0.25),
     "regnet": lambda: torchvision.models.regnet_y_400mf(num_classes=10),
     "shufflenet": lambda: torchvision.models.shufflenet_v2_x0_5(num_classes=10),
     "densenet": lambda: torchvision.models.DenseNet(8, (2, 2), 16, num_classes=10),
     "a dict of stages": lambda: IntermediateLayerGetter(
-        small(norm_layer=FrozenBatchNorm2d), {"layer2": "a", "layer4": "b"}),
+        small(norm_layer=FrozenBatchNorm2d), {"layer2": "a", "layer4": "b"}
+    ),
 }
 TIMM = {
     "deep stem, average-pooled shortcut": dict(stem_type="deep", stem_width=32, avg_down=True),
@@ -131,8 +135,11 @@ def test_a_feature_pyramid() -> None:
 
 
 def test_a_detector_that_cannot_be_traced_is_accelerated_inside() -> None:
-    ours, theirs = pair(lambda: torchvision.models.detection.fasterrcnn_resnet50_fpn(
-        weights=None, weights_backbone=None, min_size=64, max_size=96).eval())
+    ours, theirs = pair(
+        lambda: torchvision.models.detection.fasterrcnn_resnet50_fpn(
+            weights=None, weights_backbone=None, min_size=64, max_size=96
+        ).eval()
+    )
     assert accelerated(ours).nhwc == ("backbone",) and "forward" not in ours.__dict__
     x = [images(1, (64, 80))[0].sigmoid()]
     with torch.no_grad():
@@ -146,6 +153,7 @@ def test_double_and_low_precision() -> None:
 
 
 # ---------------------------------------------------------------- in place, reversible
+
 
 def attributes(m: nn.Module) -> dict:
     return {name: dict(child.__dict__) for name, child in m.named_modules()}
@@ -194,8 +202,11 @@ def test_strict_changes_nothing_when_it_raises() -> None:
     assert not any("forward" in c.__dict__ for c in m.modules())
 
 
-@pytest.mark.parametrize("call", [accelerate, restore, accelerated, lambda m: resnet_fast.explain(m, torch.zeros(1))],
-                         ids=["accelerate", "restore", "accelerated", "explain"])
+@pytest.mark.parametrize(
+    "call",
+    [accelerate, restore, accelerated, lambda m: resnet_fast.explain(m, torch.zeros(1))],
+    ids=["accelerate", "restore", "accelerated", "explain"],
+)
 def test_what_is_no_module_is_refused(call, request) -> None:
     with pytest.raises(ValueError, match=f"{request.node.callspec.id}: model: got int, expected an nn.Module"):
         call(3)
@@ -208,8 +219,11 @@ def test_our_own_models_fuse_by_themselves() -> None:
     assert "fuses by itself" in str(accelerated(m))
 
 
-@pytest.mark.parametrize("build", [lambda: torchvision.models.squeezenet1_1(num_classes=10),
-                                   lambda: small(norm_layer=lambda c: nn.GroupNorm(4, c))], ids=["no norm", "group norm"])
+@pytest.mark.parametrize(
+    "build",
+    [lambda: torchvision.models.squeezenet1_1(num_classes=10), lambda: small(norm_layer=lambda c: nn.GroupNorm(4, c))],
+    ids=["no norm", "group norm"],
+)
 def test_a_model_that_it_cannot_help_keeps_its_answers_to_the_bit(build) -> None:
     m = build().eval()
     ours = accelerate(copy.deepcopy(m))
@@ -229,6 +243,7 @@ def test_the_report_prints() -> None:
 
 # ---------------------------------------------------------------- copies
 
+
 def test_deepcopy_and_pickle_are_their_own() -> None:
     ours, theirs = pair()
     for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
@@ -243,9 +258,11 @@ def test_pickle_into_another_process(tmp_path) -> None:
     ours, _ = pair()
     with torch.no_grad():
         torch.save({"model": ours, "x": images(2, 64), "y": ours(images(2, 64))}, tmp_path / "m.pt")
-    code = ("import sys, torch; s = torch.load(sys.argv[1], weights_only=False)\n"
-            "with torch.no_grad(): torch.testing.assert_close(s['model'](s['x']), s['y'])\n"
-            "from resnet_fast.accelerate import accelerated; assert accelerated(s['model']).fused")
+    code = (
+        "import sys, torch; s = torch.load(sys.argv[1], weights_only=False)\n"
+        "with torch.no_grad(): torch.testing.assert_close(s['model'](s['x']), s['y'])\n"
+        "from resnet_fast.accelerate import accelerated; assert accelerated(s['model']).fused"
+    )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.pt")], check=True, timeout=300)
 
 
@@ -281,6 +298,7 @@ def test_data_parallel_replicas_run_their_own_parameters() -> None:
 
 # ---------------------------------------------------------------- those who look or trace
 
+
 def test_hooks_see_torchs_values_and_strides() -> None:
     ours, theirs = pair()
     seen: dict[nn.Module, list[Tensor]] = {ours: [], theirs: []}
@@ -295,8 +313,9 @@ def test_hooks_see_torchs_values_and_strides() -> None:
         torch.testing.assert_close(got, bar, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("how", ["compile", "export", "jit.trace", "jit.script", "fx", "features", "vmap", "jvp",
-                                 "signature"])
+@pytest.mark.parametrize(
+    "how", ["compile", "export", "jit.trace", "jit.script", "fx", "features", "vmap", "jvp", "signature"]
+)
 def test_those_who_trace_get_the_plain_modules(how: str) -> None:
     ours, theirs = pair()
     x = images(2, 64)
@@ -327,6 +346,7 @@ def test_those_who_trace_get_the_plain_modules(how: str) -> None:
             torch.testing.assert_close(tangent, torch.func.jvp(theirs, (x,), (x,))[1])
         else:
             import inspect
+
             assert inspect.signature(ours.forward) == inspect.signature(theirs.forward)
             got = ours(x=x)
     torch.testing.assert_close(got, y, rtol=1e-4, atol=1e-5)
@@ -336,6 +356,7 @@ def test_autocast_checkpoint_and_threads() -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     from torch.utils.checkpoint import checkpoint
+
     ours, theirs = pair()
     x = images(2, 64)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -346,8 +367,11 @@ def test_autocast_checkpoint_and_threads() -> None:
             torch.testing.assert_close(got, y, rtol=1e-4, atol=1e-5)
     for m in (ours, theirs):
         m.train()
-        checkpoint(m.layer1, torch.randn(2, 64, 8, 8, generator=torch.Generator().manual_seed(1)).requires_grad_(),
-                   use_reentrant=False).square().sum().backward()
+        checkpoint(
+            m.layer1,
+            torch.randn(2, 64, 8, 8, generator=torch.Generator().manual_seed(1)).requires_grad_(),
+            use_reentrant=False,
+        ).square().sum().backward()
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None), name
         if p.grad is not None:

@@ -77,6 +77,7 @@ def parametrised(m):
     class Double(nn.Module):
         def forward(self, w):
             return 2 * w
+
     parametrize.register_parametrization(m.layer1[0].conv1, "weight", Double())
 
 
@@ -97,11 +98,29 @@ def biased(m):
     m.conv1.bias = nn.Parameter(torch.linspace(-1, 1, 64))
 
 
-@pytest.mark.parametrize("change", [
-    change_weight, change_through_optimizer, change_statistics, replace_fc, replace_relu, replace_bn, replace_conv,
-    drop_projection, swap_in_sequence, patch_class, add_hooks, prehooks, pruned, parametrised, partly_training,
-    own_forward, biased],
-    ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_weight,
+        change_through_optimizer,
+        change_statistics,
+        replace_fc,
+        replace_relu,
+        replace_bn,
+        replace_conv,
+        drop_projection,
+        swap_in_sequence,
+        patch_class,
+        add_hooks,
+        prehooks,
+        pruned,
+        parametrised,
+        partly_training,
+        own_forward,
+        biased,
+    ],
+    ids=lambda f: f.__name__,
+)
 def test_what_is_changed_afterwards_counts(change) -> None:
     ours, theirs = pair()
     with torch.no_grad():

@@ -17,12 +17,22 @@ FILES = sorted(ROOT.rglob("*.py"))
 # What the files of the core may import from the package when they are loaded (design: user → accelerate → blocks ← models;
 # blocks → path → ops → dispatch; kernels register themselves). Everything else stands above them and must not be in a circle.
 ONLY = {
-    "reference": set(), "atomic": set(), "problem": set(), "_library": set(),
-    "fold": {"reference"}, "dispatch": {"problem"}, "tables": {"atomic", "problem"},
-    "ops": {"reference", "_library", "dispatch"}, "convolution": {"dispatch", "problem"}, "path": {"ops", "convolution"},
-    "blocks": {"path"}, "whole": {"dispatch", "fold"},
+    "reference": set(),
+    "atomic": set(),
+    "problem": set(),
+    "_library": set(),
+    "fold": {"reference"},
+    "dispatch": {"problem"},
+    "tables": {"atomic", "problem"},
+    "ops": {"reference", "_library", "dispatch"},
+    "convolution": {"dispatch", "problem"},
+    "path": {"ops", "convolution"},
+    "blocks": {"path"},
+    "whole": {"dispatch", "fold"},
     "models": {"blocks", "path", "whole"},
-    "layers": {"models", "problem"}, "checkpoint": {"atomic"}, "testing": {"reference", "dispatch", "layers", "problem"},
+    "layers": {"models", "problem"},
+    "checkpoint": {"atomic"},
+    "testing": {"reference", "dispatch", "layers", "problem"},
     "kernels": {"dispatch", "problem", "fold", "reference"},
 }
 
@@ -35,7 +45,12 @@ def module(path: Path) -> str:
 def imports(path: Path, *, at_load: bool) -> set[str]:
     """Absolute names of what a file imports; ``at_load`` leaves out what its functions import when they are called."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    inside = {id(inner) for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.Lambda)) for inner in ast.walk(node)}
+    inside = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.Lambda))
+        for inner in ast.walk(node)
+    }
     package = ("resnet_fast." + module(path)).rstrip(".").split(".")
     package = package if path.name == "__init__.py" else package[:-1]
     found = set()
@@ -45,7 +60,11 @@ def imports(path: Path, *, at_load: bool) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join([*package[:len(package) - node.level + 1], *filter(None, [node.module])]) if node.level else node.module
+            base = (
+                ".".join([*package[: len(package) - node.level + 1], *filter(None, [node.module])])
+                if node.level
+                else node.module
+            )
             found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
     return found
 
@@ -60,7 +79,9 @@ def own(path: Path, *, at_load: bool) -> set[str]:
 def test_the_core_imports_down(path) -> None:
     name = module(path).split(".")[0]
     used = own(path, at_load=True) - {name}
-    assert used <= ONLY[name], f"{module(path)} may import {ONLY[name] or 'nothing of the package'}, not {used - ONLY[name]}"
+    assert used <= ONLY[name], (
+        f"{module(path)} may import {ONLY[name] or 'nothing of the package'}, not {used - ONLY[name]}"
+    )
 
 
 def test_no_circles() -> None:
@@ -78,7 +99,11 @@ def test_no_circles() -> None:
 
 
 def users_of(prefix: str) -> set[str]:
-    return {module(path) for path in FILES if any(name == prefix or name.startswith(prefix + ".") for name in imports(path, at_load=False))}
+    return {
+        module(path)
+        for path in FILES
+        if any(name == prefix or name.startswith(prefix + ".") for name in imports(path, at_load=False))
+    }
 
 
 def mentions(text: str) -> set[str]:
@@ -119,7 +144,14 @@ def test_importing_the_package_needs_torch_alone() -> None:
     assert ROOT / "ops.py" in reached
 
 
-DEVICE_CALLS = ("torch.cuda", "torch.accelerator", "torch.set_", "torch.backends", "torch.use_deterministic", "torch.manual_seed")
+DEVICE_CALLS = (
+    "torch.cuda",
+    "torch.accelerator",
+    "torch.set_",
+    "torch.backends",
+    "torch.use_deterministic",
+    "torch.manual_seed",
+)
 
 
 def test_nothing_happens_at_load() -> None:
@@ -128,20 +160,33 @@ def test_nothing_happens_at_load() -> None:
         if path.name == "__main__.py":
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        inside = {id(inner) for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.Lambda)) for inner in ast.walk(node)}
+        inside = {
+            id(inner)
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.FunctionDef, ast.Lambda))
+            for inner in ast.walk(node)
+        }
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and id(node) not in inside:
                 called = ast.unparse(node.func)
-                assert not called.startswith(DEVICE_CALLS) and called != "print", f"{module(path)}:{node.lineno} calls {called} at load"
+                assert not called.startswith(DEVICE_CALLS) and called != "print", (
+                    f"{module(path)}:{node.lineno} calls {called} at load"
+                )
 
 
 BENCHMARKS = ROOT.parent / "benchmarks"
 
 
-@pytest.mark.parametrize("path", [*FILES, *sorted(BENCHMARKS.glob("*.py"))], ids=lambda path: str(path.relative_to(ROOT.parent)))
+@pytest.mark.parametrize(
+    "path", [*FILES, *sorted(BENCHMARKS.glob("*.py"))], ids=lambda path: str(path.relative_to(ROOT.parent))
+)
 def test_torch_has_what_is_asked_of_it(path) -> None:
     """Without a GPU nothing else would tell of a name that only a GPU's code asks for. Ops of our own come with their libraries."""
-    chains = {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Attribute)}
+    chains = {
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+    }
     for chain in chains:
         first, *names = chain.split(".")
         if first == "torch" and all(map(str.isidentifier, names)) and not chain.startswith("torch.ops.resnet_fast"):
@@ -153,17 +198,31 @@ def test_torch_has_what_is_asked_of_it(path) -> None:
 
 def test_no_exception_is_swallowed() -> None:
     """No bare and no broad except in what runs a model: what a kernel raises, the caller sees."""
-    for name in ("reference", "problem", "dispatch", "_library", "ops", "fold", "path", "blocks", "models", "kernels/aten"):
+    for name in (
+        "reference",
+        "problem",
+        "dispatch",
+        "_library",
+        "ops",
+        "fold",
+        "path",
+        "blocks",
+        "models",
+        "kernels/aten",
+    ):
         tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.ExceptHandler):
-                assert node.type is not None and ast.unparse(node.type) not in ("Exception", "BaseException"), f"{name}:{node.lineno}"
+                assert node.type is not None and ast.unparse(node.type) not in ("Exception", "BaseException"), (
+                    f"{name}:{node.lineno}"
+                )
 
 
 def test_the_cpu_library_that_was_built_runs() -> None:
     """Else all its tests would be skipped, and nothing be red."""
     from resnet_fast.info import build
     from resnet_fast.kernels import cpu
+
     if build().get("cpu") == "built":
         assert cpu.available() is None or "processor" in cpu.available()
 
@@ -171,6 +230,7 @@ def test_the_cpu_library_that_was_built_runs() -> None:
 def test_the_cpu_library_has_the_ops_that_python_asks_for() -> None:
     """Else a good build would count as one of other sources, and every test of it would be skipped."""
     from resnet_fast.kernels import cpu
+
     source = (ROOT.parent / "csrc" / "cpu" / "library.cpp").read_text()
     defined = dict(re.findall(r'm\.def\(\s*"(\w+)(\([^"]*)"\)', source))
     assert defined == cpu.SCHEMAS

@@ -22,7 +22,9 @@ from resnet_fast.timing import Timing
 from resnet_fast.verify import full_args
 
 PROBLEM = Problem("add_act", "cpu", torch.float32, (2, 8, 5, 7), "nhwc", residual="nhwc", act="relu")
-CONV = Problem("conv_bn_act", "cpu", torch.float32, (2, 8, 6, 6), "nhwc", (8, 8, 3, 3), padding=(1, 1), bn=True, act="relu")
+CONV = Problem(
+    "conv_bn_act", "cpu", torch.float32, (2, 8, 6, 6), "nhwc", (8, 8, 3, 3), padding=(1, 1), bn=True, act="relu"
+)
 OTHER = replace(PROBLEM, x=(3, 16, 5, 7))
 
 
@@ -93,17 +95,20 @@ def candidates(registry, tmp_path, monkeypatch):
         del registry[id]
     monkeypatch.setenv("RESNET_FAST_TABLES", str(tmp_path))
     tables.load.cache_clear()
-    yield lambda **kernels: [dispatch.kernel(f"experimental.{name}", op="add_act", supports=lambda p: None)(fn)
-                             for name, fn in kernels.items()]
+    yield lambda **kernels: [
+        dispatch.kernel(f"experimental.{name}", op="add_act", supports=lambda p: None)(fn)
+        for name, fn in kernels.items()
+    ]
     tables.load.cache_clear()
 
 
 # ---------------------------------------------------------------- choosing
 
+
 def test_the_fastest_right_kernel_wins_and_the_wrong_one_is_named(candidates, tmp_path) -> None:
     candidates(fast=right, wrong=wrong)
     device = Pretended(calls={"experimental.fast": 5e-6, "experimental.wrong": 1e-6}, graph={"experimental.fast": 4e-6})
-    outcome, = tune([PROBLEM], device=device)
+    (outcome,) = tune([PROBLEM], device=device)
     assert (outcome.calls, outcome.graph) == ("experimental.fast", "experimental.fast")
     assert "experimental.wrong" not in device.timed
     assert list(outcome.bad) == ["experimental.wrong"] and "rms error" in outcome.bad["experimental.wrong"]
@@ -117,7 +122,7 @@ def test_the_fastest_right_kernel_wins_and_the_wrong_one_is_named(candidates, tm
 def test_no_entry_unless_aten_is_beaten_by_more_than_noise(candidates, tmp_path) -> None:
     candidates(near=right)
     device = Pretended(calls={"experimental.near": 9.95e-6}, graph={"experimental.near": 5e-6})
-    outcome, = tune([PROBLEM], device=device)
+    (outcome,) = tune([PROBLEM], device=device)
     assert (outcome.calls, outcome.graph) == ("aten", "experimental.near")
     assert PROBLEM.key not in table(tmp_path)["entries"]
 
@@ -125,16 +130,21 @@ def test_no_entry_unless_aten_is_beaten_by_more_than_noise(candidates, tmp_path)
 def test_a_kernel_that_cannot_be_captured_still_serves_calls(candidates, tmp_path) -> None:
     candidates(host=right)
     device = Pretended(calls={"experimental.host": 5e-6}, uncapturable=("experimental.host",))
-    outcome, = tune([PROBLEM], device=device)
+    (outcome,) = tune([PROBLEM], device=device)
     assert (outcome.calls, outcome.graph) == ("experimental.host", "aten")
     assert "capturing" in outcome.records["experimental.host"]["not_captured"]
 
 
-@pytest.mark.parametrize("fn, how", [(greedy, "out of memory: CUDA out of memory. Tried to allocate 3.00 GiB."),
-                                     (broken, "failed: RuntimeError: PassManager::run failed")])
+@pytest.mark.parametrize(
+    "fn, how",
+    [
+        (greedy, "out of memory: CUDA out of memory. Tried to allocate 3.00 GiB."),
+        (broken, "failed: RuntimeError: PassManager::run failed"),
+    ],
+)
 def test_a_candidate_that_fails_is_skipped_and_named(candidates, tmp_path, fn, how) -> None:
     candidates(bad=fn, good=right)
-    outcome, = tune([PROBLEM], device=Pretended(calls={"experimental.good": 5e-6}))
+    (outcome,) = tune([PROBLEM], device=Pretended(calls={"experimental.good": 5e-6}))
     assert outcome.calls == "experimental.good" and outcome.bad == {"experimental.bad": how}
     assert how.split(":")[0].upper() in str(outcome)
 
@@ -147,14 +157,14 @@ def test_out_of_memory_while_timing_leaves_the_others_timed(candidates) -> None:
         return greedy(x, y, gate, act) if len(seen) > 1 else right(x, y, gate, act)
 
     candidates(grows=grows, good=right)
-    outcome, = tune([PROBLEM], device=Pretended(calls={"experimental.good": 5e-6}))
+    (outcome,) = tune([PROBLEM], device=Pretended(calls={"experimental.good": 5e-6}))
     assert outcome.calls == "experimental.good" and "out of memory" in outcome.bad["experimental.grows"]
 
 
 def test_out_of_memory_for_the_arguments_says_so_and_chooses_nothing(candidates, monkeypatch, tmp_path) -> None:
     candidates(good=right)
     monkeypatch.setattr(autotune, "argument_sets", lambda problem, cache: greedy(*[None] * 4))
-    outcome, = tune([PROBLEM], device=Pretended())
+    (outcome,) = tune([PROBLEM], device=Pretended())
     assert outcome.calls == "aten" and "arguments to time it on" in outcome.bad["experimental.good"]
     assert table(tmp_path)["entries"] == {}
 
@@ -164,7 +174,7 @@ def test_only_the_named_kernels_take_part_but_the_incumbent_stays(candidates, tm
     device = Pretended(calls={"experimental.fast": 5e-6, "experimental.slow": 6e-6})
     tune([PROBLEM], kernels=["experimental.fast"], device=device)
     assert "experimental.slow" not in table(tmp_path)["measured"][PROBLEM.key]
-    outcome, = tune([PROBLEM], kernels=["experimental.slow"], device=device)
+    (outcome,) = tune([PROBLEM], kernels=["experimental.slow"], device=device)
     assert outcome.calls == "experimental.fast"
     with pytest.raises(LookupError, match="'experimental.absent' is unknown"):
         tune([PROBLEM], kernels=["experimental.absent"], device=device)
@@ -195,7 +205,9 @@ def test_a_folded_convolution_is_timed_as_a_plan_binds_it(monkeypatch, residual,
 @pytest.mark.parametrize("residual", (None, "nhwc"))
 def test_training_norms_are_timed_with_their_running_statistics(residual, monkeypatch) -> None:
     """Torch's as the modules launch it, for so a GPU runs it that has no kernel of ours: not by the op, which takes more launches."""
-    problem = Problem(op="bn_act", device="cpu", dtype=torch.float32, x=(2, 8, 5, 4), layout="nhwc", residual=residual, act="relu")
+    problem = Problem(
+        op="bn_act", device="cpu", dtype=torch.float32, x=(2, 8, 5, 4), layout="nhwc", residual=residual, act="relu"
+    )
     aten, args = dispatch.find("aten", "bn_act"), full_args(problem)
     ours = replace(aten, id="experimental.norm")
     y, mean, var = aten.fn(*args)
@@ -203,12 +215,18 @@ def test_training_norms_are_timed_with_their_running_statistics(residual, monkey
     monkeypatch.setattr("resnet_fast.program.track", lambda bn, *found: tracked.append(found))
     for kernel in (aten, ours):
         torch.testing.assert_close(once(kernel, problem, args)(), y)
-    assert len(tracked) == 1 and torch.equal(tracked[0][0], mean) and torch.equal(tracked[0][1], var) and tracked[0][2] == 40
+    assert (
+        len(tracked) == 1
+        and torch.equal(tracked[0][0], mean)
+        and torch.equal(tracked[0][1], var)
+        and tracked[0][2] == 40
+    )
     monkeypatch.setattr(torch, "native_batch_norm", lambda *args: 1 / 0)
     once(aten, problem, args)()
 
 
 # ---------------------------------------------------------------- resuming
+
 
 def test_what_was_measured_is_skipped(candidates) -> None:
     candidates(fast=right, wrong=wrong)
@@ -223,7 +241,7 @@ def test_other_source_is_measured_again(candidates, monkeypatch) -> None:
     candidates(fast=right)
     tune([PROBLEM], device=Pretended(calls={"experimental.fast": 5e-6}))
     monkeypatch.setattr(tables, "source_hash", lambda sources: "edited")
-    outcome, = tune([PROBLEM], device=Pretended(calls={"experimental.fast": 20e-6}))
+    (outcome,) = tune([PROBLEM], device=Pretended(calls={"experimental.fast": 20e-6}))
     assert outcome.note == "" and outcome.calls == "aten"
 
 
@@ -232,7 +250,7 @@ def test_other_versions_are_verified_again_and_keep_their_times(candidates, monk
     tune([PROBLEM], device=Pretended(calls={"experimental.fast": 5e-6}))
     monkeypatch.setattr(tables, "versions", lambda: {"torch": "9.9", "triton": "9", "driver": "14000"})
     device = Pretended()
-    outcome, = tune([PROBLEM], device=device)
+    (outcome,) = tune([PROBLEM], device=device)
     assert outcome.note.startswith("verified again") and outcome.calls == "experimental.fast"
     assert device.verified == [("experimental.fast", PROBLEM.key)] and device.timed == []
     entry = table(tmp_path)["entries"][PROBLEM.key]
@@ -245,7 +263,7 @@ def test_a_kernel_that_new_versions_broke_is_dropped(candidates, monkeypatch, tm
     tune([PROBLEM], device=Pretended(calls={"experimental.fast": 5e-6}))
     works[0] = False
     monkeypatch.setattr(tables, "versions", lambda: {"torch": "9.9", "triton": "9", "driver": "14000"})
-    outcome, = tune([PROBLEM], device=Pretended())
+    (outcome,) = tune([PROBLEM], device=Pretended())
     assert outcome.calls == "aten" and "wrong" in outcome.bad["experimental.fast"]
     assert PROBLEM.key not in table(tmp_path)["entries"]
 
@@ -275,12 +293,13 @@ def test_a_lost_device_ends_the_run_names_the_kernel_and_is_passed_over_next_tim
         tune([PROBLEM], device=device)
     assert list(table(tmp_path)["measured"][PROBLEM.key]) == ["experimental.poison"]
     fresh = Pretended(calls={"experimental.good": 5e-6})
-    outcome, = tune([PROBLEM], device=fresh)
+    (outcome,) = tune([PROBLEM], device=fresh)
     assert outcome.calls == "experimental.good" and "lost the device" in outcome.bad["experimental.poison"]
     assert ("experimental.poison", PROBLEM.key) not in fresh.verified
 
 
 # ---------------------------------------------------------------- looking up
+
 
 def test_lookup_wants_this_gpu_this_source_and_these_versions(candidates, monkeypatch, tmp_path) -> None:
     candidates(fast=right)
@@ -321,6 +340,7 @@ def test_arguments_rotate_through_three_caches() -> None:
 
 # ---------------------------------------------------------------- the command
 
+
 def test_command_without_a_gpu_says_so(capsys, monkeypatch) -> None:
     monkeypatch.setattr("resnet_fast.__main__.COMMANDS", ("tune",))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -347,7 +367,10 @@ def test_command_reports_choices_and_who_failed(pretended_command, two_adds, can
     assert main(["tune", "resnet50", "--batch", "2", "--train"]) == 1
     out, err = capsys.readouterr()
     assert "2 problems, 2 with a kernel faster than aten, 0 in graphs" in out
-    assert "never chosen: experimental.wrong on add_act" in out and "[1/2] after 0 s, at most some 0.0 min to go: add_act" in err
+    assert (
+        "never chosen: experimental.wrong on add_act" in out
+        and "[1/2] after 0 s, at most some 0.0 min to go: add_act" in err
+    )
     assert err.index(OTHER.key) < err.index(PROBLEM.key)  # the larger first
     assert main(["tune", "resnet50", "--batch", "2", "--train"]) == 1
     assert "[2/2] add_act" in capsys.readouterr().err  # measured before: no time to speak of
@@ -373,17 +396,28 @@ def test_command_tunes_what_drop_in_and_plan_ask_and_goes_on(pretended_command, 
     photos = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
     asked = {line.problem for line in resnet_fast.explain(model, x) if line.op == "conv_bn_act"}
     asked |= {line.problem for line in plan(model, x, across=ACROSS).explain(x) if line.problem is not None}
-    asked |= {line.problem for line in plan(model, photos, normalize=((0.5,) * 3, (0.2,) * 3), across=ACROSS).explain(photos) if line.problem}
+    asked |= {
+        line.problem
+        for line in plan(model, photos, normalize=((0.5,) * 3, (0.2,) * 3), across=ACROSS).explain(photos)
+        if line.problem
+    }
     keys = {replace(problem, capability=(9, 0)).key for problem in asked} | {replace(p, bn=False).key for p in asked}
     assert set(table(tmp_path)["measured"]) == keys and sum("bytes" in key for key in keys) == 1
-    record, = table(tmp_path)["networks"].values()
-    assert record["notes"] == ["across: conv_pool: not used: no kernel of it won against single steps"] and record["complete"]
+    (record,) = table(tmp_path)["networks"].values()
+    assert (
+        record["notes"] == ["across: conv_pool: not used: no kernel of it won against single steps"]
+        and record["complete"]
+    )
     out, err = capsys.readouterr()
     assert f"{len(keys)} problems" in out and "groups at batch 2: none\n  across: conv_pool: not used" in out
     tries = len(device.verified)
     assert main(ASK) == 0
     out, err = capsys.readouterr()
-    assert len(device.verified) == tries and "measured before: no groups" in err and "groups at batch 2: none\n  across: as measured on" in out
+    assert (
+        len(device.verified) == tries
+        and "measured before: no groups" in err
+        and "groups at batch 2: none\n  across: as measured on" in out
+    )
     monkeypatch.setattr(remembered, "DEVICE", "cpu")
     assert plan(model, x).notes[0].startswith("across: as measured on Pretended GPU")
 
@@ -392,7 +426,9 @@ def test_command_begins_with_the_largest_share_of_its_network(monkeypatch) -> No
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     args = argparse.Namespace(model="resnet50", batch=[256, 1], size=224, dtype="bfloat16", train=False)
     order = tune_command.problems(args, Pretended(kind="cuda"))
-    assert order[0].weight == (256, 64, 1, 1) and order[0].residual  # the last of layer1's blocks, three times: the most bytes
+    assert (
+        order[0].weight == (256, 64, 1, 1) and order[0].residual
+    )  # the last of layer1's blocks, three times: the most bytes
     assert {p.x[0] for p in order[:12]} == {256, 1} and {p.bn for p in order[:12]} == {False, True}
     args.train = True
     assert {p.op for p in tune_command.problems(args, Pretended(kind="cuda"))} == set(TRAINING)
@@ -400,12 +436,17 @@ def test_command_begins_with_the_largest_share_of_its_network(monkeypatch) -> No
 
 def test_command_says_that_a_network_could_not_be_planned(pretended_command, two_adds, capsys, monkeypatch) -> None:
     def make(model, example, **how):
-        raise ValueError("plan: step relu (conv1) failed on this input: CUDA out of memory. Tried to allocate 3.00 GiB.")
+        raise ValueError(
+            "plan: step relu (conv1) failed on this input: CUDA out of memory. Tried to allocate 3.00 GiB."
+        )
 
     pretended_command(Pretended())
     monkeypatch.setattr("resnet_fast.planning.make", make)
     assert main(ASK) == 1
-    assert "groups at batch 2: not searched: plan: step relu (conv1) failed on this input: CUDA out of memory" in capsys.readouterr().out
+    assert (
+        "groups at batch 2: not searched: plan: step relu (conv1) failed on this input: CUDA out of memory"
+        in capsys.readouterr().out
+    )
 
 
 def test_command_interrupted_says_how_to_go_on(pretended_command, two_adds, candidates, capsys) -> None:
@@ -427,6 +468,7 @@ def test_versions_ask_the_driver(monkeypatch) -> None:
         def ask(place):
             place._obj.value = version
             return error
+
         return lambda name: SimpleNamespace(cuDriverGetVersion=ask)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

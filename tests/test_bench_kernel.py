@@ -27,16 +27,20 @@ WIDE = Counter({"LDG.E.128": 10, "HGMMA.64x128x16.F32.BF16": 8, "STG.E.128": 4})
 
 # ---------------------------------------------------------------- occupancy
 
-@pytest.mark.parametrize("registers, shared, threads, capability, blocks, limit", [
-    (32, 0, 256, (8, 0), 8, "warps"),  # 8 × 8 warps of 64
-    (128, 0, 256, (9, 0), 2, "registers"),  # 16 warps of 4096 registers each
-    (255, 0, 1024, (9, 0), 0, "registers"),  # more registers than an SM has: it does not launch
-    (33, 0, 64, (8, 0), 24, "registers"),  # 40 registers a thread are 1280 a warp: 51 warps, 48 by fours
-    (16, 0, 32, (9, 0), 32, "blocks"),
-    (32, 65536, 128, (9, 0), 3, "shared memory"),  # 65 KiB with the reserved one: three in 228
-    (32, 0, 256, (8, 9), 6, "warps"),  # 48 warps
-    (32, 0, 256, (10, 3), 8, "warps"),  # unlisted: as the older one
-])
+
+@pytest.mark.parametrize(
+    "registers, shared, threads, capability, blocks, limit",
+    [
+        (32, 0, 256, (8, 0), 8, "warps"),  # 8 × 8 warps of 64
+        (128, 0, 256, (9, 0), 2, "registers"),  # 16 warps of 4096 registers each
+        (255, 0, 1024, (9, 0), 0, "registers"),  # more registers than an SM has: it does not launch
+        (33, 0, 64, (8, 0), 24, "registers"),  # 40 registers a thread are 1280 a warp: 51 warps, 48 by fours
+        (16, 0, 32, (9, 0), 32, "blocks"),
+        (32, 65536, 128, (9, 0), 3, "shared memory"),  # 65 KiB with the reserved one: three in 228
+        (32, 0, 256, (8, 9), 6, "warps"),  # 48 warps
+        (32, 0, 256, (10, 3), 8, "warps"),  # unlisted: as the older one
+    ],
+)
 def test_occupancy(registers: int, shared: int, threads: int, capability: tuple, blocks: int, limit: str) -> None:
     found = occupancy(registers, shared, threads, capability)
     assert (found.blocks, found.limit) == (blocks, limit)
@@ -55,33 +59,57 @@ def test_every_gpu_with_ceilings_has_a_chip() -> None:
 
 # ---------------------------------------------------------------- causes
 
-PROBLEM = Problem("conv_bn_act", "cuda", torch.bfloat16, (256, 64, 56, 56), "nhwc", weight=(256, 64, 1, 1), act="relu", capability=(9, 0))
+PROBLEM = Problem(
+    "conv_bn_act",
+    "cuda",
+    torch.bfloat16,
+    (256, 64, 56, 56),
+    "nhwc",
+    weight=(256, 64, 1, 1),
+    act="relu",
+    capability=(9, 0),
+)
 GOOD = Launch("good", 96, 0, 48 << 10, 256, 132 * 4 * 20, WIDE)
 
 
 def facts(problem: Problem = PROBLEM, torch_bytes: int = 0, torch_ops: tuple = (), **changes) -> Facts:
     limits = roofline.ceilings("h200")
-    return Facts(roofline.problem_floor(problem, limits), problem.dtype, (replace(GOOD, **changes),), limits, (9, 0), 132, torch_bytes, torch_ops)
+    return Facts(
+        roofline.problem_floor(problem, limits),
+        problem.dtype,
+        (replace(GOOD, **changes),),
+        limits,
+        (9, 0),
+        132,
+        torch_bytes,
+        torch_ops,
+    )
 
 
 def test_a_good_kernel_has_no_causes() -> None:
     assert causes(facts()) == []
     floor = facts().floor.seconds
     assert causes(facts(stack=64), floor / 0.7) == []  # near its ceiling, whatever the code looks like
-    unseen, = causes(facts(), floor / 0.3)
+    (unseen,) = causes(facts(), floor / 0.3)
     assert "ncu" in unseen
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"instructions": Counter({"LDG.E.128": 10, "FFMA": 999})}, "no matrix instructions"),
-    ({"stack": 64}, "64 bytes a thread in local memory"),
-    ({"blocks": 33}, "grid of 33 blocks leaves 99 of 132 SMs idle"),
-    ({"blocks": 132 + 1}, "some have 2, others 1"),
-    ({"blocks": 132 * 2 * 2 + 24}, "2.1 waves of 264: the last is 9% full"),
-    ({"instructions": Counter({"LDG.E.U16": 80, "LDG.E.128": 1, "HGMMA": 8})}, "2.2 bytes each on average"),
-    ({"registers": 255, "shared": 0, "threads": 128}, "too little is under way: 2 blocks an SM (by registers)"),
-    ({"torch_bytes": 10**9, "torch_ops": ("mul", "add", "relu", "add")}, "torch's own mul, add, relu around the kernel move 1000.0 MB"),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"instructions": Counter({"LDG.E.128": 10, "FFMA": 999})}, "no matrix instructions"),
+        ({"stack": 64}, "64 bytes a thread in local memory"),
+        ({"blocks": 33}, "grid of 33 blocks leaves 99 of 132 SMs idle"),
+        ({"blocks": 132 + 1}, "some have 2, others 1"),
+        ({"blocks": 132 * 2 * 2 + 24}, "2.1 waves of 264: the last is 9% full"),
+        ({"instructions": Counter({"LDG.E.U16": 80, "LDG.E.128": 1, "HGMMA": 8})}, "2.2 bytes each on average"),
+        ({"registers": 255, "shared": 0, "threads": 128}, "too little is under way: 2 blocks an SM (by registers)"),
+        (
+            {"torch_bytes": 10**9, "torch_ops": ("mul", "add", "relu", "add")},
+            "torch's own mul, add, relu around the kernel move 1000.0 MB",
+        ),
+    ],
+)
 def test_each_cause_is_seen_and_named(changes: dict, words: str) -> None:
     found = causes(facts(**changes))
     assert words in found[0] and "estimated" in found[0]
@@ -93,7 +121,15 @@ def test_a_small_problem_is_launches() -> None:
 
 
 def test_the_worst_three_come_first() -> None:
-    found = causes(facts(instructions=Counter({"LDG.E.U16": 80, "FFMA": 9}), stack=4000, blocks=3, torch_bytes=10**9, torch_ops=("mul",)))
+    found = causes(
+        facts(
+            instructions=Counter({"LDG.E.U16": 80, "FFMA": 9}),
+            stack=4000,
+            blocks=3,
+            torch_bytes=10**9,
+            torch_ops=("mul",),
+        )
+    )
     assert len(found) == 3 and "129 of 132 SMs idle" in found[0]
     shares = [float(text.rpartition("about ")[2].split("×")[0]) for text in found]
     assert shares == sorted(shares, reverse=True)
@@ -101,7 +137,9 @@ def test_the_worst_three_come_first() -> None:
 
 def test_narrow_loads_of_an_epilogue_are_no_cause() -> None:
     assert causes(facts(instructions=WIDE + Counter({"LDG.E": 4}))) == []
-    assert causes(facts(instructions=Counter({"UTMALDG.4D": 4, "LDG.E": 16, "HGMMA": 8}))) == []  # the tensors come by TMA
+    assert (
+        causes(facts(instructions=Counter({"UTMALDG.4D": 4, "LDG.E": 16, "HGMMA": 8}))) == []
+    )  # the tensors come by TMA
 
 
 def test_the_profilers_trace_is_read() -> None:
@@ -116,11 +154,14 @@ def test_the_profilers_trace_is_read() -> None:
 def test_how_far_and_why() -> None:
     f = facts(stack=64)
     said = bench_kernel.why("mine", f, f.floor.seconds / 0.25)
-    assert said.startswith("mine: 25% of the memory ceiling, 7% of the matrix units'. Likely causes:\n  - good keeps 64 bytes")
+    assert said.startswith(
+        "mine: 25% of the memory ceiling, 7% of the matrix units'. Likely causes:\n  - good keeps 64 bytes"
+    )
     assert "near the memory ceiling" in bench_kernel.why("mine", f, f.floor.seconds / 0.9)
 
 
 # ---------------------------------------------------------------- the command
+
 
 @pytest.fixture
 def mine(tmp_path):
@@ -138,7 +179,11 @@ def test_triton_without_a_gpu_is_checked_and_compiled(mine, capsys, registry, mo
     line = next(line for line in said.splitlines() if line.startswith("layer3.0.conv1"))
     assert "1×1 512→256" in line and "12544×128" in line and "%" in line
     assert "conv1: it takes only 1×1 convolutions of stride 1" in said
-    assert "6 launches (5 of torch's own: add, rsqrt, mul, sub)" in said and "No time is given" in said and "NVIDIA H200" in said
+    assert (
+        "6 launches (5 of torch's own: add, rsqrt, mul, sub)" in said
+        and "No time is given" in said
+        and "NVIDIA H200" in said
+    )
 
 
 @pytest.mark.parametrize("op", ["conv_bn_act", *ACROSS])
@@ -155,7 +200,9 @@ def test_numbers_are_not_cut_by_the_terminal(monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     found = {"a layer": ((replace(GOOD, stack=648),), 0, ())}
     said = bench_kernel.show_code("mine", found, {"a layer": PROBLEM}, bench_kernel.target("h200", torch.device("cpu")))
-    header, line = (next(text for text in said.splitlines() if text.startswith(start)) for start in ("layer ", "a layer "))
+    header, line = (
+        next(text for text in said.splitlines() if text.startswith(start)) for start in ("layer ", "a layer ")
+    )
     assert "648" in line.split() and header.split()[-2:] == ["spilled", "occupancy"]
 
 
@@ -169,13 +216,30 @@ def test_a_wrong_kernel_gets_no_numbers(mine, capsys, registry, monkeypatch) -> 
 
 
 def test_a_cpu_kernel_is_timed_beside_its_rivals(capsys, registry) -> None:
-    call = ["bench", "resnet18", "--kernel", "aten.conv_bn_act", "--layers", "layer4.1.conv?", "--size", "32", "--seconds", "0.1", "--device", "cpu"]
+    call = [
+        "bench",
+        "resnet18",
+        "--kernel",
+        "aten.conv_bn_act",
+        "--layers",
+        "layer4.1.conv?",
+        "--size",
+        "32",
+        "--seconds",
+        "0.1",
+        "--device",
+        "cpu",
+    ]
     assert main(call) == 0
     said = capsys.readouterr().out
     assert "→ aten.conv_bn_act" in said and "folded" in said and "× aten" in said and "No roofline on a CPU" in said
     assert main([*call, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert {row["provider"] for row in rows if not row["provider"].startswith("cpu.")} == {"eager", "folded", "aten.conv_bn_act"}
+    assert {row["provider"] for row in rows if not row["provider"].startswith("cpu.")} == {
+        "eager",
+        "folded",
+        "aten.conv_bn_act",
+    }
     assert len({row["case"] for row in rows}) == 2
 
 

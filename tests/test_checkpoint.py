@@ -100,8 +100,11 @@ def test_a_whole_model_needs_trust(state, tmp_path) -> None:
 def test_another_number_of_classes(state) -> None:
     model = fresh(num_classes=7)
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"load_checkpoint: fc.weight: got \[10, 512\], expected \[7, 512\]: the checkpoint has 10 classes"
-                                         r", the model 7; build it with num_classes=10, or leave fc.\* out and pass strict=False"):
+    with pytest.raises(
+        ValueError,
+        match=r"load_checkpoint: fc.weight: got \[10, 512\], expected \[7, 512\]: the checkpoint has 10 classes"
+        r", the model 7; build it with num_classes=10, or leave fc.\* out and pass strict=False",
+    ):
         load_checkpoint(model, state)
     assert_loaded(model, before)  # nothing was loaded by halves
     load_checkpoint(model, {n: t for n, t in state.items() if not n.startswith("fc.")}, strict=False)
@@ -111,7 +114,10 @@ def test_another_number_of_classes(state) -> None:
 def test_another_architecture(state) -> None:
     model = fresh("resnet34")
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"of another architecture: 80 names \(layer1.2.conv1.weight, .*, …\) missing, 0 names unexpected"):
+    with pytest.raises(
+        ValueError,
+        match=r"of another architecture: 80 names \(layer1.2.conv1.weight, .*, …\) missing, 0 names unexpected",
+    ):
         load_checkpoint(model, state)
     assert_loaded(model, before)
     with pytest.raises(ValueError, match=r"0 names missing, 1 names \(extra\) unexpected"):
@@ -134,6 +140,7 @@ def test_what_is_no_checkpoint(state, tmp_path) -> None:
 
 
 # ---------------------------------------------------------------- saving
+
 
 @pytest.mark.parametrize("suffix", (".safetensors", ".pth", ".pt"))
 def test_saved_files_are_for_everyone(suffix, state, tmp_path) -> None:

@@ -30,19 +30,23 @@ def test_every_command_explains_itself(capsys):
         assert len(capsys.readouterr().out.splitlines()) >= 4
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["explain", "resnet51"], "expected one of resnet18"),
-    (["check", "--kernel", "nobody.knows"], "unknown"),
-    (["check", "--kernel", "absent.py"], "does not exist"),
-    (["bench", "--providers", "nothing"], "unknown"), (["bench", "--providers", "kernel:nobody.knows"], "bench: kernel 'nobody.knows' is unknown"),
-    (["bench", "resnet51"], "bench: got 'resnet51', expected one of resnet18"),
-    (["report", "--compare", "a.json", "b.json"], "a.json is not a file"),
-    (["explain", "resnet18", "--device", "cuda"], "no CUDA device"),
-    (["explain", "resnet18", "--device", "tpu"], "--device: got tpu, expected cpu or cuda"),
-    (["explain", "resnet51", "--diff"], "expected one of resnet18"),
-    (["explain", "resnet18", "--diff", "--rejected"], "--rejected goes with the plain table only"),
-    (["report", "--json"], "--json needs --headline"),
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["explain", "resnet51"], "expected one of resnet18"),
+        (["check", "--kernel", "nobody.knows"], "unknown"),
+        (["check", "--kernel", "absent.py"], "does not exist"),
+        (["bench", "--providers", "nothing"], "unknown"),
+        (["bench", "--providers", "kernel:nobody.knows"], "bench: kernel 'nobody.knows' is unknown"),
+        (["bench", "resnet51"], "bench: got 'resnet51', expected one of resnet18"),
+        (["report", "--compare", "a.json", "b.json"], "a.json is not a file"),
+        (["explain", "resnet18", "--device", "cuda"], "no CUDA device"),
+        (["explain", "resnet18", "--device", "tpu"], "--device: got tpu, expected cpu or cuda"),
+        (["explain", "resnet51", "--diff"], "expected one of resnet18"),
+        (["explain", "resnet18", "--diff", "--rejected"], "--rejected goes with the plain table only"),
+        (["report", "--json"], "--json needs --headline"),
+    ],
+)
 def test_a_mistake_is_one_sentence(argv, words, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(argv) == 2
@@ -55,15 +59,22 @@ def test_sizes_are_whole_numbers_above_zero(value, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["explain", "resnet18", "--batch", value])
     assert stop.value.code == 2
-    assert capsys.readouterr().err == (f"resnet_fast explain: argument --batch: got {value}, expected a whole number above 0 "
-                                       "(see `python -m resnet_fast explain --help`)\n")
+    assert capsys.readouterr().err == (
+        f"resnet_fast explain: argument --batch: got {value}, expected a whole number above 0 "
+        "(see `python -m resnet_fast explain --help`)\n"
+    )
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["--seconds", "0"], "--seconds: got 0, expected seconds above 0"), (["--seconds", "-1"], "--seconds: got -1, expected seconds"),
-    (["--seconds", "nan"], "--seconds: got nan, expected seconds"), (["--save", "."], "--save: got ., a folder, expected a file"),
-    (["--save", "file/below.json"], "--save: got file/below.json, but .*file cannot be written into"),
-])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--seconds", "0"], "--seconds: got 0, expected seconds above 0"),
+        (["--seconds", "-1"], "--seconds: got -1, expected seconds"),
+        (["--seconds", "nan"], "--seconds: got nan, expected seconds"),
+        (["--save", "."], "--save: got ., a folder, expected a file"),
+        (["--save", "file/below.json"], "--save: got file/below.json, but .*file cannot be written into"),
+    ],
+)
 def test_what_a_long_run_would_refuse_at_its_end_is_refused_before(words, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
@@ -78,7 +89,9 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(capsys, tmp_path):
     assert re.fullmatch("new-kernel: .*Not a directory: .*below'\n", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize(("target", "code", "said"), [("closed", 1, ""), ("/dev/full", 2, "list: .* No space left on device\n")])
+@pytest.mark.parametrize(
+    ("target", "code", "said"), [("closed", 1, ""), ("/dev/full", 2, "list: .* No space left on device\n")]
+)
 @pytest.mark.skipif(sys.platform != "linux", reason="has no /dev/full")
 def test_output_that_nobody_takes_ends_the_command_quietly(target, code, said, capsys, monkeypatch):
     """``| head`` closes the pipe; and what is still held back then must not make the interpreter complain at exit."""
@@ -98,13 +111,23 @@ def test_interrupted_while_the_commands_are_read_is_no_traceback(capsys, monkeyp
     assert main(["list"]) == 130 and capsys.readouterr().err == "\ninterrupted\n"
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("\ndef (\n", "line 2: SyntaxError: invalid syntax\n"), ("x = 1\n1 / 0\n", "line 2: ZeroDivisionError: division by zero\n"),
-    ("import nobody_has_this", "line 1: ModuleNotFoundError: No module named 'nobody_has_this'\n"),
-    ("import resnet_fast\n\n@resnet_fast.kernel('experimental.mine', op='convolve', supports=None)\ndef f(): pass", "line 3: ValueError: kernel "),
-])
-@pytest.mark.parametrize("command", [["check", "--kernel", "mine.py"], ["bench", "--kernel", "mine.py"], ["bench", "--providers", "kernel:mine.py"]],
-                         ids=["check", "bench", "provider"])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("\ndef (\n", "line 2: SyntaxError: invalid syntax\n"),
+        ("x = 1\n1 / 0\n", "line 2: ZeroDivisionError: division by zero\n"),
+        ("import nobody_has_this", "line 1: ModuleNotFoundError: No module named 'nobody_has_this'\n"),
+        (
+            "import resnet_fast\n\n@resnet_fast.kernel('experimental.mine', op='convolve', supports=None)\ndef f(): pass",
+            "line 3: ValueError: kernel ",
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    "command",
+    [["check", "--kernel", "mine.py"], ["bench", "--kernel", "mine.py"], ["bench", "--providers", "kernel:mine.py"]],
+    ids=["check", "bench", "provider"],
+)
 def test_what_is_wrong_in_a_kernels_file_is_told_with_its_line(command, text, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(text)
@@ -139,9 +162,13 @@ def test_info(capsys):
 
 def test_info_says_what_the_cpu_kernels_run_with_or_why_they_do_not(monkeypatch):
     from resnet_fast.kernels import cpu
+
     monkeypatch.setattr(cpu, "instructions", lambda: "AVX2")
-    for why_not, amx, said in ((None, False, "run with AVX2"), ("the CPU kernels are not built", True, "the CPU kernels are not built"),
-                               (None, True, "run with AVX2; bfloat16 convolutions are left to oneDNN, which has AMX here")):
+    for why_not, amx, said in (
+        (None, False, "run with AVX2"),
+        ("the CPU kernels are not built", True, "the CPU kernels are not built"),
+        (None, True, "run with AVX2; bfloat16 convolutions are left to oneDNN, which has AMX here"),
+    ):
         monkeypatch.setattr(cpu, "available", lambda why_not=why_not: why_not)
         monkeypatch.setattr(cpu, "onednn_has_amx", lambda amx=amx: amx)
         assert info.build()["cpu kernels"] == said
@@ -159,12 +186,20 @@ def test_check_passes_what_is_right(capsys):
 
 def test_check_of_a_kernel_that_cannot_run_is_no_success(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
-    absent = Kernel("test.absent", "add_act", aten.add_act, lambda p: None,
-                    lambda: "it needs a machine of a kind that nobody has, and a long sentence")
+    absent = Kernel(
+        "test.absent",
+        "add_act",
+        aten.add_act,
+        lambda p: None,
+        lambda: "it needs a machine of a kind that nobody has, and a long sentence",
+    )
     monkeypatch.setattr(check, "wanted", lambda names: [absent])
     assert main(["check", "--kernel", "test.absent"]) == 2
     said = capsys.readouterr()
-    assert "cannot run here: test.absent: it needs a machine of a kind that nobody has, and a long sentence" in " ".join(said.out.split())
+    assert (
+        "cannot run here: test.absent: it needs a machine of a kind that nobody has, and a long sentence"
+        in " ".join(said.out.split())
+    )
     assert max(map(len, said.out.splitlines())) <= 60
     assert said.err == "check: nothing was checked of what --kernel named\n"
     assert main(["check"]) == 0
@@ -214,11 +249,18 @@ def test_explain_across(capsys, monkeypatch):
     for how in ([], ["--json"], ["--diff"]):
         assert main(["explain", "resnet18", "--size", "32", "--across", "conv_tail", "conv_pool:layer9", *how]) == 0
         said = capsys.readouterr().err
-        assert said == "explain: across: this network has no conv_tail\nexplain: across: this network has no conv_pool:layer9\n"
+        assert (
+            said
+            == "explain: across: this network has no conv_tail\nexplain: across: this network has no conv_pool:layer9\n"
+        )
     assert main(["explain", "resnet18", "--across", "conv_tail", "conv_pool", "--model-gpu", "h200"]) == 0
     said = capsys.readouterr().out
     assert "across: this network has no conv_tail\n" in said and "no conv_pool" not in said
-    for wrong in (["--across", "conv_pools"], ["--across", "conv_pool", "--train"], ["--across", "conv_pools", "--model-gpu", "h200"]):
+    for wrong in (
+        ["--across", "conv_pools"],
+        ["--across", "conv_pool", "--train"],
+        ["--across", "conv_pools", "--model-gpu", "h200"],
+    ):
         assert main(["explain", "resnet18", "--size", "32", *wrong]) == 2
         assert "across" in capsys.readouterr().err
 
@@ -249,6 +291,7 @@ def test_explain_diff_as_json(capsys):
 
 def test_explain_diff_exits_1_when_the_fused_schedule_is_wrong(capsys, monkeypatch):
     from resnet_fast import planned
+
     fold = planned._filter
 
     def off(conv, bn, dtype, device):
@@ -265,17 +308,30 @@ def test_explain_diff_exits_1_when_the_fused_schedule_is_wrong(capsys, monkeypat
 def test_explain_as_json(capsys):
     assert main(["explain", "resnet18", "--size", "32", "--json"]) == 0
     lines = json.loads(capsys.readouterr().out)
-    assert lines[0]["layer"] == "conv1" and lines[0]["kernel"] in ("aten.conv_bn_act", "cpu.conv") and lines[0]["problem"].startswith("conv_bn_act")
+    assert (
+        lines[0]["layer"] == "conv1"
+        and lines[0]["kernel"] in ("aten.conv_bn_act", "cpu.conv")
+        and lines[0]["problem"].startswith("conv_bn_act")
+    )
 
 
 def test_explain_for_a_gpu_that_is_not_here_tells_every_fused_step_s_floor(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
-    assert main(["explain", "resnet50", "--batch", "256", "--dtype", "bfloat16", "--model-gpu", "h200", "--across", *ACROSS]) == 0
+    assert (
+        main(
+            ["explain", "resnet50", "--batch", "256", "--dtype", "bfloat16", "--model-gpu", "h200", "--across", *ACROSS]
+        )
+        == 0
+    )
     said = capsys.readouterr().out.splitlines()
     assert max(map(len, said)) <= 120 and not any("…" in line for line in said)
     rows = {line.split()[0]: line.split()[1:] for line in said if line}
     assert rows["layer1.1.conv2"] == ["conv_tail", "1027.74", "111.80", "239.01", "memory"]
-    assert rows["layer2.0.conv3"][0] == "pointwise_pair" and "layer2.1.conv3" not in rows and "layer1.0.downsample.0" not in rows
+    assert (
+        rows["layer2.0.conv3"][0] == "pointwise_pair"
+        and "layer2.1.conv3" not in rows
+        and "layer1.0.downsample.0" not in rows
+    )
     kernels, _, _, img_s = next(line.split()[-4:] for line in said if line.startswith("infer  with "))
     assert (kernels, img_s) == ("26", "88,223")
 
@@ -283,15 +339,39 @@ def test_explain_for_a_gpu_that_is_not_here_tells_every_fused_step_s_floor(capsy
 def test_explain_tells_times_of_this_gpu(monkeypatch):
     """The kernel's measured time, in a graph its own, beside the floor and the share of it; what lost, and by what."""
     monkeypatch.setenv("COLUMNS", "160")
-    problem = Problem("conv_tail", "cuda", torch.bfloat16, (256, 64, 56, 56), "nhwc", (64, 64, 3, 3), padding=(1, 1), residual="nhwc",
-                      chain=((256, 64, 1, 1), (), (64, 256, 1, 1)), act="relu", capability=(9, 0))
-    here = {"source": tables.source_hash(find("triton.conv_tail").sources), "versions": tables.versions(), "error": 1e-3, "eager_error": 2e-3}
+    problem = Problem(
+        "conv_tail",
+        "cuda",
+        torch.bfloat16,
+        (256, 64, 56, 56),
+        "nhwc",
+        (64, 64, 3, 3),
+        padding=(1, 1),
+        residual="nhwc",
+        chain=((256, 64, 1, 1), (), (64, 256, 1, 1)),
+        act="relu",
+        capability=(9, 0),
+    )
+    here = {
+        "source": tables.source_hash(find("triton.conv_tail").sources),
+        "versions": tables.versions(),
+        "error": 1e-3,
+        "eager_error": 2e-3,
+    }
     aten_ = {**here, "source": tables.source_hash(find("aten.conv_tail").sources)}
-    records = {"triton.conv_tail": {**here, "status": "right", "time_us": 500.0, "device_us": 478.0},
-               "aten.conv_tail": {**aten_, "status": "right", "time_us": 900.0}}
+    records = {
+        "triton.conv_tail": {**here, "status": "right", "time_us": 500.0, "device_us": 478.0},
+        "aten.conv_tail": {**aten_, "status": "right", "time_us": 900.0},
+    }
     monkeypatch.setattr(tables, "gpu_name", lambda device=None: "NVIDIA H200")
-    monkeypatch.setattr(tables, "load", lambda gpu: ({"entries": {}, "graph": {}, "measured": {problem.key: records}},
-                                                     {"entries": {}, "graph": {}, "measured": {problem.key: {"aten.conv_tail": {}}}}))
+    monkeypatch.setattr(
+        tables,
+        "load",
+        lambda gpu: (
+            {"entries": {}, "graph": {}, "measured": {problem.key: records}},
+            {"entries": {}, "graph": {}, "measured": {problem.key: {"aten.conv_tail": {}}}},
+        ),
+    )
     line = Line("layer1.1.conv2", "conv_tail", "triton.conv_tail", "measured", problem)
     row = str(Explanation([timed(line, graph=True), Line("fc", "function", "torch", "why")])).splitlines()
     assert row[0].split()[-4:] == ["µs", "floor", "%", "why"]
@@ -311,7 +391,12 @@ def test_explain_tells_times_of_this_gpu(monkeypatch):
 
 
 def test_explain_lines_print():
-    assert str(Explanation([Line("a", "plain", "torch", "why")])).splitlines()[-1].split() == ["a", "plain", "torch", "why"]
+    assert str(Explanation([Line("a", "plain", "torch", "why")])).splitlines()[-1].split() == [
+        "a",
+        "plain",
+        "torch",
+        "why",
+    ]
 
 
 def test_tables_fit_the_terminal():
@@ -320,7 +405,10 @@ def test_tables_fit_the_terminal():
 
 
 def test_bench_prints_json_with_errors(capsys):
-    assert main(["bench", "resnet18", "--batch", "1", "--size", "32", "--providers", "ours", "--seconds", "0.1", "--json"]) == 0
+    assert (
+        main(["bench", "resnet18", "--batch", "1", "--size", "32", "--providers", "ours", "--seconds", "0.1", "--json"])
+        == 0
+    )
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert {row["provider"] for row in rows} == {"eager-nchw", "ours"}
     assert all(row["error"] < 1e-4 and row["seconds"] > 0 for row in rows)
@@ -328,10 +416,15 @@ def test_bench_prints_json_with_errors(capsys):
 
 
 def test_a_kernel_from_the_environment_that_cannot_run_is_one_sentence(capsys, monkeypatch, registry):
-    kernel("experimental.absent", op="conv_bn_act", supports=lambda problem: None, available=lambda: "it needs a GPU")(aten.conv_bn_act)
+    kernel("experimental.absent", op="conv_bn_act", supports=lambda problem: None, available=lambda: "it needs a GPU")(
+        aten.conv_bn_act
+    )
     monkeypatch.setenv(dispatch.ENV, "experimental.absent")
     assert main(["explain", "resnet18", "--size", "32"]) == 2
-    assert capsys.readouterr().err == f"explain: kernel 'experimental.absent' from {dispatch.ENV} cannot run here: it needs a GPU\n"
+    assert (
+        capsys.readouterr().err
+        == f"explain: kernel 'experimental.absent' from {dispatch.ENV} cannot run here: it needs a GPU\n"
+    )
 
 
 def test_bench_takes_what_people_run_on_a_device():
@@ -339,32 +432,62 @@ def test_bench_takes_what_people_run_on_a_device():
     assert bench.defaults("cuda", "infer") == ("bf16", (256, 1)) and bench.defaults("cuda", "train") == ("bf16", (32,))
 
 
-@pytest.mark.parametrize("case, command", [
-    (bench.Case("infer", "resnet50", "bf16", 256, 224, "cuda"), "tune resnet50 --batch 256 1`"),
-    (bench.Case("train", "resnet18", "fp16", 256, 64, "cuda"), "tune resnet18 --batch 256 1 --size 64 --dtype float16 --train`")])
+@pytest.mark.parametrize(
+    "case, command",
+    [
+        (bench.Case("infer", "resnet50", "bf16", 256, 224, "cuda"), "tune resnet50 --batch 256 1`"),
+        (
+            bench.Case("train", "resnet18", "fp16", 256, 64, "cuda"),
+            "tune resnet18 --batch 256 1 --size 64 --dtype float16 --train`",
+        ),
+    ],
+)
 def test_bench_says_that_a_gpu_was_not_tuned(monkeypatch, tmp_path, case, command):
     """Pretended: a GPU without a table, then with one of this case."""
     from resnet_fast.layers import layers
+
     monkeypatch.setenv("RESNET_FAST_TABLES", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(tables, "gpu_name", lambda device=None: "Pretended GPU")
     tables.load.cache_clear()
     said = bench.untuned(case, (256, 1))
-    assert "no kernel of ours was measured for this on Pretended GPU yet" in said and f"`python -m resnet_fast {command}" in said
+    assert (
+        "no kernel of ours was measured for this on Pretended GPU yet" in said
+        and f"`python -m resnet_fast {command}" in said
+    )
     conv = layers(case.model, 256, case.size, bench.DTYPES[case.dtype], "cuda", (9, 0))[3].problem
     problem = replace(conv, bn=False) if case.mode == "infer" else bench.after(conv, "bn_act_backward")
     kernel = "aten.conv_bn_act" if case.mode == "infer" else "aten.bn_act_backward"
-    record = {"status": "right", "source": tables.source_hash(dispatch.find(kernel).sources), "versions": tables.versions()}
+    record = {
+        "status": "right",
+        "source": tables.source_hash(dispatch.find(kernel).sources),
+        "versions": tables.versions(),
+    }
     tables.update("Pretended GPU", lambda sections: sections["measured"].update({problem.key: {kernel: record}}))
     assert bench.untuned(case) is None and bench.untuned(replace(case, batch=1)) is not None
     tables.load.cache_clear()
 
 
 def test_bench_skips_a_kernel_that_takes_no_layer(capsys):
-    words = ["bench", "resnet18", "--batch", "1", "--size", "32", "--providers", "eager-nchw", "kernel:aten.cudnn_fused", "--seconds", "0.1"]
+    words = [
+        "bench",
+        "resnet18",
+        "--batch",
+        "1",
+        "--size",
+        "32",
+        "--providers",
+        "eager-nchw",
+        "kernel:aten.cudnn_fused",
+        "--seconds",
+        "0.1",
+    ]
     assert main(words) == 0
     said = capsys.readouterr()
-    assert "kernel:aten.cudnn_fused: skipped: kernel 'aten.cudnn_fused' claimed no problem: cuDNN needs a CUDA tensor" in said.out
+    assert (
+        "kernel:aten.cudnn_fused: skipped: kernel 'aten.cudnn_fused' claimed no problem: cuDNN needs a CUDA tensor"
+        in said.out
+    )
     assert "Traceback" not in said.err and "WRONG" not in said.out
 
 

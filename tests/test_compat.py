@@ -31,17 +31,22 @@ def test_onednns_own_tensors_and_modules() -> None:
         for _ in range(3):  # the third pass would be a kept one
             for model in (ours, accelerated):
                 assert_close(model(X.to_mkldnn()).to_dense(), theirs(X), rtol=1e-4, atol=1e-4)
-        assert_close(torch.utils.mkldnn.to_mkldnn(accelerated)(X.to_mkldnn()).to_dense(), theirs(X), rtol=1e-4, atol=1e-4)
+        assert_close(
+            torch.utils.mkldnn.to_mkldnn(accelerated)(X.to_mkldnn()).to_dense(), theirs(X), rtol=1e-4, atol=1e-4
+        )
 
 
 # ---------------------------------------------------------------- fx, jit, compile, export
+
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_fx_node_names(name) -> None:
     with torch.device("meta"):
         ours, theirs = getattr(resnet_fast, name)(), getattr(__import__("torchvision").models, name)()
     assert get_graph_node_names(ours) == get_graph_node_names(theirs)
-    nodes = [[(n.op, n.name, str(n.target), str(n.args)) for n in symbolic_trace(m).graph.nodes] for m in (ours, theirs)]
+    nodes = [
+        [(n.op, n.name, str(n.target), str(n.args)) for n in symbolic_trace(m).graph.nodes] for m in (ours, theirs)
+    ]
     assert nodes[0] == nodes[1]
 
 
@@ -112,12 +117,15 @@ def test_export_is_aten_only(train, tmp_path) -> None:
     assert_close(program.module()(x), theirs(x))
     if not train:
         torch.export.save(program, tmp_path / "model.pt2")
-        code = (f"import torch, sys; m = torch.export.load({str(tmp_path / 'model.pt2')!r}).module()\n"
-                "m(torch.randn(3, 3, 40, 40).double()); assert 'resnet_fast' not in sys.modules")
+        code = (
+            f"import torch, sys; m = torch.export.load({str(tmp_path / 'model.pt2')!r}).module()\n"
+            "m(torch.randn(3, 3, 40, 40).double()); assert 'resnet_fast' not in sys.modules"
+        )
         assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).returncode == 0
 
 
 # ---------------------------------------------------------------- transforms, modes, devices
+
 
 def test_functional_transforms() -> None:
     """functional_call, jvp, vmap, grad, per-sample gradients, an ensemble, forward-mode AD."""
@@ -134,13 +142,21 @@ def test_functional_transforms() -> None:
         def loss(params, x):
             return call(params, x[None]).square().sum()
 
-        small = {k: v for k, v in inexact.items() if k in ("conv1.weight", "bn1.weight", "layer2.1.conv2.weight", "layer4.0.bn3.bias")}
+        small = {
+            k: v
+            for k, v in inexact.items()
+            if k in ("conv1.weight", "bn1.weight", "layer2.1.conv2.weight", "layer4.0.bn3.bias")
+        }
         ones = {k: torch.ones_like(v) for k, v in small.items()}
-        out = [call({}, x), torch.func.jvp(lambda x: call({}, x), (x,), (torch.ones_like(x),)), torch.func.grad(loss)(small, x[0]),
-               torch.func.jvp(lambda p: call(p, x), (small,), (ones,)),
-               torch.func.vmap(torch.func.grad(loss), (None, 0))(small, x),
-               torch.func.vmap(lambda x: call({}, x[None]))(x),
-               torch.func.vjp(lambda x: call({}, x), x)[1](torch.ones(2, 3).double())]
+        out = [
+            call({}, x),
+            torch.func.jvp(lambda x: call({}, x), (x,), (torch.ones_like(x),)),
+            torch.func.grad(loss)(small, x[0]),
+            torch.func.jvp(lambda p: call(p, x), (small,), (ones,)),
+            torch.func.vmap(torch.func.grad(loss), (None, 0))(small, x),
+            torch.func.vmap(lambda x: call({}, x[None]))(x),
+            torch.func.vjp(lambda x: call({}, x), x)[1](torch.ones(2, 3).double()),
+        ]
         with torch.autograd.forward_ad.dual_level():
             dual = model(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
             out.append(torch.autograd.forward_ad.unpack_dual(dual).tangent)
@@ -153,6 +169,7 @@ def test_functional_transforms() -> None:
 
 def test_meta_and_fake_tensors() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
+
     with torch.device("meta"):
         for train in (False, True):
             assert resnet_fast.resnet18().train(train)(torch.empty(2, 3, 64, 64)).shape == (2, 1000)
@@ -205,8 +222,14 @@ def test_dtypes_layouts_and_shapes(dtype) -> None:
     ours, theirs = ours.to(dtype), theirs.to(dtype)
     for layout in (torch.contiguous_format, CL):
         ours, theirs = ours.to(memory_format=layout), theirs.to(memory_format=layout)
-        for x in (images(2, (33, 47)), images(1, 32), images(2, 48)[:, :, 5:-2, ::2], images(2, 32).contiguous(memory_format=CL),
-                  images(2, 32).flip(3), images(1, 32).expand(3, 3, 32, 32)):
+        for x in (
+            images(2, (33, 47)),
+            images(1, 32),
+            images(2, 48)[:, :, 5:-2, ::2],
+            images(2, 32).contiguous(memory_format=CL),
+            images(2, 32).flip(3),
+            images(1, 32).expand(3, 3, 32, 32),
+        ):
             assert_agree(ours, theirs, x.to(dtype))
     for model in (ours, theirs):
         assert model(torch.empty(0, 3, 40, 40, dtype=dtype)).shape == (0, 10)
@@ -239,10 +262,12 @@ def test_nonfinite_images(bad, train) -> None:
 @pytest.mark.parametrize("train", (False, True))
 def test_wrong_images_get_one_sentence(train) -> None:
     model = resnet_fast.resnet18(num_classes=2).train(train)
-    for x, sentence in ((torch.randn(2, 4, 32, 32), "x channels: got 4, expected 3 (weight is [64, 3, 7, 7], groups 1)"),
-                        (X.double(), "x dtype: got torch.float64, expected torch.float32 (that of weight)"),
-                        (torch.randint(0, 255, (2, 3, 32, 32)).byte(), "x dtype: got torch.uint8, expected a floating dtype"),
-                        (torch.randn(3, 32, 32), "x: got 3-D shape [3, 32, 32], expected 4-D [N, C, H, W]")):
+    for x, sentence in (
+        (torch.randn(2, 4, 32, 32), "x channels: got 4, expected 3 (weight is [64, 3, 7, 7], groups 1)"),
+        (X.double(), "x dtype: got torch.float64, expected torch.float32 (that of weight)"),
+        (torch.randint(0, 255, (2, 3, 32, 32)).byte(), "x dtype: got torch.uint8, expected a floating dtype"),
+        (torch.randn(3, 32, 32), "x: got 3-D shape [3, 32, 32], expected 4-D [N, C, H, W]"),
+    ):
         with pytest.raises(RuntimeError) as raised:
             model(x)
         assert str(raised.value) == f"conv_bn_act: {sentence}"
@@ -260,19 +285,23 @@ def test_pickle_into_another_process(tmp_path) -> None:
         expected = ours(X)
     path = tmp_path / "model.pickle"
     path.write_bytes(pickle.dumps((ours, X, expected)))
-    code = ("import pickle, torch\ntorch.set_num_threads(1)\n"
-            f"model, x, expected = pickle.load(open({str(path)!r}, 'rb'))\n"
-            "torch.testing.assert_close(model(x), expected)")
+    code = (
+        "import pickle, torch\ntorch.set_num_threads(1)\n"
+        f"model, x, expected = pickle.load(open({str(path)!r}, 'rb'))\n"
+        "torch.testing.assert_close(model(x), expected)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_importing_touches_nothing() -> None:
     """No CUDA, no torchvision, no timm, no Triton, no output, no changed default."""
-    code = ("import torch\nbefore = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()\n"
-            "import sys, resnet_fast\nmodel = resnet_fast.resnet18(num_classes=2).eval()\nmodel(torch.randn(1, 3, 32, 32))\n"
-            "assert not {'torchvision', 'timm', 'triton', 'safetensors'} & sys.modules.keys(), sys.modules.keys()\n"
-            "assert not torch.cuda.is_initialized()\n"
-            "assert before == (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled())")
+    code = (
+        "import torch\nbefore = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()\n"
+        "import sys, resnet_fast\nmodel = resnet_fast.resnet18(num_classes=2).eval()\nmodel(torch.randn(1, 3, 32, 32))\n"
+        "assert not {'torchvision', 'timm', 'triton', 'safetensors'} & sys.modules.keys(), sys.modules.keys()\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert before == (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled())"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -35,15 +35,20 @@ def plain(x: Tensor, weight: Tensor) -> Tensor:
     return F.conv2d(x, weight, None, 1, 1)
 
 
-@pytest.mark.parametrize("shape", [(2, 64, 25, 23, 32), (8, 64, 12, 11, 96), (1, 128, 33, 32, 64), (33, 32, 6, 6, 256)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 64, 25, 23, 32), (8, 64, 12, 11, 96), (1, 128, 33, 32, 64), (33, 32, 6, 6, 256)], ids=str
+)
 def test_values_and_gradients_by_the_rule(shape) -> None:
     conv, x = made(*shape)
     z = run(conv, x)
     assert ours(z)
     dz = torch.randn_like(z)
     found, bar, exact = [], [], []
-    for results, live, weight, out in ((found, x, conv.weight, z), (bar, x, conv.weight, plain(x, conv.weight)),
-                                       (exact, *(t.detach().double().requires_grad_() for t in (x, conv.weight)), None)):
+    for results, live, weight, out in (
+        (found, x, conv.weight, z),
+        (bar, x, conv.weight, plain(x, conv.weight)),
+        (exact, *(t.detach().double().requires_grad_() for t in (x, conv.weight)), None),
+    ):
         out = plain(live, weight) if out is None else out
         results += [out.detach(), *torch.autograd.grad(out, (live, weight), dz.to(out.dtype))]
     assert_rule(found[0], bar[0], exact[0])
@@ -60,12 +65,23 @@ def test_one_gradient_alone(wanted) -> None:
     assert z.requires_grad == any(wanted)
     if any(wanted):
         live = x if wanted[0] else conv.weight
-        torch.testing.assert_close(*(torch.autograd.grad(out, live, torch.ones_like(out)) for out in (z, bar)), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(out, live, torch.ones_like(out)) for out in (z, bar)), rtol=1e-3, atol=1e-3
+        )
 
 
-LEFT = {"stride": {"stride": 2}, "no padding": {"padding": 0}, "size": {"kernel_size": 1, "padding": 0}, "bias": {"bias": True},
-        "few pixels": {"h": 9}, "groups": {"groups": 2}, "dilation": {"dilation": 2, "padding": 2}, "channels": {"c": 24},
-        "filters": {"k": 40}, "many": {"c": 512}}
+LEFT = {
+    "stride": {"stride": 2},
+    "no padding": {"padding": 0},
+    "size": {"kernel_size": 1, "padding": 0},
+    "bias": {"bias": True},
+    "few pixels": {"h": 9},
+    "groups": {"groups": 2},
+    "dilation": {"dilation": 2, "padding": 2},
+    "channels": {"c": 24},
+    "filters": {"k": 40},
+    "many": {"c": 512},
+}
 
 
 @pytest.mark.parametrize("change", LEFT.values(), ids=LEFT)
@@ -80,7 +96,9 @@ def test_other_layouts_and_dtypes_and_forced_kernels_are_left_to_torch() -> None
     assert ours(run(conv, x)) and not ours(run(conv, x.contiguous()))
     with use("aten.conv_bn_act"):
         assert not ours(run(conv, x))
-        resnet_fast.ops.conv_bn_act(x, conv.weight, *torch.ones(2, 32))  # or use() would say that its kernel was not used
+        resnet_fast.ops.conv_bn_act(
+            x, conv.weight, *torch.ones(2, 32)
+        )  # or use() would say that its kernel was not used
     conv, x = conv.bfloat16(), x.bfloat16()
     assert not ours(run(conv, x))
 
@@ -101,7 +119,11 @@ def test_what_would_spread_over_a_tile_is_computed_as_eager_does(value, where) -
 def test_gradients_of_any_strides() -> None:
     """That of a sum has none, that of a view in NCHW others."""
     conv, x = made()
-    for end in (torch.sum, lambda z: (z.contiguous() * z.detach().contiguous()).sum(), lambda z: z[:, :, ::2].pow(2).sum()):
+    for end in (
+        torch.sum,
+        lambda z: (z.contiguous() * z.detach().contiguous()).sum(),
+        lambda z: z[:, :, ::2].pow(2).sum(),
+    ):
         mine, bar = (torch.autograd.grad(end(z), x)[0] for z in (run(conv, x), plain(x, conv.weight)))
         torch.testing.assert_close(mine, bar, rtol=1e-3, atol=1e-3)
 
@@ -127,7 +149,10 @@ def test_an_edit_between_forward_and_backward_is_refused() -> None:
 
 
 def test_blocks_train_with_it_also_checkpointed(monkeypatch) -> None:
-    block, x = resnet_fast.resnet18().train().layer1[0], torch.randn(4, 64, 17, 16).contiguous(memory_format=NHWC).requires_grad_()
+    block, x = (
+        resnet_fast.resnet18().train().layer1[0],
+        torch.randn(4, 64, 17, 16).contiguous(memory_format=NHWC).requires_grad_(),
+    )
     seen, filtered = [], convolution._filtered
     monkeypatch.setattr(convolution, "_filtered", lambda *args: seen.append(args) or filtered(*args))
     mine = torch.autograd.grad(block(x).sum(), (x, *block.parameters()))

@@ -23,11 +23,30 @@ SNAPSHOT = Path(__file__).parent / "counts.json"
 TORCH = ".".join(torch.__version__.split(".")[:2])
 
 # Each of these reads or writes whole tensors; views, allocations and bookkeeping are not counted.
-WORK = ("resnet_fast::conv_bn_act", "resnet_fast::bn_act", "resnet_fast::bn_act_backward", "resnet_fast::add_act",
-        "mkldnn::_convolution_pointwise", "mkldnn::_convolution_pointwise_", "aten::convolution",
-        "aten::convolution_backward", "aten::batch_norm", "aten::native_batch_norm", "aten::native_batch_norm_backward",
-        "aten::relu", "aten::relu_", "aten::threshold_backward", "aten::copy_", "aten::add", "aten::add_", "aten::mul",
-        "aten::mul_", "aten::max_pool2d_with_indices", "aten::mean", "aten::addmm")
+WORK = (
+    "resnet_fast::conv_bn_act",
+    "resnet_fast::bn_act",
+    "resnet_fast::bn_act_backward",
+    "resnet_fast::add_act",
+    "mkldnn::_convolution_pointwise",
+    "mkldnn::_convolution_pointwise_",
+    "aten::convolution",
+    "aten::convolution_backward",
+    "aten::batch_norm",
+    "aten::native_batch_norm",
+    "aten::native_batch_norm_backward",
+    "aten::relu",
+    "aten::relu_",
+    "aten::threshold_backward",
+    "aten::copy_",
+    "aten::add",
+    "aten::add_",
+    "aten::mul",
+    "aten::mul_",
+    "aten::max_pool2d_with_indices",
+    "aten::mean",
+    "aten::addmm",
+)
 
 
 def counts(run: Callable[[], object]) -> dict[str, int]:
@@ -72,6 +91,7 @@ def accelerated(name: str) -> nn.Module:
     from torchvision.models import get_model
 
     from resnet_fast.accelerate import accelerate
+
     return accelerate(get_model(name))
 
 

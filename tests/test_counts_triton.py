@@ -21,8 +21,9 @@ SNAPSHOT = Path(__file__).parent / "counts_triton.json"
 HOPPER = (9, 0)
 # One of each kind: the stem, a 3×3, a strided 3×3, a 1×1 that widens with a residual, a 1×1 that narrows.
 LAYERS = ("conv1", "layer1.0.conv2", "layer2.0.conv2", "layer2.1.conv3", "layer3.1.conv1")
-AFTER = Problem("bn_act", "cuda", torch.bfloat16, (256, 256, 56, 56), "nhwc", act="relu", residual="nhwc",
-                capability=HOPPER)
+AFTER = Problem(
+    "bn_act", "cuda", torch.bfloat16, (256, 256, 56, 56), "nhwc", act="relu", residual="nhwc", capability=HOPPER
+)
 # By tensor descriptors: a 3×3, and a 1×1 that narrows.
 BY_TMA = {"layer1.0.conv2": "triton.conv_tma", "layer3.1.conv1": "triton.pointwise_tma"}
 TRITON = importlib.util.find_spec("triton")
@@ -43,14 +44,20 @@ def cases() -> dict[str, tuple[str, Problem]]:
 def counts(kernel: str, problem: Problem) -> dict[str, int]:
     """Of all launches together: the most registers and shared memory, the sum of spilled bytes and instructions."""
     from triton_ahead import cubins
+
     launched = cubins(kernel, problem)
-    return {"launches": len(launched), "registers": max(c.registers for c in launched),
-            "spilled bytes": sum(c.stack for c in launched), "shared bytes": max(c.shared for c in launched),
-            "instructions": sum(c.instructions.total() for c in launched)}
+    return {
+        "launches": len(launched),
+        "registers": max(c.registers for c in launched),
+        "spilled bytes": sum(c.stack for c in launched),
+        "shared bytes": max(c.shared for c in launched),
+        "instructions": sum(c.instructions.total() for c in launched),
+    }
 
 
 def version() -> str:
     import triton
+
     return ".".join(triton.__version__.split(".")[:2])
 
 

@@ -21,10 +21,20 @@ NHWC = torch.channels_last
 OPS = pytest.mark.parametrize("op", ["bn_act", "bn_act_backward"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 # Fewer pixels than a pivot takes; one chunk, and 8 pixels more; 64 chunks and a shorter one; chunks of 512; many channels.
-SIZES = [(1, 64, 1, 3), (1, 16, 4, 8), (1, 16, 5, 8), (3, 48, 60, 57), (2, 16, 130, 130), (2, 2048, 7, 7), (1, 40, 9, 9)]
+SIZES = [
+    (1, 64, 1, 3),
+    (1, 16, 4, 8),
+    (1, 16, 5, 8),
+    (3, 48, 60, 57),
+    (2, 16, 130, 130),
+    (2, 2048, 7, 7),
+    (1, 40, 9, 9),
+]
 
 
-def problem(op="bn_act", x=(2, 32, 9, 6), dtype=torch.float32, layout="nhwc", residual="nhwc", act="relu", **more) -> Problem:
+def problem(
+    op="bn_act", x=(2, 32, 9, 6), dtype=torch.float32, layout="nhwc", residual="nhwc", act="relu", **more
+) -> Problem:
     return Problem(op=op, device="cpu", dtype=dtype, x=x, layout=layout, residual=residual, act=act, **more)
 
 
@@ -41,11 +51,17 @@ def test_it_obeys_the_error_rule(op, dtype) -> None:
         assert verdict.ok, f"{p.key}: {verdict.reason}"
 
 
-@pytest.mark.parametrize("change", [lambda x: x + 1e4, lambda x: x * 1e-4, lambda x: torch.full_like(x, 1234.567)], ids=["far", "small", "constant"])
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x + 1e4, lambda x: x * 1e-4, lambda x: torch.full_like(x, 1234.567)],
+    ids=["far", "small", "constant"],
+)
 def test_moments_do_not_cancel(change) -> None:
     args = list(make_args(problem(x=(2, 16, 31, 40), residual=None, act="none")))
     args[0] = change(args[0])
-    for got, bar, exact in zip(cpu.bn_act(*args), eager("bn_act", tuple(args)), oracle("bn_act", tuple(args)), strict=True):
+    for got, bar, exact in zip(
+        cpu.bn_act(*args), eager("bn_act", tuple(args)), oracle("bn_act", tuple(args)), strict=True
+    ):
         assert_rule(got, bar, exact)
 
 
@@ -131,8 +147,12 @@ def test_strides_of_the_results_are_atens(x) -> None:
 
 
 DECLINED = {
-    "NCHW": ({"layout": "nchw"}, "NHWC"), "residual": ({"residual": "nchw"}, "residual are nhwc and nchw"), "empty": ({"x": (0, 32, 4, 4)}, "empty"),
-    "half": ({"dtype": torch.float16}, "float16"), "double": ({"dtype": torch.float64}, "float64"), "cuda": ({"device": "cuda"}, "cuda"),
+    "NCHW": ({"layout": "nchw"}, "NHWC"),
+    "residual": ({"residual": "nchw"}, "residual are nhwc and nchw"),
+    "empty": ({"x": (0, 32, 4, 4)}, "empty"),
+    "half": ({"dtype": torch.float16}, "float16"),
+    "double": ({"dtype": torch.float64}, "float64"),
+    "cuda": ({"device": "cuda"}, "cuda"),
 }
 
 
@@ -143,7 +163,10 @@ def test_it_says_what_it_declines(change, sentence) -> None:
 
 def test_it_is_chosen_where_it_was_measured() -> None:
     assert choose(problem())[0].id == "cpu.bn_act" and choose(problem("bn_act_backward"))[0].id == "cpu.bn_act_backward"
-    assert choose(problem(layout="nchw"))[0].id == "aten.bn_act" and choose(problem(dtype=torch.float64))[0].id == "aten.bn_act"
+    assert (
+        choose(problem(layout="nchw"))[0].id == "aten.bn_act"
+        and choose(problem(dtype=torch.float64))[0].id == "aten.bn_act"
+    )
     assert choose(problem(x=(2, 65, 4, 4)))[0].id == "aten.bn_act"
     assert "multiples of 16" in rejected(problem(x=(2, 65, 4, 4)))["cpu.bn_act"]
 
@@ -187,9 +210,33 @@ def test_avx2_obeys_the_rule_too() -> None:
 
 def refused(name: str, sentence: str, **changed: Tensor | None) -> None:
     x, c = torch.randn(2, 32, 4, 6).contiguous(memory_format=NHWC), torch.ones(32)
-    args = {"bn_act": {"x": x, "weight": c, "bias": c, "residual": None, "y": x.clone(), "mean": c, "var": c, "eps": 1e-5, "relu": True},
-            "bn_act_backward": {"dy": x, "x": x, "y": x, "weight": c, "mean": c, "var": c, "dx": x.clone(), "dweight": c.clone(),
-                                "dbias": c.clone(), "dresidual": None, "eps": 1e-5, "relu": True}}[name]
+    args = {
+        "bn_act": {
+            "x": x,
+            "weight": c,
+            "bias": c,
+            "residual": None,
+            "y": x.clone(),
+            "mean": c,
+            "var": c,
+            "eps": 1e-5,
+            "relu": True,
+        },
+        "bn_act_backward": {
+            "dy": x,
+            "x": x,
+            "y": x,
+            "weight": c,
+            "mean": c,
+            "var": c,
+            "dx": x.clone(),
+            "dweight": c.clone(),
+            "dbias": c.clone(),
+            "dresidual": None,
+            "eps": 1e-5,
+            "relu": True,
+        },
+    }[name]
     with pytest.raises(RuntimeError, match=f"^{name}: got {sentence}"):
         getattr(torch.ops.resnet_fast_cpu, name)(*(args | changed).values())
 

@@ -29,15 +29,37 @@ def without_amx(monkeypatch) -> None:
 
 
 def winograd_problem(n=2, c=32, h=9, w=6, k=64, dtype=torch.float32, **more) -> Problem:
-    return Problem(**{"op": "conv_bn_act", "device": "cpu", "dtype": dtype, "x": (n, c, h, w), "layout": "nhwc", "weight": (k, c, 3, 3),
-                      "padding": (1, 1), "bn": True, "act": "relu", **more})
+    return Problem(
+        **{
+            "op": "conv_bn_act",
+            "device": "cpu",
+            "dtype": dtype,
+            "x": (n, c, h, w),
+            "layout": "nhwc",
+            "weight": (k, c, 3, 3),
+            "padding": (1, 1),
+            "bn": True,
+            "act": "relu",
+            **more,
+        }
+    )
 
 
-@given(n=st.integers(1, 3), c=st.sampled_from([16, 48, 64, 80, 256]), h=st.integers(1, 13), w=st.integers(1, 13),
-       k=st.sampled_from([32, 64, 96]), dtype=st.sampled_from([torch.float32, torch.bfloat16]), act=st.sampled_from(["relu", "none"]),
-       residual=st.sampled_from([None, "nhwc"]), bn=st.booleans())
+@given(
+    n=st.integers(1, 3),
+    c=st.sampled_from([16, 48, 64, 80, 256]),
+    h=st.integers(1, 13),
+    w=st.integers(1, 13),
+    k=st.sampled_from([32, 64, 96]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    act=st.sampled_from(["relu", "none"]),
+    residual=st.sampled_from([None, "nhwc"]),
+    bn=st.booleans(),
+)
 def test_winograd_obeys_the_error_rule(n, c, h, w, k, dtype, act, residual, bn) -> None:
-    verdict = check_kernel(find("cpu.winograd"), winograd_problem(n, c, h, w, k, dtype, act=act, residual=residual, bn=bn))
+    verdict = check_kernel(
+        find("cpu.winograd"), winograd_problem(n, c, h, w, k, dtype, act=act, residual=residual, bn=bn)
+    )
     assert verdict.ok, verdict.reason
 
 
@@ -85,7 +107,10 @@ def test_a_nan_in_the_residual_stays_where_it_is() -> None:
     assert got.isnan().sum() == 1 and got[0, 3, 2, 1].isnan()
 
 
-@pytest.mark.parametrize("n, c, h, w, k", [(1, 32, 30, 30, 96), (1, 64, 3, 3, 160), (3, 16, 17, 5, 32), (1, 256, 1, 1, 512), (1, 128, 28, 28, 128)])
+@pytest.mark.parametrize(
+    "n, c, h, w, k",
+    [(1, 32, 30, 30, 96), (1, 64, 3, 3, 160), (3, 16, 17, 5, 32), (1, 256, 1, 1, 512), (1, 128, 28, 28, 128)],
+)
 def test_the_number_of_threads_changes_no_byte(n, c, h, w, k) -> None:
     args = make_args(winograd_problem(n, c, h, w, k, residual="nhwc"))
     one = find("cpu.winograd").fn(*args)
@@ -128,10 +153,17 @@ def test_a_processor_that_is_told_to_be_plain_runs_without() -> None:
 
 
 DECLINED = {
-    "stride": ({"stride": (2, 2)}, "stride 1"), "no padding": ({"padding": (0, 0)}, "padding 1"), "dilation": ({"dilation": (2, 2)}, "dilation"),
-    "groups": ({"groups": 2, "weight": (64, 16, 3, 3)}, "groups"), "channels": ({"x": (1, 24, 4, 4), "weight": (64, 24, 3, 3)}, "16 channels"),
-    "filters": ({"weight": (40, 32, 3, 3)}, "filters, got 40"), "NCHW": ({"layout": "nchw"}, "NHWC"), "empty": ({"x": (0, 32, 4, 4)}, "empty"),
-    "half": ({"dtype": torch.float16}, "float16"), "cuda": ({"device": "cuda"}, "cuda"), "residual": ({"residual": "nchw"}, "residual nchw"),
+    "stride": ({"stride": (2, 2)}, "stride 1"),
+    "no padding": ({"padding": (0, 0)}, "padding 1"),
+    "dilation": ({"dilation": (2, 2)}, "dilation"),
+    "groups": ({"groups": 2, "weight": (64, 16, 3, 3)}, "groups"),
+    "channels": ({"x": (1, 24, 4, 4), "weight": (64, 24, 3, 3)}, "16 channels"),
+    "filters": ({"weight": (40, 32, 3, 3)}, "filters, got 40"),
+    "NCHW": ({"layout": "nchw"}, "NHWC"),
+    "empty": ({"x": (0, 32, 4, 4)}, "empty"),
+    "half": ({"dtype": torch.float16}, "float16"),
+    "cuda": ({"device": "cuda"}, "cuda"),
+    "residual": ({"residual": "nchw"}, "residual nchw"),
 }
 
 
@@ -151,8 +183,16 @@ def test_it_is_chosen_where_it_was_measured_to_win() -> None:
     assert "other sizes than" in rejected(winograd_problem(weight=(64, 32, 5, 5), padding=(2, 2)))["cpu.conv"]
 
 
-@pytest.mark.parametrize("change", [{}, {"c": 512, "k": 512}, {"weight": (64, 32, 1, 1), "padding": (0, 0)}, {"stride": (2, 2)},
-                                    {"c": 3, "weight": (64, 3, 7, 7), "stride": (2, 2), "padding": (3, 3)}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"c": 512, "k": 512},
+        {"weight": (64, 32, 1, 1), "padding": (0, 0)},
+        {"stride": (2, 2)},
+        {"c": 3, "weight": (64, 3, 7, 7), "stride": (2, 2), "padding": (3, 3)},
+    ],
+)
 def test_bfloat16_is_left_to_onednn_where_it_has_amx(monkeypatch, change) -> None:
     monkeypatch.setattr(cpu, "onednn_has_amx", lambda: True)
     problem = winograd_problem(**change, dtype=torch.bfloat16)
@@ -171,14 +211,25 @@ def test_a_bfloat16_network_runs_without_our_convolutions_where_onednn_has_amx(m
     assert_rule(planned(x), bar, resnet_fast.plan(model.double(), x.double())(x.double()))
 
 
-@pytest.mark.parametrize("problem, threads, chosen", [
-    (winograd_problem(1, 512, 7, 7, 512), 4, "cpu.winograd"), (winograd_problem(1, 512, 7, 7, 512), 5, "cpu.conv"),
-    (winograd_problem(2, 512, 7, 7, 512), 64, "cpu.winograd"), (winograd_problem(1, 256, 7, 7, 256), 64, "cpu.conv"),
-    (winograd_problem(1, 256, 14, 14, 256), 64, "cpu.winograd"), (winograd_problem(1, 128, 7, 7, 128), 64, "cpu.winograd")])
-def test_many_threads_do_not_wait_for_transformed_filters_of_a_few_pixels(monkeypatch, problem, threads, chosen) -> None:
+@pytest.mark.parametrize(
+    "problem, threads, chosen",
+    [
+        (winograd_problem(1, 512, 7, 7, 512), 4, "cpu.winograd"),
+        (winograd_problem(1, 512, 7, 7, 512), 5, "cpu.conv"),
+        (winograd_problem(2, 512, 7, 7, 512), 64, "cpu.winograd"),
+        (winograd_problem(1, 256, 7, 7, 256), 64, "cpu.conv"),
+        (winograd_problem(1, 256, 14, 14, 256), 64, "cpu.winograd"),
+        (winograd_problem(1, 128, 7, 7, 128), 64, "cpu.winograd"),
+    ],
+)
+def test_many_threads_do_not_wait_for_transformed_filters_of_a_few_pixels(
+    monkeypatch, problem, threads, chosen
+) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert cpu.preferred(problem, live=False)[0] == chosen
-    assert ("by a model, not a measurement" in str(cpu.yields("cpu.winograd", problem, live=False))) is (chosen == "cpu.conv")
+    assert ("by a model, not a measurement" in str(cpu.yields("cpu.winograd", problem, live=False))) is (
+        chosen == "cpu.conv"
+    )
 
 
 def test_live_weights_stay_within_two_copies() -> None:
@@ -225,6 +276,7 @@ def test_a_default_device_elsewhere_changes_nothing() -> None:
 
 def test_a_nan_passes_through_a_plan_where_onednn_has_no_bfloat16(monkeypatch) -> None:
     """As on a processor with AVX2 alone, where what Winograd leaves cannot go to oneDNN's packed convolution."""
+
     def nothing(*args):
         raise RuntimeError("bf16 path needs the cpu support avx_ne_convert or avx512bw, avx512vl and avx512dq")
 
@@ -294,7 +346,10 @@ def test_strides_of_the_result_are_eagers() -> None:
 REFUSED = {
     "dtype": (lambda a: a | {"x": a["x"].half()}, "got x of dtype Half, expected Float or BFloat16"),
     "layout": (lambda a: a | {"x": a["x"].contiguous()}, "expected channels_last"),
-    "filters": (lambda a: a | {"x": torch.cat((a["x"], a["x"]), 1).contiguous(memory_format=NHWC)}, "expected those of winograd_filters"),
+    "filters": (
+        lambda a: a | {"x": torch.cat((a["x"], a["x"]), 1).contiguous(memory_format=NHWC)},
+        "expected those of winograd_filters",
+    ),
     "bias": (lambda a: a | {"bias": a["bias"][:-1]}, "expected Float [64]"),
     "out": (lambda a: a | {"out": a["out"][:1]}, "expected [2, 64, 9, 6]"),
     "residual": (lambda a: a | {"residual": a["out"][:, :, 1:]}, "expected out's shape"),
@@ -303,9 +358,14 @@ REFUSED = {
 
 @pytest.mark.parametrize("change, sentence", REFUSED.values(), ids=REFUSED)
 def test_the_op_refuses_in_one_sentence(change, sentence) -> None:
-    args = {"x": torch.randn(2, 32, 9, 6).contiguous(memory_format=NHWC), "bias": torch.zeros(64), "residual": None,
-            "filters": torch.ops.resnet_fast_cpu.winograd_filters(torch.randn(64, 32, 3, 3)),
-            "out": torch.empty(2, 64, 9, 6).contiguous(memory_format=NHWC), "relu": True}
+    args = {
+        "x": torch.randn(2, 32, 9, 6).contiguous(memory_format=NHWC),
+        "bias": torch.zeros(64),
+        "residual": None,
+        "filters": torch.ops.resnet_fast_cpu.winograd_filters(torch.randn(64, 32, 3, 3)),
+        "out": torch.empty(2, 64, 9, 6).contiguous(memory_format=NHWC),
+        "relu": True,
+    }
     with pytest.raises(RuntimeError) as refusal:
         torch.ops.resnet_fast_cpu.winograd(**change(args))
     assert str(refusal.value).startswith("winograd: got") and sentence in str(refusal.value)

@@ -22,18 +22,35 @@ FEW, MANY = 4, 132  # processors: clusters of one block, or of as many as eight
 
 def problem(n, c, h, w, k, r=3, stride=1, dtype=torch.float16, act="relu", **more) -> Problem:
     kernel = (r, r) if isinstance(r, int) else r
-    return Problem(op="conv_bn_act", device="cpu", dtype=dtype, x=(n, c, h, w), layout="nhwc", weight=(k, c, *kernel),
-                   stride=(stride, stride), **{"padding": tuple(i // 2 for i in kernel), "act": act, **more})
+    return Problem(
+        op="conv_bn_act",
+        device="cpu",
+        dtype=dtype,
+        x=(n, c, h, w),
+        layout="nhwc",
+        weight=(k, c, *kernel),
+        stride=(stride, stride),
+        **{"padding": tuple(i // 2 for i in kernel), "act": act, **more},
+    )
 
 
 # One pixel and several tiles of them; tails in pixels, channels and filters; depths of one slice, of fewer slices than a cluster
 # has blocks and of more than fit in flight; strides, dilation, filters that are no square, padding that is no half of them.
 PROBLEMS = [
-    problem(1, 8, 1, 1, 8, 1), problem(1, 64, 7, 7, 64), problem(2, 72, 9, 11, 136, 1, residual="nhwc", bn=True),
-    problem(1, 200, 14, 14, 72, residual="nhwc"), problem(3, 64, 13, 10, 40, stride=2, act="none"), problem(1, 512, 4, 4, 32, 1),
-    problem(2, 136, 8, 7, 256, 1, 2, bn=True), problem(1, 1024, 7, 7, 40, 1, residual="nhwc"), problem(1, 16, 9, 12, 24, (1, 5)),
-    problem(2, 24, 8, 6, 16, padding=(2, 2), dilation=(2, 2)), problem(1, 16, 6, 5, 8, padding=(0, 0)),
-    problem(2, 8, 5, 6, 16, 1, padding=(1, 1)), problem(1, 8, 11, 13, 64, 7, 2), problem(1, 40, 2, 9, 24, stride=3),
+    problem(1, 8, 1, 1, 8, 1),
+    problem(1, 64, 7, 7, 64),
+    problem(2, 72, 9, 11, 136, 1, residual="nhwc", bn=True),
+    problem(1, 200, 14, 14, 72, residual="nhwc"),
+    problem(3, 64, 13, 10, 40, stride=2, act="none"),
+    problem(1, 512, 4, 4, 32, 1),
+    problem(2, 136, 8, 7, 256, 1, 2, bn=True),
+    problem(1, 1024, 7, 7, 40, 1, residual="nhwc"),
+    problem(1, 16, 9, 12, 24, (1, 5)),
+    problem(2, 24, 8, 6, 16, padding=(2, 2), dilation=(2, 2)),
+    problem(1, 16, 6, 5, 8, padding=(0, 0)),
+    problem(2, 8, 5, 6, 16, 1, padding=(1, 1)),
+    problem(1, 8, 11, 13, 64, 7, 2),
+    problem(1, 40, 2, 9, 24, stride=3),
     replace(problem(2, 16, 9, 12, 24), stride=(1, 2), padding=(0, 1), dilation=(2, 1)),
 ]
 
@@ -44,7 +61,11 @@ def kernel(gpu: host_gpu.HostGpu) -> Kernel:
 
 @pytest.mark.parametrize("dtype, processors", [(torch.float16, MANY), (torch.float16, FEW), (torch.bfloat16, MANY)])
 def test_numerics(gpu: host_gpu.HostGpu, dtype: torch.dtype, processors: int) -> None:
-    nasty = [p for p in nasty_problems("conv_bn_act", dtype) if find("native.conv_cluster_hopper").supports(replace(p, **ON_HOPPER)) is None]
+    nasty = [
+        p
+        for p in nasty_problems("conv_bn_act", dtype)
+        if find("native.conv_cluster_hopper").supports(replace(p, **ON_HOPPER)) is None
+    ]
     assert len(nasty) >= 6
     for i, one in enumerate([*PROBLEMS, *nasty]):
         gpu.settings(seed=i, processors=processors, late_copies=i % 3 != 0)
@@ -52,8 +73,15 @@ def test_numerics(gpu: host_gpu.HostGpu, dtype: torch.dtype, processors: int) ->
         assert verdict.ok, f"{one.key}: {verdict.reason}"
 
 
-@pytest.mark.parametrize("one", [problem(1, 136, 14, 13, 72, residual="nhwc", bn=True), problem(2, 1024, 7, 7, 264, 1, residual="nhwc"),
-                                 problem(1, 1032, 3, 3, 40, 1)], ids=["3×3", "1×1", "one tile"])
+@pytest.mark.parametrize(
+    "one",
+    [
+        problem(1, 136, 14, 13, 72, residual="nhwc", bn=True),
+        problem(2, 1024, 7, 7, 264, 1, residual="nhwc"),
+        problem(1, 1032, 3, 3, 40, 1),
+    ],
+    ids=["3×3", "1×1", "one tile"],
+)
 def test_never_depends_on_the_order_of_threads(gpu: host_gpu.HostGpu, one: Problem) -> None:
     """A missing barrier of the block or the cluster, or a slot filled or read too soon, lets it show; sums are added in one order."""
     args = make_args(one)
@@ -82,7 +110,9 @@ def test_beyond_two_to_the_31_elements(gpu: host_gpu.HostGpu) -> None:
     image, residual = (torch.randn(1, 64, 8, 8).half().to(memory_format=torch.channels_last) for _ in range(2))
     weight = (torch.randn(64, 64, 3, 3) / 24).half().to(memory_format=torch.channels_last)
     scale, shift = torch.randn(64), torch.randn(64)
-    gpu.settings(processors=10**9, first_block=16 * (images - 1))  # an image is two tiles of 32 filters, each of eight blocks
+    gpu.settings(
+        processors=10**9, first_block=16 * (images - 1)
+    )  # an image is two tiles of 32 filters, each of eight blocks
     out = gpu.conv_last_image(image, images, weight, scale, shift, residual, (1, 1), kernel="conv_cluster_hopper")
     args = image, weight, scale, shift, residual, None, None, 0.0, (1, 1), (1, 1), (1, 1), 1, "relu"
     assert_rule(out, testing.eager("conv_bn_act", args)[0], testing.oracle("conv_bn_act", args)[0])
@@ -94,24 +124,27 @@ def test_wants_addresses_of_whole_16_bytes(gpu: host_gpu.HostGpu) -> None:
         gpu.conv_cluster_hopper(*make_args(PROBLEMS[1]))
 
 
-@pytest.mark.parametrize("change, reason", [
-    ({}, None),
-    ({"dtype": torch.bfloat16, "residual": "nhwc", "bn": True}, None),
-    ({"dtype": torch.float32}, "float32"),
-    ({"capability": (8, 0)}, "8.0"),
-    ({"capability": (10, 0)}, "10.0"),
-    ({"device": "cpu", "capability": None}, "cpu"),
-    ({"stride": (8, 8)}, None),
-    ({"stride": (9, 1)}, "9×1"),
-    ({"dilation": (64, 64), "padding": (64, 64), "x": (2, 64, 80, 80)}, "offsets"),
-    ({"padding": (130, 1)}, "offsets"),
-    ({"groups": 4, "weight": (64, 16, 3, 3)}, "4 groups"),
-    ({"layout": "nchw"}, "nchw"),
-    ({"residual": "strided"}, "strided"),
-    ({"x": (2, 12, 9, 9), "weight": (64, 12, 3, 3)}, "12"),
-    ({"weight": (63, 64, 3, 3)}, "63"),
-    ({"x": (2**26, 64, 8, 8)}, "31 bits"),
-])
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({}, None),
+        ({"dtype": torch.bfloat16, "residual": "nhwc", "bn": True}, None),
+        ({"dtype": torch.float32}, "float32"),
+        ({"capability": (8, 0)}, "8.0"),
+        ({"capability": (10, 0)}, "10.0"),
+        ({"device": "cpu", "capability": None}, "cpu"),
+        ({"stride": (8, 8)}, None),
+        ({"stride": (9, 1)}, "9×1"),
+        ({"dilation": (64, 64), "padding": (64, 64), "x": (2, 64, 80, 80)}, "offsets"),
+        ({"padding": (130, 1)}, "offsets"),
+        ({"groups": 4, "weight": (64, 16, 3, 3)}, "4 groups"),
+        ({"layout": "nchw"}, "nchw"),
+        ({"residual": "strided"}, "strided"),
+        ({"x": (2, 12, 9, 9), "weight": (64, 12, 3, 3)}, "12"),
+        ({"weight": (63, 64, 3, 3)}, "63"),
+        ({"x": (2**26, 64, 8, 8)}, "31 bits"),
+    ],
+)
 def test_takes_what_was_run_here_and_declines_the_rest(change: dict, reason: str | None) -> None:
     said = find("native.conv_cluster_hopper").supports(replace(problem(2, 64, 9, 9, 64), **{**ON_HOPPER, **change}))
     assert said is None if reason is None else reason in said

@@ -19,9 +19,12 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 HOPPER = "arch=compute_90a,code=sm_90a"
 CONVOLUTIONS = {"conv", "pointwise"}
 # Of each: warp-group products in a pass of the main loop, or of all loops; how often it waits for some; what else it is made of.
-ON_HOPPER = {"conv_hopper": ({4}, {2, 3}, {"UTMASTG", "USETMAXREG"}), "conv_tail_hopper": ({44, 48}, {3}, {"UTMASTG"}),
-             "pointwise_hopper": ({8}, {2}, {"UTMASTG", "USETMAXREG", "UTMALDG.4D.IM2COL"}),
-             "conv_cluster_hopper": ({4}, {2}, {"STG.E.128", "UTMALDG.4D.IM2COL", "UTMAPF.L2.4D"})}
+ON_HOPPER = {
+    "conv_hopper": ({4}, {2, 3}, {"UTMASTG", "USETMAXREG"}),
+    "conv_tail_hopper": ({44, 48}, {3}, {"UTMASTG"}),
+    "pointwise_hopper": ({8}, {2}, {"UTMASTG", "USETMAXREG", "UTMALDG.4D.IM2COL"}),
+    "conv_cluster_hopper": ({4}, {2}, {"STG.E.128", "UTMALDG.4D.IM2COL", "UTMAPF.L2.4D"}),
+}
 FILES = sorted(source.stem for source in CSRC.glob("cuda/*.cu"))
 SHARED_STATIC = 48 * 1024  # what a kernel gets without asking; index_check.cpp holds dynamic shared memory to 99 kB
 NVCC = shutil.which("nvcc")
@@ -60,10 +63,28 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
     def compile_once(file: str) -> tuple[list[Compiled], Path]:
         if file not in known:
             binary = folder / f"{file}.fatbin"
-            done = subprocess.run([NVCC, "-fatbin", "-std=c++17", "-O3", "-Xptxas", "-v", "-t", "2", *targets(file),
-                                   CSRC / "cuda" / f"{file}.cu", "-o", binary], capture_output=True, text=True)
+            done = subprocess.run(
+                [
+                    NVCC,
+                    "-fatbin",
+                    "-std=c++17",
+                    "-O3",
+                    "-Xptxas",
+                    "-v",
+                    "-t",
+                    "2",
+                    *targets(file),
+                    CSRC / "cuda" / f"{file}.cu",
+                    "-o",
+                    binary,
+                ],
+                capture_output=True,
+                text=True,
+            )
             assert done.returncode == 0, done.stderr
-            assert "serialized" not in done.stdout + done.stderr, "ptxas waits after every wgmma: accumulators were touched in flight"
+            assert "serialized" not in done.stdout + done.stderr, (
+                "ptxas waits after every wgmma: accumulators were touched in flight"
+            )
             known[file] = parse(done.stdout + done.stderr), binary
         return known[file]
 
@@ -76,8 +97,15 @@ def parse(said: str) -> list[Compiled]:
         name, arch = re.match(r"'(\S+)' for '(sm_\w+)'", part).groups()
         stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part).groups()
         shared = re.search(r"(\d+) bytes smem", part)
-        found.append(Compiled(name, arch, int(stores) + int(loads), int(re.search(r"Used (\d+) registers", part)[1]),
-                              int(shared[1]) if shared else 0))
+        found.append(
+            Compiled(
+                name,
+                arch,
+                int(stores) + int(loads),
+                int(re.search(r"Used (\d+) registers", part)[1]),
+                int(shared[1]) if shared else 0,
+            )
+        )
     return found
 
 
@@ -114,7 +142,9 @@ def test_convolutions_run_on_tensor_cores(compiled, file: str, arch: str) -> Non
             assert all(i in text for i in ("LDGSTS.E.BYPASS.128", "LDG.E.128", "STG.E.128")), name
             assert "LDL" not in text and "STL" not in text, name
             residual = [part.count("LDG.E.128") for part in re.split(r"\bSTG\b", text)]
-            assert max(residual) >= 4, f"{name}: no load of the residual may pass a store, so one by one each waits for DRAM"
+            assert max(residual) >= 4, (
+                f"{name}: no load of the residual may pass a store, so one by one each waits for DRAM"
+            )
 
 
 @pytest.mark.parametrize("file", sorted(ON_HOPPER))
@@ -130,7 +160,9 @@ def test_hopper_kernels_are_tensor_copies_and_warp_group_products(compiled, file
         assert {i for *_, parts in ON_HOPPER.values() for i in parts if i in text} == made_of, name
         assert re.search(r"\b(LDSM\.16\.M88|LDGSTS|LDL|STL)\b", text) is None, name
         # Launched as dependents: griddepcontrol.wait comes before any access to global memory, launch_dependents after it.
-        assert text.index("ACQBULK") < text.index("PREEXIT") < re.search(r"\b(UTMALDG|UTMASTG|LDG|STG)\b", text).start(), name
+        assert (
+            text.index("ACQBULK") < text.index("PREEXIT") < re.search(r"\b(UTMALDG|UTMASTG|LDG|STG)\b", text).start()
+        ), name
         assert text.count("HGMMA") in products and text.count("WARPGROUP.DEPBAR") in waits, name
         # Blocks of a cluster meet in shared memory: nobody waits for L2, neither for a slot of a ring nor at a barrier.
         assert "MEMBAR.ALL.GPU" not in text, name
@@ -140,7 +172,11 @@ def test_hopper_kernels_are_tensor_copies_and_warp_group_products(compiled, file
 
 def test_groups_that_work_together_start_a_tile_before_the_last_one_has_left(compiled) -> None:
     """Nobody multiplies while they wait for the staging area: the wait stands behind the first slice's products."""
-    together = {name: text for name, text in sass(compiled("pointwise_hopper")[1], "sm_90a").items() if "HopperTileILi128ELb1E" in name}
+    together = {
+        name: text
+        for name, text in sass(compiled("pointwise_hopper")[1], "sm_90a").items()
+        if "HopperTileILi128ELb1E" in name
+    }
     assert len(together) == 4
     for name, text in together.items():
         assert text.rindex("HGMMA") < re.search(r"\bDEPBAR\.LE SB0", text).start(), name
@@ -152,8 +188,8 @@ def test_a_cluster_neither_divides_between_products_nor_asks_for_memory_after_th
     What other blocks have added up is asked for at once, and used when all of it is on its way.
     """
     for name, text in sass(compiled("conv_cluster_hopper")[1], "sm_90a").items():
-        assert "MUFU.RCP" not in text[text.index("HGMMA"):text.rindex("WARPGROUP.DEPBAR")], name
-        after = text[text.index("UCGABAR_ARV"):]
+        assert "MUFU.RCP" not in text[text.index("HGMMA") : text.rindex("WARPGROUP.DEPBAR")], name
+        after = text[text.index("UCGABAR_ARV") :]
         assert "LDG" not in after, name
         reads = [part for part in after.split("STG.E.128") if "LD.E.128" in part]
         assert len(reads) == 4, f"{name}: one, two, four and eight blocks"
@@ -199,8 +235,14 @@ def test_batch_norm_has_its_loads_under_way_before_it_uses_the_first(compiled, a
     wide = {name: text for name, text in sass(compiled("bn_act")[1], arch).items() if "Li8E" in name}
     assert len(wide) == 2 * len(TOGETHER)
     for name, text in wide.items():
-        batches = [len(re.findall(r"\bLDG\.E\.128", part)) for part in re.split(r"\b(?:STG|STS|FADD|FMUL|FFMA|HADD2|F2FP)\b", text)]
-        assert max(batches) >= TOGETHER[re.search(r"\d(moments|normalise|gradient_sums|gradient)_kernel", name)[1]], (name, batches)
+        batches = [
+            len(re.findall(r"\bLDG\.E\.128", part))
+            for part in re.split(r"\b(?:STG|STS|FADD|FMUL|FFMA|HADD2|F2FP)\b", text)
+        ]
+        assert max(batches) >= TOGETHER[re.search(r"\d(moments|normalise|gradient_sums|gradient)_kernel", name)[1]], (
+            name,
+            batches,
+        )
 
 
 def is_reduction(name: str) -> bool:

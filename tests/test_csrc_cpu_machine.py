@@ -30,8 +30,22 @@ extern "C" int64_t work(int64_t rows, int64_t panels) { return resnet_fast::cpu:
 def host(tmp_path_factory) -> ctypes.CDLL:
     folder = tmp_path_factory.mktemp("machine")
     (folder / "machine.cpp").write_text(SOURCE)
-    subprocess.run([host_gpu.compiler(), "-std=c++17", "-O1", "-Wall", "-Werror", "-fPIC", "-shared", f"-I{host_gpu.ROOT / 'csrc' / 'cpu'}",
-                    folder / "machine.cpp", "-o", folder / "machine.so"], check=True)
+    subprocess.run(
+        [
+            host_gpu.compiler(),
+            "-std=c++17",
+            "-O1",
+            "-Wall",
+            "-Werror",
+            "-fPIC",
+            "-shared",
+            f"-I{host_gpu.ROOT / 'csrc' / 'cpu'}",
+            folder / "machine.cpp",
+            "-o",
+            folder / "machine.so",
+        ],
+        check=True,
+    )
     library = ctypes.CDLL(folder / "machine.so")
     for name in ("usable", "allowed", "has"):
         getattr(library, name).restype = ctypes.c_bool
@@ -43,18 +57,42 @@ def host(tmp_path_factory) -> ctypes.CDLL:
 
 
 BF16, TILE = 1 << 22, 1 << 24  # leaf 7, edx
-SAVED = 0xe7 | 3 << 17  # AVX-512's state and both parts of AMX's
+SAVED = 0xE7 | 3 << 17  # AVX-512's state and both parts of AMX's
 
 
-@pytest.mark.parametrize("edx, xcr0, usable", [(BF16 | TILE, SAVED, True), (TILE, SAVED, False), (BF16, SAVED, False), (BF16 | TILE, 0xe7, False),
-                                               (BF16 | TILE, 0xe7 | 1 << 17, False), (BF16 | TILE, 0xe7 | 1 << 18, False), (0, 0, False)])
+@pytest.mark.parametrize(
+    "edx, xcr0, usable",
+    [
+        (BF16 | TILE, SAVED, True),
+        (TILE, SAVED, False),
+        (BF16, SAVED, False),
+        (BF16 | TILE, 0xE7, False),
+        (BF16 | TILE, 0xE7 | 1 << 17, False),
+        (BF16 | TILE, 0xE7 | 1 << 18, False),
+        (0, 0, False),
+    ],
+)
 def test_amx_counts_where_the_processor_has_it_and_the_system_saves_it(host, edx: int, xcr0: int, usable: bool) -> None:
     assert host.usable(ctypes.c_uint32(edx), ctypes.c_uint64(xcr0)) is usable
 
 
-@pytest.mark.parametrize("limit, allowed", [(None, True), (b"", True), (b"ALL", True), (b"DEFAULT", True), (b"AVX512_CORE_AMX", True),
-                                            (b"avx512_core_amx_fp16", True), (b"AVX10_1_512_AMX", True), (b"AVX512_CORE_BF16", False),
-                                            (b"avx512_core_fp16", False), (b"AVX10_1_512", False), (b"AVX2", False), (b"SSE41", False)])
+@pytest.mark.parametrize(
+    "limit, allowed",
+    [
+        (None, True),
+        (b"", True),
+        (b"ALL", True),
+        (b"DEFAULT", True),
+        (b"AVX512_CORE_AMX", True),
+        (b"avx512_core_amx_fp16", True),
+        (b"AVX10_1_512_AMX", True),
+        (b"AVX512_CORE_BF16", False),
+        (b"avx512_core_fp16", False),
+        (b"AVX10_1_512", False),
+        (b"AVX2", False),
+        (b"SSE41", False),
+    ],
+)
 def test_onednns_own_limit_is_read_as_onednn_reads_it(host, limit: bytes | None, allowed: bool) -> None:
     assert host.allowed(limit) is allowed
 
@@ -72,9 +110,31 @@ def test_this_processor_is_what_the_system_says_of_it(host, monkeypatch) -> None
 # ---------------------------------------------------------------- blocks for threads
 
 # Rows at batch 1, panels of AVX-512, rows that the cache holds: ResNet-50's convolutions, of Winograd's tiles the last four.
-LAYERS = [(12544, 2, 891), (3136, 2, 2048), (3136, 8, 2048), (3136, 2, 512), (3136, 4, 512), (784, 4, 113), (784, 16, 1024), (784, 16, 512),
-          (784, 4, 256), (784, 8, 256), (196, 8, 56), (196, 32, 512), (196, 32, 256), (196, 8, 128), (196, 16, 128), (49, 16, 28), (49, 64, 256),
-          (49, 64, 128), (49, 16, 64), (392, 2, 97), (98, 4, 62), (28, 8, 35), (8, 16, 19)]
+LAYERS = [
+    (12544, 2, 891),
+    (3136, 2, 2048),
+    (3136, 8, 2048),
+    (3136, 2, 512),
+    (3136, 4, 512),
+    (784, 4, 113),
+    (784, 16, 1024),
+    (784, 16, 512),
+    (784, 4, 256),
+    (784, 8, 256),
+    (196, 8, 56),
+    (196, 32, 512),
+    (196, 32, 256),
+    (196, 8, 128),
+    (196, 16, 128),
+    (49, 16, 28),
+    (49, 64, 256),
+    (49, 64, 128),
+    (49, 16, 64),
+    (392, 2, 97),
+    (98, 4, 62),
+    (28, 8, 35),
+    (8, 16, 19),
+]
 
 
 def cut(host, rows: int, panels: int, most: int, threads: int) -> tuple[int, int, int, int]:
@@ -88,7 +148,10 @@ def largest_share(host, rows: int, panels: int, most: int, threads: int) -> int:
     r, p, down, across = cut(host, rows, panels, most, threads)
     blocks = [(min(r, rows - i * r), min(p, panels - j * p)) for i in range(down) for j in range(across)]
     each = -(-len(blocks) // threads)
-    return max(sum(host.work(*map(ctypes.c_int64, block)) for block in blocks[i:i + each]) for i in range(0, len(blocks), each))
+    return max(
+        sum(host.work(*map(ctypes.c_int64, block)) for block in blocks[i : i + each])
+        for i in range(0, len(blocks), each)
+    )
 
 
 @given(rows=st.integers(1, 3000), panels=st.integers(1, 70), most=st.integers(1, 900), threads=st.integers(1, 200))
@@ -109,14 +172,32 @@ def test_one_and_two_threads_share_as_they_did_when_they_were_measured(host, bat
                 down = -(-down // threads) * threads
             r = -(-rows // down)
             across = 1 if -(-rows // r) >= threads else min(panels, threads)
-            assert cut(host, rows, panels, most, threads) == (r, -(-panels // across), -(-rows // r), across), (rows, panels, most, threads)
+            assert cut(host, rows, panels, most, threads) == (r, -(-panels // across), -(-rows // r), across), (
+                rows,
+                panels,
+                most,
+                threads,
+            )
 
 
-@pytest.mark.parametrize("batch, threads, least", [(1, 4, 0.88), (1, 8, 0.86), (1, 16, 0.85), (1, 32, 0.7), (16, 24, 0.88), (16, 64, 0.88),
-                                                   (128, 48, 0.92), (128, 64, 0.94)])
+@pytest.mark.parametrize(
+    "batch, threads, least",
+    [
+        (1, 4, 0.88),
+        (1, 8, 0.86),
+        (1, 16, 0.85),
+        (1, 32, 0.7),
+        (16, 24, 0.88),
+        (16, 64, 0.88),
+        (128, 48, 0.92),
+        (128, 64, 0.94),
+    ],
+)
 def test_many_threads_have_about_equal_shares(host, batch: int, threads: int, least: float) -> None:
     """By the model of a block's work, layer by layer; of the last two of Winograd's at batch 1 there is not enough to go around."""
     for rows, panels, most in LAYERS[:-2] if batch == 1 else LAYERS:
         rows *= batch
-        balance = largest_share(host, rows, panels, most, 1) / threads / largest_share(host, rows, panels, most, threads)
+        balance = (
+            largest_share(host, rows, panels, most, 1) / threads / largest_share(host, rows, panels, most, threads)
+        )
         assert balance >= least, (rows, panels, most, balance)

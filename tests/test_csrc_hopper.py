@@ -26,7 +26,9 @@ ONE_TILE_A_BLOCK = 10**6  # as many processors; with few of them, a block makes 
 
 
 def problem(n, c, h, w, k, *, dtype=torch.float16, act="relu", **more) -> Problem:
-    return Problem(op="conv_bn_act", device="cpu", dtype=dtype, x=(n, c, h, w), layout="nhwc", weight=(k, c, 1, 1), act=act, **more)
+    return Problem(
+        op="conv_bn_act", device="cpu", dtype=dtype, x=(n, c, h, w), layout="nhwc", weight=(k, c, 1, 1), act=act, **more
+    )
 
 
 TWO = {"stride": (2, 2)}
@@ -49,9 +51,14 @@ def problems(dtype: torch.dtype) -> list[Problem]:
         problem(9, 264, 14, 13, 136, dtype=dtype, **TWO),
         problem(3, 520, 28, 26, 264, dtype=dtype, residual="nhwc", **TWO),
         problem(300, 72, 2, 1, 8, dtype=dtype, **TWO),  # images of one pixel
-        problem(2, 72, 17, 40, 64, dtype=dtype, stride=(1, 3)), problem(2, 24, 33, 9, 72, dtype=dtype, stride=(8, 1)),
+        problem(2, 72, 17, 40, 64, dtype=dtype, stride=(1, 3)),
+        problem(2, 24, 33, 9, 72, dtype=dtype, stride=(8, 1)),
     ]
-    nasty = [p for p in nasty_problems("conv_bn_act", dtype) if find("native.pointwise_hopper").supports(replace(p, **HOPPER)) is None]
+    nasty = [
+        p
+        for p in nasty_problems("conv_bn_act", dtype)
+        if find("native.pointwise_hopper").supports(replace(p, **HOPPER)) is None
+    ]
     assert len(nasty) >= 3
     return several + nasty
 
@@ -66,11 +73,19 @@ def test_pointwise(gpu: host_gpu.HostGpu, dtype: torch.dtype, processors: int) -
         assert verdict.ok, f"{each.key}: {verdict.reason}"
 
 
-@pytest.mark.parametrize("each", [problem(2, 200, 17, 16, 200, residual="nhwc", bn=True), problem(1, 520, 26, 26, 120, residual="nhwc"),
-                                  problem(1, 520, 26, 26, 136, residual="nhwc"),
-                                  problem(2, 136, 21, 19, 64, residual="nhwc"), problem(2, 328, 21, 19, 64, residual="nhwc"),
-                                  problem(2, 200, 34, 31, 200, residual="nhwc", **TWO), problem(2, 520, 37, 38, 136, **TWO)],
-                         ids=["kept", "together", "paired", "kept-narrow", "streamed", "kept-strided", "paired-strided"])
+@pytest.mark.parametrize(
+    "each",
+    [
+        problem(2, 200, 17, 16, 200, residual="nhwc", bn=True),
+        problem(1, 520, 26, 26, 120, residual="nhwc"),
+        problem(1, 520, 26, 26, 136, residual="nhwc"),
+        problem(2, 136, 21, 19, 64, residual="nhwc"),
+        problem(2, 328, 21, 19, 64, residual="nhwc"),
+        problem(2, 200, 34, 31, 200, residual="nhwc", **TWO),
+        problem(2, 520, 37, 38, 136, **TWO),
+    ],
+    ids=["kept", "together", "paired", "kept-narrow", "streamed", "kept-strided", "paired-strided"],
+)
 def test_pointwise_never_depends_on_order(gpu: host_gpu.HostGpu, each: Problem) -> None:
     """Threads in any order, loads and stores at once or as late as can be."""
     args = make_args(each)
@@ -100,12 +115,16 @@ def test_pointwise_passes_nan_and_infinity(gpu: host_gpu.HostGpu, dtype: torch.d
     """NaN survives the ReLU, and neither spreads into tails or neighbours, nor from pixels that a stride leaves out, as in eager."""
     x = torch.randn(1, 72, 13, 11, dtype=dtype).to(memory_format=torch.channels_last)
     weight = torch.randn(136, 72, 1, 1, dtype=dtype) / 10
-    residual = torch.randn(1, 136, -(-13 // stride), -(-11 // stride), dtype=dtype).to(memory_format=torch.channels_last)
+    residual = torch.randn(1, 136, -(-13 // stride), -(-11 // stride), dtype=dtype).to(
+        memory_format=torch.channels_last
+    )
     x[0, 1, 2, 2], x[0, 71, 5, 0], x[0, 5, 12, 10] = float("nan"), float("inf"), float("-inf")
     residual[0, 3, 4, 4], residual[0, 135, 0, 5] = float("nan"), float("inf")
     scale, shift = torch.ones(136), torch.zeros(136)
     gpu.settings(processors=1)
-    out = gpu.pointwise_hopper(x, weight, scale, shift, residual, None, None, 0.0, (stride, stride), (0, 0), (1, 1), 1, "relu")
+    out = gpu.pointwise_hopper(
+        x, weight, scale, shift, residual, None, None, 0.0, (stride, stride), (0, 0), (1, 1), 1, "relu"
+    )
     assert testing.same_nonfinite(out, (F.conv2d(x.float(), weight.float(), stride=stride) + residual.float()).relu())
 
 
@@ -115,30 +134,37 @@ def test_pointwise_wants_addresses_of_whole_16_bytes(gpu: host_gpu.HostGpu) -> N
         gpu.pointwise_hopper(*make_args(problem(1, 64, 4, 4, 64)))
 
 
-@pytest.mark.parametrize("change, reason", [
-    ({}, None),
-    ({"dtype": torch.bfloat16, "residual": "nhwc", "bn": True}, None),
-    ({"capability": (8, 0)}, "8.0"),
-    ({"capability": (10, 0)}, "10.0"),
-    ({"dtype": torch.float32}, "float32"),
-    ({"x": (2, 65, 9, 9), "weight": (64, 65, 1, 1)}, "input has 65"),
-    ({"weight": (12, 64, 1, 1)}, "output has 12"),
-    ({"stride": (2, 2)}, None),
-    ({"stride": (1, 9), "x": (2, 64, 9, 19)}, "stride 1×9"),
-    ({"weight": (64, 64, 3, 3), "padding": (1, 1)}, "3×3"),
-    ({"layout": "nchw"}, "nchw"),
-    ({"residual": "strided"}, "strided"),
-    ({"groups": 2, "weight": (64, 32, 1, 1)}, "2 groups"),
-    ({"x": (2**26, 64, 8, 8)}, "31 bits"),
-    ({"device": "cpu", "capability": None}, "cpu"),
-])
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({}, None),
+        ({"dtype": torch.bfloat16, "residual": "nhwc", "bn": True}, None),
+        ({"capability": (8, 0)}, "8.0"),
+        ({"capability": (10, 0)}, "10.0"),
+        ({"dtype": torch.float32}, "float32"),
+        ({"x": (2, 65, 9, 9), "weight": (64, 65, 1, 1)}, "input has 65"),
+        ({"weight": (12, 64, 1, 1)}, "output has 12"),
+        ({"stride": (2, 2)}, None),
+        ({"stride": (1, 9), "x": (2, 64, 9, 19)}, "stride 1×9"),
+        ({"weight": (64, 64, 3, 3), "padding": (1, 1)}, "3×3"),
+        ({"layout": "nchw"}, "nchw"),
+        ({"residual": "strided"}, "strided"),
+        ({"groups": 2, "weight": (64, 32, 1, 1)}, "2 groups"),
+        ({"x": (2**26, 64, 8, 8)}, "31 bits"),
+        ({"device": "cpu", "capability": None}, "cpu"),
+    ],
+)
 def test_pointwise_declines_with_a_reason(change: dict, reason: str | None) -> None:
     said = find("native.pointwise_hopper").supports(replace(problem(2, 64, 9, 9, 64), **{**HOPPER, **change}))
     assert said is None if reason is None else reason in said
 
 
-@pytest.mark.parametrize("archs, reason", [("8.0+PTX 9.0a", None), ("8.0+PTX 9.0", "no code for 9.0a"), ("9.0a+PTX", None)])
-def test_a_build_without_code_for_hopper_is_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path, archs: str, reason: str | None) -> None:
+@pytest.mark.parametrize(
+    "archs, reason", [("8.0+PTX 9.0a", None), ("8.0+PTX 9.0", "no code for 9.0a"), ("9.0a+PTX", None)]
+)
+def test_a_build_without_code_for_hopper_is_not_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path, archs: str, reason: str | None
+) -> None:
     record = tmp_path / "_build.json"
     record.write_text(f'{{"archs": "{archs}"}}')
     monkeypatch.setattr(native, "RECORD", record)
@@ -151,9 +177,26 @@ def test_the_probe_tells_the_two_base_offsets_apart(tmp_path: Path) -> None:
     """Here, where the emulation takes the ISA as the kernels do, the pattern's is right wherever a matrix begins."""
     program = tmp_path / "probe"
     source = host_gpu.ROOT / "benchmarks" / "descriptor_probe.cu"
-    subprocess.run([host_gpu.compiler(), "-std=c++17", "-O1", f"-I{host_gpu.ROOT / 'csrc'}", f"-I{host_gpu.EMULATION}", "-x", "c++", source,
-                    "-o", program], check=True)
+    subprocess.run(
+        [
+            host_gpu.compiler(),
+            "-std=c++17",
+            "-O1",
+            f"-I{host_gpu.ROOT / 'csrc'}",
+            f"-I{host_gpu.EMULATION}",
+            "-x",
+            "c++",
+            source,
+            "-o",
+            program,
+        ],
+        check=True,
+    )
     said = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
     rows = {"pattern": "0 1 2 3 4 5 6 7", "matrix": "0"}
-    assert said == [f"operand {operand}, stride {stride}, base offset of the {of}: right from rows {rows[of]}"
-                    for operand in "ab" for stride in (1024, 1280) for of in rows]
+    assert said == [
+        f"operand {operand}, stride {stride}, base offset of the {of}: right from rows {rows[of]}"
+        for operand in "ab"
+        for stride in (1024, 1280)
+        for of in rows
+    ]

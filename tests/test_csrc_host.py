@@ -23,16 +23,32 @@ from resnet_fast.testing import assert_rule, check_kernel, make_args, nasty_prob
 pytestmark = pytest.mark.skipif(host_gpu.compiler() is None, reason="needs a g++ that knows _Float16 (12 or later)")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["f32", "f16", "bf16"])
 BIG_TILES, SMALL_TILES = 1, 10**6  # as many processors
-TILES = pytest.mark.parametrize("dtype, processors", [
-    (torch.float32, SMALL_TILES), (torch.float16, BIG_TILES), (torch.float16, SMALL_TILES),
-    (torch.bfloat16, BIG_TILES)])
+TILES = pytest.mark.parametrize(
+    "dtype, processors",
+    [
+        (torch.float32, SMALL_TILES),
+        (torch.float16, BIG_TILES),
+        (torch.float16, SMALL_TILES),
+        (torch.bfloat16, BIG_TILES),
+    ],
+)
 
 
 def conv_problem(n, c, h, w, k, r=3, stride=1, padding=None, dtype=torch.float16, **more) -> Problem:
     kernel = (r, r) if isinstance(r, int) else r
     padding = tuple(i // 2 for i in kernel) if padding is None else (padding, padding)
-    return Problem(op="conv_bn_act", device="cpu", dtype=dtype, x=(n, c, h, w), layout="nhwc", weight=(k, c, *kernel),
-                   stride=(stride, stride), padding=padding, act="relu", **more)
+    return Problem(
+        op="conv_bn_act",
+        device="cpu",
+        dtype=dtype,
+        x=(n, c, h, w),
+        layout="nhwc",
+        weight=(k, c, *kernel),
+        stride=(stride, stride),
+        padding=padding,
+        act="relu",
+        **more,
+    )
 
 
 def conv_problems(dtype: torch.dtype) -> list[Problem]:
@@ -62,8 +78,21 @@ def judge(name: str, fn, problem: Problem, seed: int = 0) -> None:
 @pytest.mark.parametrize("check", ["index_check", "hopper_check", "halo_check"])
 def test_headers_against_naive_loops(tmp_path: Path, check: str) -> None:
     program = tmp_path / check
-    subprocess.run([host_gpu.compiler(), "-std=c++17", "-O2", "-Wall", "-Werror", f"-I{host_gpu.ROOT / 'csrc'}",
-                    f"-I{host_gpu.EMULATION}", host_gpu.EMULATION / f"{check}.cpp", "-o", program], check=True)
+    subprocess.run(
+        [
+            host_gpu.compiler(),
+            "-std=c++17",
+            "-O2",
+            "-Wall",
+            "-Werror",
+            f"-I{host_gpu.ROOT / 'csrc'}",
+            f"-I{host_gpu.EMULATION}",
+            host_gpu.EMULATION / f"{check}.cpp",
+            "-o",
+            program,
+        ],
+        check=True,
+    )
     found = subprocess.run([program], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
 
@@ -132,17 +161,20 @@ def test_conv_passes_nan_and_infinity(gpu: host_gpu.HostGpu, dtype: torch.dtype,
 ON_GPU = {"device": "cuda", "capability": (8, 0)}
 
 
-@pytest.mark.parametrize("change, reason", [
-    ({}, None),
-    ({"groups": 4, "weight": (40, 4, 3, 3)}, "4 groups"),
-    ({"layout": "nchw"}, "nchw"),
-    ({"residual": "strided"}, "strided"),
-    ({"weight": (40, 16, 1, 17), "padding": (0, 8)}, "1×17"),
-    ({"x": (2**26, 16, 8, 8)}, "31 bits"),
-    ({"dtype": torch.float64}, "float64"),
-    ({"device": "cpu", "capability": None}, "cpu"),
-    ({"capability": (7, 5)}, "7.5"),
-])
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({}, None),
+        ({"groups": 4, "weight": (40, 4, 3, 3)}, "4 groups"),
+        ({"layout": "nchw"}, "nchw"),
+        ({"residual": "strided"}, "strided"),
+        ({"weight": (40, 16, 1, 17), "padding": (0, 8)}, "1×17"),
+        ({"x": (2**26, 16, 8, 8)}, "31 bits"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"device": "cpu", "capability": None}, "cpu"),
+        ({"capability": (7, 5)}, "7.5"),
+    ],
+)
 def test_conv_takes_what_was_run_here_and_declines_the_rest(change: dict, reason: str | None) -> None:
     problem = replace(conv_problem(2, 16, 9, 9, 40), **{**ON_GPU, **change})
     said = find("native.conv").supports(problem)
@@ -162,8 +194,10 @@ def test_native_takes_every_problem_run_here() -> None:
 @DTYPES
 @pytest.mark.parametrize("op", ["bn_act", "bn_act_backward"])
 def test_batch_norm(gpu: host_gpu.HostGpu, dtype: torch.dtype, op: str) -> None:
-    more = [Problem(op=op, device="cpu", dtype=dtype, x=x, layout="nhwc", act="relu", residual=residual)
-            for x, residual in [((3, 520, 5, 5), "nhwc"), ((2, 16, 67, 41), None), ((2, 1, 1, 1), None)]]
+    more = [
+        Problem(op=op, device="cpu", dtype=dtype, x=x, layout="nhwc", act="relu", residual=residual)
+        for x, residual in [((3, 520, 5, 5), "nhwc"), ((2, 16, 67, 41), None), ((2, 1, 1, 1), None)]
+    ]
     for problem in [p for p in nasty_problems(op, dtype) if p.layout == "nhwc"] + more:
         judge(op, getattr(gpu, op), problem)
 
@@ -251,8 +285,9 @@ def test_residual_add_passes_nan_and_infinity(gpu: host_gpu.HostGpu, dtype: torc
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-@pytest.mark.parametrize("dtype, out", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16),
-                                        (torch.float16, torch.float16)])
+@pytest.mark.parametrize(
+    "dtype, out", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.float16)]
+)
 def test_fold(gpu: host_gpu.HostGpu, dtype: torch.dtype, out: torch.dtype, layout: torch.memory_format) -> None:
     for shape in [(5, 3, 7, 7), (64, 8, 3, 3), (9, 64, 1, 1)]:
         weight = torch.randn(shape, dtype=dtype).to(memory_format=layout)

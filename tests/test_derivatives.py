@@ -106,16 +106,22 @@ def test_double_backward_equals_eager(ours, eager, tensors) -> None:
 @pytest.mark.parametrize(("ours", "eager", "tensors"), PAIRS)
 def test_functorch_equals_eager(ours, eager, tensors) -> None:
     """torch.func.grad, vmap over a batch of inputs, and the Hessian of a small slice."""
+
     def loss(f):
         return lambda x, *rest: f(x, *rest).square().sum()
 
     x, *rest = tensors
     batch = torch.stack([x, 2 * x, -x])
-    for transform in (lambda f: torch.func.grad(loss(f))(x, *rest),
-                      lambda f: torch.func.vmap(torch.func.grad(loss(f)), (0, *[None] * len(rest)))(batch, *rest),
-                      lambda f: torch.func.vmap(f, (0, *[None] * len(rest)))(batch, *rest),
-                      lambda f: torch.func.hessian(lambda v: loss(f)(x, v, *rest[1:]))(rest[0]) if rest[0].dim() == 1
-                      else torch.func.hessian(lambda v: loss(f)(x + x.sin() * v.sum(), *rest))(torch.zeros(2, dtype=x.dtype))):
+    for transform in (
+        lambda f: torch.func.grad(loss(f))(x, *rest),
+        lambda f: torch.func.vmap(torch.func.grad(loss(f)), (0, *[None] * len(rest)))(batch, *rest),
+        lambda f: torch.func.vmap(f, (0, *[None] * len(rest)))(batch, *rest),
+        lambda f: (
+            torch.func.hessian(lambda v: loss(f)(x, v, *rest[1:]))(rest[0])
+            if rest[0].dim() == 1
+            else torch.func.hessian(lambda v: loss(f)(x + x.sin() * v.sum(), *rest))(torch.zeros(2, dtype=x.dtype))
+        ),
+    ):
         torch.testing.assert_close(transform(ours), transform(eager), rtol=1e-8, atol=1e-8)
 
 
@@ -146,7 +152,10 @@ def test_one_tensor_passed_twice_counts_twice() -> None:
         weight = torch.randn(2, 2, 1, 1, dtype=torch.float64)
         found = []
         for f in (ops.conv_bn_act, eager_affine):
-            x, k = torch.linspace(-1, 1, 8, dtype=torch.float64).view(1, 2, 2, 2).requires_grad_(), torch.ones(2).double()
+            x, k = (
+                torch.linspace(-1, 1, 8, dtype=torch.float64).view(1, 2, 2, 2).requires_grad_(),
+                torch.ones(2).double(),
+            )
             k.requires_grad_()
             out = f(x, weight, k, k, x, mean=k.detach() * 0, var=k, eps=1e-5)
             found.append(torch.autograd.grad(out.square().sum(), (x, k), create_graph=create_graph))
@@ -219,8 +228,13 @@ def test_conv_bn_act_gradients_every_dtype(dtype) -> None:
         return torch.autograd.grad(out, live, torch.sign(tensors[4]))
 
     exact = run(eager_affine, [t.double() for t in tensors])
-    for name, got, low, true in zip(("x", "weight", "scale", "shift", "residual", "mean", "var"), run(ops.conv_bn_act, tensors),
-                                    run(eager_affine, tensors), exact, strict=True):
+    for name, got, low, true in zip(
+        ("x", "weight", "scale", "shift", "residual", "mean", "var"),
+        run(ops.conv_bn_act, tensors),
+        run(eager_affine, tensors),
+        exact,
+        strict=True,
+    ):
         assert got.dtype == low.dtype  # vectors are float32, but no better than the images they were computed from
         assert_rule(got.to(dtype), low.to(dtype), true, gradient=True, what=name)
 
@@ -237,5 +251,3 @@ def test_nan_gradients_as_in_eager(ours, eager, tensors) -> None:
             found.append(torch.autograd.grad(f(*live).sum(), live, create_graph=create_graph))
         for mine, theirs in zip(*found, strict=True):
             assert torch.equal(mine.isnan(), theirs.isnan())
-
-

@@ -8,12 +8,23 @@ from resnet_fast.diagnose import diagnose, locate
 from resnet_fast.dispatch import Kernel
 from resnet_fast.problem import Problem
 
-PROBLEM = Problem("conv_bn_act", "cpu", torch.float32, (2, 8, 9, 7), "nhwc", weight=(20, 8, 3, 3), padding=(1, 1), bn=True, act="relu",
-                  residual="nhwc")
+PROBLEM = Problem(
+    "conv_bn_act",
+    "cpu",
+    torch.float32,
+    (2, 8, 9, 7),
+    "nhwc",
+    weight=(20, 8, 3, 3),
+    padding=(1, 1),
+    bn=True,
+    act="relu",
+    residual="nhwc",
+)
 
 
 def wrong(edit):
     """A kernel that computes the reference and then spoils it."""
+
     def fn(*args):
         out = reference.conv_bn_act(*args)
         edited = edit(out, args)
@@ -46,17 +57,28 @@ def no_residual(out, args):
     return reference.conv_bn_act(*args[:4], None, *args[5:])
 
 
-@pytest.mark.parametrize("edit, words", [
-    (tail_of_filters, "channels 16–19 of 20"), (tail_of_filters, "tail of the filter tile"), (tail_of_filters, "never written"),
-    (tail_of_pixels, "tail of the pixel tile"), (padding, "the first row"), (padding, "padding mask"), (no_activation, "activation is missing"),
-    (factor, "same factor 1.25"), (no_residual, "the residual"),
-])
+@pytest.mark.parametrize(
+    "edit, words",
+    [
+        (tail_of_filters, "channels 16–19 of 20"),
+        (tail_of_filters, "tail of the filter tile"),
+        (tail_of_filters, "never written"),
+        (tail_of_pixels, "tail of the pixel tile"),
+        (padding, "the first row"),
+        (padding, "padding mask"),
+        (no_activation, "activation is missing"),
+        (factor, "same factor 1.25"),
+        (no_residual, "the residual"),
+    ],
+)
 def test_the_mistake_is_named(edit, words):
     assert words in diagnose(wrong(edit), PROBLEM)
 
 
 def test_a_right_kernel_is_a_suspected_race():
-    assert "race" in diagnose(Kernel("test.right", "conv_bn_act", reference.conv_bn_act, lambda p: None, lambda: None), PROBLEM)
+    assert "race" in diagnose(
+        Kernel("test.right", "conv_bn_act", reference.conv_bn_act, lambda p: None, lambda: None), PROBLEM
+    )
 
 
 def test_a_shape_is_said():

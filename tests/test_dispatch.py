@@ -44,6 +44,7 @@ def only_relu(problem: Problem) -> str | None:
 
 # ---------------------------------------------------------------- registry
 
+
 def test_an_unknown_op_is_refused_when_registering() -> None:
     with pytest.raises(ValueError, match="kernel 'a.b': unknown op 'conv', expected one of conv_bn_act"):
         kernel("a.b", op="conv", supports=everything)
@@ -55,9 +56,14 @@ def test_find_names_what_is_known() -> None:
         dispatch.find("aten.nothing")
 
 
-@pytest.mark.parametrize(("id", "meant"), [
-    ("cpu", "cpu.bn_act, cpu.bn_act_backward, cpu.conv, cpu.winograd"), ("cpu.winogard", "cpu.winograd"), ("aten.conv_bn", "aten.conv_bn_act"),
-])
+@pytest.mark.parametrize(
+    ("id", "meant"),
+    [
+        ("cpu", "cpu.bn_act, cpu.bn_act_backward, cpu.conv, cpu.winograd"),
+        ("cpu.winogard", "cpu.winograd"),
+        ("aten.conv_bn", "aten.conv_bn_act"),
+    ],
+)
 def test_an_id_that_is_nearly_one_is_told_which_it_may_be(id, meant, monkeypatch) -> None:
     with pytest.raises(LookupError, match=f"kernel '{id}' is unknown; did you mean one of these: {meant}\\?"):
         use(id)
@@ -83,8 +89,10 @@ def test_registering_again_replaces() -> None:
 
 def test_a_kernel_without_a_file_can_register(monkeypatch) -> None:
     """In a notebook or at the prompt ``__main__`` has no file."""
-    code = ("import resnet_fast\n@resnet_fast.kernel('experimental.prompt', op='add_act', supports=lambda p: None)\n"
-            "def f(x, y, gate, act): return x + y\n")
+    code = (
+        "import resnet_fast\n@resnet_fast.kernel('experimental.prompt', op='add_act', supports=lambda p: None)\n"
+        "def f(x, y, gate, act): return x + y\n"
+    )
     for module in (types.ModuleType("prompt"), None):
         monkeypatch.setitem(sys.modules, "prompt", module)
         exec(code, {"__name__": "prompt"})
@@ -92,6 +100,7 @@ def test_a_kernel_without_a_file_can_register(monkeypatch) -> None:
 
 
 # ---------------------------------------------------------------- use()
+
 
 def test_use_forces_and_lets_go() -> None:
     calls = spy("experimental.a")
@@ -122,9 +131,15 @@ def test_use_raises_for_what_it_cannot_do() -> None:
 
 def test_use_raises_if_it_claimed_nothing() -> None:
     spy("experimental.a", only_relu)
-    with pytest.raises(RuntimeError, match="kernel 'experimental.a' claimed no problem: it ends in a ReLU"), use("experimental.a"):
+    with (
+        pytest.raises(RuntimeError, match="kernel 'experimental.a' claimed no problem: it ends in a ReLU"),
+        use("experimental.a"),
+    ):
         conv(act="none")
-    with pytest.raises(RuntimeError, match="kernel 'experimental.a' claimed no problem: its op was never called"), use("experimental.a"):
+    with (
+        pytest.raises(RuntimeError, match="kernel 'experimental.a' claimed no problem: its op was never called"),
+        use("experimental.a"),
+    ):
         ops.add_act(X, X)
     assert not dispatch._forced
 
@@ -142,8 +157,12 @@ def test_strict_raises_at_the_first_declined_problem() -> None:
         conv()
         ops.add_act(X, X)  # another op is not its business
     for _ in range(2):  # nothing is memoised by the first refusal
-        with pytest.raises(RuntimeError, match="kernel 'experimental.a' declines conv_bn_act float32 .*: it ends in a ReLU"), \
-                use("experimental.a", strict=True):
+        with (
+            pytest.raises(
+                RuntimeError, match="kernel 'experimental.a' declines conv_bn_act float32 .*: it ends in a ReLU"
+            ),
+            use("experimental.a", strict=True),
+        ):
             conv(act="none")
     assert len(calls) == 1
 
@@ -204,6 +223,7 @@ def test_a_choice_made_while_use_begins_is_not_memoised() -> None:
 
 # ---------------------------------------------------------------- environment
 
+
 def test_the_environment_forces(monkeypatch) -> None:
     calls = spy("experimental.a", only_relu)
     monkeypatch.setenv(dispatch.ENV, "aten.bn_act, experimental.a")
@@ -211,7 +231,10 @@ def test_the_environment_forces(monkeypatch) -> None:
         conv()
         conv(act="none")
     assert len(calls) == 1
-    assert [(c.kernel, c.why) for c in choices] == [("experimental.a", f"forced by {dispatch.ENV}"), ("aten.conv_bn_act", "default")]
+    assert [(c.kernel, c.why) for c in choices] == [
+        ("experimental.a", f"forced by {dispatch.ENV}"),
+        ("aten.conv_bn_act", "default"),
+    ]
 
 
 def test_the_environment_names_what_it_cannot_do(monkeypatch) -> None:
@@ -220,7 +243,9 @@ def test_the_environment_names_what_it_cannot_do(monkeypatch) -> None:
     with pytest.raises(LookupError, match="'experimental.none' is unknown"):
         conv()
     monkeypatch.setenv(dispatch.ENV, "experimental.absent")
-    with pytest.raises(RuntimeError, match=f"'experimental.absent' from {dispatch.ENV} cannot run here: it needs a GPU"):
+    with pytest.raises(
+        RuntimeError, match=f"'experimental.absent' from {dispatch.ENV} cannot run here: it needs a GPU"
+    ):
         conv()
 
 
@@ -235,8 +260,17 @@ def test_use_goes_before_the_environment(monkeypatch) -> None:
 
 # ---------------------------------------------------------------- tables
 
-ON_GPU = Problem(op="conv_bn_act", device="cuda", dtype=torch.bfloat16, x=(8, 64, 56, 56), layout="nhwc", weight=(64, 64, 1, 1), bn=True,
-                 act="relu", capability=(9, 0))
+ON_GPU = Problem(
+    op="conv_bn_act",
+    device="cuda",
+    dtype=torch.bfloat16,
+    x=(8, 64, 56, 56),
+    layout="nhwc",
+    weight=(64, 64, 1, 1),
+    bn=True,
+    act="relu",
+    capability=(9, 0),
+)
 
 
 @pytest.fixture
@@ -280,6 +314,7 @@ def test_force_goes_before_the_table(table) -> None:
 
 # ---------------------------------------------------------------- memo, record, problem
 
+
 def test_the_memo_is_bounded(monkeypatch) -> None:
     monkeypatch.setattr(dispatch, "MEMO_LIMIT", 5)
     for height in range(3, 20):
@@ -293,7 +328,9 @@ def test_the_memo_asks_a_kernel_once() -> None:
     with use("experimental.a"):
         for _ in range(3):
             conv()
-    assert len(asked) == 1 and asked[0] == describe("conv_bn_act", (X, W, K, K, None, None, None, 0.0, (1, 1), (0, 0), (1, 1), 1, "relu"))
+    assert len(asked) == 1 and asked[0] == describe(
+        "conv_bn_act", (X, W, K, K, None, None, None, 0.0, (1, 1), (0, 0), (1, 1), 1, "relu")
+    )
 
 
 def test_record_tells_problem_kernel_reason_and_layer() -> None:
@@ -326,9 +363,23 @@ def test_problems_describe_layout_geometry_and_operands() -> None:
 
 
 def test_distinct_problems_have_distinct_keys() -> None:
-    variants = [{}, {"dtype": torch.float16}, {"x": (4, 64, 56, 56)}, {"layout": "nchw"}, {"weight": (64, 64, 3, 3)}, {"stride": (2, 2)},
-                {"padding": (1, 1)}, {"dilation": (2, 2)}, {"groups": 2}, {"residual": "nhwc"}, {"residual": "nchw"}, {"bn": False},
-                {"act": "none"}, {"op": "bn_act"}, {"gate": True}]
+    variants = [
+        {},
+        {"dtype": torch.float16},
+        {"x": (4, 64, 56, 56)},
+        {"layout": "nchw"},
+        {"weight": (64, 64, 3, 3)},
+        {"stride": (2, 2)},
+        {"padding": (1, 1)},
+        {"dilation": (2, 2)},
+        {"groups": 2},
+        {"residual": "nhwc"},
+        {"residual": "nchw"},
+        {"bn": False},
+        {"act": "none"},
+        {"op": "bn_act"},
+        {"gate": True},
+    ]
     assert len({replace(ON_GPU, **v).key for v in variants}) == len(variants)
 
 

@@ -14,7 +14,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from twins import images, twins, wide
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"
+)
 
 
 def _train(model: nn.Module, rank: int) -> None:
@@ -38,6 +40,7 @@ def _worker(rank: int, port: int) -> None:
     try:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
+
         ddp, sharded = [], []
         for model in twins(width_per_group=8):
             with warnings.catch_warnings():

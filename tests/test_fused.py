@@ -18,17 +18,46 @@ from resnet_fast.layers import across, distinct, layers
 from resnet_fast.measure_op import op_problems
 from resnet_fast.problem import ACROSS, Problem, describe
 
-OPS = {"pointwise_pair": POINTWISE_PAIR, "conv_tail": CONV_TAIL, "conv_pool": CONV_POOL, "pointwise_pool": POINTWISE_POOL}
+OPS = {
+    "pointwise_pair": POINTWISE_PAIR,
+    "conv_tail": CONV_TAIL,
+    "conv_pool": CONV_POOL,
+    "pointwise_pool": POINTWISE_POOL,
+}
 PLACE = {"device": "cpu", "dtype": torch.float64, "layout": "nhwc", "act": "relu"}
 SMALL = {
-    "pointwise_pair": Problem("pointwise_pair", x=(2, 3, 2, 3), weight=(4, 3, 1, 1), chain=((4, 2, 1, 1),), second=(3, 6), stride=(2, 2),
-                              residual="nhwc", **PLACE),
-    "conv_tail": Problem("conv_tail", x=(2, 2, 3, 2), weight=(3, 2, 3, 3), padding=(1, 1), chain=((4, 3, 1, 1), (), (2, 4, 1, 1)),
-                         residual="nhwc", **PLACE),
-    "conv_tail with projection": Problem("conv_tail", x=(2, 2, 3, 2), weight=(3, 2, 3, 3), padding=(1, 1), residual="nhwc",
-                                         chain=((4, 3, 1, 1), (4, 2, 1, 1), (2, 4, 1, 1)), **PLACE),
+    "pointwise_pair": Problem(
+        "pointwise_pair",
+        x=(2, 3, 2, 3),
+        weight=(4, 3, 1, 1),
+        chain=((4, 2, 1, 1),),
+        second=(3, 6),
+        stride=(2, 2),
+        residual="nhwc",
+        **PLACE,
+    ),
+    "conv_tail": Problem(
+        "conv_tail",
+        x=(2, 2, 3, 2),
+        weight=(3, 2, 3, 3),
+        padding=(1, 1),
+        chain=((4, 3, 1, 1), (), (2, 4, 1, 1)),
+        residual="nhwc",
+        **PLACE,
+    ),
+    "conv_tail with projection": Problem(
+        "conv_tail",
+        x=(2, 2, 3, 2),
+        weight=(3, 2, 3, 3),
+        padding=(1, 1),
+        residual="nhwc",
+        chain=((4, 3, 1, 1), (4, 2, 1, 1), (2, 4, 1, 1)),
+        **PLACE,
+    ),
     "conv_pool": Problem("conv_pool", x=(2, 2, 9, 7), weight=(3, 2, 5, 3), stride=(2, 2), padding=(2, 1), **PLACE),
-    "conv_pool of bytes": Problem("conv_pool", x=(2, 3, 7, 6), weight=(3, 3, 3, 3), stride=(2, 2), padding=(1, 1), bytes=True, **PLACE),
+    "conv_pool of bytes": Problem(
+        "conv_pool", x=(2, 3, 7, 6), weight=(3, 3, 3, 3), stride=(2, 2), padding=(1, 1), bytes=True, **PLACE
+    ),
     "pointwise_pool": Problem("pointwise_pool", x=(2, 3, 2, 3), weight=(4, 3, 1, 1), residual="nhwc", **PLACE),
 }
 
@@ -36,11 +65,16 @@ SMALL = {
 def grown(args: tuple, dtype: torch.dtype, grad: bool) -> tuple:
     """The arguments in a dtype, biases and the like at least float32, as leaves that may need a gradient."""
     wide = torch.promote_types(dtype, torch.float32)
-    return tuple(a.detach().to(wide if a.dim() == 1 else dtype).requires_grad_(grad) if isinstance(a, Tensor) and a.is_floating_point() else a
-                 for a in args)
+    return tuple(
+        a.detach().to(wide if a.dim() == 1 else dtype).requires_grad_(grad)
+        if isinstance(a, Tensor) and a.is_floating_point()
+        else a
+        for a in args
+    )
 
 
 # ---------------------------------------------------------------- registration
+
 
 @pytest.mark.parametrize("case", SMALL)
 @pytest.mark.parametrize(("dtype", "grad"), [(torch.float32, True), (torch.float64, True), (torch.bfloat16, False)])
@@ -61,7 +95,9 @@ def test_error_rule_at_the_edges(op, dtype) -> None:
             testing.assert_rule(got, low, exact, what=problem.key)
             assert got.dtype == dtype and (got.dim() == 2 or got.is_contiguous(memory_format=torch.channels_last))
         said = describe(op, args)
-        assert replace(said, layout=problem.layout, residual=problem.residual) == problem  # what one pixel's layout is named is free
+        assert (
+            replace(said, layout=problem.layout, residual=problem.residual) == problem
+        )  # what one pixel's layout is named is free
         assert testing.make_args(said, 3)[1].shape == args[1].shape
 
 
@@ -102,6 +138,7 @@ def test_autocast_casts_images_and_filters_only() -> None:
 
 
 # ---------------------------------------------------------------- derivatives
+
 
 def live_parts(case: str) -> tuple[Problem, tuple, list[int]]:
     problem = SMALL[case]
@@ -148,14 +185,19 @@ def test_every_derivative_is_eagers(case) -> None:
             duals = testing._tuple(run(*map(forward_ad.make_dual, tensors, tangents)))
             forward = [forward_ad.unpack_dual(o).tangent.clone() for o in duals]
         functional = testing._tuple(torch.func.jvp(run, tuple(tensors), tuple(tangents))[1])
-        batched = torch.func.vmap(lambda t, run=run: testing._tuple(run(t, *tensors[1:])))(torch.stack([tensors[0], -tensors[0]]))
-        assert all(t.abs().max() > 0 for t in (*first, *plain, *forward, *functional)) and any(t.abs().max() > 0 for t in second)
+        batched = torch.func.vmap(lambda t, run=run: testing._tuple(run(t, *tensors[1:])))(
+            torch.stack([tensors[0], -tensors[0]])
+        )
+        assert all(t.abs().max() > 0 for t in (*first, *plain, *forward, *functional)) and any(
+            t.abs().max() > 0 for t in second
+        )
         found.append([*first, *plain, *second, *forward, *functional, *batched])
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
 # ---------------------------------------------------------------- wrong input
+
 
 def changed(case: str, i: int, value) -> tuple:
     args = list(testing.make_args(replace(SMALL[case], dtype=torch.float32)))
@@ -165,9 +207,24 @@ def changed(case: str, i: int, value) -> tuple:
 
 WRONG = [
     ("pointwise_pair", 0, lambda x: x[0], "pointwise_pair: x: got 3-D shape .* expected 4-D"),
-    ("pointwise_pair", 1, lambda w: w[:, :2], r"pointwise_pair: weight shape: got \[4, 2, 1, 1\], expected \[K, 3, 1, 1\]"),
-    ("pointwise_pair", 1, lambda w: w.half(), "pointwise_pair: weight dtype: got torch.float16, expected torch.float32"),
-    ("pointwise_pair", 2, lambda x: x[:, :, :2], r"pointwise_pair: x2 shape: got \[2, 2, 2, 6\], expected images and pixels that stride \[2, 2\]"),
+    (
+        "pointwise_pair",
+        1,
+        lambda w: w[:, :2],
+        r"pointwise_pair: weight shape: got \[4, 2, 1, 1\], expected \[K, 3, 1, 1\]",
+    ),
+    (
+        "pointwise_pair",
+        1,
+        lambda w: w.half(),
+        "pointwise_pair: weight dtype: got torch.float16, expected torch.float32",
+    ),
+    (
+        "pointwise_pair",
+        2,
+        lambda x: x[:, :, :2],
+        r"pointwise_pair: x2 shape: got \[2, 2, 2, 6\], expected images and pixels that stride \[2, 2\]",
+    ),
     ("pointwise_pair", 2, lambda x: x[:1], "pointwise_pair: x2 shape"),
     ("pointwise_pair", 3, lambda w: w[:3], "pointwise_pair: weight2 filters: got 3, expected 4"),
     ("pointwise_pair", 4, lambda b: b.half(), "pointwise_pair: bias dtype: got torch.float16, expected torch.float32"),
@@ -176,15 +233,30 @@ WRONG = [
     ("conv_tail", 3, lambda w: w[:, :2], r"conv_tail: weight3 shape: .* \(weight2's result has 3 channels\)"),
     ("conv_tail", 5, lambda r: r[:, :3], r"conv_tail: residual shape: got \[2, 3, 3, 2\], expected \[2, 4, 3, 2\]"),
     ("conv_tail with projection", 6, lambda p: p[:3], "conv_tail: projection filters: got 3, expected 4"),
-    ("conv_tail with projection", 5, lambda r: r[:, :1], r"conv_tail: projection shape: got \[4, 2, 1, 1\], expected \[K, 1, 1, 1\]"),
+    (
+        "conv_tail with projection",
+        5,
+        lambda r: r[:, :1],
+        r"conv_tail: projection shape: got \[4, 2, 1, 1\], expected \[K, 1, 1, 1\]",
+    ),
     ("conv_tail", 8, lambda b: b[:1], r"conv_tail: bias1 shape: got \[1\], expected \[2\]"),
     ("conv_pool", 0, lambda x: x.to(torch.uint8), "conv_pool: x dtype: got torch.uint8, expected a floating dtype"),
     ("conv_pool", 1, lambda w: w[:, :, :4], r"conv_pool: weight shape: .* expected \[K, C, R, S\], R and S odd"),
-    ("conv_pool of bytes", 0, lambda x: x.float(), "conv_pool: x with mean and std: got torch.float32 .* expected uint8"),
+    (
+        "conv_pool of bytes",
+        0,
+        lambda x: x.float(),
+        "conv_pool: x with mean and std: got torch.float32 .* expected uint8",
+    ),
     ("conv_pool of bytes", 3, lambda m: None, "conv_pool: mean and std: got one of them, expected both or neither"),
     ("conv_pool of bytes", 4, lambda m: m[:2], r"conv_pool: std shape: got \[2\], expected \[3\]"),
     ("conv_pool of bytes", 3, lambda m: m.half(), "conv_pool: mean dtype: got torch.float16, expected torch.float32"),
-    ("pointwise_pool", 3, lambda r: r[..., :1], r"pointwise_pool: residual shape: got \[2, 4, 2, 1\], expected \[2, 4, 2, 3\]"),
+    (
+        "pointwise_pool",
+        3,
+        lambda r: r[..., :1],
+        r"pointwise_pool: residual shape: got \[2, 4, 2, 1\], expected \[2, 4, 2, 3\]",
+    ),
 ]
 
 
@@ -201,12 +273,16 @@ def test_wrong_input_says_what_it_got_and_expected(case, i, value, sentence) -> 
 
 # ---------------------------------------------------------------- what speaks of the ops
 
+
 @pytest.mark.parametrize("op", ACROSS)
 def test_verified_at_full_size_and_wrong_kernels_are_seen(op) -> None:
     """A whole batch against an oracle of few images; a kernel that forgets the last image, or the bias, fails."""
     right = dispatch.find("aten", op)
-    problem = replace(next(p for p in SMALL.values() if p.op == op), x=(12, *next(p for p in SMALL.values() if p.op == op).x[1:]),
-                      dtype=torch.float32)
+    problem = replace(
+        next(p for p in SMALL.values() if p.op == op),
+        x=(12, *next(p for p in SMALL.values() if p.op == op).x[1:]),
+        dtype=torch.float32,
+    )
     assert verify.repeats(problem) == 3 and verify.verify(right, problem).ok
 
     def forgets(*args):
@@ -223,7 +299,9 @@ def test_bytes_are_normalised_before_the_padding() -> None:
     mean, std = torch.tensor([100.0, 50.0, 25.0]), torch.tensor([60.0, 50.0, 40.0])
     x = mean.to(torch.uint8).view(1, 3, 1, 1).expand(2, 3, 20, 18)
     weight, bias = torch.randn(8, 3, 7, 7), torch.randn(8)
-    torch.testing.assert_close(fused.conv_pool(x, weight, bias, mean, std), fused.conv_pool(torch.zeros(x.shape), weight, bias))
+    torch.testing.assert_close(
+        fused.conv_pool(x, weight, bias, mean, std), fused.conv_pool(torch.zeros(x.shape), weight, bias)
+    )
 
 
 @pytest.mark.parametrize("op", ACROSS)
@@ -231,8 +309,12 @@ def test_keys_tell_problems_apart(op) -> None:
     grid = testing.nasty_problems(op)
     assert len({p.key for p in grid}) == len(set(grid)) == len(grid)
     one = grid[0]
-    others = [replace(one, chain=(*one.chain, (1, 1, 1, 1))), replace(one, chain=((), *one.chain[1:])), replace(one, second=(99, 99)),
-              replace(one, bytes=not one.bytes)]
+    others = [
+        replace(one, chain=(*one.chain, (1, 1, 1, 1))),
+        replace(one, chain=((), *one.chain[1:])),
+        replace(one, second=(99, 99)),
+        replace(one, bytes=not one.bytes),
+    ]
     assert len({p.key for p in (one, *others)}) == 5
 
 
@@ -241,8 +323,10 @@ def test_ops_agree_with_single_convolutions() -> None:
     x, weight, x2, weight2, bias, stride2 = testing.make_args(SMALL["pointwise_pair"])
     one = torch.ones_like(bias)
     shortcut = ops.conv_bn_act(x2, weight2, one, 0 * bias, stride=stride2, act="none")
-    torch.testing.assert_close(fused.pointwise_pair(x, weight, x2, weight2, bias, stride2=stride2),
-                               ops.conv_bn_act(x, weight, one, bias, shortcut))
+    torch.testing.assert_close(
+        fused.pointwise_pair(x, weight, x2, weight2, bias, stride2=stride2),
+        ops.conv_bn_act(x, weight, one, bias, shortcut),
+    )
     x, weight, bias, *_ = testing.make_args(SMALL["conv_pool"])
     stem = ops.conv_bn_act(x, weight, torch.ones_like(bias), bias, stride=2, padding=(2, 1))
     torch.testing.assert_close(fused.conv_pool(x, weight, bias), F.max_pool2d(stem, 3, 2, 1))
@@ -255,15 +339,24 @@ def test_the_groups_of_an_architecture_are_those_that_a_plan_finds(name) -> None
     found = across(layers(name, 1, 64, torch.float32, "cpu"))
     square = run.variant(ACROSS).explain(torch.randn(1, 3, 64, 64))
     singles = [run.variant((op,)).explain(torch.randn(1, 3, 64, 64)) for op in ACROSS]
-    assert {(g.name, g.problem) for g in found} == {(line.module, line.problem) for lines in singles for line in lines if line.op in ACROSS}
+    assert {(g.name, g.problem) for g in found} == {
+        (line.module, line.problem) for lines in singles for line in lines if line.op in ACROSS
+    }
     assert {line.problem for line in square if line.op in ACROSS} <= {g.problem for g in found}
-    assert [p for p in op_problems(name, 1, 64, torch.float32, "cpu") if p.op in ACROSS] == [g.problem for g in distinct(found)]
+    assert [p for p in op_problems(name, 1, 64, torch.float32, "cpu") if p.op in ACROSS] == [
+        g.problem for g in distinct(found)
+    ]
 
 
 def test_what_a_group_saves_is_what_is_between_its_members() -> None:
     limits = roofline.ceilings("h200")
     found = {s.op: s for s in roofline.savings(across(layers("resnet50", 256)), limits)}
-    assert {op: s.count for op, s in found.items()} == {"conv_pool": 1, "pointwise_pair": 4, "conv_tail": 12, "pointwise_pool": 1}
+    assert {op: s.count for op, s in found.items()} == {
+        "conv_pool": 1,
+        "pointwise_pair": 4,
+        "conv_tail": 12,
+        "pointwise_pool": 1,
+    }
     stem, head = found["conv_pool"], found["pointwise_pool"]
     assert stem.alone.bytes - stem.together.bytes == 2 * 2 * 256 * 64 * 112 * 112  # written and read again
     assert head.alone.bytes - head.together.bytes == 2 * 2 * 256 * 2048 * 49
@@ -277,20 +370,44 @@ def test_what_a_group_saves_is_what_is_between_its_members() -> None:
 
 def test_floors_count_each_operand_once() -> None:
     place = {"device": "cuda", "dtype": torch.bfloat16, "layout": "nhwc", "act": "relu"}
-    pair = roofline.problem_step(Problem("pointwise_pair", x=(2, 64, 28, 28), weight=(256, 64, 1, 1), chain=((256, 128, 1, 1),),
-                                         second=(56, 56), stride=(2, 2), residual="nhwc", **place))
+    pair = roofline.problem_step(
+        Problem(
+            "pointwise_pair",
+            x=(2, 64, 28, 28),
+            weight=(256, 64, 1, 1),
+            chain=((256, 128, 1, 1),),
+            second=(56, 56),
+            stride=(2, 2),
+            residual="nhwc",
+            **place,
+        )
+    )
     pixels = 2 * 28 * 28
-    assert pair.bytes == 2 * (pixels * (64 + 128 + 256) + 256 * (64 + 128)) and pair.flops == 2 * pixels * 256 * (64 + 128)
-    tail = Problem("conv_tail", x=(2, 64, 8, 8), weight=(64, 64, 3, 3), padding=(1, 1), residual="nhwc",
-                   chain=((256, 64, 1, 1), (), (32, 256, 1, 1)), **place)
+    assert pair.bytes == 2 * (pixels * (64 + 128 + 256) + 256 * (64 + 128)) and pair.flops == 2 * pixels * 256 * (
+        64 + 128
+    )
+    tail = Problem(
+        "conv_tail",
+        x=(2, 64, 8, 8),
+        weight=(64, 64, 3, 3),
+        padding=(1, 1),
+        residual="nhwc",
+        chain=((256, 64, 1, 1), (), (32, 256, 1, 1)),
+        **place,
+    )
     weights = 64 * 64 * 9 + 256 * 64 + 32 * 256
     step = roofline.problem_step(tail)
     assert step.bytes == 2 * (128 * (64 + 256 + 256 + 32) + weights) and step.flops == 2 * 128 * weights
     projected = roofline.problem_step(replace(tail, chain=((256, 64, 1, 1), (256, 16, 1, 1), (32, 256, 1, 1))))
-    assert projected.bytes == step.bytes + 2 * (256 * 16 - 128 * (256 - 16)) and projected.flops == step.flops + 2 * 128 * 256 * 16
+    assert (
+        projected.bytes == step.bytes + 2 * (256 * 16 - 128 * (256 - 16))
+        and projected.flops == step.flops + 2 * 128 * 256 * 16
+    )
     stem = Problem("conv_pool", x=(2, 3, 32, 32), weight=(64, 3, 7, 7), stride=(2, 2), padding=(3, 3), **place)
     step = roofline.problem_step(stem)
     assert step.bytes == 2 * (2 * 3 * 32 * 32 + 64 * 147 + 2 * 64 * 64) and step.flops == 2 * 2 * 256 * 64 * 147
     assert roofline.problem_step(replace(stem, bytes=True)).bytes == step.bytes - 2 * 3 * 32 * 32
-    head = roofline.problem_step(Problem("pointwise_pool", x=(2, 512, 7, 7), weight=(2048, 512, 1, 1), residual="nhwc", **place))
+    head = roofline.problem_step(
+        Problem("pointwise_pool", x=(2, 512, 7, 7), weight=(2048, 512, 1, 1), residual="nhwc", **place)
+    )
     assert head.bytes == 2 * (98 * (512 + 2048) + 2048 * 512 + 2 * 2048) and head.flops == 2 * 98 * 2048 * 512

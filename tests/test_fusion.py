@@ -19,12 +19,30 @@ timm = pytest.importorskip("timm")
 # How many groups of each kind a network has: its tails are stride 1, all blocks but the last lead on to a next one.
 NETWORKS = {
     "resnet18": (lambda: torchvision.models.resnet18(), {"conv_pool": 1}),
-    "resnet50": (lambda: torchvision.models.resnet50(), {"conv_pool": 1, "pointwise_pool": 1, "pointwise_pair": 4, "conv_tail": 12}),
-    "ours": (lambda: resnet_fast.resnet50(), {"conv_pool": 1, "pointwise_pool": 1, "pointwise_pair": 4, "conv_tail": 12}),
-    "resnext50": (lambda: torchvision.models.resnext50_32x4d(), {"conv_pool": 1, "pointwise_pool": 1, "pointwise_pair": 4}),
-    "wide": (lambda: torchvision.models.wide_resnet50_2(), {"conv_pool": 1, "pointwise_pool": 1, "pointwise_pair": 4, "conv_tail": 12}),
-    "timm": (lambda: timm.create_model("resnet26"), {"conv_pool": 1, "pointwise_pool": 1, "pointwise_pair": 4, "conv_tail": 4}),
-    "timm deep stem": (lambda: timm.create_model("resnet26d"), {"pointwise_pool": 1, "pointwise_pair": 4, "conv_tail": 4}),
+    "resnet50": (
+        lambda: torchvision.models.resnet50(),
+        {"conv_pool": 1, "pointwise_pool": 1, "pointwise_pair": 4, "conv_tail": 12},
+    ),
+    "ours": (
+        lambda: resnet_fast.resnet50(),
+        {"conv_pool": 1, "pointwise_pool": 1, "pointwise_pair": 4, "conv_tail": 12},
+    ),
+    "resnext50": (
+        lambda: torchvision.models.resnext50_32x4d(),
+        {"conv_pool": 1, "pointwise_pool": 1, "pointwise_pair": 4},
+    ),
+    "wide": (
+        lambda: torchvision.models.wide_resnet50_2(),
+        {"conv_pool": 1, "pointwise_pool": 1, "pointwise_pair": 4, "conv_tail": 12},
+    ),
+    "timm": (
+        lambda: timm.create_model("resnet26"),
+        {"conv_pool": 1, "pointwise_pool": 1, "pointwise_pair": 4, "conv_tail": 4},
+    ),
+    "timm deep stem": (
+        lambda: timm.create_model("resnet26d"),
+        {"pointwise_pool": 1, "pointwise_pair": 4, "conv_tail": 4},
+    ),
     "squeeze and excite": (lambda: timm.create_model("seresnet50"), {"conv_pool": 1}),
 }
 STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -45,6 +63,7 @@ def model():
 
 
 # ---------------------------------------------------------------- finding
+
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_groups_of_real_networks(name) -> None:
@@ -69,7 +88,11 @@ def test_members_stand_for_every_step_once(model) -> None:
     assert count(run) == {"pointwise_pair": 3, "conv_tail": 2, "conv_pool": 1, "pointwise_pool": 1}
     tail = next(s for s in groups(run) if s.op == "conv_tail")
     assert tail.target == "layer1.0.conv2" and [m.target for m in tail.members] == [
-        "layer1.0.conv2", "layer1.0.downsample.0", "layer1.0.conv3", "layer1.1.conv1"]
+        "layer1.0.conv2",
+        "layer1.0.downsample.0",
+        "layer1.0.conv3",
+        "layer1.1.conv1",
+    ]
 
 
 @pytest.mark.parametrize("kind", ACROSS)
@@ -90,14 +113,22 @@ def test_every_kernel_gets_the_right_arguments(model, kind) -> None:
 
 # ---------------------------------------------------------------- not formed
 
+
 class Net(nn.Module):
     """One bottleneck after a convolution, with a hole for what a test wants read or done."""
 
     def __init__(self, middle=None, kernel=3, groups_=1, stride=1, act=True, pool=None):
         super().__init__()
+
         def conv(i, o, r, s=1, g=1):
             return nn.Sequential(nn.Conv2d(i, o, r, s, r // 2, groups=g, bias=False), nn.BatchNorm2d(o))
-        self.stem, self.two, self.three, self.next = conv(3, 8, 3), conv(8, 8, kernel, stride, groups_), conv(8, 8, 1), conv(8, 8, 1)
+
+        self.stem, self.two, self.three, self.next = (
+            conv(3, 8, 3),
+            conv(8, 8, kernel, stride, groups_),
+            conv(8, 8, 1),
+            conv(8, 8, 1),
+        )
         self.projection = conv(8, 8, 1, stride)
         self.middle, self.act, self.pool = middle, act, pool
         self.spy = nn.Sigmoid()
@@ -122,12 +153,23 @@ class Net(nn.Module):
         return (z + y).mean((2, 3)) + extra
 
 
-@pytest.mark.parametrize(("how", "expected"), [
-    ({}, {"pointwise_pair": 1, "conv_tail": 1}), ({"middle": "y"}, {"pointwise_pair": 1, "conv_tail": 1}),
-    ({"middle": "m"}, {"pointwise_pair": 1}), ({"middle": "shortcut"}, {"conv_tail": 1}), ({"kernel": 5}, {"pointwise_pair": 1}),
-    ({"kernel": 1}, {"pointwise_pair": 1}), ({"groups_": 2}, {"pointwise_pair": 1}), ({"stride": 2}, {"pointwise_pair": 1}), ({"act": False}, {}),
-    ({"middle": "spy"}, {}), ({"middle": "early"}, {"pointwise_pair": 1}), ({"middle": "early", "stride": 2}, {"pointwise_pair": 1}),
-])
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({}, {"pointwise_pair": 1, "conv_tail": 1}),
+        ({"middle": "y"}, {"pointwise_pair": 1, "conv_tail": 1}),
+        ({"middle": "m"}, {"pointwise_pair": 1}),
+        ({"middle": "shortcut"}, {"conv_tail": 1}),
+        ({"kernel": 5}, {"pointwise_pair": 1}),
+        ({"kernel": 1}, {"pointwise_pair": 1}),
+        ({"groups_": 2}, {"pointwise_pair": 1}),
+        ({"stride": 2}, {"pointwise_pair": 1}),
+        ({"act": False}, {}),
+        ({"middle": "spy"}, {}),
+        ({"middle": "early"}, {"pointwise_pair": 1}),
+        ({"middle": "early", "stride": 2}, {"pointwise_pair": 1}),
+    ],
+)
 def test_formed_only_where_nobody_can_tell(how, expected) -> None:
     """A second reader inside, another kernel size, groups, stride or no ReLU, a hooked module in between, whose code nobody knows; the
     block's output itself may be read and returned.
@@ -141,15 +183,22 @@ def test_formed_only_where_nobody_can_tell(how, expected) -> None:
     for ids in ((), tuple(f"aten.{kind}" for kind in count(run))):
         with use(*ids):
             run = plain.variant(ACROSS)
-            for got, want in zip(run(x) if isinstance(wanted, tuple) else [run(x)], wanted if isinstance(wanted, tuple) else [wanted],
-                                 strict=True):
+            for got, want in zip(
+                run(x) if isinstance(wanted, tuple) else [run(x)],
+                wanted if isinstance(wanted, tuple) else [wanted],
+                strict=True,
+            ):
                 torch.testing.assert_close(got, want)
 
 
 def test_features_inside_a_group_stay(model) -> None:
     x = images()
-    for path, lost in (("layer1.0.conv2", "conv_tail"), ("layer2.0.downsample", "pointwise_pair"), ("relu", "conv_pool"),
-                       ("layer4", "pointwise_pool")):
+    for path, lost in (
+        ("layer1.0.conv2", "conv_tail"),
+        ("layer2.0.downsample", "pointwise_pair"),
+        ("relu", "conv_pool"),
+        ("layer4", "pointwise_pool"),
+    ):
         wanted = plan(model, x, features=[path, "fc"])
         run = plan(model, x, features=[path, "fc"], across=ACROSS)
         assert count(run).get(lost, 0) < count(plan(model, x, across=ACROSS))[lost], path
@@ -175,12 +224,13 @@ def test_a_residual_that_broadcasts_runs_one_by_one() -> None:
     with torch.no_grad():
         run = plan(net, x, across=("pointwise_pair",))
         torch.testing.assert_close(run(x), net(x))
-    step, = (s for s in run.steps if s.op == "pointwise_pair")
+    (step,) = (s for s in run.steps if s.op == "pointwise_pair")
     assert step.problem is None and "x2 shape" in step.why
 
 
 def test_an_inner_value_that_broadcasts_keeps_its_shape(monkeypatch) -> None:
     """The next convolution is bound for what it will get: the residual's size, not the block's own."""
+
     class Squeezed(Net):
         def forward(self, x):
             start = torch.relu(self.stem(x))
@@ -199,6 +249,7 @@ def test_an_inner_value_that_broadcasts_keeps_its_shape(monkeypatch) -> None:
 
 
 # ---------------------------------------------------------------- promises
+
 
 def test_unknown_kinds_and_absent_groups_are_said(model) -> None:
     with pytest.raises(ValueError, match="across: got 'tails', expected some of 'pointwise_pair'"):
@@ -248,11 +299,18 @@ def test_saved_loaded_moved_refreshed(model, tmp_path) -> None:
     assert count(run.to("cpu")) == count(loaded) and torch.equal(run(pixels), wanted)
     with torch.no_grad():
         model.conv1.weight.mul_(1.5)
-    assert torch.equal(run(pixels), wanted) and not torch.equal(run.refresh()(pixels), wanted) and count(run) == count(loaded)
+    assert (
+        torch.equal(run(pixels), wanted)
+        and not torch.equal(run.refresh()(pixels), wanted)
+        and count(run) == count(loaded)
+    )
     with torch.no_grad():
         model.conv1.weight.div_(1.5)
     record = torch.load(tmp_path / "net", weights_only=True)
-    for spoil, words in (({"across": ["conv_tails"]}, "damaged .*across: got 'conv_tails'"), ({"resnet_fast_plan": 1}, "version 1, expected 2")):
+    for spoil, words in (
+        ({"across": ["conv_tails"]}, "damaged .*across: got 'conv_tails'"),
+        ({"resnet_fast_plan": 1}, "version 1, expected 2"),
+    ):
         torch.save(record | spoil, tmp_path / "bad")
         with pytest.raises(ValueError, match=words):
             load_plan(tmp_path / "bad")
@@ -262,7 +320,10 @@ def test_weights_are_shared_and_pieces_and_memory_are_as_without(model, monkeypa
     x = images(n=9)
     plain = plan(model, x)
     run = plan(model, x, across=ACROSS)
-    assert all(run._lowered.filters[k] is f for k, f in plain._lowered.filters.items()) and run.weight_bytes == plain.weight_bytes
+    assert (
+        all(run._lowered.filters[k] is f for k, f in plain._lowered.filters.items())
+        and run.weight_bytes == plain.weight_bytes
+    )
     assert run._imagewise and run._programs.keys() == plain._programs.keys()
     assert all(run._programs[k].largest == p.largest for k, p in plain._programs.items())
     assert torch.equal(run(x), plain(x))
@@ -277,7 +338,9 @@ def test_values_die_in_time(model) -> None:
     """What only a group's inside reads is gone after it; in place a residual is written only where nobody reads it again."""
     x = images()
     run = plan(model, x, across=ACROSS)
-    (step, _, dead), *_ = [call for call in run._last._calls if isinstance(call[0], Group) and call[0].op == "conv_tail"]
+    (step, _, dead), *_ = [
+        call for call in run._last._calls if isinstance(call[0], Group) and call[0].op == "conv_tail"
+    ]
     assert {v.name for v in step.args} <= dead
     first = run(x)
     assert torch.equal(run(x), first)
@@ -293,7 +356,9 @@ def test_a_bound_group_holds_weights_and_no_activations(model) -> None:
             held = [t for found in tuples for t in found if isinstance(t, torch.Tensor)]
             assert held and all(id(t) in weights for t in held if t.dim() == 4), step.op
     single = plan(model, images(), across=ACROSS)
-    assert [call.values for step, call, _ in single._last._calls if isinstance(step, Group)] == [{}] * len(groups(single))
+    assert [call.values for step, call, _ in single._last._calls if isinstance(step, Group)] == [{}] * len(
+        groups(single)
+    )
 
 
 def test_compare_aligns_by_the_values_that_both_make(model) -> None:

@@ -17,8 +17,18 @@ from twins import images, twins, wide
 from resnet_fast import path, tables
 from resnet_fast.dispatch import find, record
 
-LAUNCHES = ("aten.convolution", "batch_norm", "aten.add", "aten.mul", "aten.sub", "aten.rsqrt", "aten.relu", "aten._to_copy", "aten.clone",
-            "aten.pow")
+LAUNCHES = (
+    "aten.convolution",
+    "batch_norm",
+    "aten.add",
+    "aten.mul",
+    "aten.sub",
+    "aten.rsqrt",
+    "aten.relu",
+    "aten._to_copy",
+    "aten.clone",
+    "aten.pow",
+)
 
 
 class Launches(TorchDispatchMode):
@@ -49,8 +59,21 @@ def test_inference_launches_what_eager_launches(dtype, statistics, shortcut) -> 
                 out += residual
             F.relu_(out)
         with Launches() as ours:
-            out = find("aten", "conv_bn_act").fn(x, conv.weight, bn.weight, bn.bias, residual, bn.running_mean, bn.running_var, bn.eps,
-                                                 (1, 1), (1, 1), (1, 1), 1, "relu")
+            out = find("aten", "conv_bn_act").fn(
+                x,
+                conv.weight,
+                bn.weight,
+                bn.bias,
+                residual,
+                bn.running_mean,
+                bn.running_var,
+                bn.eps,
+                (1, 1),
+                (1, 1),
+                (1, 1),
+                1,
+                "relu",
+            )
     assert ours.seen == eager.seen and sum(eager.seen.values()) == 3 + shortcut
     assert out.shape == x.shape and out.dtype == dtype
 
@@ -61,10 +84,16 @@ def test_frozen_affines_and_mixed_dtypes_are_folded() -> None:
         x, weight = torch.empty(2, 8, 5, 5, device="cuda"), torch.empty(4, 8, 1, 1, device="cuda")
         float32, float64 = (x, weight), (x.double(), weight.double())
         k, half = torch.ones(4, device="cuda"), torch.ones(4, device="cuda", dtype=torch.bfloat16)
-        for inputs, (scale, shift, mean, var) in ((float32, (k, k, None, None)), (float32, (half, k, k, k)), (float32, (half,) * 4),
-                                                  (float64, (k,) * 4)):
+        for inputs, (scale, shift, mean, var) in (
+            (float32, (k, k, None, None)),
+            (float32, (half, k, k, k)),
+            (float32, (half,) * 4),
+            (float64, (k,) * 4),
+        ):
             with Launches() as seen:
-                out = find("aten", "conv_bn_act").fn(*inputs, scale, shift, None, mean, var, 1e-5, (1, 1), (0, 0), (1, 1), 1, "none")
+                out = find("aten", "conv_bn_act").fn(
+                    *inputs, scale, shift, None, mean, var, 1e-5, (1, 1), (0, 0), (1, 1), 1, "none"
+                )
             assert out.shape == (2, 4, 5, 5) and not any("batch_norm" in op for op in seen.seen)
 
 
@@ -85,7 +114,9 @@ def test_training_fuses_what_was_measured_and_nothing_else(monkeypatch) -> None:
     with record() as seen:
         assert not path._better_apart(bn, other, None, "relu")
     assert not seen  # the op tells
-    assert not path._better_apart(nn.BatchNorm2d(64), torch.empty(2, 64, 8, 8), None, "relu")  # on a CPU torch's own gains nothing apart
+    assert not path._better_apart(
+        nn.BatchNorm2d(64), torch.empty(2, 64, 8, 8), None, "relu"
+    )  # on a CPU torch's own gains nothing apart
 
 
 @pytest.fixture
@@ -105,7 +136,13 @@ def test_one_by_one_is_eager(apart, change) -> None:
             STATISTICS[change](bn)
         answers = [model.train()(images(3, 40, torch.float64, seed=i)) for i in range(2)]
         answers[1].square().sum().backward()
-        found.append({"answers": torch.stack(answers).detach(), **{n: p.grad for n, p in model.named_parameters()}, **buffers(model)})
+        found.append(
+            {
+                "answers": torch.stack(answers).detach(),
+                **{n: p.grad for n, p in model.named_parameters()},
+                **buffers(model),
+            }
+        )
     assert apart
     assert_same(*found)
 

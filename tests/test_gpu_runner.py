@@ -19,6 +19,7 @@ def dog(tmp_path) -> Watchdog:
 
 # ---------------------------------------------------------------- resuming
 
+
 def test_a_killed_run_goes_on_where_it_stopped(dog, tmp_path) -> None:
     dog.run("check", job("a", "hang", silence=60), soon(2))
     dog.ledger._file.write('{"stage": "check", "job": "kernel", "ca')  # the kill came in the middle of a row
@@ -40,7 +41,9 @@ def a_folder(results: Path, **status: str) -> gpu.Run:
 
 def test_a_run_goes_on_as_long_as_a_stage_is_missing(tmp_path) -> None:
     """Also one that has its summary: peers that were left out find the tables of the first nine minutes."""
-    first = a_folder(tmp_path, **{stage.name: "done" for stage in gpu.STAGES if stage.name != "peers"}, peers="left out")
+    first = a_folder(
+        tmp_path, **{stage.name: "done" for stage in gpu.STAGES if stage.name != "peers"}, peers="left out"
+    )
     (first.folder / "summary.json").write_text("{}")
     time.sleep(1.1)  # a folder's name has the second
     again = a_folder(tmp_path, peers="done")
@@ -73,18 +76,27 @@ def test_a_run_without_all_kernels_is_not_gone_on_with(tmp_path) -> None:
     assert a_folder(tmp_path).folder != first.folder
 
 
-@pytest.mark.parametrize("reason, built, again", [(None, None, True), ("prebuilt", "other", True), (None, "sources", False),
-                                                  ("failed: error: no such instruction", None, False)])
+@pytest.mark.parametrize(
+    "reason, built, again",
+    [
+        (None, None, True),
+        ("prebuilt", "other", True),
+        (None, "sources", False),
+        ("failed: error: no such instruction", None, False),
+    ],
+)
 def test_the_extension_is_built_again_where_it_is_not(tmp_path, monkeypatch, reason, built, again) -> None:
     took: list = []
     monkeypatch.setattr(gpu, "prebuilt", lambda: built)
     monkeypatch.setattr(gpu, "sources", lambda: "sources")
     monkeypatch.setattr(gpu, "targets", lambda: ["9.0a"])
     run = replace(a_run(tmp_path), rehearse=False)
-    run.ledger.add({"stage": "environment", "job": "machine", "case": "machine", "status": "here", "capability": [9, 0]})
+    run.ledger.add(
+        {"stage": "environment", "job": "machine", "case": "machine", "status": "here", "capability": [9, 0]}
+    )
     run.ledger.add({"stage": "stages", "job": "build", "case": "build", "status": "done", "reason": reason})
     gpu.perform(run, (a_stage("build", took, 1, 5), a_stage("check", took, 1, 5)), Sensors(program="absent"), 100)
-    assert [name for name, _ in took] == ["build", "check"][not again:]
+    assert [name for name, _ in took] == ["build", "check"][not again :]
 
 
 def test_what_uses_the_tables_is_seen_again_once_they_grew(tmp_path, monkeypatch) -> None:
@@ -149,6 +161,7 @@ def test_children_see_what_the_user_has_beside_the_environment(dog, monkeypatch,
 
 # ---------------------------------------------------------------- stages
 
+
 def test_no_stage_eats_what_a_later_one_needs(tmp_path) -> None:
     took: list = []
     stages = (a_stage("check", took, 10, 500), a_stage("peers", took, 30, 60, True), a_stage("headline", took, 20, 80))
@@ -194,7 +207,9 @@ def test_plans_are_tuned_into_the_table_that_the_headline_reads(tmp_path, monkey
     names = [stage.name for stage in gpu.STAGES]
     assert [stage for stage, _ in asked] == ["groups", "headline", "peers", "peers", "peers"]
     assert names.index("tables") < names.index("groups") < names.index("headline") < names.index("peers")
-    assert {job.env["RESNET_FAST_TABLES"] for _, job in asked} == {str(tmp_path)} and asked[0][1].args["seconds"] == pytest.approx(24, abs=1)
+    assert {job.env["RESNET_FAST_TABLES"] for _, job in asked} == {str(tmp_path)} and asked[0][1].args[
+        "seconds"
+    ] == pytest.approx(24, abs=1)
     assert all({"eager-nchw", "eager", "folded", "ours-plan"} <= set(job.args["peers"]) for _, job in asked[1:])
     by = [(job.args["batches"], [id for id in job.args["peers"] if id.startswith("compile")]) for _, job in asked[2:]]
     assert by == [((256,), ["compile"]), ((256,), ["compile", "compile-best"]), ((1,), ["compile", "compile-best"])]
@@ -205,15 +220,38 @@ def test_tables_are_told_what_was_timed_and_checked(tmp_path, monkeypatch) -> No
     monkeypatch.setattr(gpu.Run, "job", lambda self, stage, job, deadline: asked.append(job))
     run = replace(a_run(tmp_path), rehearse=False)
     case = "conv_bn_act bfloat16 256x8x4x4 relu"
-    for kernel, kind, status in (("triton.a", "full", "right"), ("triton.b", "full", "wrong"), ("triton.c", "small", "right")):
-        run.ledger.add({"stage": "check", "job": f"{kernel} 1/1 bfloat16", "case": f"{kind} {case}", "status": status, "error": 1.0,
-                        "eager_error": 2.0, "shares": 1})
-        run.ledger.add({"stage": "check", "job": f"{kernel} 1/1 bfloat16", "case": "bfloat16 complete 1/1", "status": "complete", "shares": 1})
+    for kernel, kind, status in (
+        ("triton.a", "full", "right"),
+        ("triton.b", "full", "wrong"),
+        ("triton.c", "small", "right"),
+    ):
+        run.ledger.add(
+            {
+                "stage": "check",
+                "job": f"{kernel} 1/1 bfloat16",
+                "case": f"{kind} {case}",
+                "status": status,
+                "error": 1.0,
+                "eager_error": 2.0,
+                "shares": 1,
+            }
+        )
+        run.ledger.add(
+            {
+                "stage": "check",
+                "job": f"{kernel} 1/1 bfloat16",
+                "case": "bfloat16 complete 1/1",
+                "status": "complete",
+                "shares": 1,
+            }
+        )
     times = {id: {"us": 5.0} for id in ("eager", "triton.a", "triton.b", "triton.c")}
     run.ledger.add({"stage": "layers", "job": "layers", "case": case, "status": "measured", "times": times})
     run.ledger.add({"stage": "layers", "job": "layers", "case": "other", "status": "measured", "times": times})
     gpu.tables(run, soon(80))
-    assert asked[0].args["proved"] == ["triton.a", "triton.c"] and asked[0].args["times"] == dict.fromkeys((case, "other"), dict.fromkeys(times, 5.0))
+    assert asked[0].args["proved"] == ["triton.a", "triton.c"] and asked[0].args["times"] == dict.fromkeys(
+        (case, "other"), dict.fromkeys(times, 5.0)
+    )
     assert asked[0].args["known"] == {case: {"triton.a": {"us": 5.0, "error": 1.0, "eager_error": 2.0}}}
 
 

@@ -30,9 +30,14 @@ def test_without_a_gpu_one_sentence_and_exit_code_2(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("setup, trouble", [
-    ("", None), ("import sys; sys.exit('nvcc fatal: no')", "failed: nvcc fatal: no"),
-    ("import time; time.sleep(60)", "stopped at its deadline: the kernels of csrc")])
+@pytest.mark.parametrize(
+    "setup, trouble",
+    [
+        ("", None),
+        ("import sys; sys.exit('nvcc fatal: no')", "failed: nvcc fatal: no"),
+        ("import time; time.sleep(60)", "stopped at its deadline: the kernels of csrc"),
+    ],
+)
 def test_building_the_extension(tmp_path, monkeypatch, setup, trouble) -> None:
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     (tmp_path / "csrc").mkdir()
@@ -62,8 +67,13 @@ def test_a_prebuilt_extension_is_taken_if_it_is_of_these_sources(tmp_path, monke
     run.ledger.add({"stage": "environment", "job": "machine", "case": "machine", "capability": [9, 0]})
     assert gpu.extension(run, soon()) == "prebuilt"
     (tmp_path / "setup.py").write_text("raise SystemExit('built anew')")
-    record.write_text(json.dumps({"csrc": gpu.sources(), "archs": "8.0+PTX"}))  # it would run, without what is Hopper's own
-    assert gpu.extension(run, soon()) == "failed: built anew" and "==== build\nbuilt anew" in (tmp_path / "log.txt").read_text()
+    record.write_text(
+        json.dumps({"csrc": gpu.sources(), "archs": "8.0+PTX"})
+    )  # it would run, without what is Hopper's own
+    assert (
+        gpu.extension(run, soon()) == "failed: built anew"
+        and "==== build\nbuilt anew" in (tmp_path / "log.txt").read_text()
+    )
     (tmp_path / "csrc" / "a.cu").write_text("another kernel")
     assert gpu.prebuilt() != gpu.sources()
 
@@ -81,23 +91,37 @@ def test_kernels_of_an_extension_made_of_other_sources_do_not_take_part(tmp_path
 
 def test_what_may_win_is_checked_first(tmp_path) -> None:
     run = a_run(tmp_path)
-    for id, op in (("aten.conv_bn_act", "conv_bn_act"), ("native.bn_act", "bn_act"), ("triton.add_act_backward", "add_act_backward"),
-                   ("triton.conv_tail", "conv_tail"), ("native.conv", "conv_bn_act")):
+    for id, op in (
+        ("aten.conv_bn_act", "conv_bn_act"),
+        ("native.bn_act", "bn_act"),
+        ("triton.add_act_backward", "add_act_backward"),
+        ("triton.conv_tail", "conv_tail"),
+        ("native.conv", "conv_bn_act"),
+    ):
         run.ledger.add({"stage": "inventory", "job": "inventory", "case": id, "status": "here", "op": op})
-    assert run.kernels() == ["triton.conv_tail", "native.conv", "native.bn_act", "triton.add_act_backward", "aten.conv_bn_act"]
+    assert run.kernels() == [
+        "triton.conv_tail",
+        "native.conv",
+        "native.bn_act",
+        "triton.add_act_backward",
+        "aten.conv_bn_act",
+    ]
 
 
 def test_a_child_is_ready_once_everything_is_imported() -> None:
     """After that it may be silent for seconds only, and so many children at once import slowly."""
-    code = f"import sys; sys.path[:0] = [{str(BENCHMARKS)!r}, {str(gpu.ROOT)!r}]; import gpu_child; from gpu_scale import REHEARSAL\n" \
-        "gpu_child.warm_up(REHEARSAL); before = set(sys.modules); from resnet_fast.dispatch import kernels; kernels()\n" \
+    code = (
+        f"import sys; sys.path[:0] = [{str(BENCHMARKS)!r}, {str(gpu.ROOT)!r}]; import gpu_child; from gpu_scale import REHEARSAL\n"
+        "gpu_child.warm_up(REHEARSAL); before = set(sys.modules); from resnet_fast.dispatch import kernels; kernels()\n"
         "print(sorted(set(sys.modules) - before))"
+    )
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
     assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr
 
 
 def test_sources_are_hashed_as_the_build_hashes_them() -> None:
     import importlib.util
+
     spec = importlib.util.spec_from_file_location("resnet_fast_setup", gpu.ROOT / "setup.py")
     setup = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = setup
@@ -109,6 +133,7 @@ def test_a_processors_kernels_are_none_of_a_gpus() -> None:
     """Each would be a process that checks nothing, and seconds of the memory checker's."""
     import gpu_check
     from gpu_scale import Scale
+
     said = {case: work() for case, work in gpu_check.inventory(Scale(), print)}
     mine = {id: row for id, row in said.items() if id.startswith("cpu.")}
     assert mine and {(row["status"], row["reason"]) for row in mine.values()} == {("absent", "it is for processors")}
@@ -118,7 +143,16 @@ def test_a_processors_kernels_are_none_of_a_gpus() -> None:
 def test_an_inventory_after_a_build_counts(tmp_path) -> None:
     run = a_run(tmp_path)
     for job, status in (("inventory without extension", "absent"), ("inventory 1234", "here")):
-        run.ledger.add({"stage": "inventory", "job": job, "case": "native.conv", "status": status, "op": "conv_bn_act", "reason": None})
+        run.ledger.add(
+            {
+                "stage": "inventory",
+                "job": job,
+                "case": "native.conv",
+                "status": status,
+                "op": "conv_bn_act",
+                "reason": None,
+            }
+        )
     assert run.kernels() == ["native.conv"]
 
 
@@ -129,26 +163,37 @@ MEMORY_ERROR = """========= COMPUTE-SANITIZER
 """
 
 
-@pytest.mark.parametrize("text, status, reason", [
-    ("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n", "right", None),
-    (MEMORY_ERROR, "wrong", "Invalid __global__ read of size 16 bytes; ERROR SUMMARY: 1 error"),
-    ("========= Target application returned an error\n", "left out", "no verdict: ========= Target application"),
-])
+@pytest.mark.parametrize(
+    "text, status, reason",
+    [
+        ("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n", "right", None),
+        (MEMORY_ERROR, "wrong", "Invalid __global__ read of size 16 bytes; ERROR SUMMARY: 1 error"),
+        ("========= Target application returned an error\n", "left out", "no verdict: ========= Target application"),
+    ],
+)
 def test_memory_verdict(text, status, reason) -> None:
     row = gpu.memory_verdict(text)
     assert row["status"] == status and (reason is None or row["reason"].startswith(reason))
 
 
-@pytest.mark.parametrize("text, rows, said", [
-    (MEMORY_ERROR, [("experimental.mine", "a", "right"), ("experimental.mine", "memcheck", "wrong")], None),
-    ("========= Error: Device not supported.\n", [("experimental.mine", "a", "right")],
-     "left out: compute-sanitizer does not"),
-])
+@pytest.mark.parametrize(
+    "text, rows, said",
+    [
+        (MEMORY_ERROR, [("experimental.mine", "a", "right"), ("experimental.mine", "memcheck", "wrong")], None),
+        (
+            "========= Error: Device not supported.\n",
+            [("experimental.mine", "a", "right")],
+            "left out: compute-sanitizer does not",
+        ),
+    ],
+)
 def test_sanitizer_stage(dog, tmp_path, monkeypatch, text, rows, said) -> None:
     tool = tmp_path / "compute-sanitizer"
-    tool.write_text(f"#!{sys.executable}\nimport subprocess, sys\ni = sys.argv.index('--log-file')\n"
-                    f"open(sys.argv[i + 1], 'w').write({text!r})\n"
-                    "sys.exit(subprocess.run(sys.argv[i + 2:]).returncode or 1)\n")
+    tool.write_text(
+        f"#!{sys.executable}\nimport subprocess, sys\ni = sys.argv.index('--log-file')\n"
+        f"open(sys.argv[i + 1], 'w').write({text!r})\n"
+        "sys.exit(subprocess.run(sys.argv[i + 2:]).returncode or 1)\n"
+    )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(gpu.Run, "args", lambda self, **more: {"cases": ["a"]})
@@ -169,29 +214,44 @@ EMULATED = f'exec g++ "$1" "$2" "$3" -I{host_gpu.EMULATION} -o "$7" -x c++ "$8"'
 OTHERWISE = 'printf "#!/bin/sh\\necho operand a, stride 1024, base offset of the pattern: right from rows 0\\n" > "$7"; chmod +x "$7"'
 
 
-@pytest.mark.parametrize("compiles, lines, said", [
-    pytest.param(EMULATED, 8, "matrices that begin inside a pattern of rows are found",
-                 marks=pytest.mark.skipif(host_gpu.compiler() is None, reason="needs a g++ that knows _Float16")),
-    (OTHERWISE, 1, "MATRICES THAT BEGIN INSIDE A PATTERN OF ROWS ARE NOT FOUND: conv_hopper and conv_tail_hopper rest on that"),
-    ("echo no such architecture >&2; exit 1", 0, "failed: no such architecture"),
-    ('printf "#!/bin/sh\\nsleep 60\\n" > "$7"; chmod +x "$7"', 0, "stopped at its deadline"),
-])
+@pytest.mark.parametrize(
+    "compiles, lines, said",
+    [
+        pytest.param(
+            EMULATED,
+            8,
+            "matrices that begin inside a pattern of rows are found",
+            marks=pytest.mark.skipif(host_gpu.compiler() is None, reason="needs a g++ that knows _Float16"),
+        ),
+        (
+            OTHERWISE,
+            1,
+            "MATRICES THAT BEGIN INSIDE A PATTERN OF ROWS ARE NOT FOUND: conv_hopper and conv_tail_hopper rest on that",
+        ),
+        ("echo no such architecture >&2; exit 1", 0, "failed: no such architecture"),
+        ('printf "#!/bin/sh\\nsleep 60\\n" > "$7"; chmod +x "$7"', 0, "stopped at its deadline"),
+    ],
+)
 def test_probe_stage(tmp_path, monkeypatch, compiles, lines, said) -> None:
     compiler = tmp_path / "nvcc"
     compiler.write_text(f"#!/bin/sh\n{compiles}\n")
     compiler.chmod(0o755)
     monkeypatch.setattr(gpu_probe, "compiler", lambda: str(compiler))
     run = replace(a_run(tmp_path), rehearse=False)
-    run.ledger.add({"stage": "environment", "job": "machine", "case": "machine", "status": "here", "capability": [9, 0]})
+    run.ledger.add(
+        {"stage": "environment", "job": "machine", "case": "machine", "status": "here", "capability": [9, 0]}
+    )
     assert gpu.probe(run, soon(2 if "sleep" in compiles else 60)) == said
     assert len(run.ledger.of("probe")) == lines and not (tmp_path / "probe").exists()
 
 
 def test_sensors_keep_ranges_and_reasons(tmp_path) -> None:
     tool = tmp_path / "smi"
-    tool.write_text("#!/bin/sh\ncase $1 in *clocks_event*) exit 2;; esac\n"
-                    f"n=$(cat {tmp_path}/n 2>/dev/null || echo 0); echo $((n + 1)) > {tmp_path}/n\n"
-                    "echo \"$((1500 + n)), 3201, 412.5, 55, 0x000000000000000$((n % 2))\"\n")
+    tool.write_text(
+        "#!/bin/sh\ncase $1 in *clocks_event*) exit 2;; esac\n"
+        f"n=$(cat {tmp_path}/n 2>/dev/null || echo 0); echo $((n + 1)) > {tmp_path}/n\n"
+        'echo "$((1500 + n)), 3201, 412.5, 55, 0x000000000000000$((n % 2))"\n'
+    )
     tool.chmod(0o755)
     with Sensors(every=0.02, program=str(tool)) as sensors:
         while len(sensors.readings) < 4:

@@ -77,8 +77,13 @@ def test_it_gives_up_after_so_many_children(dog) -> None:
     assert trouble == "given up after 3 children hung or died" and len(found(dog)) == 3
 
 
-@pytest.mark.parametrize("how, words", [("dies", "died before its first case: exit code 1; ModuleNotFoundError"),
-                                        ("hangs", "hung before its first case: silent for 0.5 s")])
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        ("dies", "died before its first case: exit code 1; ModuleNotFoundError"),
+        ("hangs", "hung before its first case: silent for 0.5 s"),
+    ],
+)
 def test_a_child_that_does_not_start(dog, how, words) -> None:
     assert dog.run("check", job("a", startup=how, start=0.5 if how == "hangs" else 20), soon()).startswith(words)
     assert found(dog) == []

@@ -46,12 +46,18 @@ def test_each_shape_is_decided_by_itself() -> None:
     assert chosen == {TAIL, WIDE, ("pair:2",)}
     tails, pairs = frozenset(options[:3]), frozenset(options[3:])
     assert clock.asked[0] == [frozenset(), tails, pairs, frozenset(options)]  # the starts, in one run
-    assert clock.asked[1:4] == [[tails, tails - {TAIL}], [tails, tails - {NARROW}], [tails - {NARROW}, frozenset({TAIL})]]
-    assert told == ["across: tail:1: used: the whole network is 1.256 times as fast with it",
-                    "across: tail:2, tail:3: not used: the whole network is 0.940 times as fast with it",
-                    "across: tail:4: used: the whole network is 1.013 times as fast with it",
-                    "across: pair:1: not used: the whole network is 0.886 times as fast with it",
-                    "across: pair:2: used: the whole network is 1.013 times as fast with it"]
+    assert clock.asked[1:4] == [
+        [tails, tails - {TAIL}],
+        [tails, tails - {NARROW}],
+        [tails - {NARROW}, frozenset({TAIL})],
+    ]
+    assert told == [
+        "across: tail:1: used: the whole network is 1.256 times as fast with it",
+        "across: tail:2, tail:3: not used: the whole network is 0.940 times as fast with it",
+        "across: tail:4: used: the whole network is 1.013 times as fast with it",
+        "across: pair:1: not used: the whole network is 0.886 times as fast with it",
+        "across: pair:2: used: the whole network is 1.013 times as fast with it",
+    ]
     assert said[0].startswith("across: tail:1: used") and said[1].startswith("across: tail:2, tail:3: not used: ")
     assert find(Clock({}), []) == (set(), [], [])
 
@@ -81,13 +87,19 @@ def test_rivals_for_the_same_steps_are_tried_in_each_other_s_place() -> None:
     def formed(options):
         return frozenset(options) - ({PAIR} if TAIL in options else set())
 
-    for costs, expected in (({TAIL: -1.0, PAIR: -2.0, WIDE: -3.0}, {PAIR, WIDE}), ({TAIL: -2.0, PAIR: -1.0, WIDE: -3.0}, {TAIL, WIDE})):
+    for costs, expected in (
+        ({TAIL: -1.0, PAIR: -2.0, WIDE: -3.0}, {PAIR, WIDE}),
+        ({TAIL: -2.0, PAIR: -1.0, WIDE: -3.0}, {TAIL, WIDE}),
+    ):
         clock = Clock(costs)
         assert find(clock, [TAIL, WIDE, PAIR], formed)[0] == expected
-        assert not any({TAIL, PAIR} <= choice for asked in clock.asked for choice in asked)  # no time for what forms nothing
+        assert not any(
+            {TAIL, PAIR} <= choice for asked in clock.asked for choice in asked
+        )  # no time for what forms nothing
 
 
 # ---------------------------------------------------------------- plans
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -112,7 +124,9 @@ class Clockwork(autotune.Device):
     def clock(self, variants, confidence=0.01):
         for run in variants.values():
             run()
-        return {c: Timing((10.0 + sum(self.costs.get(name, 0) for option in c for name in option),) * 5) for c in variants}
+        return {
+            c: Timing((10.0 + sum(self.costs.get(name, 0) for option in c for name in option),) * 5) for c in variants
+        }
 
 
 def tune(run, x: Tensor, costs: dict, seconds: float = 60.0) -> list[str]:
@@ -129,9 +143,19 @@ def test_a_plan_keeps_the_shapes_that_make_it_faster(model, monkeypatch) -> None
     run = plan(model, x)
     before = run(x)
     with use("aten.conv_tail", "aten.pointwise_pair"):  # stand for kernels that won; the other two kinds have none
-        said = tune(run, x, {"conv_tail:layer1.1.conv2": -2.0, "conv_tail:layer1.0.conv2": -0.2, "conv_tail:layer1.3.conv2": +0.1,
-                             "pointwise_pair:layer1.0.conv3": -0.5, "pointwise_pair:layer3.0.conv3": +1.0,
-                             "pointwise_pair:layer2.0.conv3": +0.1, "pointwise_pair:layer4.0.conv3": +0.1})
+        said = tune(
+            run,
+            x,
+            {
+                "conv_tail:layer1.1.conv2": -2.0,
+                "conv_tail:layer1.0.conv2": -0.2,
+                "conv_tail:layer1.3.conv2": +0.1,
+                "pointwise_pair:layer1.0.conv3": -0.5,
+                "pointwise_pair:layer3.0.conv3": +1.0,
+                "pointwise_pair:layer2.0.conv3": +0.1,
+                "pointwise_pair:layer4.0.conv3": +0.1,
+            },
+        )
         after = run(x)
     assert {p.op for p in tuned} == {"conv_bn_act", *ACROSS} and len(set(tuned)) == len(tuned)
     # Blocks 1 and 2 are of one shape, 3 and the projected first of others; block 0's pair gains more than its tail, which
@@ -139,17 +163,23 @@ def test_a_plan_keeps_the_shapes_that_make_it_faster(model, monkeypatch) -> None
     assert set(run.across) == {"conv_tail:layer1.1.conv2", "conv_tail:layer1.2.conv2", "pointwise_pair:layer1.0.conv3"}
     assert {label(s) for s in groups(run)} == set(run.across) and count(run) == {"conv_tail": 2, "pointwise_pair": 1}
     torch.testing.assert_close(after, before)
-    assert run.notes[:2] == ["across: conv_pool: not used: no kernel of it won against single steps",
-                             "across: pointwise_pool: not used: no kernel of it won against single steps"]
-    assert ("across: conv_tail:layer1.1.conv2, conv_tail:layer1.2.conv2: used: the whole network is 1.267 times as fast with it"
-            in run.notes), run.notes
+    assert run.notes[:2] == [
+        "across: conv_pool: not used: no kernel of it won against single steps",
+        "across: pointwise_pool: not used: no kernel of it won against single steps",
+    ]
+    assert (
+        "across: conv_tail:layer1.1.conv2, conv_tail:layer1.2.conv2: used: the whole network is 1.267 times as fast with it"
+        in run.notes
+    ), run.notes
     assert all(note in str(run) for note in run.notes) and len(said) >= 6
 
 
 def test_a_tuned_plan_is_saved_and_asked_by_name(model, monkeypatch, tmp_path) -> None:
     x = images()
     run = plan(model, x, across=["conv_tail:layer1.1.conv2", "pointwise_pair", "conv_tail:layer4.9.conv2"])
-    assert count(run) == {"conv_tail": 1, "pointwise_pair": 4} and run.notes == ["across: this network has no conv_tail:layer4.9.conv2"]
+    assert count(run) == {"conv_tail": 1, "pointwise_pair": 4} and run.notes == [
+        "across: this network has no conv_tail:layer4.9.conv2"
+    ]
     assert torch.equal(run(x), plan(model, x)(x))
     run.save(tmp_path / "net")
     assert count(resnet_fast.load_plan(tmp_path / "net")) == count(run)
@@ -187,5 +217,8 @@ def test_tuning_survives_a_variant_that_cannot_run(model, monkeypatch, after) ->
         tune(run, x, {"pointwise_pool:layer4.1.conv3": -1.0, "pointwise_pair:layer2.0.conv3": +1.0})
     assert torch.allclose(run(x), before, atol=1e-4) and "pointwise_pool" not in str(run.across)
     assert any("could not be run: CUDA out of memory. Tried" in note for note in run.notes)
-    assert any(note.startswith("across: pointwise_pair:layer2.0.conv3: not used: the whole network is 0.9") for note in run.notes)
+    assert any(
+        note.startswith("across: pointwise_pair:layer2.0.conv3: not used: the whole network is 0.9")
+        for note in run.notes
+    )
     assert not any("conv_tail" in note for note in run.notes)  # only what the plan was made with was asked for

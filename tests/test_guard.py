@@ -54,7 +54,9 @@ EDITS = {
     "through a new data": lambda t: setattr(t, "data", t.data * 2),
     "through numpy": lambda t: t.detach().numpy().__imul__(3),
     "through a view": lambda t: t.detach().view(-1)[::2].add_(0.5),
-    "swapped": lambda t: torch.utils.swap_tensors(t, nn.Parameter(t.detach() + 1) if isinstance(t, nn.Parameter) else t.detach() + 1),
+    "swapped": lambda t: torch.utils.swap_tensors(
+        t, nn.Parameter(t.detach() + 1) if isinstance(t, nn.Parameter) else t.detach() + 1
+    ),
     "shared memory": lambda t: t.detach().share_memory_().add_(0.5),
 }
 
@@ -114,8 +116,12 @@ CHANGES = {
     "channels_last and back": lambda m: m.to(memory_format=CL).to(memory_format=torch.contiguous_format),
     "eps": lambda m: _each(m, nn.BatchNorm2d, eps=0.3),
     "reset": lambda m: [bn.reset_running_stats() for bn in m.modules() if isinstance(bn, nn.BatchNorm2d)],
-    "stride and dilation": lambda m: (setattr(m.layer3[0].conv2, "stride", (1, 1)), setattr(m.layer3[0].downsample[0], "stride", 1),
-                                      setattr(m.layer3[0].conv2, "dilation", (2, 2)), setattr(m.layer3[0].conv2, "padding", 2)),
+    "stride and dilation": lambda m: (
+        setattr(m.layer3[0].conv2, "stride", (1, 1)),
+        setattr(m.layer3[0].downsample[0], "stride", 1),
+        setattr(m.layer3[0].conv2, "dilation", (2, 2)),
+        setattr(m.layer3[0].conv2, "padding", 2),
+    ),
     "shared memory": lambda m: m.share_memory(),
     "initialised anew": lambda m: [c.weight.data.fill_(0.01) for c in m.modules() if isinstance(c, nn.Conv2d)],
 }
@@ -127,7 +133,9 @@ def test_changes_are_seen(change) -> None:
     warm(ours, theirs)
     for model in (ours, theirs):
         CHANGES[change](model)
-    theirs.load_state_dict(ours.state_dict())  # a float32 training step may round differently; what is judged comes after it
+    theirs.load_state_dict(
+        ours.state_dict()
+    )  # a float32 training step may round differently; what is judged comes after it
     assert_agree(ours, theirs, X)
 
 
@@ -189,9 +197,17 @@ def test_functional_call_with_other_weights_and_then_the_own() -> None:
     warm(ours)
     others = {k: v * 1.2 + 0.05 for k, v in (*ours.named_parameters(), *ours.named_buffers()) if v.is_floating_point()}
     with torch.no_grad():
-        for state in (others, {k: v for k, v in others.items() if "running" in k}, {k: v for k, v in others.items() if "bn" not in k}):
-            torch.testing.assert_close(torch.func.functional_call(ours, state, (X,)), torch.func.functional_call(theirs, state, (X,)),
-                                       rtol=1e-4, atol=1e-4)
+        for state in (
+            others,
+            {k: v for k, v in others.items() if "running" in k},
+            {k: v for k, v in others.items() if "bn" not in k},
+        ):
+            torch.testing.assert_close(
+                torch.func.functional_call(ours, state, (X,)),
+                torch.func.functional_call(theirs, state, (X,)),
+                rtol=1e-4,
+                atol=1e-4,
+            )
     assert_agree(ours, theirs, X)
 
 
@@ -217,7 +233,9 @@ def test_a_filter_with_two_affines() -> None:
     x = torch.randn(2, 8, 6, 6)
     with torch.no_grad():
         for bn in (*norms, *norms[::-1], *norms):
-            got = ops.conv_bn_act(x, conv.weight, bn.weight, bn.bias, mean=bn.running_mean, var=bn.running_var, eps=bn.eps, padding=1)
+            got = ops.conv_bn_act(
+                x, conv.weight, bn.weight, bn.bias, mean=bn.running_mean, var=bn.running_var, eps=bn.eps, padding=1
+            )
             torch.testing.assert_close(got, torch.relu(bn(conv(x))))
     (a, a_theirs), (b, b_theirs) = twins(), twins()
     for ours, theirs in ((a, a_theirs), (b, b_theirs)):
@@ -248,7 +266,11 @@ def test_copies_are_apart() -> None:
     assert len(pickle.dumps(ours)) == fresh
     buffer = io.BytesIO()
     torch.save(ours, buffer)
-    copies = [copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)]
+    copies = [
+        copy.deepcopy(ours),
+        pickle.loads(pickle.dumps(ours)),
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=False),
+    ]
     with torch.no_grad():
         ours.conv1.weight.mul_(2)
     for twin in copies:
@@ -299,13 +321,18 @@ def test_threads_share_a_model() -> None:
 
 # ---------------------------------------------------------------- memory
 
+
 def test_packs_die_with_the_model() -> None:
     before = len(fold._packed)
     ours, _ = twins()
     warm(ours)
     assert len(fold._packed) > before
-    alive = [weakref.ref(pack[0]) for key, entry in fold._packed.items() for pack in entry.packs.values()
-             if ours.conv1.weight.data_ptr() in key]
+    alive = [
+        weakref.ref(pack[0])
+        for key, entry in fold._packed.items()
+        for pack in entry.packs.values()
+        if ours.conv1.weight.data_ptr() in key
+    ]
     assert len(alive) == 1
     del ours
     gc.collect()
@@ -332,8 +359,10 @@ def test_a_filter_does_not_collect_packs_of_dead_affines() -> None:
     before = len(fold._packed)
     affines = [torch.rand(6) for _ in range(20)]
     for scale in affines:
-        torch.testing.assert_close(ops.conv_bn_act(x, weight, scale, k, act="none"),
-                                   nn.functional.conv2d(x, weight) * scale.view(1, 6, 1, 1) + 1)
+        torch.testing.assert_close(
+            ops.conv_bn_act(x, weight, scale, k, act="none"),
+            nn.functional.conv2d(x, weight) * scale.view(1, 6, 1, 1) + 1,
+        )
     del affines, scale
     for _ in range(20):  # ids come back: a new filter where an old one was must not find its pack
         other = torch.randn(6, 4, 1, 1)
@@ -354,7 +383,10 @@ def test_the_snapshot_is_not_taken_for_what_cannot_be_packed(folds) -> None:
 
 def test_a_pass_proves_what_still_lies_there_with_the_same_bytes(monkeypatch) -> None:
     """Each by itself: an edited one, a moved one, a shrunk one and a freed one take no other with them."""
-    layers = {name: (torch.randn(4, 3, 1, 1), torch.ones(4), torch.zeros(4)) for name in ("left", "edited", "moved", "shrunk", "freed")}
+    layers = {
+        name: (torch.randn(4, 3, 1, 1), torch.ones(4), torch.zeros(4))
+        for name in ("left", "edited", "moved", "shrunk", "freed")
+    }
     keys = {name: _key_of(*layer) for name, layer in layers.items()}
     assert fold._holding(keys.values()) == set(keys.values())
     layers["moved"][0].share_memory_()

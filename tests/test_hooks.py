@@ -24,6 +24,7 @@ def seen_by_hooks(model: nn.Module, attach, modules=None) -> list:
                 for t in value if isinstance(value, tuple) else (value,):
                     if isinstance(t, torch.Tensor):
                         seen.append((name, tuple(t.shape), t.stride(), t.detach().clone()))
+
         return hook
 
     handles = [attach(m, note(name)) for name, m in model.named_modules() if modules is None or name in modules]
@@ -41,8 +42,15 @@ ATTACH = {
     "backward pre": lambda m, f: m.register_full_backward_pre_hook(f),
 }
 # Modules that torchvision calls several times with one ReLU in place cannot carry a full backward hook in eager either.
-PLACES = {"all": None, "stages": {"layer1", "layer2", "layer3"}, "one inside": {"layer2.1.conv2"}, "projection": {"layer3.0.downsample.1"},
-          "stem": {"bn1"}, "relu": {"layer1.0.relu"}, "outer": {""}}
+PLACES = {
+    "all": None,
+    "stages": {"layer1", "layer2", "layer3"},
+    "one inside": {"layer2.1.conv2"},
+    "projection": {"layer3.0.downsample.1"},
+    "stem": {"bn1"},
+    "relu": {"layer1.0.relu"},
+    "outer": {""},
+}
 
 
 @pytest.mark.parametrize("kind", ATTACH)
@@ -54,8 +62,12 @@ def test_hooks(kind, where, train) -> None:
     models = wide_twins()
     for m in (m for model in models for m in model.modules() if isinstance(m, nn.ReLU)):
         m.inplace = "backward" not in kind
-    if where == "all" and "backward" in kind:  # eager adds the residual in place, which a hooked batch norm's output refuses
-        modules = {n for n, m in models[0].named_modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.ReLU, nn.MaxPool2d))}
+    if (
+        where == "all" and "backward" in kind
+    ):  # eager adds the residual in place, which a hooked batch norm's output refuses
+        modules = {
+            n for n, m in models[0].named_modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.ReLU, nn.MaxPool2d))
+        }
     if where == "projection" and kind == "backward pre":
         return
     ours, theirs = (seen_by_hooks(model.train(train), ATTACH[kind], modules) for model in models)
@@ -72,7 +84,9 @@ def test_hooks_in_float32_see_torchvisions_strides() -> None:
         for model in twins():
             seen = []
             for name in where:
-                model.get_submodule(name).register_forward_hook(lambda m, i, o, seen=seen: seen.append((i[0].stride(), o.stride())))
+                model.get_submodule(name).register_forward_hook(
+                    lambda m, i, o, seen=seen: seen.append((i[0].stride(), o.stride()))
+                )
             model(X)
             strides.append(seen)
         assert strides[0] == strides[1]
@@ -110,6 +124,7 @@ def test_global_hooks() -> None:
 
 def test_gradcam() -> None:
     """Activations and gradients of the last stage, the way the common recipes take them (``view`` included)."""
+
     def cam(model: nn.Module) -> torch.Tensor:
         kept: dict = {}
         model.layer4.register_forward_hook(lambda m, i, o: kept.update(activation=o))
@@ -142,10 +157,13 @@ def test_children_one_by_one() -> None:
         for model in twins("resnet18"):
             body = nn.Sequential(*list(model.children())[:-2])
             with torch.no_grad():
-                outs.append([body(X.contiguous(memory_format=layout)), model.layer2[0](torch.ones(2, 64, 8, 8)),
-                             model.layer1[1].conv1(torch.ones(1, 64, 5, 5))])
+                outs.append(
+                    [
+                        body(X.contiguous(memory_format=layout)),
+                        model.layer2[0](torch.ones(2, 64, 8, 8)),
+                        model.layer1[1].conv1(torch.ones(1, 64, 5, 5)),
+                    ]
+                )
         for mine, other in zip(*outs, strict=True):
             assert mine.stride() == other.stride()
             assert_close(mine, other, rtol=1e-4, atol=1e-4)
-
-

@@ -141,7 +141,9 @@ def test_copies_keep_programs_of_their_own(pair, passes) -> None:
 
 
 @each_pair
-@pytest.mark.parametrize("move", [nn.Module.double, lambda m: m.to(memory_format=torch.channels_last)], ids=["double", "channels_last"])
+@pytest.mark.parametrize(
+    "move", [nn.Module.double, lambda m: m.to(memory_format=torch.channels_last)], ids=["double", "channels_last"]
+)
 def test_what_was_packed_goes_with_the_weights_though_no_pass_comes_again(pair, move, passes) -> None:
     """As when a network moves to a GPU: 200 MB of a ResNet-50's packs would stay for good."""
     ours, theirs = pair()

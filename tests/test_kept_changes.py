@@ -75,7 +75,10 @@ def _narrowed(model: nn.Module) -> None:
     """Half the channels between two convolutions: other shapes in the same place, with the same strides."""
     block = model.layer2[1]
     half = block.conv1.out_channels // 2
-    for t in (block.conv1.weight, *(getattr(block.bn1, name) for name in ("weight", "bias", "running_mean", "running_var"))):
+    for t in (
+        block.conv1.weight,
+        *(getattr(block.bn1, name) for name in ("weight", "bias", "running_mean", "running_var")),
+    ):
         t.data = t.data[:half]
     block.conv2.weight.data = block.conv2.weight.data[:, :half]
 
@@ -117,9 +120,13 @@ CHANGES = {
     "half the channels": _narrowed,
     "data elsewhere": _elsewhere,
     "parameters in another dict": lambda m: _other_dict(m.fc, "_parameters", bias=m.fc.bias.detach() + 1),
-    "buffers in another dict": lambda m: _other_dict(m.layer1[0].bn1, "_buffers", running_mean=m.layer1[0].bn1.running_mean + 1),
+    "buffers in another dict": lambda m: _other_dict(
+        m.layer1[0].bn1, "_buffers", running_mean=m.layer1[0].bn1.running_mean + 1
+    ),
     "children in another dict": lambda m: _other_dict(m.layer1[0], "_modules", relu=nn.Tanh()),
-    "everything in another dict": lambda m: setattr(m.maxpool, "__dict__", {**m.maxpool.__dict__, "kernel_size": 5, "padding": 2}),
+    "everything in another dict": lambda m: setattr(
+        m.maxpool, "__dict__", {**m.maxpool.__dict__, "kernel_size": 5, "padding": 2}
+    ),
     "the network's children in another dict": lambda m: _other_dict(m, "_modules", maxpool=nn.Identity()),
     "a bias": lambda m: setattr(m.layer1[0].conv2, "bias", nn.Parameter(torch.ones(m.layer1[0].conv2.out_channels))),
 }
@@ -200,8 +207,12 @@ def test_other_parameters_for_one_call(pair, passes) -> None:
     other = {name: p.detach() * 1.1 for name, p in theirs.named_parameters()}
     for _ in range(3):
         with torch.no_grad():
-            torch.testing.assert_close(torch.func.functional_call(ours, other, (X,)), torch.func.functional_call(theirs, other, (X,)),
-                                       rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(
+                torch.func.functional_call(ours, other, (X,)),
+                torch.func.functional_call(theirs, other, (X,)),
+                rtol=1e-3,
+                atol=1e-4,
+            )
         assert_agree(ours, theirs, X)
 
 

@@ -74,9 +74,11 @@ def test_a_cu_file_is_a_kernel_by_itself(tmp_path, cache, registry, monkeypatch,
     """Built, named, asked what it takes, its code read; without a GPU it is not run, and that is said."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     file = new_kernel.write("built", "cuda", tmp_path)
-    kernel, = named(str(file))
+    (kernel,) = named(str(file))
     assert kernel.id == "experimental.built" and kernel.available() == "it builds, but there is no CUDA device"
-    one = Problem("conv_bn_act", "cuda", torch.bfloat16, (2, 8, 5, 5), "nhwc", weight=(16, 8, 1, 1), act="relu", capability=(9, 0))
+    one = Problem(
+        "conv_bn_act", "cuda", torch.bfloat16, (2, 8, 5, 5), "nhwc", weight=(16, 8, 1, 1), act="relu", capability=(9, 0)
+    )
     assert kernel.supports(one) is None
     assert "stride 1" in kernel.supports(replace(one, stride=(2, 2)))
     assert "NHWC" in kernel.supports(replace(one, layout="nchw"))
@@ -111,11 +113,25 @@ def test_without_a_compiler_it_says_so(tmp_path, monkeypatch, capsys):
 def test_the_cuda_template_is_right(tmp_path, registry):
     """The template itself, its header and its binding, compiled for the CPU: threads one after the other, against float64."""
     from torch.utils import cpp_extension
+
     file = new_kernel.write("on_cpu", "cuda", tmp_path)
     library = tmp_path / f"on_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = [runtime.INCLUDE, host_gpu.EMULATION, sysconfig.get_path("include"), *cpp_extension.include_paths()]
-    subprocess.run([host_gpu.compiler(), *host_gpu.FLAGS, "-DTORCH_EXTENSION_NAME=on_cpu", "-shared",
-                    *(f"-I{folder}" for folder in includes), "-x", "c++", file, "-o", library], check=True)
+    subprocess.run(
+        [
+            host_gpu.compiler(),
+            *host_gpu.FLAGS,
+            "-DTORCH_EXTENSION_NAME=on_cpu",
+            "-shared",
+            *(f"-I{folder}" for folder in includes),
+            "-x",
+            "c++",
+            file,
+            "-o",
+            library,
+        ],
+        check=True,
+    )
     spec = importlib.util.spec_from_file_location("on_cpu", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -22,8 +22,18 @@ NAMES = resnet_fast.list_models()
 
 
 def test_the_ten_architectures() -> None:
-    assert NAMES == ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
-                     "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2"]
+    assert NAMES == [
+        "resnet18",
+        "resnet34",
+        "resnet50",
+        "resnet101",
+        "resnet152",
+        "resnext50_32x4d",
+        "resnext101_32x8d",
+        "resnext101_64x4d",
+        "wide_resnet50_2",
+        "wide_resnet101_2",
+    ]
     assert all(getattr(resnet_fast, name).__name__ == name and name in resnet_fast.__all__ for name in NAMES)
     assert pickle.loads(pickle.dumps(resnet_fast.resnet18)) is resnet_fast.resnet18
 
@@ -32,8 +42,14 @@ def test_the_ten_architectures() -> None:
 def test_signature_is_torchvisions(name) -> None:
     theirs = inspect.signature(inspect.unwrap(getattr(torchvision.models, name))).parameters
     ours = inspect.signature(getattr(resnet_fast, name)).parameters
-    assert [(p.name, p.kind, p.default) for p in ours.values()] == [(p.name, p.kind, p.default) for p in theirs.values()]
-    for a, b in ((resnet_fast.ResNet, tv.ResNet), (resnet_fast.BasicBlock, tv.BasicBlock), (resnet_fast.Bottleneck, tv.Bottleneck)):
+    assert [(p.name, p.kind, p.default) for p in ours.values()] == [
+        (p.name, p.kind, p.default) for p in theirs.values()
+    ]
+    for a, b in (
+        (resnet_fast.ResNet, tv.ResNet),
+        (resnet_fast.BasicBlock, tv.BasicBlock),
+        (resnet_fast.Bottleneck, tv.Bottleneck),
+    ):
         mine, other = (inspect.signature(cls).parameters.values() for cls in (a, b))
         assert [(p.name, p.kind, p.default) for p in mine] == [(p.name, p.kind, p.default) for p in other]
 
@@ -43,10 +59,13 @@ def test_structure_on_meta_is_torchvisions(name) -> None:
     """Names, shapes, dtypes, printed form, parameter (and, of the shallow ones, FLOP) counts at full size, without the memory."""
     with torch.device("meta"):
         ours, theirs = getattr(resnet_fast, name)(), getattr(torchvision.models, name)()
-    assert [(k, v.shape, v.dtype) for k, v in ours.state_dict().items()] == [(k, v.shape, v.dtype) for k, v in theirs.state_dict().items()]
+    assert [(k, v.shape, v.dtype) for k, v in ours.state_dict().items()] == [
+        (k, v.shape, v.dtype) for k, v in theirs.state_dict().items()
+    ]
     assert [n for n, _ in ours.named_modules()] == [n for n, _ in theirs.named_modules()] and repr(ours) == repr(theirs)
-    assert {n: v for n, v in vars(ours).items() if n[0] != "_" and n != "training"} == \
-        {n: v for n, v in vars(theirs).items() if n[0] != "_" and n != "training"}
+    assert {n: v for n, v in vars(ours).items() if n[0] != "_" and n != "training"} == {
+        n: v for n, v in vars(theirs).items() if n[0] != "_" and n != "training"
+    }
     counts = []
     for model in (ours.eval(), theirs.eval()):
         counts.append([sum(p.numel() for p in model.parameters())])
@@ -83,10 +102,14 @@ def test_answers(name) -> None:
     assert_agree(*twins(name), images(2))
 
 
-@pytest.mark.parametrize("spec", [spec for spec in MODELS.values() if spec.name not in ("resnet18", "resnet50")], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "spec", [spec for spec in MODELS.values() if spec.name not in ("resnet18", "resnet50")], ids=lambda s: s.name
+)
 def test_answers_of_the_large_ones(spec) -> None:
     """Their block, groups and width, one block a stage: depth is a matter of structure, tested above, and costs seconds to run."""
-    ours = shake(resnet_fast.ResNet(spec.block, [1, 1, 1, 1], 10, groups=spec.groups, width_per_group=spec.width_per_group)).eval()
+    ours = shake(
+        resnet_fast.ResNet(spec.block, [1, 1, 1, 1], 10, groups=spec.groups, width_per_group=spec.width_per_group)
+    ).eval()
     block = getattr(tv, spec.block.__name__)
     theirs = tv.ResNet(block, [1, 1, 1, 1], 10, groups=spec.groups, width_per_group=spec.width_per_group).eval()
     theirs.load_state_dict(ours.state_dict())
@@ -136,7 +159,9 @@ def test_basic_block_dilates() -> None:
 def test_wrong_options() -> None:
     with pytest.raises(ValueError, match="replace_stride_with_dilation should be None or a 3-element tuple"):
         resnet_fast.resnet50(replace_stride_with_dilation=[True])
-    with pytest.raises(ValueError, match="BasicBlock: got groups=2, base_width=64, expected groups=1 and base_width=64"):
+    with pytest.raises(
+        ValueError, match="BasicBlock: got groups=2, base_width=64, expected groups=1 and base_width=64"
+    ):
         resnet_fast.resnet18(groups=2)
     with pytest.raises(ValueError, match="create_model: got 'resnet51', expected one of resnet18, "):
         resnet_fast.create_model("resnet51")
@@ -159,6 +184,7 @@ def test_create_model_is_the_same_function() -> None:
 
 # ---------------------------------------------------------------- weights
 
+
 @pytest.fixture
 def download(monkeypatch) -> list:
     """The download replaced: what would be fetched is noted, and a seeded state comes back."""
@@ -173,7 +199,9 @@ def download(monkeypatch) -> list:
     return fetched
 
 
-@pytest.mark.parametrize("weights", ["IMAGENET1K_V1", "DEFAULT", "ResNet18_Weights.IMAGENET1K_V1", tv.ResNet18_Weights.DEFAULT])
+@pytest.mark.parametrize(
+    "weights", ["IMAGENET1K_V1", "DEFAULT", "ResNet18_Weights.IMAGENET1K_V1", tv.ResNet18_Weights.DEFAULT]
+)
 def test_weights_by_name_and_by_enum(download, weights) -> None:
     model = resnet_fast.resnet18(weights=weights, progress=False)
     assert download == [(tv.ResNet18_Weights.IMAGENET1K_V1.url, {"progress": False, "check_hash": True})]
@@ -188,7 +216,10 @@ def test_weights_that_cannot_be_fetched(monkeypatch, tmp_path) -> None:
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    with pytest.raises(OSError, match=rf"resnet18-f37072fd.pth could not be fetched \(.*no route.* put that file into {tmp_path}/checkp") as raised:
+    with pytest.raises(
+        OSError,
+        match=rf"resnet18-f37072fd.pth could not be fetched \(.*no route.* put that file into {tmp_path}/checkp",
+    ) as raised:
         resnet_fast.resnet18(weights="DEFAULT")
     assert isinstance(raised.value.__cause__, URLError)
 
@@ -196,7 +227,9 @@ def test_weights_that_cannot_be_fetched(monkeypatch, tmp_path) -> None:
 def test_wrong_weights(download) -> None:
     with pytest.raises(ValueError, match="num_classes: got 7, expected 1000"):
         resnet_fast.resnet18(weights="DEFAULT", num_classes=7)
-    with pytest.raises(ValueError, match="resnet18: weights: got 'IMAGENET1K_V9', expected one of IMAGENET1K_V1, DEFAULT, or None"):
+    with pytest.raises(
+        ValueError, match="resnet18: weights: got 'IMAGENET1K_V9', expected one of IMAGENET1K_V1, DEFAULT, or None"
+    ):
         resnet_fast.resnet18(weights="IMAGENET1K_V9")
     with pytest.raises(TypeError, match="ResNet18_Weights"):
         resnet_fast.resnet18(weights=tv.ResNet50_Weights.IMAGENET1K_V1)

@@ -20,6 +20,7 @@ from resnet_fast.testing import assert_rule, same_nonfinite
 
 # ---------------------------------------------------------------- registration
 
+
 def _samples() -> list:
     def rand(*shape, dtype=torch.float32, grad=False, cl=False):
         t = torch.randn(*shape).to(dtype)
@@ -38,14 +39,24 @@ def _samples() -> list:
         y, dy = res.detach().relu(), rand(2, 4, 5, 4, dtype=dtype, cl=cl)
         four = [v.detach() for v in k]
         for act, residual in (("relu", True), ("none", True), ("none", False)):
-            samples.append((f"bn-backward-{act}-{residual}", BN_ACT_BACKWARD,
-                            (dy, res.detach(), y, four[0], four[2], four[3], 1e-5, act, residual)))
+            samples.append(
+                (
+                    f"bn-backward-{act}-{residual}",
+                    BN_ACT_BACKWARD,
+                    (dy, res.detach(), y, four[0], four[2], four[3], 1e-5, act, residual),
+                )
+            )
         gate = rand(2, 4, 1, 1, dtype=dtype, grad=grad)
         for g, act in ((None, "relu"), (gate, "relu"), (gate, "none")):
             samples.append((f"add-{g is not None}-{act}", ADD_ACT, (res, y, g, act)))
             detached = None if g is None else g.detach()
-            samples.append((f"add-backward-{g is not None}-{act}", ADD_ACT_BACKWARD,
-                            (dy, y, None if g is None else res.detach(), detached, act)))
+            samples.append(
+                (
+                    f"add-backward-{g is not None}-{act}",
+                    ADD_ACT_BACKWARD,
+                    (dy, y, None if g is None else res.detach(), detached, act),
+                )
+            )
     return [pytest.param(op, args, id=f"{name}-{args[0].dtype}".replace("torch.", "")) for name, op, args in samples]
 
 
@@ -75,6 +86,7 @@ def test_flops_are_those_of_the_convolution() -> None:
 
 
 # ---------------------------------------------------------------- autocast
+
 
 def test_autocast_casts_images_and_weights_only(registry) -> None:
     """Scale and shift stay float32: in bfloat16 a batch norm's shift loses more than the convolution does."""
@@ -106,17 +118,25 @@ def test_autocast_gradients_come_back_in_the_parameters_dtype() -> None:
 
 # ---------------------------------------------------------------- layouts, dtypes, empties, non-finite numbers
 
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides_are_those_of_conv2d(dtype) -> None:
     """For every layout of input, weight and residual: values by the rule, strides those of F.conv2d, inputs untouched."""
     (x, weight, scale, shift, res, mean, var), keywords = conv_case(dtype, size=(7, 6), stride=1)
     oracle = call_conv(eager_conv, [t.double() for t in (x, weight, scale, shift, res, mean, var)], "relu", **keywords)
-    for (a, xl), (b, wl), (c, rl) in itertools.product(layouts(x).items(), list(layouts(weight).items())[:2], layouts(res).items()):
+    for (a, xl), (b, wl), (c, rl) in itertools.product(
+        layouts(x).items(), list(layouts(weight).items())[:2], layouts(res).items()
+    ):
         kept = [t.clone() for t in (xl, wl, rl)]
         got = ops.conv_bn_act(xl, wl, scale, shift, rl, mean=mean, var=var, **keywords)
         bare = F.conv2d(xl, wl, None, *(keywords[k] for k in ("stride", "padding")), 1, keywords["groups"])
         assert got.stride() == bare.stride(), (a, b, c)
-        assert_rule(got, call_conv(eager_conv, (xl, wl, scale, shift, rl, mean, var), "relu", **keywords), oracle, what=f"{a} {b} {c}")
+        assert_rule(
+            got,
+            call_conv(eager_conv, (xl, wl, scale, shift, rl, mean, var), "relu", **keywords),
+            oracle,
+            what=f"{a} {b} {c}",
+        )
         assert all(map(torch.equal, kept, (xl, wl, rl)))
 
 
@@ -127,15 +147,19 @@ def test_ambiguouslayouts(shape, kernel) -> None:
     weight, k = torch.randn(6, shape[1], kernel, kernel), torch.rand(6)
     for x in layouts(torch.randn(shape)).values():
         got, bare = ops.conv_bn_act(x, weight, k, k, padding=kernel // 2), F.conv2d(x, weight, padding=kernel // 2)
-        assert [s for s, n in zip(got.stride(), got.shape, strict=True) if n > 1] == \
-            [s for s, n in zip(bare.stride(), bare.shape, strict=True) if n > 1]
+        assert [s for s, n in zip(got.stride(), got.shape, strict=True) if n > 1] == [
+            s for s, n in zip(bare.stride(), bare.shape, strict=True) if n > 1
+        ]
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 5, 4), (2, 4, 1, 1), (1, 4, 5, 1), (1, 1, 1, 1), (3, 4, 1, 6), (0, 4, 3, 3)])
 @pytest.mark.parametrize("filters", (1, 6))
 def test_without_onednn_it_is_eager_itself(shape, filters) -> None:
     """In float64, which oneDNN does not take: eager's bits, and the strides of F.conv2d though batch norm has others for one pixel or channel."""
-    weight, vectors = torch.randn(filters, shape[1], 1, 1).double(), [torch.rand(filters).double() + 0.5 for _ in range(4)]
+    weight, vectors = (
+        torch.randn(filters, shape[1], 1, 1).double(),
+        [torch.rand(filters).double() + 0.5 for _ in range(4)],
+    )
     for x in layouts(torch.randn(shape).double()).values():
         bare = F.conv2d(x, weight)
         got = ops.conv_bn_act(x, weight, *vectors[:2], mean=vectors[2], var=vectors[3], eps=1e-5)
@@ -161,7 +185,9 @@ def test_expanded_and_sliced_vectors() -> None:
 def test_expanded_images_and_residuals() -> None:
     x, res = torch.randn(1, 3, 5, 5).expand(4, 3, 5, 5), torch.randn(4, 6, 1, 1).expand(4, 6, 5, 5)
     weight, k = torch.randn(6, 3, 3, 3), torch.rand(6)
-    torch.testing.assert_close(ops.conv_bn_act(x, weight, k, k, res, padding=1), eager_conv(x, weight, k, k, res, padding=1))
+    torch.testing.assert_close(
+        ops.conv_bn_act(x, weight, k, k, res, padding=1), eager_conv(x, weight, k, k, res, padding=1)
+    )
     torch.testing.assert_close(ops.add_act(res, res), eager_add(res, res))
     torch.testing.assert_close(ops.bn_act(res, k, k, res)[0], eager_bn(res, k, k, res), rtol=1e-4, atol=1e-4)
 
@@ -199,7 +225,9 @@ def test_nonfinite_numbers_as_in_eager(bad, where, layout, dtype) -> None:
     tensors[where].view(-1)[1 + tensors[where].numel() // 2] = bad
     tensors = (layouts(tensors[0])[layout], *tensors[1:])
     for act in ("relu", "none"):
-        assert same_nonfinite(call_conv(ops.conv_bn_act, tensors, act, **keywords), call_conv(eager_conv, tensors, act, **keywords))
+        assert same_nonfinite(
+            call_conv(ops.conv_bn_act, tensors, act, **keywords), call_conv(eager_conv, tensors, act, **keywords)
+        )
 
 
 @pytest.mark.parametrize("bad", (torch.nan, torch.inf, -torch.inf))
@@ -210,11 +238,14 @@ def test_nonfinite_numbers_in_training_and_add(bad) -> None:
     for act in ("relu", "none"):
         assert same_nonfinite(ops.bn_act(x, k, k, res, act=act)[0], eager_bn(x, k, k, res, act=act))
         assert same_nonfinite(ops.add_act(x, res, act=act), eager_add(x, res, act=act))
-        assert same_nonfinite(ops.add_act(x, res, k.view(1, 4, 1, 1).expand(2, 4, 1, 1), act=act),
-                              eager_add(x, res, k.view(1, 4, 1, 1).expand(2, 4, 1, 1), act=act))
+        assert same_nonfinite(
+            ops.add_act(x, res, k.view(1, 4, 1, 1).expand(2, 4, 1, 1), act=act),
+            eager_add(x, res, k.view(1, 4, 1, 1).expand(2, 4, 1, 1), act=act),
+        )
 
 
 # ---------------------------------------------------------------- wrong input: one sentence with op, got and expected
+
 
 def _wrong() -> list:
     x, w, k = torch.randn(2, 4, 5, 5), torch.randn(6, 4, 3, 3), torch.ones(6)
@@ -225,14 +256,38 @@ def _wrong() -> list:
         ("channels", c, (x[:, :3], w, k, k), {}, "x channels: got 3, expected 4"),
         ("grouped channels", c, (x, w, k, k), {"groups": 2}, "x channels: got 4, expected 8"),
         ("rank", c, (x[0], w, k, k), {}, "got 3-D"),
-        ("stride", c, (x, w, k, k), {"stride": 0}, "stride: got [0, 0], expected one or two whole numbers of 1 or more"),
+        (
+            "stride",
+            c,
+            (x, w, k, k),
+            {"stride": 0},
+            "stride: got [0, 0], expected one or two whole numbers of 1 or more",
+        ),
         ("three strides", c, (x, w, k, k), {"stride": (1, 2, 3)}, "stride: got [1, 2, 3], expected one or two"),
-        ("padding", c, (x, w, k, k), {"padding": (0, -1)}, "padding: got [0, -1], expected one or two whole numbers of 0 or more"),
+        (
+            "padding",
+            c,
+            (x, w, k, k),
+            {"padding": (0, -1)},
+            "padding: got [0, -1], expected one or two whole numbers of 0 or more",
+        ),
         ("dilation", c, (x, w, k, k), {"dilation": 0}, "dilation: got [0, 0]"),
         ("no groups", c, (x[:, :0], w, k, k), {"groups": 0}, "groups: got 0, expected 1 or more"),
-        ("filters of groups", c, (x, w[:5, :2], k[:5], k[:5]), {"groups": 2}, "weight: got [5, 2, 3, 3], expected filters, a multiple of groups (2)"),
+        (
+            "filters of groups",
+            c,
+            (x, w[:5, :2], k[:5], k[:5]),
+            {"groups": 2},
+            "weight: got [5, 2, 3, 3], expected filters, a multiple of groups (2)",
+        ),
         ("no filters", c, (x, w[:0], k[:0], k[:0]), {}, "weight: got [0, 4, 3, 3]"),
-        ("small image", c, (x[..., :2], w, k, k), {"stride": 2}, "image: got 5×2 pixels, expected at least one output pixel for filters of [6, 4, 3"),
+        (
+            "small image",
+            c,
+            (x[..., :2], w, k, k),
+            {"stride": 2},
+            "image: got 5×2 pixels, expected at least one output pixel for filters of [6, 4, 3",
+        ),
         ("whole scale", c, (x, w, k.long(), k), {}, "scale dtype: got torch.int64, expected a floating dtype"),
         ("weight rank", c, (x, w[0], k, k), {}, "weight: got 3-D"),
         ("dtype", c, (x.double(), w, k, k), {}, "got torch.float64, expected torch.float32"),
@@ -245,7 +300,13 @@ def _wrong() -> list:
         ("mean alone", c, (x, w, k, k), {"mean": k}, "mean and var"),
         ("var alone", c, (x, w, k, k), {"var": k}, "mean and var"),
         ("device", c, (x, w, meta, k), {}, "device"),
-        ("residual", c, (x, w, k, k, torch.ones(2, 6, 5, 5)), {}, "residual shape: got [2, 6, 5, 5], expected [2, 6, 3, 3]"),
+        (
+            "residual",
+            c,
+            (x, w, k, k, torch.ones(2, 6, 5, 5)),
+            {},
+            "residual shape: got [2, 6, 5, 5], expected [2, 6, 3, 3]",
+        ),
         ("residual broadcast", c, (x, w, k, k, torch.ones(2, 6, 1, 1)), {}, "residual shape"),
         ("residual dtype", c, (x, w, k, k, torch.ones(2, 6, 3, 3).double()), {}, "residual dtype: got torch.float64"),
         ("activation", c, (x, w, k, k), {"act": "gelu"}, "act: got 'gelu', expected one of 'none', 'relu'"),
@@ -282,12 +343,17 @@ def test_one_value_per_channel_raises_torchs_error() -> None:
 
 # ---------------------------------------------------------------- the error rule
 
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
 @pytest.mark.parametrize("op", ("conv_bn_act", "bn_act", "bn_act_backward", "add_act", "add_act_backward"))
 def test_aten_obeys_the_error_rule(op, dtype) -> None:
     """The fallback on the whole nasty grid, in poisoned memory, against float64."""
     kernel = dispatch.find("aten", op)
-    wrong = [(v.problem.key, v.reason) for v in (testing.check_kernel(kernel, p) for p in testing.nasty_problems(op, dtype)) if not v.ok]
+    wrong = [
+        (v.problem.key, v.reason)
+        for v in (testing.check_kernel(kernel, p) for p in testing.nasty_problems(op, dtype))
+        if not v.ok
+    ]
     assert not wrong
 
 
@@ -316,7 +382,9 @@ def test_any_convolution(data) -> None:
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
 
-    x = layouts(normal(draw(st.integers(0, 3)), c, h, w).to(dtype))[draw(st.sampled_from(("nchw", "nhwc", "sliced", "stepped")))]
+    x = layouts(normal(draw(st.integers(0, 3)), c, h, w).to(dtype))[
+        draw(st.sampled_from(("nchw", "nhwc", "sliced", "stepped")))
+    ]
     weight = layouts(normal(k, c // groups, r, s).to(dtype))[draw(st.sampled_from(("nchw", "nhwc")))]
     wide = torch.promote_types(dtype, torch.float32)
     scale, shift, mean, var = (v.to(wide) for v in (normal(k), normal(k), normal(k), normal(k).abs() + 0.1))
@@ -326,13 +394,18 @@ def test_any_convolution(data) -> None:
     extra = {"mean": mean, "var": var, "eps": 1e-5} if four else {}
     args = (x, weight, scale, shift, res)
     got = ops.conv_bn_act(*args, act=act, **geometry, **extra)
-    exact = eager_conv(*(t.double() if isinstance(t, Tensor) else t for t in args), act=act, **geometry,
-                       **{key: v.double() if isinstance(v, Tensor) else v for key, v in extra.items()})
+    exact = eager_conv(
+        *(t.double() if isinstance(t, Tensor) else t for t in args),
+        act=act,
+        **geometry,
+        **{key: v.double() if isinstance(v, Tensor) else v for key, v in extra.items()},
+    )
     if four or dtype in (torch.float32, torch.float64):
         eager = eager_conv(*args, act=act, **geometry, **extra)
     else:  # the affine in the convolution's dtype, as a user would have it
         eager = eager_conv(x, weight, scale.to(dtype), shift.to(dtype), res, act=act, **geometry)
     assert got.dtype == dtype and got.shape == bare.shape
-    assert [a for a, n in zip(got.stride(), got.shape, strict=True) if n > 1] == \
-        [a for a, n in zip(bare.stride(), bare.shape, strict=True) if n > 1] or got.numel() == 0
+    assert [a for a, n in zip(got.stride(), got.shape, strict=True) if n > 1] == [
+        a for a, n in zip(bare.stride(), bare.shape, strict=True) if n > 1
+    ] or got.numel() == 0
     assert_rule(got, eager, exact, what="answer")

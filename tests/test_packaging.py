@@ -44,8 +44,9 @@ def decide(mode: str = "auto", system: str = "Linux", machine: str = "x86_64", t
 
 
 def run_python(code: str, **env: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**setup.os.environ, **env},
-                          cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**setup.os.environ, **env}, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -61,10 +62,18 @@ LACKING = {
     "new torch": ({"torch": setup.Torch(Path("/t"), "2.10.1+cu128", "12.8")}, "older than 2.11", "older than 2.11"),
     "CUDA build of torch": ({"torch": setup.Torch(Path("/t"), "2.15.0+cpu", None)}, "not a CUDA build", None),
     "nvcc": ({"nvcc": None}, "nvcc was not found", None),
-    "a host compiler for nvcc": ({"nvcc": setup.Compiler(("/opt/nvcc",), "13.0", "no g++", KNOWN)}, "/opt/nvcc cannot build .*no g", None),
+    "a host compiler for nvcc": (
+        {"nvcc": setup.Compiler(("/opt/nvcc",), "13.0", "no g++", KNOWN)},
+        "/opt/nvcc cannot build .*no g",
+        None,
+    ),
     "x86-64": ({"machine": "aarch64"}, None, "for x86-64, this is aarch64"),
     "C++ compiler": ({"cxx": None}, None, "no C.. compiler was found"),
-    "new C++ compiler": ({"cxx": setup.Compiler(("cc", "g++"), "g++ 8", "no builtin")}, None, "cc g.. cannot build .* can: no builtin"),
+    "new C++ compiler": (
+        {"cxx": setup.Compiler(("cc", "g++"), "g++ 8", "no builtin")},
+        None,
+        "cc g.. cannot build .* can: no builtin",
+    ),
     "both compilers": ({"nvcc": None, "cxx": None}, "nvcc was not found", "no C.. compiler was found"),
 }
 
@@ -75,7 +84,10 @@ def test_each_extension_is_built_where_its_toolchain_is_or_says_what_is_missing(
     plan = decide(**found)
     assert plan.extensions == ["_C"] * (no_cuda is None) + ["_cpu"] * (no_cpu is None)
     record = setup.facts(plan, ["8.0"])
-    for why, sentence, state, told in ((plan.no_cuda, no_cuda, "extension", "why"), (plan.no_cpu, no_cpu, "cpu", "cpu_why")):
+    for why, sentence, state, told in (
+        (plan.no_cuda, no_cuda, "extension", "why"),
+        (plan.no_cpu, no_cpu, "cpu", "cpu_why"),
+    ):
         assert (record[state], why) == ("built", None) if sentence is None else re.search(sentence, why)
         assert record[state] == "built" or (record[state], record[told]) == ("not built", why)
     if no_cuda is None:
@@ -88,8 +100,9 @@ def test_each_extension_is_built_where_its_toolchain_is_or_says_what_is_missing(
 
 
 def test_torch_is_found_by_path_and_not_imported():
-    found = run_python("import sys, setup; t = setup.find_torch(); print(t.version, t.cuda, t.root); "
-                       "assert 'torch' not in sys.modules").split()
+    found = run_python(
+        "import sys, setup; t = setup.find_torch(); print(t.version, t.cuda, t.root); assert 'torch' not in sys.modules"
+    ).split()
     assert found == [torch.__version__, str(torch.version.cuda), str(Path(torch.__file__).parent)]
 
 
@@ -102,11 +115,14 @@ def fake_compiler(path: Path, body: str) -> Path:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script plays nvcc")
 def test_an_nvcc_that_cannot_build_is_seen(tmp_path, monkeypatch):
-    nvcc = fake_compiler(tmp_path / "bin" / "nvcc", """case $1 in
+    nvcc = fake_compiler(
+        tmp_path / "bin" / "nvcc",
+        """case $1 in
         --version) echo "Cuda compilation tools, release 12.8, V12.8.61";;
         --list-gpu-arch) echo compute_80; echo compute_90;;
         *) echo "nvcc fatal   : unsupported host compiler, an error" >&2; exit 1;;
-    esac""")
+    esac""",
+    )
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     found = setup.find_nvcc()
     assert (found.command, found.version, found.archs) == ((str(nvcc),), "12.8", {"8.0", "9.0"})
@@ -119,10 +135,13 @@ def test_the_first_cxx_that_works_is_taken_and_one_that_is_named_is_not_replaced
     assert setup.platform.machine() != "x86_64" or not setup.shutil.which("g++") or setup.find_cxx().fault is None
     monkeypatch.setenv("PATH", str(tmp_path))
     assert setup.find_cxx() is None
-    old = fake_compiler(tmp_path / "c++", """case $1 in
+    old = fake_compiler(
+        tmp_path / "c++",
+        """case $1 in
         --version) echo "c++ 8.3.0"; echo "Copyright";;
         *) echo "In file included" >&2; echo "probe.cpp:5:1: error: no __builtin_convertvector" >&2; exit 1;;
-    esac""")
+    esac""",
+    )
     assert setup.find_cxx() == setup.Compiler(("c++",), "c++ 8.3.0", "probe.cpp:5:1: error: no __builtin_convertvector")
     fake_compiler(tmp_path / "clang++", """case $1 in --version) echo "clang version 22.1.8";; esac""")
     assert setup.find_cxx() == setup.Compiler(("clang++",), "clang version 22.1.8", None)
@@ -132,23 +151,32 @@ def test_the_first_cxx_that_works_is_taken_and_one_that_is_named_is_not_replaced
 
 # ---------------------------------------------------------------- architectures and jobs
 
+
 def test_default_architectures_are_those_the_compiler_knows():
     assert setup.choose_archs(None, KNOWN) == ["8.0+PTX", "8.6", "8.9", "9.0a", "10.0", "12.0"]
     assert setup.choose_archs("", frozenset({"8.0", "8.6", "9.0"})) == ["8.0+PTX", "8.6", "9.0a"]
 
 
-@pytest.mark.parametrize("wanted, archs", [
-    ("9.0a", ["9.0a"]),
-    ("8.0;9.0+PTX", ["8.0", "9.0+PTX"]),
-    ("7.5 8.0, 12.0", ["8.0", "12.0"]),
-])
+@pytest.mark.parametrize(
+    "wanted, archs",
+    [
+        ("9.0a", ["9.0a"]),
+        ("8.0;9.0+PTX", ["8.0", "9.0+PTX"]),
+        ("7.5 8.0, 12.0", ["8.0", "12.0"]),
+    ],
+)
 def test_the_users_architectures_are_respected(wanted, archs):
     assert setup.choose_archs(wanted, KNOWN) == archs
 
 
-@pytest.mark.parametrize("wanted, sentence", [
-    ("Hopper", "expected numbers"), ("9.1", "this nvcc knows"), ("7.0 7.5", "at least one architecture from 8.0 on"),
-])
+@pytest.mark.parametrize(
+    "wanted, sentence",
+    [
+        ("Hopper", "expected numbers"),
+        ("9.1", "this nvcc knows"),
+        ("7.0 7.5", "at least one architecture from 8.0 on"),
+    ],
+)
 def test_architectures_that_cannot_be_built_are_refused(wanted, sentence):
     with pytest.raises(setup.BuildError, match=sentence):
         setup.choose_archs(wanted, KNOWN)
@@ -156,24 +184,40 @@ def test_architectures_that_cannot_be_built_are_refused(wanted, sentence):
 
 def test_gencode():
     assert setup.gencode(["8.0+PTX", "9.0a"]) == [
-        "-gencode", "arch=compute_80,code=[sm_80,compute_80]", "-gencode", "arch=compute_90a,code=sm_90a"]
+        "-gencode",
+        "arch=compute_80,code=[sm_80,compute_80]",
+        "-gencode",
+        "arch=compute_90a,code=sm_90a",
+    ]
 
 
-@pytest.mark.parametrize("cores, free, limit, jobs", [
-    (16, 64.0, None, 16), (64, 4.5, None, 4), (8, 0.2, None, 1), (16, 64.0, "3", 3), (2, 0.5, "8", 8), (2, 64.0, "0", 1),
-])
+@pytest.mark.parametrize(
+    "cores, free, limit, jobs",
+    [
+        (16, 64.0, None, 16),
+        (64, 4.5, None, 4),
+        (8, 0.2, None, 1),
+        (16, 64.0, "3", 3),
+        (2, 0.5, "8", 8),
+        (2, 64.0, "0", 1),
+    ],
+)
 def test_jobs_are_what_cores_and_memory_allow_or_the_user_says(cores, free, limit, jobs):
     assert setup.choose_jobs(cores, free, limit) == jobs
 
 
 # ---------------------------------------------------------------- compiling
 
+
 def test_only_the_host_files_see_torch():
     commands = setup.cuda_commands(TORCH, NVCC, ["8.0"], jobs=4) | setup.cpu_commands(TORCH, CXX)
     names = {source: source.relative_to(setup.CSRC).as_posix() for source in setup.CSRC.rglob("*") if source.is_file()}
     sees_torch = {names[source] for source, command in commands.items() if str(TORCH.root / "include") in command}
     assert sees_torch == {"library.cpp", "bindings.cpp", "cpu/library.cpp"}
-    includes = {name: set(re.findall(r'#include [<"](torch|ATen|c10|(?:../)?checks.h)', s.read_text())) for s, name in names.items()}
+    includes = {
+        name: set(re.findall(r'#include [<"](torch|ATen|c10|(?:../)?checks.h)', s.read_text()))
+        for s, name in names.items()
+    }
     assert {name for name, found in includes.items() if found} == {"checks.h", "library.cpp", "cpu/library.cpp"}
     assert {source for source in names if source.suffix in (".cpp", ".cu")} == set(commands)
 
@@ -190,8 +234,10 @@ def test_cpu_kernels_are_compiled_for_their_processors_and_what_asks_the_process
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script plays nvcc")
 def test_only_what_changed_is_compiled_again(tmp_path, monkeypatch):
     # A compiler that writes object and dependencies, and counts how often it ran.
-    nvcc = fake_compiler(tmp_path / "bin" / "nvcc", 'shift; echo run >> "$(dirname "$0")/runs"; touch "$3"; '
-                         'echo "$3: $1 $(dirname "$1")/header.h" > "$6"')
+    nvcc = fake_compiler(
+        tmp_path / "bin" / "nvcc",
+        'shift; echo run >> "$(dirname "$0")/runs"; touch "$3"; echo "$3: $1 $(dirname "$1")/header.h" > "$6"',
+    )
     source, header = tmp_path / "kernel.cu", tmp_path / "header.h"
     source.touch(), header.touch()
     monkeypatch.setattr(setup, "OBJECTS", tmp_path)
@@ -218,6 +264,7 @@ def test_files_of_one_name_have_objects_of_their_own(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------- the record
+
 
 def test_a_change_of_the_cpu_kernels_leaves_a_gpus_measurements_alone(tmp_path, monkeypatch):
     for name in ("checks.h", "cuda/conv.cu", "cpu/avx2.cpp"):
@@ -246,14 +293,19 @@ def test_a_change_of_the_cpu_kernels_leaves_a_gpus_measurements_alone(tmp_path, 
 def test_an_extension_of_an_earlier_build_does_not_outlive_the_record(tmp_path):
     package = tmp_path / "resnet_fast"
     package.mkdir()
-    for plan, left in ((decide(), {"_C.x.so", "_cpu.x.so"}), (decide(cxx=None), {"_C.x.so"}), (decide(nvcc=None), {"_cpu.x.so"}),
-                       (decide("none"), set())):
+    for plan, left in (
+        (decide(), {"_C.x.so", "_cpu.x.so"}),
+        (decide(cxx=None), {"_C.x.so"}),
+        (decide(nvcc=None), {"_cpu.x.so"}),
+        (decide("none"), set()),
+    ):
         (package / "_C.x.so").touch(), (package / "_cpu.x.so").touch()
         setup.finish(plan, tmp_path, ["8.0"])
         assert {file.name for file in package.iterdir()} == {*left, "_build.json"}
 
 
 # ---------------------------------------------------------------- the package
+
 
 def installed() -> bool:
     return any(importlib.metadata.distributions(name="resnet_fast"))
@@ -279,13 +331,18 @@ def test_importing_is_clean_and_brings_only_what_a_first_model_needs():
     """Prints nothing, starts no CUDA, and loads two dozen files of ours and at most a few more of torch's: what does the work of plans,
     kernels, measuring and commands is imported when it is first needed, and Triton, torchvision and timm only by who uses them.
     """
-    loaded = json.loads(run_python("""
+    loaded = json.loads(
+        run_python(
+            """
 import sys, torch
 before = set(sys.modules)
 import resnet_fast, json
 assert not torch.cuda.is_initialized()
 print(json.dumps(sorted(name for name in set(sys.modules) - before)))
-""", PYTHONWARNINGS="error::ImportWarning"))
+""",
+            PYTHONWARNINGS="error::ImportWarning",
+        )
+    )
     assert {name.split(".")[0] for name in loaded} <= {"resnet_fast", "torch"}
     ours = [name for name in loaded if name.startswith("resnet_fast")]
     assert len(ours) <= 24, "one more makes every import dearer: can it wait until it is needed?"
@@ -295,14 +352,21 @@ print(json.dumps(sorted(name for name in set(sys.modules) - before)))
 
 
 def test_info_counts_cpu_kernels_that_do_not_run_among_what_is_missing(monkeypatch):
-    monkeypatch.setattr(cpu, "available", lambda: "the CPU kernels are not built (c++ failed: no such intrinsic): pip install")
-    assert any("oneDNN runs: the CPU kernels are not built (c++ failed: no such intrinsic): pip install" in line for line in info.missing())
+    monkeypatch.setattr(
+        cpu, "available", lambda: "the CPU kernels are not built (c++ failed: no such intrinsic): pip install"
+    )
+    assert any(
+        "oneDNN runs: the CPU kernels are not built (c++ failed: no such intrinsic): pip install" in line
+        for line in info.missing()
+    )
 
 
 # ---------------------------------------------------------------- a whole build
 
+
 def test_an_interrupted_link_leaves_no_half_a_library(monkeypatch, tmp_path):
     """Loading one is a bus error, which no sentence can explain."""
+
     def killed(command):
         Path(command[command.index("-o") + 1]).write_text("half")
         raise KeyboardInterrupt
@@ -322,6 +386,7 @@ def test_an_interrupted_link_leaves_no_half_a_library(monkeypatch, tmp_path):
 
 def build_here(folder: Path, monkeypatch, plan: setup.Plan, mode: str, *failing: str) -> dict:
     """``setup.py build_ext --inplace`` in a folder that holds an older build, with compilers that fail on some extensions; its record."""
+
     def compiler(command: list[str]) -> None:
         target = command[command.index("-o") + 1]
         if any(f"{name}." in target for name in failing):
@@ -334,30 +399,57 @@ def build_here(folder: Path, monkeypatch, plan: setup.Plan, mode: str, *failing:
         (package / name).write_text("old")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("RESNET_FAST_BUILD", mode)
-    for name, value in {"ROOT": folder, "OBJECTS": folder, "plan": lambda: plan, "compile_one": lambda source, _: source, "run": compiler}.items():
+    for name, value in {
+        "ROOT": folder,
+        "OBJECTS": folder,
+        "plan": lambda: plan,
+        "compile_one": lambda source, _: source,
+        "run": compiler,
+    }.items():
         monkeypatch.setattr(setup, name, value)
     extensions = [setup.Extension(f"resnet_fast.{name}", sources=[]) for name in plan.extensions]
-    building = setuptools.Distribution({"name": "p", "packages": ["resnet_fast"], "ext_modules": extensions,
-                                        "cmdclass": {"build_ext": setup.BuildExtensions}})
+    building = setuptools.Distribution(
+        {
+            "name": "p",
+            "packages": ["resnet_fast"],
+            "ext_modules": extensions,
+            "cmdclass": {"build_ext": setup.BuildExtensions},
+        }
+    )
     building.get_command_obj("build_ext").inplace = True
     building.run_command("build_ext")
     return json.loads((package / "_build.json").read_text())
 
 
 def libraries(folder: Path) -> set[str]:
-    return {f"{file.name.split('.')[0]} {file.read_text()}" for file in (folder / "resnet_fast").glob("*.so") if ".x." not in file.name}
+    return {
+        f"{file.name.split('.')[0]} {file.read_text()}"
+        for file in (folder / "resnet_fast").glob("*.so")
+        if ".x." not in file.name
+    }
 
 
 def test_a_build_of_nothing_leaves_neither_the_old_record_nor_old_libraries(tmp_path, monkeypatch):
     record = build_here(tmp_path, monkeypatch, decide("none"), "none")
-    assert [record[key] for key in ("extension", "why", "cpu", "cpu_why")] == ["not built", "RESNET_FAST_BUILD=none"] * 2
+    assert [record[key] for key in ("extension", "why", "cpu", "cpu_why")] == [
+        "not built",
+        "RESNET_FAST_BUILD=none",
+    ] * 2
     assert not list((tmp_path / "resnet_fast").glob("*.so"))
 
 
-@pytest.mark.parametrize(("mode", "failing", "built"), [
-    ("auto", ["_cpu"], {"_C new"}), ("auto", ["_C"], {"_cpu new"}), ("auto", ["_C", "_cpu"], set()), ("cuda", ["_cpu"], {"_C new"}),
-])
-def test_what_cannot_be_compiled_after_all_is_left_out_and_the_record_says_so(mode, failing, built, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("mode", "failing", "built"),
+    [
+        ("auto", ["_cpu"], {"_C new"}),
+        ("auto", ["_C"], {"_cpu new"}),
+        ("auto", ["_C", "_cpu"], set()),
+        ("cuda", ["_cpu"], {"_C new"}),
+    ],
+)
+def test_what_cannot_be_compiled_after_all_is_left_out_and_the_record_says_so(
+    mode, failing, built, tmp_path, monkeypatch, capsys
+):
     record = build_here(tmp_path, monkeypatch, decide(), mode, *failing)
     assert libraries(tmp_path) == built
     for name, state, why in (("_C", "extension", "why"), ("_cpu", "cpu", "cpu_why")):
@@ -368,7 +460,10 @@ def test_what_cannot_be_compiled_after_all_is_left_out_and_the_record_says_so(mo
 
 
 def test_an_extension_that_was_insisted_on_stops_the_build(tmp_path, monkeypatch):
-    with pytest.raises(setup.BuildError, match="^RESNET_FAST_BUILD=cuda: c.. failed: avx2.cpp:7:1: error: no such intrinsic .auto does without"):
+    with pytest.raises(
+        setup.BuildError,
+        match="^RESNET_FAST_BUILD=cuda: c.. failed: avx2.cpp:7:1: error: no such intrinsic .auto does without",
+    ):
         build_here(tmp_path, monkeypatch, decide(), "cuda", "_C")
 
 
@@ -384,7 +479,13 @@ def make(tmp_path: Path, gpu: str | None, tune: int = 0) -> tuple[list[str], str
     python.chmod(0o755)
     env = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
     env.pop("TORCH_CUDA_ARCH_LIST", None)
-    done = subprocess.run(["make", "bench", f"BIN={tmp_path}/bin", "-o", ".venv/.bench"], cwd=ROOT, env=env, text=True, capture_output=True)
+    done = subprocess.run(
+        ["make", "bench", f"BIN={tmp_path}/bin", "-o", ".venv/.bench"],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr
     return (tmp_path / "ran").read_text().splitlines(), done.stdout
 
@@ -392,9 +493,18 @@ def make(tmp_path: Path, gpu: str | None, tune: int = 0) -> tuple[list[str], str
 COMPARE, TUNE = "-m resnet_fast bench --photos", "-m resnet_fast tune resnet50 --batch 256 1"
 
 
-@pytest.mark.skipif(shutil.which("make") is None or shutil.which("nvidia-smi") is not None, reason="needs make, and no GPU of its own")
-@pytest.mark.parametrize("gpu, tune, ran", [(None, 0, [COMPARE]), ("9.0", 0, [TUNE, COMPARE]), ("8.6", 1, [TUNE, COMPARE]),
-                                            ("9.0", 3, [*5 * [TUNE], COMPARE])])
+@pytest.mark.skipif(
+    shutil.which("make") is None or shutil.which("nvidia-smi") is not None, reason="needs make, and no GPU of its own"
+)
+@pytest.mark.parametrize(
+    "gpu, tune, ran",
+    [
+        (None, 0, [COMPARE]),
+        ("9.0", 0, [TUNE, COMPARE]),
+        ("8.6", 1, [TUNE, COMPARE]),
+        ("9.0", 3, [*5 * [TUNE], COMPARE]),
+    ],
+)
 def test_a_gpu_is_tuned_before_it_is_compared(tmp_path, gpu, tune, ran) -> None:
     """Again if a kernel broke the device; whatever comes of it, the comparison follows."""
     assert make(tmp_path, gpu, tune)[0] == ran

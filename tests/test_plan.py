@@ -19,10 +19,13 @@ timm = pytest.importorskip("timm")
 
 
 MODELS = {
-    "ours": lambda: resnet_fast.resnet18(), "torchvision": lambda: torchvision.models.resnet50(),
+    "ours": lambda: resnet_fast.resnet18(),
+    "torchvision": lambda: torchvision.models.resnet50(),
     "accelerated": lambda: resnet_fast.accelerate(torchvision.models.resnet18()),
-    "resnext": lambda: resnet_fast.resnext50_32x4d(), "deep stem": lambda: timm.create_model("resnet26d"),
-    "se": lambda: timm.create_model("seresnet50"), "vgg": lambda: torchvision.models.vgg11_bn(num_classes=10),
+    "resnext": lambda: resnet_fast.resnext50_32x4d(),
+    "deep stem": lambda: timm.create_model("resnet26d"),
+    "se": lambda: timm.create_model("seresnet50"),
+    "vgg": lambda: torchvision.models.vgg11_bn(num_classes=10),
     "mobilenet": lambda: torchvision.models.mobilenet_v2(),
 }
 
@@ -121,7 +124,10 @@ def test_features(model):
     got = plan(model, x, features=("layer2", "avgpool"))(x)
     with torch.no_grad():
         seen = {}
-        hooks = [getattr(model, k).register_forward_hook(lambda m, a, out, k=k: seen.__setitem__(k, out.clone())) for k in ("layer2", "avgpool")]
+        hooks = [
+            getattr(model, k).register_forward_hook(lambda m, a, out, k=k: seen.__setitem__(k, out.clone()))
+            for k in ("layer2", "avgpool")
+        ]
         model(x)
         [h.remove() for h in hooks]
     assert list(got) == ["layer2", "avgpool"]
@@ -197,7 +203,9 @@ def test_plans_of_one_model_share_weights(model):
     a, b, c = plan(model, images()), plan(model, images(), features=("layer1",)), plan(model, images(), topk=3)
     assert a._lowered.filters["relu"] is b._lowered.filters["relu"]
     assert a._lowered.tensors["fc.weight"] is c._lowered.tensors["fc.weight"] is not model.fc.weight
-    assert plan(ready(resnet_fast.resnet18(), seed=5), images())._lowered.filters["relu"] is not a._lowered.filters["relu"]
+    assert (
+        plan(ready(resnet_fast.resnet18(), seed=5), images())._lowered.filters["relu"] is not a._lowered.filters["relu"]
+    )
 
 
 def test_a_forced_kernel_runs_in_the_plan(model):
@@ -218,19 +226,25 @@ def test_a_forced_kernel_runs_in_the_plan(model):
         del _registry["test.planned"]
 
 
-@pytest.mark.parametrize("forward", [
-    lambda self, x: self.bn(self.conv(self.relu(x))),
-    lambda self, x: torch.flatten(self.relu(self.bn(self.conv(x))), 1).mul_(2),
-    lambda self, x: nn.functional.hardtanh(self.bn(self.conv(x)), inplace=True) * 2,
-    lambda self, x: nn.functional.relu(self.bn(self.conv(x)).add_(1), True),
-    lambda self, x: self.bn(self.conv(x)).view(x.shape[0], -1).sigmoid_(),
-], ids=range(5))
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: self.bn(self.conv(self.relu(x))),
+        lambda self, x: torch.flatten(self.relu(self.bn(self.conv(x))), 1).mul_(2),
+        lambda self, x: nn.functional.hardtanh(self.bn(self.conv(x)), inplace=True) * 2,
+        lambda self, x: nn.functional.relu(self.bn(self.conv(x)).add_(1), True),
+        lambda self, x: self.bn(self.conv(x)).view(x.shape[0], -1).sigmoid_(),
+    ],
+    ids=range(5),
+)
 def test_writes_in_place_stay_inside(forward):
     model, x = block(forward), images(2, 12, 12).contiguous(memory_format=torch.channels_last)
     kept = x.clone(memory_format=torch.preserve_format)
     run = plan(model, x)
     with torch.no_grad():
-        torch.testing.assert_close(run(x), model(kept.clone(memory_format=torch.contiguous_format)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            run(x), model(kept.clone(memory_format=torch.contiguous_format)), rtol=1e-4, atol=1e-5
+        )
     assert torch.equal(x, kept)
 
 

@@ -1,6 +1,5 @@
 """A large batch goes through a plan in pieces, where nobody can tell."""
 
-
 import pytest
 import torch
 from plans import block, images, ready
@@ -45,12 +44,16 @@ def test_pieces():
             assert sum(found) == n and min(found) > 1 and max(found) <= max(3, fit)
 
 
-@pytest.mark.parametrize("forward", [
-    lambda self, x: self.bn(self.conv(x)) - x.mean(0, keepdim=True),
-    lambda self, x: self.bn(self.conv(x)).flatten(0, 1),
-    lambda self, x: self.bn(self.conv(x)) * torch.softmax(x, 0),
-    lambda self, x: self.bn(self.conv(x))[:1],
-], ids=range(4))
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: self.bn(self.conv(x)) - x.mean(0, keepdim=True),
+        lambda self, x: self.bn(self.conv(x)).flatten(0, 1),
+        lambda self, x: self.bn(self.conv(x)) * torch.softmax(x, 0),
+        lambda self, x: self.bn(self.conv(x))[:1],
+    ],
+    ids=range(4),
+)
 def test_what_mixes_images_is_not_cut(forward, monkeypatch):
     monkeypatch.setattr(whole, "PIECE", 1)
     model, x = block(forward), images(6, 12, 12)
@@ -60,9 +63,17 @@ def test_what_mixes_images_is_not_cut(forward, monkeypatch):
 
 def test_what_is_no_batch_in_an_answer_is_neither_cut_nor_lent(monkeypatch):
     monkeypatch.setattr(whole, "PIECE", 1)
-    model, x = block(lambda self, x: {"y": self.conv(x), "weight": self.bn.weight, "input": x, "level": 3, "none": None}), images(6, 12, 12)
+    model, x = (
+        block(lambda self, x: {"y": self.conv(x), "weight": self.bn.weight, "input": x, "level": 3, "none": None}),
+        images(6, 12, 12),
+    )
     run = plan(model, x)
     got = run(x)
-    assert torch.equal(got["weight"], model.bn.weight) and torch.equal(got["input"], x) and got["level"] == 3 and got["none"] is None
+    assert (
+        torch.equal(got["weight"], model.bn.weight)
+        and torch.equal(got["input"], x)
+        and got["level"] == 3
+        and got["none"] is None
+    )
     got["weight"].zero_(), got["input"].zero_()
     assert torch.equal(run(x)["weight"], model.bn.weight) and x.any() and got["y"].shape == (6, 3, 12, 12)

@@ -30,15 +30,26 @@ def test_refusals_come_before_anything_is_built():
         plan(net, torch.zeros(3, 4))
 
 
-@pytest.mark.parametrize(("how", "words"), [
-    (dict(topk=0), "topk: got 0"), (dict(topk="5"), "topk: got '5', expected a whole number"), (dict(topk=2.5), "topk: got 2.5"),
-    (dict(features=[]), "features: got .., expected names of modules"), (dict(features=3), "features: got 3, expected names"),
-    (dict(across=3), "across: got 3, expected some of"), (dict(across=[None]), "across: got None, expected some of"),
-    (dict(topk=1001), "at least 1001 classes, got .2, 1000."), (dict(dtype=torch.int8), "dtype: got torch.int8"),
-    (dict(topk=2, features=("layer1",)), "features: softmax and topk are of the classes"), (dict(cuda_graph=True), "not on CUDA"),
-    (dict(normalize=((0, 0, 0), (1, 1, 1))), "expected uint8"), (dict(normalize=((0, 0), (1, 1))), "three numbers each"),
-    (dict(normalize=((0, 0, 0), (1, 0, 1))), "no std 0"), (dict(normalize="imagenet"), "three numbers each"),
-])
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (dict(topk=0), "topk: got 0"),
+        (dict(topk="5"), "topk: got '5', expected a whole number"),
+        (dict(topk=2.5), "topk: got 2.5"),
+        (dict(features=[]), "features: got .., expected names of modules"),
+        (dict(features=3), "features: got 3, expected names"),
+        (dict(across=3), "across: got 3, expected some of"),
+        (dict(across=[None]), "across: got None, expected some of"),
+        (dict(topk=1001), "at least 1001 classes, got .2, 1000."),
+        (dict(dtype=torch.int8), "dtype: got torch.int8"),
+        (dict(topk=2, features=("layer1",)), "features: softmax and topk are of the classes"),
+        (dict(cuda_graph=True), "not on CUDA"),
+        (dict(normalize=((0, 0, 0), (1, 1, 1))), "expected uint8"),
+        (dict(normalize=((0, 0), (1, 1))), "three numbers each"),
+        (dict(normalize=((0, 0, 0), (1, 0, 1))), "no std 0"),
+        (dict(normalize="imagenet"), "three numbers each"),
+    ],
+)
 def test_options_that_make_no_sense_are_refused(model, how, words):
     with pytest.raises(ValueError, match=f"plan: .*{words}"):
         plan(model, images(), **how)
@@ -89,7 +100,9 @@ def asks_for_strides(self, x):
     return self.bn(self.conv(x)).as_strided((2, 3), (3, 1))
 
 
-@pytest.mark.parametrize(("forward", "why"), [(reads_what_a_relu_overwrote, "writes in place"), (asks_for_strides, "lies in memory")])
+@pytest.mark.parametrize(
+    ("forward", "why"), [(reads_what_a_relu_overwrote, "writes in place"), (asks_for_strides, "lies in memory")]
+)
 def test_what_would_come_out_otherwise_is_refused(forward, why):
     with pytest.raises(ValueError, match=why):
         plan(block(forward), images(2, 12, 12))
@@ -103,12 +116,24 @@ def test_refusals_of_another_size_name_the_one_it_was_made_for():
         run(images(2, 9, 9))
 
 
-@pytest.mark.parametrize(("other", "words"), [
-    (lambda x: plan(resnet_fast.resnet34().eval(), x), "another network, with layer1.2.bn1, expected one of the same model"),
-    (lambda x: plan(resnet_fast.resnet18().eval(), x, features=("layer1",)), "another network, without avgpool, .* with the same features"),
-    (lambda x: plan(resnet_fast.resnet18(num_classes=5).eval(), x), r"whose fc is .2, 5., expected .2, 1000., as in the other"),
-    (lambda x: resnet_fast.resnet18(), "got a ResNet, expected a plan"),
-])
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (
+            lambda x: plan(resnet_fast.resnet34().eval(), x),
+            "another network, with layer1.2.bn1, expected one of the same model",
+        ),
+        (
+            lambda x: plan(resnet_fast.resnet18().eval(), x, features=("layer1",)),
+            "another network, without avgpool, .* with the same features",
+        ),
+        (
+            lambda x: plan(resnet_fast.resnet18(num_classes=5).eval(), x),
+            r"whose fc is .2, 5., expected .2, 1000., as in the other",
+        ),
+        (lambda x: resnet_fast.resnet18(), "got a ResNet, expected a plan"),
+    ],
+)
 def test_only_plans_of_one_network_are_compared(model, other, words):
     run, x = plan(model, images()), images()
     for these in ((other(x), None), (run, other(x))):
@@ -125,15 +150,22 @@ class Wrapped(nn.Module):
         return self.run(x)
 
 
-@pytest.mark.parametrize(("transform", "name"), [
-    (lambda net, x: torch.func.vmap(lambda image: net(image[None])[0])(x), "torch.func"),
-    (lambda net, x: torch.func.grad(lambda x: net(x).sum())(x), "torch.func"),
-    (lambda net, x: torch.jit.trace(net, x), "torch.jit.trace"),
-    (lambda net, x: torch.export.export(net, (x,)), "torch.export"),
-], ids=["vmap", "grad", "trace", "export"])
+@pytest.mark.parametrize(
+    ("transform", "name"),
+    [
+        (lambda net, x: torch.func.vmap(lambda image: net(image[None])[0])(x), "torch.func"),
+        (lambda net, x: torch.func.grad(lambda x: net(x).sum())(x), "torch.func"),
+        (lambda net, x: torch.jit.trace(net, x), "torch.jit.trace"),
+        (lambda net, x: torch.export.export(net, (x,)), "torch.export"),
+    ],
+    ids=["vmap", "grad", "trace", "export"],
+)
 @pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:FutureWarning")
 def test_who_would_look_into_a_plan_is_told_to_take_the_model(model, transform, name):
     run, x = plan(model, images()), images()
-    with pytest.raises(ValueError, match=f"^plan: {name} cannot look into a plan, .*: give it the model, in eval, that the plan was made of"):
+    with pytest.raises(
+        ValueError,
+        match=f"^plan: {name} cannot look into a plan, .*: give it the model, in eval, that the plan was made of",
+    ):
         transform(Wrapped(run), x)
     assert run(x).shape == (2, 1000)

@@ -32,8 +32,16 @@ def test_a_file_can_call_no_other_function(model, tmp_path):
     run = plan(model, images())
     run.save(tmp_path / "net.plan")
     record = torch.load(tmp_path / "net.plan", weights_only=True)
-    for bad in ("torch.load", "builtins.getattr", "operator.methodcaller", "torch.nn.functional.__builtins__", "Tensor.zero_", "operator.imul",
-                "Tensor._make_subclass", "torch.nn.functional.importlib.import_module"):
+    for bad in (
+        "torch.load",
+        "builtins.getattr",
+        "operator.methodcaller",
+        "torch.nn.functional.__builtins__",
+        "Tensor.zero_",
+        "operator.imul",
+        "Tensor._make_subclass",
+        "torch.nn.functional.importlib.import_module",
+    ):
         for step in record["steps"]:
             if step["dict"]["op"] == "function":
                 step["dict"]["target"] = bad
@@ -51,7 +59,12 @@ def test_foreign_and_torn_files_are_refused_in_a_sentence(model, tmp_path):
     whole = (tmp_path / "net.plan").read_bytes()
     torch.save(model, tmp_path / "pickled")
     torch.save(model.state_dict(), tmp_path / "state")
-    for name, content in {"empty": b"", "text": b"hello", "torn": whole[:-2000], "flipped": whole[:300] + b"XXXX" + whole[304:]}.items():
+    for name, content in {
+        "empty": b"",
+        "text": b"hello",
+        "torn": whole[:-2000],
+        "flipped": whole[:300] + b"XXXX" + whole[304:],
+    }.items():
         (tmp_path / name).write_bytes(content)
     for name in ("empty", "text", "torn", "flipped", "pickled", "state"):
         with pytest.raises(ValueError, match=f"plan: .*{name}: not a plan"):
@@ -60,16 +73,28 @@ def test_foreign_and_torn_files_are_refused_in_a_sentence(model, tmp_path):
         load_plan(tmp_path / "absent")
 
 
-@pytest.mark.parametrize(("spoil", "words"), [
-    (lambda r: r.pop("filters"), "damaged .KeyError: 'filters'"), (lambda r: r.update(dtype="load"), "damaged .KeyError: 'load'"),
-    (lambda r: r["filters"].pop("relu"), "step relu reads relu, which is not there"),
-    (lambda r: r["tensors"].pop("fc.bias"), "step fc reads fc.bias, which is not there"),
-    (lambda r: r["steps"].pop(1), "reads maxpool, which is not there"), (lambda r: r["steps"].pop(), "the answer is fc, which is not there"),
-    (lambda r: r["filters"]["relu"].update(bias=torch.zeros(3)), "of no convolution"),
-    (lambda r: r["filters"]["relu"].update(geometry=[{"tuple": [1, 1]}] * 3 + [5]), "geometry .* of no convolution"),
-    (lambda r: r["filters"]["relu"].update(geometry=[{"tuple": [0, 0]}, *[{"tuple": [1, 1]}] * 2, 1]), "geometry .* of no convolution"),
-    (lambda r: r["steps"][0]["dict"].update(extra=1), "damaged .TypeError"), (lambda r: r.update(output={}), "damaged .ValueError"),
-])
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda r: r.pop("filters"), "damaged .KeyError: 'filters'"),
+        (lambda r: r.update(dtype="load"), "damaged .KeyError: 'load'"),
+        (lambda r: r["filters"].pop("relu"), "step relu reads relu, which is not there"),
+        (lambda r: r["tensors"].pop("fc.bias"), "step fc reads fc.bias, which is not there"),
+        (lambda r: r["steps"].pop(1), "reads maxpool, which is not there"),
+        (lambda r: r["steps"].pop(), "the answer is fc, which is not there"),
+        (lambda r: r["filters"]["relu"].update(bias=torch.zeros(3)), "of no convolution"),
+        (
+            lambda r: r["filters"]["relu"].update(geometry=[{"tuple": [1, 1]}] * 3 + [5]),
+            "geometry .* of no convolution",
+        ),
+        (
+            lambda r: r["filters"]["relu"].update(geometry=[{"tuple": [0, 0]}, *[{"tuple": [1, 1]}] * 2, 1]),
+            "geometry .* of no convolution",
+        ),
+        (lambda r: r["steps"][0]["dict"].update(extra=1), "damaged .TypeError"),
+        (lambda r: r.update(output={}), "damaged .ValueError"),
+    ],
+)
 def test_tampered_files_are_refused_in_a_sentence(model, tmp_path, spoil, words):
     plan(model, images()).save(tmp_path / "net.plan")
     record = torch.load(tmp_path / "net.plan", weights_only=True)
@@ -138,10 +163,15 @@ def test_pickled_it_is_what_save_writes(model):
         pickle.dumps(plan(nn.Sequential(nn.Conv2d(3, 8, 3), Odd()).eval(), x))
 
 
-@pytest.mark.parametrize(("device", "words"), [
-    ("gpu", 'got gpu, which is not to be had here .*: use "cpu"'), ("mps", "got mps, (which is not|expected cpu or cuda)"),
-    ("meta", "got meta, expected cpu or cuda"), ("cuda:99", "got cuda:99, which is not to be had here .* on a machine whose GPU torch .* sees"),
-])
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ("gpu", 'got gpu, which is not to be had here .*: use "cpu"'),
+        ("mps", "got mps, (which is not|expected cpu or cuda)"),
+        ("meta", "got meta, expected cpu or cuda"),
+        ("cuda:99", "got cuda:99, which is not to be had here .* on a machine whose GPU torch .* sees"),
+    ],
+)
 def test_a_device_that_is_not_here_is_refused_in_a_sentence(model, device, words, tmp_path):
     run = plan(model, images())
     run.save(tmp_path / "net.plan")
@@ -154,9 +184,16 @@ def test_a_device_that_is_not_here_is_refused_in_a_sentence(model, device, words
         plan(model, images().to("meta"))
 
 
-@pytest.mark.parametrize("kwargs", [
-    dict(block_args=dict(attn_layer="eca")), dict(block_args=dict(attn_layer="se")), dict(stem_type="deep"), dict(aa_layer=timm.layers.BlurPool2d),
-], ids=["eca", "se", "deep stem", "blur pool"])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(block_args=dict(attn_layer="eca")),
+        dict(block_args=dict(attn_layer="se")),
+        dict(stem_type="deep"),
+        dict(aa_layer=timm.layers.BlurPool2d),
+    ],
+    ids=["eca", "se", "deep stem", "blur pool"],
+)
 def test_timm_networks_save_and_load(kwargs, tmp_path):
     resnet = timm.models.resnet
     net = ready(resnet.ResNet(resnet.Bottleneck, (1, 1, 1, 1), num_classes=10, **kwargs))

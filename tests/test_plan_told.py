@@ -31,16 +31,24 @@ def test_fused_beside_unfused(model):
 def test_each_step_of_both_schedules_counts_once_and_for_the_row_that_needs_it(model):
     fused, plain = plan(model, images()), plan(model, images(), fuse=False)
     rows = {r.name: r for r in fused.compare(plain, images())}
-    assert sum(r.steps for r in rows.values()) == len(fused.steps) and sum(r.other_steps for r in rows.values()) == len(plain.steps)
-    assert rows["layer2.0.downsample.0"].other_steps == 2  # convolution, batch norm; not the other branch, which stands before them
+    assert sum(r.steps for r in rows.values()) == len(fused.steps) and sum(r.other_steps for r in rows.values()) == len(
+        plain.steps
+    )
+    assert (
+        rows["layer2.0.downsample.0"].other_steps == 2
+    )  # convolution, batch norm; not the other branch, which stands before them
     assert rows["layer2.0.conv2"].other_steps == 4 and rows["conv1"].other_steps == 3
 
 
 def test_beside_an_exact_plan_each_error_is_judged(model):
-    fused, plain, exact = (plan(model, images(), fuse=fuse, dtype=dtype) for fuse, dtype in
-                           ((True, torch.float32), (False, torch.float32), (False, torch.float64)))
+    fused, plain, exact = (
+        plan(model, images(), fuse=fuse, dtype=dtype)
+        for fuse, dtype in ((True, torch.float32), (False, torch.float32), (False, torch.float64))
+    )
     rows = fused.compare(plain, images(), exact)
-    assert all(r.broken is None and 0 < r.error < 1e-4 and 0 < r.other_error < 1e-4 for r in rows) and "WRONG" not in str(rows)
+    assert all(
+        r.broken is None and 0 < r.error < 1e-4 and 0 < r.other_error < 1e-4 for r in rows
+    ) and "WRONG" not in str(rows)
     right = fused._lowered.filters["layer1_1_relu_1"]
     fused._lowered.filters["layer1_1_relu_1"] = Filter(right.weight, right.bias + 1e-3, right.geometry)
     rows = fused.compare(plain, images(), exact)
@@ -58,8 +66,13 @@ def test_steps_know_kernel_shapes_and_flops(model):
     run = plan(model, images())
     conv = next(s for s in run.steps if s.name == "layer1.0.conv2")
     assert conv.reads == ((2, 64, 16, 16), (2, 64, 16, 16)) and conv.shape == (2, 64, 16, 16) and conv.act == "relu"
-    assert conv.flops == 2 * 2 * 64 * 16 * 16 * 64 * 9 and conv.kernel and conv.modules[:2] == ("layer1.0.conv2", "layer1.0.bn2")
+    assert (
+        conv.flops == 2 * 2 * 64 * 16 * 16 * 64 * 9
+        and conv.kernel
+        and conv.modules[:2] == ("layer1.0.conv2", "layer1.0.bn2")
+    )
     from torch.utils.flop_counter import FlopCounterMode
+
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images())
     assert sum(s.flops for s in run.steps) == counter.get_total_flops()

@@ -35,6 +35,7 @@ def same(got: Image.Image, expected: np.ndarray | Image.Image) -> bool:
 
 def png16(array: np.ndarray) -> bytes:
     """A 16-bit PNG, which Pillow cannot write in colour: [H, W] or [H, W, 3]."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -90,7 +91,7 @@ def test_palette(tmp_path, transparent):
 def test_transparency_lies_on_white(tmp_path, mode):
     colour = COLOUR if mode == "RGBA" else np.repeat(GREY[..., None], 3, axis=2)
     hole = GREY > 100
-    planes = [*np.moveaxis(colour[..., :len(mode) - 1], 2, 0), np.where(hole, 0, 255).astype(np.uint8)]
+    planes = [*np.moveaxis(colour[..., : len(mode) - 1], 2, 0), np.where(hole, 0, 255).astype(np.uint8)]
     image = Image.merge(mode, [Image.fromarray(np.ascontiguousarray(plane)) for plane in planes])
     shown = np.where(hole[..., None], 255, colour).astype(np.uint8)
     assert same(load(written(tmp_path / "a.png", image), PRESET), shown)
@@ -186,7 +187,7 @@ def test_truncated_files_fail_in_one_line(tmp_path, suffix, keep):
     Image.fromarray(noise).save(data, {"jpg": "jpeg", "tif": "tiff"}.get(suffix, suffix))
     raw = data.getvalue()
     path = tmp_path / f"a.{suffix}"
-    path.write_bytes(raw[:keep if isinstance(keep, int) else int(len(raw) * keep)])
+    path.write_bytes(raw[: keep if isinstance(keep, int) else int(len(raw) * keep)])
     with pytest.raises(Exception) as caught:  # noqa: B017, PT011 (Pillow's plugins raise many kinds)
         load(str(path), PRESET)
     assert describe(caught.value) and "\n" not in describe(caught.value)

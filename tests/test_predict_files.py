@@ -19,8 +19,18 @@ def names(*arguments) -> list[str]:
 @pytest.fixture
 def folder(tmp_path):
     root = tmp_path / "root"
-    for name in ("b.jpg", "a/z.PNG", "a/b/c.tiff", "c.txt", ".hidden.jpg", ".cache/x.jpg", "a.jpg", "noname",
-                 "d/e.heic", "B.jpg"):
+    for name in (
+        "b.jpg",
+        "a/z.PNG",
+        "a/b/c.tiff",
+        "c.txt",
+        ".hidden.jpg",
+        ".cache/x.jpg",
+        "a.jpg",
+        "noname",
+        "d/e.heic",
+        "B.jpg",
+    ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
     os.mkfifo(root / "fifo.jpg")
@@ -36,7 +46,8 @@ def test_order_is_by_name_folder_by_folder(folder):
 
 def test_arguments_keep_their_order_and_files_need_no_suffix(folder):
     assert names(folder / "noname", folder / "a", folder / "nowhere.jpg") == [
-        str(folder / name) for name in ("noname", "a/b/c.tiff", "a/z.PNG", "nowhere.jpg")]
+        str(folder / name) for name in ("noname", "a/b/c.tiff", "a/z.PNG", "nowhere.jpg")
+    ]
 
 
 def test_a_trailing_slash_changes_no_name(folder):
@@ -55,9 +66,18 @@ def test_links_stay_inside_the_folder(folder, tmp_path):
     (outside / "secret.jpg").touch()
     sibling = tmp_path / "rootless.jpg"  # its path begins like the folder's
     sibling.touch()
-    links = {"out.jpg": "../outside/secret.jpg", "outdir": "../outside", "in.jpg": "a/z.PNG", "indir": "a",
-             "gone.jpg": "nothing.jpg", "near.jpg": "../rootless.jpg", "loop": ".", "text": "c.txt",
-             "absolute.jpg": str(outside / "secret.jpg"), "chain.jpg": "indir/../../outside/secret.jpg"}
+    links = {
+        "out.jpg": "../outside/secret.jpg",
+        "outdir": "../outside",
+        "in.jpg": "a/z.PNG",
+        "indir": "a",
+        "gone.jpg": "nothing.jpg",
+        "near.jpg": "../rootless.jpg",
+        "loop": ".",
+        "text": "c.txt",
+        "absolute.jpg": str(outside / "secret.jpg"),
+        "chain.jpg": "indir/../../outside/secret.jpg",
+    }
     for name, target in links.items():
         (folder / name).symlink_to(target)
     found = {os.path.relpath(item.name, folder): item for item in walk([str(folder)])}

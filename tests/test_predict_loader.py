@@ -38,10 +38,12 @@ def read(items, batch: int, workers: int) -> list[tuple[list[Item], list[str | N
 def misbehaving(tmp_path: Path, body: str) -> str:
     """A worker script whose ``load`` first runs ``body`` on (path)."""
     script = tmp_path / "worker.py"
-    script.write_text(f"import os, sys\nsys.path.insert(0, {str(Path(decode.__file__).parent)!r})\nimport decode\n"
-                      "original = decode.load\ndef load(path, preset):\n"
-                      + "".join(f"    {line}\n" for line in body.splitlines())
-                      + "    return original(path, preset)\ndecode.load = load\ndecode.main(*sys.argv[1:])\n")
+    script.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(Path(decode.__file__).parent)!r})\nimport decode\n"
+        "original = decode.load\ndef load(path, preset):\n"
+        + "".join(f"    {line}\n" for line in body.splitlines())
+        + "    return original(path, preset)\ndecode.load = load\ndecode.main(*sys.argv[1:])\n"
+    )
     return str(script)
 
 
@@ -66,8 +68,10 @@ def test_damaged_files_and_refused_items_keep_their_rows(shades):
     shades[8:16] = [item._replace(error="refused") for item in shades[8:16]]
     found = read(shades, 8, 2)
     errors = [error for _, errors, _ in found for error in errors]
-    assert errors == ["not an image that Pillow can read" if i == 3 else "refused" if i == 5 or 8 <= i < 16 else None
-                      for i in range(33)]
+    assert errors == [
+        "not an image that Pillow can read" if i == 3 else "refused" if i == 5 or 8 <= i < 16 else None
+        for i in range(33)
+    ]
     assert found[0][2][7].unique().tolist() == [7] and found[3][2][0].unique().tolist() == [24]
 
 
@@ -101,8 +105,11 @@ def test_a_file_that_kills_its_worker_twice_has_failed(shades, tmp_path, monkeyp
 
 def test_a_worker_killed_from_outside_costs_nothing(shades, tmp_path, monkeypatch):
     marker = tmp_path / "killed"
-    script = misbehaving(tmp_path, f"if path.endswith('07.png') and not os.path.exists({str(marker)!r}):\n"
-                                   f"    open({str(marker)!r}, 'w').close(); os.kill(os.getpid(), 9)")
+    script = misbehaving(
+        tmp_path,
+        f"if path.endswith('07.png') and not os.path.exists({str(marker)!r}):\n"
+        f"    open({str(marker)!r}, 'w').close(); os.kill(os.getpid(), 9)",
+    )
     monkeypatch.setattr(loader.decode, "__file__", script)
     found = read(shades, 8, 2)
     assert marker.exists()

@@ -75,16 +75,27 @@ def read_top(path: Path) -> tuple[list[str], list[list[int]], torch.Tensor, list
     """(paths, classes, probabilities, labels) from any format."""
     if path.suffix == ".csv":
         rows = list(csv.reader(path.open(newline="", encoding="utf-8")))[1:]
-        return ([r[0] for r in rows], [[int(c) for c in r[1::3]] for r in rows],
-                torch.tensor([[float(p) for p in r[3::3]] for r in rows]), [r[2::3] for r in rows])
+        return (
+            [r[0] for r in rows],
+            [[int(c) for c in r[1::3]] for r in rows],
+            torch.tensor([[float(p) for p in r[3::3]] for r in rows]),
+            [r[2::3] for r in rows],
+        )
     if path.suffix == ".parquet":
         rows = pytest.importorskip("pyarrow.parquet").read_table(path).to_pylist()
-        return ([r["path"] for r in rows], [r["classes"] for r in rows],
-                torch.tensor([r["probabilities"] for r in rows]), [r["labels"] for r in rows])
+        return (
+            [r["path"] for r in rows],
+            [r["classes"] for r in rows],
+            torch.tensor([r["probabilities"] for r in rows]),
+            [r["labels"] for r in rows],
+        )
     rows = json.loads(path.read_text()) if path.suffix == ".json" else [json.loads(line) for line in path.open()]
-    return ([r["path"] for r in rows], [[t["class"] for t in r["top"]] for r in rows],
-            torch.tensor([[t["probability"] for t in r["top"]] for r in rows]),
-            [[t["label"] for t in r["top"]] for r in rows])
+    return (
+        [r["path"] for r in rows],
+        [[t["class"] for t in r["top"]] for r in rows],
+        torch.tensor([[t["probability"] for t in r["top"]] for r in rows]),
+        [[t["label"] for t in r["top"]] for r in rows],
+    )
 
 
 def skip_without_pyarrow(suffix: str) -> None:
@@ -94,11 +105,12 @@ def skip_without_pyarrow(suffix: str) -> None:
 
 # ---------------------------------------------------------------- answers
 
+
 @pytest.mark.parametrize("suffix", ["csv", "json", "jsonl", "parquet"])
 def test_top_classes_in_every_format_are_those_of_the_plain_path(photos, suffix, capsys):
     skip_without_pyarrow(suffix)
     out = Path(f"out.{suffix}")
-    Path("labels.txt").write_text("\n".join(f"name, \"{i}\"" for i in range(1000)))
+    Path("labels.txt").write_text("\n".join(f'name, "{i}"' for i in range(1000)))
     assert predict(photos, "--out", out, "--top", 3, "--batch", 4, "--labels", "labels.txt") == 1
     paths, probabilities, _ = expected(photos)
     got = read_top(out)
@@ -182,13 +194,13 @@ def test_odd_names_are_valid_text_in_every_table(photos):
     picture = (photos / "1.png").read_bytes()
     folder = Path("odd")
     folder.mkdir()
-    for name in (b"caf\xe9.png", "naïve, \"quoted\"\n.png".encode()):
+    for name in (b"caf\xe9.png", 'naïve, "quoted"\n.png'.encode()):
         with open(os.path.join(b"odd", name), "wb") as file:
             file.write(picture)
     assert predict(folder, "--out", "out.csv") == 0
     assert predict(folder, "--out", "out.jsonl") == 0
     names = read_top(Path("out.csv"))[0]
-    assert names == read_top(Path("out.jsonl"))[0] == [r"odd/caf\xe9.png", "odd/naïve, \"quoted\"\n.png"]
+    assert names == read_top(Path("out.jsonl"))[0] == [r"odd/caf\xe9.png", 'odd/naïve, "quoted"\n.png']
 
 
 def test_answers_that_are_not_finite_are_failures(photos, monkeypatch):
@@ -223,6 +235,7 @@ def test_a_gpu_answers_as_the_plain_path(photos):
 
 
 # ---------------------------------------------------------------- kills, stops, going on
+
 
 @pytest.fixture
 def many(tmp_path) -> Path:
@@ -313,6 +326,7 @@ def test_a_second_ctrl_c_does_not_wait(many, monkeypatch, capsys):
 
 # ---------------------------------------------------------------- ranks
 
+
 def as_rank(monkeypatch, rank: int, world: int) -> None:
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", str(world))
@@ -362,6 +376,7 @@ def test_records_of_another_number_of_ranks_are_not_passed_over(photos, monkeypa
 
 # ---------------------------------------------------------------- what is refused, and how
 
+
 def test_an_existing_table_is_replaced_only_on_demand(photos, capsys):
     Path("out.csv").write_text("precious")
     assert predict(photos / "0.png", "--out", "out.csv") == 2
@@ -370,14 +385,18 @@ def test_an_existing_table_is_replaced_only_on_demand(photos, capsys):
     assert Path("out.csv").read_text().startswith("path,")
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), [
-    (("photos", "--features"), "--features needs --out"),
-    (("photos", "--out", "out.xls"), "expected one of .csv, .json, .jsonl, .parquet"),
-    (("empty",), "no images in empty"),
-    (("photos", "--labels", "two.txt"), "got 2 names, expected 1000"),
-    (("photos", "--labels", "absent.txt"), "--labels absent.txt: there is no such file"),
-    (("photos", "--out", "nowhere/out.csv"), "nowhere"), (("photos", "--top", "1001"), "--top: got 1001, expected at most 1000"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("photos", "--features"), "--features needs --out"),
+        (("photos", "--out", "out.xls"), "expected one of .csv, .json, .jsonl, .parquet"),
+        (("empty",), "no images in empty"),
+        (("photos", "--labels", "two.txt"), "got 2 names, expected 1000"),
+        (("photos", "--labels", "absent.txt"), "--labels absent.txt: there is no such file"),
+        (("photos", "--out", "nowhere/out.csv"), "nowhere"),
+        (("photos", "--top", "1001"), "--top: got 1001, expected at most 1000"),
+    ],
+)
 def test_mistakes_end_in_a_sentence(photos, capsys, arguments, sentence):
     Path("empty").mkdir()
     Path("two.txt").write_text("a\nb\n")

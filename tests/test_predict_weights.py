@@ -59,10 +59,13 @@ def test_no_torchvision_names_the_ways_out(monkeypatch):
         weights.load("resnet18", None, False)
 
 
-@pytest.mark.parametrize(("model", "name", "sentence"), [
-    ("resnet18", "IMAGENET1K_V9", "--weights IMAGENET1K_V9: neither a file nor one of IMAGENET1K_V1, DEFAULT"),
-    ("resnet17", None, "--model resnet17: expected one of resnet18, resnet34"),
-])
+@pytest.mark.parametrize(
+    ("model", "name", "sentence"),
+    [
+        ("resnet18", "IMAGENET1K_V9", "--weights IMAGENET1K_V9: neither a file nor one of IMAGENET1K_V1, DEFAULT"),
+        ("resnet17", None, "--model resnet17: expected one of resnet18, resnet34"),
+    ],
+)
 def test_unknown_names_list_the_known_ones(model, name, sentence):
     with pytest.raises(ValueError, match=sentence):
         weights.load(model, name, False)
@@ -102,8 +105,9 @@ def test_random_weights_are_the_same_each_time_and_leave_the_generator_alone():
     assert one.digest() != two.digest()
 
 
-@pytest.mark.parametrize("text", ["cat\ndog\n", '["cat", "dog"]', '{"1": "dog", "0": "cat"}',
-                                  '{"0": ["n01", "cat"], "1": ["n02", "dog"]}'])
+@pytest.mark.parametrize(
+    "text", ["cat\ndog\n", '["cat", "dog"]', '{"1": "dog", "0": "cat"}', '{"0": ["n01", "cat"], "1": ["n02", "dog"]}']
+)
 def test_labels_in_the_usual_forms(tmp_path, text):
     (tmp_path / "labels").write_text(text)
     assert weights.read_labels(str(tmp_path / "labels")) == ["cat", "dog"]
@@ -115,11 +119,16 @@ def test_labels_that_leave_out_a_class_are_refused(tmp_path):
         weights.read_labels(str(tmp_path / "labels"))
 
 
-@pytest.mark.parametrize(("data", "words"), [
-    (b'{"0": ', "neither lines in UTF-8 nor JSON: Expecting value"), (b"\xff\xfe", "neither lines in UTF-8 nor JSON: .*can't decode byte"),
-    (b"[1, 2]", "got 1, expected names or .id, name. pairs"), (b'["cat", []]', r"got \[\], expected names"),
-    (b'[["n01", 2]]', "got 2, expected names"),
-])
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b'{"0": ', "neither lines in UTF-8 nor JSON: Expecting value"),
+        (b"\xff\xfe", "neither lines in UTF-8 nor JSON: .*can't decode byte"),
+        (b"[1, 2]", "got 1, expected names or .id, name. pairs"),
+        (b'["cat", []]', r"got \[\], expected names"),
+        (b'[["n01", 2]]', "got 2, expected names"),
+    ],
+)
 def test_labels_that_are_none_are_refused_in_a_sentence(tmp_path, data, words):
     (tmp_path / "labels").write_bytes(data)
     with pytest.raises(ValueError, match=f"^--labels .*labels: {words}"):

@@ -87,7 +87,9 @@ def test_a_failed_capture_leaves_the_stream_and_says_what_failed(cuda) -> None:
 @pytest.mark.parametrize("breaks", [True, False])
 def test_a_kernel_that_cannot_be_captured_costs_the_others_nothing(cuda, breaks) -> None:
     cuda.breaks = breaks
-    graphs, reasons = autotune.Device("pretended", "cpu").capture({"a": lambda: 1, "b": fails, "c": lambda: 1 / 0, "d": lambda: 2})
+    graphs, reasons = autotune.Device("pretended", "cpu").capture(
+        {"a": lambda: 1, "b": fails, "c": lambda: 1 / 0, "d": lambda: 2}
+    )
     assert list(graphs) == ["a", "d"] and cuda.current is DEFAULT
     assert reasons == {"b": "operation not permitted when stream is capturing", "c": "division by zero"}
 
@@ -108,12 +110,17 @@ def test_a_plan_goes_on_after_a_capture_that_failed(cuda, monkeypatch) -> None:
             assert captured(48).graph is None
     assert captured(56).graph is not None and cuda.current is DEFAULT
     (first, pool), (second, same), _, (third, other) = cuda.captures
-    assert first is second and pool is same and other is not pool  # one stream for a pool, or its graphs would share no memory
+    assert (
+        first is second and pool is same and other is not pool
+    )  # one stream for a pool, or its graphs would share no memory
     assert first is not OWN and third is not OWN and first.device == made.device
 
 
 def test_a_graph_that_was_made_in_inference_mode_serves_outside(cuda) -> None:
-    made, x = plan(resnet18().eval(), torch.randn(1, 3, 32, 32)), torch.randn(1, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    made, x = (
+        plan(resnet18().eval(), torch.randn(1, 3, 32, 32)),
+        torch.randn(1, 3, 32, 32).contiguous(memory_format=torch.channels_last),
+    )
     with torch.inference_mode():
         graph = Graph(Program(made._lowered, x), x.clone(), object(), Stream())
     with torch.no_grad():
@@ -135,6 +142,7 @@ def test_a_graphs_input_is_laid_by_the_copy_into_it_alone(monkeypatch) -> None:
 
 def test_a_plans_gpu_is_the_current_one_while_it_runs(cuda) -> None:
     from resnet_fast import planning
+
     with planning._quiet(torch.device("cuda:1")):
         assert cuda.device == 1
     assert cuda.device == 0

@@ -69,8 +69,9 @@ def test_bar_knows_bottlenecks_and_groups(name: str) -> None:
 
 
 @pytest.mark.parametrize("p", [p for p in QUICK if p.train], ids=lambda p: p.id)
-def test_training_step_leaves_the_reference_gradients(p: providers.Provider, model: nn.Module, x: torch.Tensor,
-                                                      trained: tuple) -> None:
+def test_training_step_leaves_the_reference_gradients(
+    p: providers.Provider, model: nn.Module, x: torch.Tensor, trained: tuple
+) -> None:
     reason = p.why_not("train", "cpu", "fp32")
     if reason is not None:
         pytest.skip(reason)
@@ -110,7 +111,10 @@ def test_a_provider_says_why_not() -> None:
     finally:
         for name in monkey:
             del providers.engines.PACKAGES[name]
-    assert all("resnet_fast[bench]" in providers.engines.PACKAGES[name] for name in ("openvino", "onnxruntime", "onnx", "onnxscript"))
+    assert all(
+        "resnet_fast[bench]" in providers.engines.PACKAGES[name]
+        for name in ("openvino", "onnxruntime", "onnx", "onnxscript")
+    )
     with pytest.raises(LookupError, match="'fastest' is unknown; known: eager-nchw"):
         provider("fastest")
 
@@ -131,6 +135,7 @@ def test_a_kernel_is_a_provider_too(model: nn.Module, x: torch.Tensor, registry:
 
 
 # ---------------------------------------------------------------- measuring
+
 
 def test_measured_rows_stand_beside_their_error_and_each_other() -> None:
     found = measure(CASE, [PROVIDERS["eager"], PROVIDERS["ours"], PROVIDERS["tensorrt"]], max_rounds=1)
@@ -164,8 +169,11 @@ def test_what_breaks_says_so_in_its_own_words_and_the_others_are_timed(capsys: p
 
 def test_training_is_judged_by_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     true = measuring.TrainStep.gradients
-    monkeypatch.setattr(measuring.TrainStep, "gradients",
-                        lambda step: true(step) * (1.01 if "resnet_fast" in type(step.net).__module__ else 1))
+    monkeypatch.setattr(
+        measuring.TrainStep,
+        "gradients",
+        lambda step: true(step) * (1.01 if "resnet_fast" in type(step.net).__module__ else 1),
+    )
     found = measure(replace(CASE, mode="train"), [PROVIDERS["eager"], PROVIDERS["ours"]], max_rounds=1)
     assert found["eager"].row.error < 1e-3 and "allowed" in found["ours"].wrong
 
@@ -201,9 +209,27 @@ def test_cold_start_is_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
 def test_suites_report_through_pytest_benchmark(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
     saved, ledger = tmp_path / "b.json", tmp_path / "ledger.json"
-    command = [sys.executable, "-m", "pytest", "benchmarks/test_models.py", "-q", "-p", "no:cacheprovider",
-               "--models", "resnet18", "--sizes", "64", "--providers", "eager,ours,tensorrt", "--seconds", "1",
-               "--benchmark-json", str(saved), "--ledger", str(ledger)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks/test_models.py",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--models",
+        "resnet18",
+        "--sizes",
+        "64",
+        "--providers",
+        "eager,ours,tensorrt",
+        "--seconds",
+        "1",
+        "--benchmark-json",
+        str(saved),
+        "--ledger",
+        str(ledger),
+    ]
     # A run of its own: what tells pytest-benchmark to stand aside in a parallel run must not reach it.
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
@@ -223,11 +249,32 @@ def test_a_suite_refuses_a_wrong_kernel_of_ones_own(tmp_path: Path) -> None:
     """A file is a kernel here too; what breaks the rule fails its test and gets no time."""
     pytest.importorskip("pytest_benchmark")
     mine, saved = tmp_path / "mine.py", tmp_path / "b.json"
-    mine.write_text("import resnet_fast\nfrom resnet_fast.dispatch import find\n"
-                    "@resnet_fast.kernel('mine.add', op='add_act', supports=lambda p: None)\n"
-                    "def add(*args):\n    return find('aten.add_act').fn(*args) * 1.01\n")
-    command = [sys.executable, "-m", "pytest", "benchmarks/test_ops.py", "-q", "-p", "no:cacheprovider", "-k", "add_act and not backward",
-               "--models", "resnet18", "--sizes", "32", "--kernels", str(mine), "--seconds", "1", "--benchmark-json", str(saved)]
+    mine.write_text(
+        "import resnet_fast\nfrom resnet_fast.dispatch import find\n"
+        "@resnet_fast.kernel('mine.add', op='add_act', supports=lambda p: None)\n"
+        "def add(*args):\n    return find('aten.add_act').fn(*args) * 1.01\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks/test_ops.py",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "add_act and not backward",
+        "--models",
+        "resnet18",
+        "--sizes",
+        "32",
+        "--kernels",
+        str(mine),
+        "--seconds",
+        "1",
+        "--benchmark-json",
+        str(saved),
+    ]
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     told = [b["extra_info"] for b in json.loads(saved.read_text())["benchmarks"]]

@@ -61,7 +61,9 @@ def test_another_plan_of_the_network_finds_the_groups(model) -> None:
     x = images()
     run = tuned(model, x)
     assert set(run.across) == WINNERS
-    other = ready(resnet_fast.ResNet(resnet_fast.Bottleneck, [3, 1, 1, 1], width_per_group=16, num_classes=12))  # other weights
+    other = ready(
+        resnet_fast.ResNet(resnet_fast.Bottleneck, [3, 1, 1, 1], width_per_group=16, num_classes=12)
+    )  # other weights
     found = later(other, x)
     assert set(found.across) == WINNERS and found.settled
     assert found.notes[0].startswith("across: as measured on fake on 2") and found.notes[1:] == tuple(run.notes)
@@ -70,20 +72,30 @@ def test_another_plan_of_the_network_finds_the_groups(model) -> None:
 def test_torchvisions_network_is_the_same(model) -> None:
     torchvision = pytest.importorskip("torchvision")
     x = images()
-    names = [remembered.key(plan(net.eval(), x), x) for net in (resnet_fast.resnet50(), torchvision.models.resnet50(), resnet_fast.resnet34())]
+    names = [
+        remembered.key(plan(net.eval(), x), x)
+        for net in (resnet_fast.resnet50(), torchvision.models.resnet50(), resnet_fast.resnet34())
+    ]
     assert names[0] == names[1] != names[2]
 
 
 def test_another_input_dtype_way_or_network_finds_nothing(model) -> None:
     x = images()
     tuned(model, x)
-    assert later(model, x[:1]) is None and later(model, x, dtype=torch.float64) is None and later(model, x, cuda_graph=False) is None
+    assert (
+        later(model, x[:1]) is None
+        and later(model, x, dtype=torch.float64) is None
+        and later(model, x, cuda_graph=False) is None
+    )
     deeper = ready(resnet_fast.ResNet(resnet_fast.Bottleneck, [4, 1, 1, 1], width_per_group=16, num_classes=12))
     assert later(deeper, x) is None and later(model, x) is not None
     assert remembered.find(plan(model, x), x, "another GPU") is None
 
 
-@pytest.mark.parametrize("what, reason", [("source", "the source of .* changed"), ("versions", "was verified with"), ("kernel", "is unknown")])
+@pytest.mark.parametrize(
+    "what, reason",
+    [("source", "the source of .* changed"), ("versions", "was verified with"), ("kernel", "is unknown")],
+)
 def test_a_stale_choice_is_not_used_and_says_why(model, folder, monkeypatch, what, reason) -> None:
     x = images()
     tuned(model, x)
@@ -100,7 +112,7 @@ def test_a_stale_choice_is_not_used_and_says_why(model, folder, monkeypatch, wha
         path.write_text(json.dumps(table))
     found = later(model, x)
     assert found.across == () and not found.settled
-    note, = found.notes
+    (note,) = found.notes
     assert re.search(reason, note) and "measure them again with tune=True" in note
 
 
@@ -111,7 +123,11 @@ def test_plans_use_it_by_default_on_a_gpu_and_unless_told_otherwise(model, monke
     assert count(plan(model, x)) == {}  # nothing is looked up for a CPU
     monkeypatch.setattr(remembered, "DEVICE", "cpu")
     run = plan(model, x)
-    assert set(run.across) == WINNERS and count(run) == {"conv_tail": 1, "pointwise_pair": 1} and "as measured on fake" in str(run)
+    assert (
+        set(run.across) == WINNERS
+        and count(run) == {"conv_tail": 1, "pointwise_pair": 1}
+        and "as measured on fake" in str(run)
+    )
     torch.testing.assert_close(run(x), plan(model, x, across=())(x))
     assert count(plan(model, x, across=())) == {} and count(plan(model, x, across=("conv_pool",))) == {"conv_pool": 1}
 

@@ -25,10 +25,29 @@ SPEED = {"eager": 10.0, "compile": 12.0, "compile-best": 20.0, "folded": 16.0, "
 def case_rows(case: str = "infer/resnet50/bf16/256", speed: dict[str, float] = SPEED, **changed) -> list[Row]:
     """A case in which every provider runs at the given img/s."""
     _, _, dtype, batch, size = parse_case(case)
-    return [Row("model", case, id, id.startswith("ours"), dtype, batch, size, "nchw", batch / s, batch / s * 0.99,
-                batch / s * 1.02, 9, img_s=s, error=2e-3, eager_error=1e-3, roofline=s / 100,
-                speed_over={other: s / t for other, t in speed.items() if other != id}, **changed)
-            for id, s in speed.items()]
+    return [
+        Row(
+            "model",
+            case,
+            id,
+            id.startswith("ours"),
+            dtype,
+            batch,
+            size,
+            "nchw",
+            batch / s,
+            batch / s * 0.99,
+            batch / s * 1.02,
+            9,
+            img_s=s,
+            error=2e-3,
+            eager_error=1e-3,
+            roofline=s / 100,
+            speed_over={other: s / t for other, t in speed.items() if other != id},
+            **changed,
+        )
+        for id, s in speed.items()
+    ]
 
 
 def op_rows(model: str = "resnet18", batch: int = 2) -> list[Row]:
@@ -36,10 +55,29 @@ def op_rows(model: str = "resnet18", batch: int = 2) -> list[Row]:
     found = {}
     for layer in layers(model, batch, 224, DTYPES["bf16"], "cuda"):
         key = layer.problem.key
-        found[key] = [Row("op", f"op/{key}", id, id == "triton.conv", "bf16", batch, None, "nhwc", s, s, s, 9,
-                          problem=key, tflops=1e-4 / s, gb_s=1e-3 / s, error=1e-3, eager_error=1e-3,
-                          speed_over={"folded": 2e-5 / s} if id != "folded" else {})
-                      for id, s in (("eager", 4e-5), ("folded", 2e-5), ("triton.conv", 1e-5))]
+        found[key] = [
+            Row(
+                "op",
+                f"op/{key}",
+                id,
+                id == "triton.conv",
+                "bf16",
+                batch,
+                None,
+                "nhwc",
+                s,
+                s,
+                s,
+                9,
+                problem=key,
+                tflops=1e-4 / s,
+                gb_s=1e-3 / s,
+                error=1e-3,
+                eager_error=1e-3,
+                speed_over={"folded": 2e-5 / s} if id != "folded" else {},
+            )
+            for id, s in (("eager", 4e-5), ("folded", 2e-5), ("triton.conv", 1e-5))
+        ]
     return [row for rows in found.values() for row in rows]
 
 
@@ -48,6 +86,7 @@ def run_of(rows: list[Row], machine: Machine = CPU, name: str = "run.json") -> R
 
 
 # ---------------------------------------------------------------- ledger
+
 
 def test_a_run_comes_back_as_it_was_written(tmp_path: Path) -> None:
     rows = case_rows() + op_rows()
@@ -85,9 +124,14 @@ def test_default_name_tells_date_and_machine(tmp_path: Path, monkeypatch: pytest
     assert write_run(case_rows(), GPU) == Path("benchmarks/results/20260102000000-nvidia-h200-abc.json")
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("{", "not JSON"), ('{"schema": 99}', "schema 99"),
-    ('{"schema": 1, "machine": {}, "rows": [{"colour": 1}]}', "unknown fields colour")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ('{"schema": 99}', "schema 99"),
+        ('{"schema": 1, "machine": {}, "rows": [{"colour": 1}]}', "unknown fields colour"),
+    ],
+)
 def test_what_is_not_a_run_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "odd.json"
     path.write_text(text)
@@ -120,6 +164,7 @@ def test_case_names_round_trip() -> None:
 
 
 # ---------------------------------------------------------------- summary
+
 
 def test_headline_takes_ratios_over_the_fastest_of_each_baseline() -> None:
     (found,) = headlines([run_of(case_rows(), GPU)])
@@ -160,7 +205,9 @@ def test_runs_are_compared_against_their_own_eager() -> None:
         changes(a, run_of(case_rows("infer/resnet18/fp32/1")))
 
 
-@pytest.mark.parametrize(("facts", "words"), [({"threads": "1"}, "2 threads, not 1 thread"), ({"cpu isa": "AVX2"}, "AVX512, not AVX2")])
+@pytest.mark.parametrize(
+    ("facts", "words"), [({"threads": "1"}, "2 threads, not 1 thread"), ({"cpu isa": "AVX2"}, "AVX512, not AVX2")]
+)
 def test_machines_of_different_kinds_are_not_compared(facts: dict[str, str], words: str) -> None:
     here = replace(CPU, facts={"cpu isa": "AVX512", "threads": "2"})
     there = replace(here, facts={**here.facts, **facts})
@@ -183,21 +230,35 @@ def test_gate_judges_ratios_and_never_times() -> None:
 
 def test_comparison_prefers_what_people_run_on_that_device() -> None:
     before, after = ({**SPEED, "eager-nchw": nchw} for nchw in (5.0, 10.0))  # eager NCHW doubled, all else as it was
-    (on_cpu,) = {c.speed for c in changes(run_of(case_rows(speed=before)), run_of(case_rows(speed=after))) if c.provider == "ours"}
-    (on_gpu,) = {c.speed for c in changes(run_of(case_rows(speed=before), GPU), run_of(case_rows(speed=after), GPU)) if c.provider == "ours"}
+    (on_cpu,) = {
+        c.speed
+        for c in changes(run_of(case_rows(speed=before)), run_of(case_rows(speed=after)))
+        if c.provider == "ours"
+    }
+    (on_gpu,) = {
+        c.speed
+        for c in changes(run_of(case_rows(speed=before), GPU), run_of(case_rows(speed=after), GPU))
+        if c.provider == "ours"
+    }
     assert on_cpu == pytest.approx(0.5) and on_gpu == pytest.approx(1.0)
 
 
 def test_a_run_names_its_command_without_the_file_it_wrote() -> None:
-    for words in (["bench", "--save", "/a/b.json", "--batch", "1"], ["bench", "--save=/a/b.json", "--batch", "1"],
-                  ["bench", "--save", "--batch", "1"]):
+    for words in (
+        ["bench", "--save", "/a/b.json", "--batch", "1"],
+        ["bench", "--save=/a/b.json", "--batch", "1"],
+        ["bench", "--save", "--batch", "1"],
+    ):
         assert measured_by(["resnet_fast", *words], "--save") == "python -m resnet_fast bench --save --batch 1"
 
 
 # ---------------------------------------------------------------- tables, page, plots
 
+
 def test_model_table_shows_every_way_and_marks_the_fastest() -> None:
-    rows = [row for batch in (1, 2, 4, 8, 16, 32, 64) for row in case_rows(f"infer/resnet50/bf16/{batch}", peak_bytes=2**30)]
+    rows = [
+        row for batch in (1, 2, 4, 8, 16, 32, 64) for row in case_rows(f"infer/resnet50/bf16/{batch}", peak_bytes=2**30)
+    ]
     runs = [run_of(rows, GPU)]
     (table,) = tables.model_tables(runs)
     assert len(table.header) == 1 + 7 + 2 and len(table.rows) == len(SPEED)
@@ -294,6 +355,7 @@ def test_page_holds_everything_it_shows(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- command
 
+
 @pytest.fixture
 def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
@@ -311,8 +373,19 @@ def test_headline_json_has_the_schema_of_the_design(report, capsys: pytest.Captu
     write_run(case_rows(), GPU, "benchmarks/results/run.json")
     assert report("--headline", "--json") == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
-    assert list(row) == ["case", "gpu", "img_s", "vs_eager", "vs_compile", "vs_cudnn", "roofline", "error",
-                         "eager_error", "date", "commit"]
+    assert list(row) == [
+        "case",
+        "gpu",
+        "img_s",
+        "vs_eager",
+        "vs_compile",
+        "vs_cudnn",
+        "roofline",
+        "error",
+        "eager_error",
+        "date",
+        "commit",
+    ]
 
 
 def test_what_the_newer_run_lacks_is_named(report, capsys: pytest.CaptureFixture) -> None:
@@ -320,7 +393,9 @@ def test_what_the_newer_run_lacks_is_named(report, capsys: pytest.CaptureFixture
     write_run([row for row in case_rows() if row.provider != "ours-plan"], CPU, "b.json")
     assert report("--compare", "a.json", "b.json", "--fail-if", "slower:5%") == 0
     said = capsys.readouterr().out
-    assert "In A only: infer/resnet50/bf16/256 ours-plan." in said and "None of ours is slower by more than 5.0%" in said
+    assert (
+        "In A only: infer/resnet50/bf16/256 ours-plan." in said and "None of ours is slower by more than 5.0%" in said
+    )
 
 
 def test_gate_fails_only_beyond_its_tolerance(report, capsys: pytest.CaptureFixture) -> None:

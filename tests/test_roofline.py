@@ -60,6 +60,7 @@ def test_every_level_computes_the_same() -> None:
 
 def test_flops_are_torchs_own() -> None:
     from torch.utils.flop_counter import FlopCounterMode
+
     with torch.device("meta"):
         model, x = create_model("resnext50_32x4d").eval(), torch.empty(2, 3, 64, 64)
     with FlopCounterMode(display=False) as counter:
@@ -99,16 +100,28 @@ def test_the_binding_ceiling() -> None:
 
 
 OPS = [
-    (Problem("conv_bn_act", "cuda", BF16, (2, 8, 5, 6), "nhwc", (4, 8, 3, 3), padding=(1, 1), residual="nhwc"),
-     2 * 8 * 30 + 4 * 8 * 9 + 2 * 2 * 4 * 30, 2 * 2 * 4 * 8 * 9 * 30),
-    (Problem("conv_bn_act", "cuda", BF16, (2, 8, 4, 6), "nhwc", (4, 8, 1, 1), stride=(2, 2)),
-     2 * 8 * 6 + 4 * 8 + 2 * 4 * 6, 2 * 2 * 4 * 8 * 6),
-    (Problem("conv_bn_act", "cuda", BF16, (2, 8, 5, 6), "nhwc", (8, 2, 3, 3), padding=(1, 1), groups=4),
-     2 * 480 + 8 * 2 * 9, 2 * 2 * 8 * 2 * 9 * 30),
+    (
+        Problem("conv_bn_act", "cuda", BF16, (2, 8, 5, 6), "nhwc", (4, 8, 3, 3), padding=(1, 1), residual="nhwc"),
+        2 * 8 * 30 + 4 * 8 * 9 + 2 * 2 * 4 * 30,
+        2 * 2 * 4 * 8 * 9 * 30,
+    ),
+    (
+        Problem("conv_bn_act", "cuda", BF16, (2, 8, 4, 6), "nhwc", (4, 8, 1, 1), stride=(2, 2)),
+        2 * 8 * 6 + 4 * 8 + 2 * 4 * 6,
+        2 * 2 * 4 * 8 * 6,
+    ),
+    (
+        Problem("conv_bn_act", "cuda", BF16, (2, 8, 5, 6), "nhwc", (8, 2, 3, 3), padding=(1, 1), groups=4),
+        2 * 480 + 8 * 2 * 9,
+        2 * 2 * 8 * 2 * 9 * 30,
+    ),
     (Problem("add_act", "cuda", BF16, (2, 8, 5, 6), "nhwc", residual="nhwc", act="relu"), 3 * 480, 0),
     (Problem("add_act_backward", "cuda", BF16, (2, 8, 5, 6), "nhwc", residual="nhwc", act="relu"), 3 * 480, 0),
-    (Problem("add_act_backward", "cuda", BF16, (2, 8, 5, 6), "nhwc", residual="nhwc", act="relu", gate=True),
-     5 * 480, 0),
+    (
+        Problem("add_act_backward", "cuda", BF16, (2, 8, 5, 6), "nhwc", residual="nhwc", act="relu", gate=True),
+        5 * 480,
+        0,
+    ),
     (Problem("bn_act", "cuda", BF16, (2, 8, 5, 6), "nhwc", act="relu"), 3 * 480, 0),
     (Problem("bn_act", "cuda", BF16, (2, 8, 5, 6), "nhwc", residual="nhwc", act="relu"), 4 * 480, 0),
     (Problem("bn_act_backward", "cuda", BF16, (2, 8, 5, 6), "nhwc", act="relu"), 5 * 480, 0),

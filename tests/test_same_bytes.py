@@ -12,7 +12,16 @@ from resnet_fast import fold
 from resnet_fast.kernels import cpu
 
 MIB = 1 << 20
-SIZES = [1, 64, 3 * MIB + 5, 0, 7, 2 * MIB, 256 << 10, 333]  # of several threads' shares, and of several pieces of a share
+SIZES = [
+    1,
+    64,
+    3 * MIB + 5,
+    0,
+    7,
+    2 * MIB,
+    256 << 10,
+    333,
+]  # of several threads' shares, and of several pieces of a share
 
 
 @pytest.fixture(params=["library", "without"])
@@ -41,10 +50,20 @@ def places(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
 def test_one_byte_anywhere_is_seen(pairs, threads) -> None:
     table, all_bytes = places(pairs), sum(SIZES)
     assert fold.same_bytes(table)
-    shares = {k * -(-all_bytes // threads) + near for k in range(threads) for near in (-1, 0, 1)}  # at the borders between threads
+    shares = {
+        k * -(-all_bytes // threads) + near for k in range(threads) for near in (-1, 0, 1)
+    }  # at the borders between threads
     starts = [sum(SIZES[:i]) for i in range(len(SIZES))]
     for where, start in enumerate(starts):
-        inside = {at - start for at in shares} | {0, 255, (256 << 10) - 1, 256 << 10, MIB, SIZES[where] // 2, SIZES[where] - 1}
+        inside = {at - start for at in shares} | {
+            0,
+            255,
+            (256 << 10) - 1,
+            256 << 10,
+            MIB,
+            SIZES[where] // 2,
+            SIZES[where] - 1,
+        }
         for at in sorted(inside & set(range(SIZES[where]))):
             pairs[where][1][at] ^= 1
             assert not fold.same_bytes(table), (where, at)
@@ -64,8 +83,15 @@ def test_bytes_beside_a_place_do_not_matter(pairs, threads) -> None:
 
 
 @pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
-@pytest.mark.parametrize("table", [torch.zeros(3, dtype=torch.int64), torch.zeros(2, 3), torch.zeros(3, 2, dtype=torch.int64),
-                                   torch.zeros(3, 2, dtype=torch.int64).T])
+@pytest.mark.parametrize(
+    "table",
+    [
+        torch.zeros(3, dtype=torch.int64),
+        torch.zeros(2, 3),
+        torch.zeros(3, 2, dtype=torch.int64),
+        torch.zeros(3, 2, dtype=torch.int64).T,
+    ],
+)
 def test_another_table_is_refused(table) -> None:
     with pytest.raises(RuntimeError, match="^same_bytes: got places of dtype .*, expected Long .N, 3. on the CPU"):
         torch.ops.resnet_fast_cpu.same_bytes(table)

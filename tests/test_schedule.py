@@ -69,8 +69,11 @@ def assert_like_eager(m: nn.Module, x: Tensor | None = None) -> nn.Module:
     fast = accelerate(copy.deepcopy(m))
     for training in (False, True):
         for backward in (False, True) if differentiable(m, x, training) else (False,):
-            results = (outcome(fast, x, training, backward), outcome(m, x, training, backward),
-                       outcome(copy.deepcopy(m).double(), x.double(), training, backward))
+            results = (
+                outcome(fast, x, training, backward),
+                outcome(m, x, training, backward),
+                outcome(copy.deepcopy(m).double(), x.double(), training, backward),
+            )
             for got, eager, exact in zip(*results, strict=True):
                 assert (got is None) == (eager is None)
                 if got is not None and got.is_floating_point():
@@ -80,18 +83,27 @@ def assert_like_eager(m: nn.Module, x: Tensor | None = None) -> nn.Module:
 
 # ---------------------------------------------------------------- what fuses
 
-@pytest.mark.parametrize(("forward", "expected"), [
-    (lambda self, x: self.relu(self.bn(self.conv(x))), [("conv_bn_act", "relu")]),
-    (lambda self, x: self.bn(self.conv(x)), [("conv_bn_act", "none")]),
-    (lambda self, x: F.relu(self.bn(self.conv(x)) + x), [("conv_bn_act", "relu")]),
-    (lambda self, x: (x + self.bn(self.conv(x))).relu_(), [("conv_bn_act", "relu")]),
-    (lambda self, x: torch.add(self.bn2(self.conv2(x)), x), [("conv_bn_act", "none")]),
-    (lambda self, x: self.relu(self.bn2(self.conv2(self.relu(self.bn(self.conv(x))))) + x),
-     [("conv_bn_act", "relu")] * 2),
-    (lambda self, x: torch.relu(self.conv(x) * x.mean((2, 3), keepdim=True) + x),
-     [("module", "none"), ("function", "none"), ("add_act", "relu")]),
-    (lambda self, x: torch.relu(x + self.conv(x)), [("module", "none"), ("add_act", "relu")]),
-], ids=range(8))
+
+@pytest.mark.parametrize(
+    ("forward", "expected"),
+    [
+        (lambda self, x: self.relu(self.bn(self.conv(x))), [("conv_bn_act", "relu")]),
+        (lambda self, x: self.bn(self.conv(x)), [("conv_bn_act", "none")]),
+        (lambda self, x: F.relu(self.bn(self.conv(x)) + x), [("conv_bn_act", "relu")]),
+        (lambda self, x: (x + self.bn(self.conv(x))).relu_(), [("conv_bn_act", "relu")]),
+        (lambda self, x: torch.add(self.bn2(self.conv2(x)), x), [("conv_bn_act", "none")]),
+        (
+            lambda self, x: self.relu(self.bn2(self.conv2(self.relu(self.bn(self.conv(x))))) + x),
+            [("conv_bn_act", "relu")] * 2,
+        ),
+        (
+            lambda self, x: torch.relu(self.conv(x) * x.mean((2, 3), keepdim=True) + x),
+            [("module", "none"), ("function", "none"), ("add_act", "relu")],
+        ),
+        (lambda self, x: torch.relu(x + self.conv(x)), [("module", "none"), ("add_act", "relu")]),
+    ],
+    ids=range(8),
+)
 def test_fuses(forward, expected) -> None:
     m = net(forward)
     assert ops(m) == expected
@@ -123,6 +135,7 @@ def test_identities_are_passed_and_a_lone_convolution_fuses_if_wanted() -> None:
 
 
 # ---------------------------------------------------------------- what must not
+
 
 def written_input(self, x):  # the convolution must read x before it is written to
     out = self.conv(x)
@@ -210,10 +223,28 @@ def sums_sizes(self, x):
     return self.bn(self.conv(x)) * torch.relu(x.new_ones(1) * n)
 
 
-@pytest.mark.parametrize("forward", [
-    written_input, written_residual, written_through_a_view, adds_into_the_shortcut, reads_between,
-    reads_the_convolution_too, doubles_itself, returns_the_middle, one_convolution_twice, one_norm_twice,
-    swaps_in_place, writes_its_input, in_place_after, gate_in_place, broadcasts, sums_sizes], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "forward",
+    [
+        written_input,
+        written_residual,
+        written_through_a_view,
+        adds_into_the_shortcut,
+        reads_between,
+        reads_the_convolution_too,
+        doubles_itself,
+        returns_the_middle,
+        one_convolution_twice,
+        one_norm_twice,
+        swaps_in_place,
+        writes_its_input,
+        in_place_after,
+        gate_in_place,
+        broadcasts,
+        sums_sizes,
+    ],
+    ids=lambda f: f.__name__,
+)
 def test_hazards_give_what_eager_gives(forward) -> None:
     assert_like_eager(net(forward))
 
@@ -254,6 +285,7 @@ def test_an_opaque_child_may_write_what_it_is_given() -> None:
 
 
 # ---------------------------------------------------------------- what cannot be written down
+
 
 class Refused:
     def by_type(self, x):

@@ -29,7 +29,9 @@ class Standardised(nn.Conv2d):
     """Weight standardisation, as many write it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        w = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / (self.weight.std((1, 2, 3), keepdim=True) + 1e-5)
+        w = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / (
+            self.weight.std((1, 2, 3), keepdim=True) + 1e-5
+        )
         return self._conv_forward(x, w, self.bias)
 
 
@@ -105,22 +107,33 @@ CHANGES = {
     "norm of their own": lambda m: at(m.layer2[1], "bn2", lambda b: Norm(b.num_features)),
     "norm without affine": lambda m: at(m.layer2[1], "bn2", lambda b: nn.BatchNorm2d(b.num_features, affine=False)),
     "one frozen norm": lambda m: at(m.layer2[1], "bn2", lambda b: FrozenBatchNorm2d(b.num_features, eps=0.3)),
-    "norm and ReLU swapped": lambda m: (setattr(m.layer2[1], "bn2", nn.ReLU()), setattr(m.layer2[1], "relu", nn.Sequential())),
-    "norm removed and bias added": lambda m: (at(m.layer2[1], "bn2", lambda b: nn.Identity()),
-                                              _replace_conv(m.layer2[1], "conv2", nn.Conv2d(32, 32, 3, padding=1))),
+    "norm and ReLU swapped": lambda m: (
+        setattr(m.layer2[1], "bn2", nn.ReLU()),
+        setattr(m.layer2[1], "relu", nn.Sequential()),
+    ),
+    "norm removed and bias added": lambda m: (
+        at(m.layer2[1], "bn2", lambda b: nn.Identity()),
+        _replace_conv(m.layer2[1], "conv2", nn.Conv2d(32, 32, 3, padding=1)),
+    ),
     "convolution to Identity": lambda m: at(m.layer2[1], "conv2", lambda c: nn.Identity()),
     "convolution in a Sequential": lambda m: at(m.layer2[1], "conv2", lambda c: nn.Sequential(c)),
     "convolution with bias": lambda m: _replace_conv(m.layer2[1], "conv2", nn.Conv2d(32, 32, 3, padding=1)),
-    "convolution of their own": lambda m: _replace_conv(m.layer2[1], "conv2", Standardised(32, 32, 3, padding=1, bias=False)),
-    "reflecting padding": lambda m: _replace_conv(m.layer2[1], "conv2",
-                                                  nn.Conv2d(32, 32, 3, padding=1, padding_mode="reflect", bias=False)),
+    "convolution of their own": lambda m: _replace_conv(
+        m.layer2[1], "conv2", Standardised(32, 32, 3, padding=1, bias=False)
+    ),
+    "reflecting padding": lambda m: _replace_conv(
+        m.layer2[1], "conv2", nn.Conv2d(32, 32, 3, padding=1, padding_mode="reflect", bias=False)
+    ),
     "padding 'same'": lambda m: _replace_conv(m.layer2[1], "conv2", nn.Conv2d(32, 32, 3, padding="same", bias=False)),
-    "5×3, dilated, grouped": lambda m: _replace_conv(m.layer2[1], "conv2", nn.Conv2d(32, 32, (5, 3), padding=(4, 2), dilation=2, groups=4,
-                                                                                     bias=False)),
+    "5×3, dilated, grouped": lambda m: _replace_conv(
+        m.layer2[1], "conv2", nn.Conv2d(32, 32, (5, 3), padding=(4, 2), dilation=2, groups=4, bias=False)
+    ),
     "projection of three": lambda m: at(m.layer2[0], "downsample", lambda d: nn.Sequential(nn.AvgPool2d(1), *d)),
     "projection with bias": lambda m: _replace_conv(m.layer2[0].downsample, "0", nn.Conv2d(256, 512, 1, 2)),
-    "small-image stem": lambda m: (_replace_conv(m, "conv1", nn.Conv2d(3, 64, 3, padding=1, bias=False)),
-                                   at(m, "maxpool", lambda p: nn.Identity())),
+    "small-image stem": lambda m: (
+        _replace_conv(m, "conv1", nn.Conv2d(3, 64, 3, padding=1, bias=False)),
+        at(m, "maxpool", lambda p: nn.Identity()),
+    ),
     "headless": lambda m: at(m, "fc", lambda f: nn.Identity()),
     "no pooling": lambda m: (at(m, "avgpool", lambda p: nn.Identity()), at(m, "fc", lambda f: nn.Identity())),
     "views in the pool": lambda m: at(m, "avgpool", Viewing),
@@ -141,8 +154,12 @@ CHANGES = {
     "patched convolution": lambda m: _patched_forward(m.layer2[1].conv2),
     "patched block": lambda m: _patched_forward(m.layer2[1]),
     "patched projection": lambda m: _patched_forward(m.layer2[0].downsample),
-    "dilated by hand": lambda m: (setattr(m.layer3[0].conv2, "stride", (1, 1)), setattr(m.layer3[0].downsample[0], "stride", (1, 1)),
-                                  setattr(m.layer4[0].conv2, "dilation", (2, 2)), setattr(m.layer4[0].conv2, "padding", (2, 2))),
+    "dilated by hand": lambda m: (
+        setattr(m.layer3[0].conv2, "stride", (1, 1)),
+        setattr(m.layer3[0].downsample[0], "stride", (1, 1)),
+        setattr(m.layer4[0].conv2, "dilation", (2, 2)),
+        setattr(m.layer4[0].conv2, "padding", (2, 2)),
+    ),
     "extra child": lambda m: m.layer2[1].add_module("se", nn.Linear(3, 3).requires_grad_(False)),
 }
 
@@ -183,13 +200,19 @@ def test_sync_batch_norm() -> None:
     """Conversion keeps state and answers; in eval it still fuses."""
     ours, theirs = (nn.SyncBatchNorm.convert_sync_batchnorm(m) for m in twins())
     assert_agree(ours, theirs, X)
-    assert sum(isinstance(m, nn.SyncBatchNorm) for m in ours.modules()) == sum(isinstance(m, nn.SyncBatchNorm) for m in theirs.modules()) > 5
+    assert (
+        sum(isinstance(m, nn.SyncBatchNorm) for m in ours.modules())
+        == sum(isinstance(m, nn.SyncBatchNorm) for m in theirs.modules())
+        > 5
+    )
     from resnet_fast.blocks import why_plain_block
+
     assert why_plain_block(ours.layer2[1], torch.randn(2, 512, 4, 4)) is None
     assert "SyncBatchNorm in training" in why_plain_block(ours.train().layer2[1], torch.randn(2, 512, 4, 4))
 
 
 # ---------------------------------------------------------------- subclasses
+
 
 def _attention(base: type) -> type:
     class Attentive(base):
@@ -237,6 +260,7 @@ def test_subclassed_blocks(make) -> None:
 
 def test_subclassed_models() -> None:
     """Own stages, own ``_forward_impl``, super() calls, and a torchvision block in our ResNet."""
+
     def build(module) -> nn.Module:
         class Two(module.ResNet):
             def __init__(self) -> None:
@@ -266,6 +290,7 @@ def test_subclassed_models() -> None:
 
 # ---------------------------------------------------------------- heads on top
 
+
 def test_fpn_backbone_with_frozen_norms() -> None:
     """Detection's backbone: FrozenBatchNorm2d, some stages frozen, IntermediateLayerGetter inside."""
     outs = []
@@ -283,9 +308,13 @@ def test_faster_rcnn() -> None:
     outs = []
     for model in twins("resnet18", norm_layer=FrozenBatchNorm2d):
         torch.manual_seed(3)
-        net = detection.FasterRCNN(_resnet_fpn_extractor(model, 5), num_classes=3, min_size=64, max_size=96, box_score_thresh=0.0).double()
-        losses = net.train()(list(images(1, 64, torch.float64)), [{"boxes": torch.tensor([[4.0, 4.0, 40.0, 50.0]]).double(),
-                                                                   "labels": torch.tensor([1])}])
+        net = detection.FasterRCNN(
+            _resnet_fpn_extractor(model, 5), num_classes=3, min_size=64, max_size=96, box_score_thresh=0.0
+        ).double()
+        losses = net.train()(
+            list(images(1, 64, torch.float64)),
+            [{"boxes": torch.tensor([[4.0, 4.0, 40.0, 50.0]]).double(), "labels": torch.tensor([1])}],
+        )
         outs.append([losses["loss_classifier"], net.eval()(list(images(1, 64, torch.float64)))[0]["boxes"]])
     assert_close(*outs, rtol=1e-6, atol=1e-6)
 

@@ -39,8 +39,9 @@ def test_a_failed_write_leaves_the_old_table(tmp_path) -> None:
     assert list(table(tmp_path)["entries"]) == ["a"]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"gpu": "Another GPU", "entries": {}}',
-                                  '{"gpu": "Pretended GPU", "entries": 3}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"gpu": "Another GPU", "entries": {}}', '{"gpu": "Pretended GPU", "entries": 3}']
+)
 def test_a_table_that_cannot_be_used_is_ignored_and_says_so(tmp_path, text) -> None:
     (tmp_path / "pretended-gpu.json").write_text(text)
     with pytest.warns(UserWarning, match="pretended-gpu.json is ignored"):
@@ -50,9 +51,11 @@ def test_a_table_that_cannot_be_used_is_ignored_and_says_so(tmp_path, text) -> N
 def test_prose_does_not_void_a_measurement(tmp_path) -> None:
     source = tmp_path / "kernel.py"
     hashes = []
-    for text in ('def f(x):\n    return x + 1\n',
-                 '"""A kernel."""\n\n\ndef f(x):\n    "Adds."  # one\n    return x + 1\n',
-                 'def f(x):\n    return x + 2\n'):
+    for text in (
+        "def f(x):\n    return x + 1\n",
+        '"""A kernel."""\n\n\ndef f(x):\n    "Adds."  # one\n    return x + 1\n',
+        "def f(x):\n    return x + 2\n",
+    ):
         source.write_text(text)
         tables.source_hash.cache_clear()
         hashes.append(tables.source_hash((str(source),)))

@@ -25,8 +25,14 @@ def buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 def assert_same(mine: dict, theirs: dict, tolerance: float = 1e-9) -> None:
     assert list(mine) == list(theirs)
     for name, value in mine.items():
-        torch.testing.assert_close(value, theirs[name], rtol=tolerance, atol=tolerance, equal_nan=True,
-                                   msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            value,
+            theirs[name],
+            rtol=tolerance,
+            atol=tolerance,
+            equal_nan=True,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 def each(model: nn.Module, kind: type) -> list[nn.Module]:
@@ -34,6 +40,7 @@ def each(model: nn.Module, kind: type) -> list[nn.Module]:
 
 
 # ---------------------------------------------------------------- steps
+
 
 @pytest.mark.parametrize("layout", (torch.contiguous_format, CL))
 def test_sgd_steps(layout) -> None:
@@ -90,8 +97,12 @@ def test_partly_frozen() -> None:
 
 def test_odd_shapes_and_layouts() -> None:
     ours, theirs = twins()
-    for x in (images(3, (33, 47)), images(3, 40).contiguous(memory_format=CL), images(3, 48)[:, :, 3:-4, ::2],
-              images(6, 40)[::2]):
+    for x in (
+        images(3, (33, 47)),
+        images(3, 40).contiguous(memory_format=CL),
+        images(3, 48)[:, :, 3:-4, ::2],
+        images(6, 40)[::2],
+    ):
         assert_train_alike(ours.train(), theirs.train(), x)
         assert_agree(ours.eval(), theirs.eval(), x)
 
@@ -133,7 +144,9 @@ def test_float32_statistics_by_the_rule() -> None:
 def test_one_value_per_channel_raises_and_leaves_statistics() -> None:
     ours, theirs = twins()
     for model in (ours.train(), theirs.train()):
-        with pytest.raises(ValueError, match=r"Expected more than 1 value per channel when training, got input size torch.Size"):
+        with pytest.raises(
+            ValueError, match=r"Expected more than 1 value per channel when training, got input size torch.Size"
+        ):
             model(images(1, 32))
     for name in ("running_mean", "running_var"):
         assert torch.allclose(ours.layer4[0].bn2.state_dict()[name], theirs.layer4[0].bn2.state_dict()[name])
@@ -158,6 +171,7 @@ def test_a_graph_from_eval_survives_a_training_forward() -> None:
 
 
 # ---------------------------------------------------------------- checkpointing, penalties, batched gradients
+
 
 @pytest.mark.parametrize("reentrant", (False, True))
 def test_checkpointing_updates_statistics_once(reentrant) -> None:
@@ -211,6 +225,7 @@ def test_jacobian_vectorised() -> None:
 
 # ---------------------------------------------------------------- around the model
 
+
 def test_cpu_autocast_trains_as_eager() -> None:
     found = []
     for model in twins():
@@ -253,7 +268,9 @@ def test_threads_train_apart() -> None:
     expected = gradients(copy.deepcopy(model), images(3, 40, torch.float64))
     found: list[dict] = []
     copies = [copy.deepcopy(model) for _ in range(3)]
-    workers = [threading.Thread(target=lambda m=m: found.append(gradients(m, images(3, 40, torch.float64)))) for m in copies]
+    workers = [
+        threading.Thread(target=lambda m=m: found.append(gradients(m, images(3, 40, torch.float64)))) for m in copies
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -24,7 +24,6 @@ from resnet_fast.problem import Problem
 pytestmark = ahead
 
 
-
 def conv(name: str, capability: tuple[int, int], dtype: torch.dtype = torch.bfloat16, batch: int = 256) -> Problem:
     """A layer of ResNet-50 or ResNeXt-50 at 224²."""
     x, weight, stride, padding, groups, residual = {
@@ -37,9 +36,21 @@ def conv(name: str, capability: tuple[int, int], dtype: torch.dtype = torch.bflo
         "layer4 conv3": ((512, 7), (2048, 512, 1, 1), 1, 0, 1, True),
         "layer2 grouped": ((256, 28), (256, 8, 3, 3), 1, 1, 32, False),
     }[name]
-    return Problem(op="conv_bn_act", device="cuda", dtype=dtype, x=(batch, x[0], x[1], x[1]), layout="nhwc",
-                   weight=weight, stride=(stride, stride), padding=(padding, padding), groups=groups, bn=True, act="relu",
-                   residual="nhwc" if residual else None, capability=capability)
+    return Problem(
+        op="conv_bn_act",
+        device="cuda",
+        dtype=dtype,
+        x=(batch, x[0], x[1], x[1]),
+        layout="nhwc",
+        weight=weight,
+        stride=(stride, stride),
+        padding=(padding, padding),
+        groups=groups,
+        bn=True,
+        act="relu",
+        residual="nhwc" if residual else None,
+        capability=capability,
+    )
 
 
 # Every generation on a 3×3 and a 1×1 with residual; what is special elsewhere, on the generation it is special for.
@@ -80,19 +91,35 @@ def test_convolutions(name: str, capability: tuple[int, int], changes: dict) -> 
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)], ids=lambda c: f"sm_{c[0]}{c[1]}")
-@pytest.mark.parametrize("kernel, name, batch", [
-    ("triton.conv", "layer2 conv2", 256), ("triton.conv", "layer4 conv2", 1), ("triton.pointwise", "layer1 conv3", 256),
-    ("triton.conv_tma", "layer2 conv2", 256), ("triton.pointwise_tma", "layer1 conv3", 256),
-    ("triton.pointwise_tma", "layer3 conv1", 256)])
+@pytest.mark.parametrize(
+    "kernel, name, batch",
+    [
+        ("triton.conv", "layer2 conv2", 256),
+        ("triton.conv", "layer4 conv2", 1),
+        ("triton.pointwise", "layer1 conv3", 256),
+        ("triton.conv_tma", "layer2 conv2", 256),
+        ("triton.pointwise_tma", "layer1 conv3", 256),
+        ("triton.pointwise_tma", "layer3 conv1", 256),
+    ],
+)
 def test_convolutions_overlap_with_the_kernel_before_and_touch_nothing_until_it_is_done(
-        kernel: str, name: str, batch: int, capability: tuple[int, int]) -> None:
+    kernel: str, name: str, batch: int, capability: tuple[int, int]
+) -> None:
     problem = conv(name, capability, batch=batch)
     for cubin in cubins(kernel, problem) if find(kernel).supports(problem) is None else ():
         waits_first(cubin, capability)
 
 
-@pytest.mark.parametrize("kernel", ["triton.conv_tail", "triton.conv_pool", "triton.pointwise_pool", "triton.pointwise_pair",
-                                    "triton.pointwise_pair_tma"])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        "triton.conv_tail",
+        "triton.conv_pool",
+        "triton.pointwise_pool",
+        "triton.pointwise_pair",
+        "triton.pointwise_pair_tma",
+    ],
+)
 def test_ops_across_convolutions_do_so_too(kernel: str) -> None:
     groups = across(layers("resnet50", 256, 224, torch.bfloat16, "cuda", (9, 0)))
     for cubin in cubins(kernel, next(group.problem for group in groups if group.problem.op == find(kernel).op)):
@@ -125,8 +152,16 @@ POINTWISE = {
 def test_pointwise_and_reduction_passes(case: str, capability: tuple[int, int]) -> None:
     """Every big tensor goes through 16-byte loads and stores."""
     op = case.split(" ")[0]
-    problem = Problem(op=op, device="cuda", dtype=torch.bfloat16, x=(256, 256, 56, 56), layout="nhwc", act="relu",
-                      capability=capability, **POINTWISE[case])
+    problem = Problem(
+        op=op,
+        device="cuda",
+        dtype=torch.bfloat16,
+        x=(256, 256, 56, 56),
+        layout="nhwc",
+        act="relu",
+        capability=capability,
+        **POINTWISE[case],
+    )
     for cubin in cubins(f"triton.{op}", problem):
         sound(cubin, capability)
         assert cubin.count(r"LDG(STS)?\.E.*\.128") and not cubin.count(r"LDG(STS)?\.E\.U?(16|8)\b"), cubin.name
@@ -136,15 +171,31 @@ def test_pointwise_and_reduction_passes(case: str, capability: tuple[int, int]) 
 
 def test_the_statistics_loop_is_pipelined() -> None:
     """A reducing block has the next tiles under way (cp.async, LDGSTS in SASS) while it adds up the last."""
-    problem = Problem(op="bn_act", device="cuda", dtype=torch.bfloat16, x=(256, 256, 56, 56), layout="nhwc", act="relu",
-                      capability=(9, 0))
+    problem = Problem(
+        op="bn_act",
+        device="cuda",
+        dtype=torch.bfloat16,
+        x=(256, 256, 56, 56),
+        layout="nhwc",
+        act="relu",
+        capability=(9, 0),
+    )
     statistics, *_ = cubins("triton.bn_act", problem)
     assert statistics.name == "_statistics" and statistics.count(r"LDGSTS\.E.*\.128")
 
 
 def test_fp_fusion_is_off_where_it_would_show() -> None:
     """enable_fp_fusion reaches the compiler: x·gate + y is a product and a sum, each rounded as in the interpreter."""
-    problem = Problem(op="add_act", device="cuda", dtype=torch.float32, x=(2, 64, 8, 8), layout="nhwc", act="none",
-                      residual="nhwc", gate=True, capability=(9, 0))
+    problem = Problem(
+        op="add_act",
+        device="cuda",
+        dtype=torch.float32,
+        x=(2, 64, 8, 8),
+        layout="nhwc",
+        act="none",
+        residual="nhwc",
+        gate=True,
+        capability=(9, 0),
+    )
     (cubin,) = cubins("triton.add_act", problem)
     assert cubin.count("FMUL") and cubin.count("FADD") and not cubin.count("FFMA")

@@ -23,28 +23,60 @@ from resnet_fast.problem import Problem
 
 HOPPER = (9, 0)
 # ResNet-50's ends of first blocks: conv3's channels, filters, size; the block's input and stride.
-PAIRS = {"layer1": (64, 256, 56, 64, 1), "layer2": (128, 512, 28, 256, 2), "layer3": (256, 1024, 14, 512, 2),
-         "layer4": (512, 2048, 7, 1024, 2)}
+PAIRS = {
+    "layer1": (64, 256, 56, 64, 1),
+    "layer2": (128, 512, 28, 256, 2),
+    "layer3": (256, 1024, 14, 512, 2),
+    "layer4": (512, 2048, 7, 1024, 2),
+}
 # Its tails: channels of the middle, of the block, of the next conv1, of a projected input; size.
-TAILS = {"layer1": (64, 256, 64, 0, 56), "layer1 first": (64, 256, 64, 64, 56), "layer1 last": (64, 256, 128, 0, 56),
-         "layer2": (128, 512, 128, 0, 28), "layer2 last": (128, 512, 256, 0, 28)}
+TAILS = {
+    "layer1": (64, 256, 64, 0, 56),
+    "layer1 first": (64, 256, 64, 64, 56),
+    "layer1 last": (64, 256, 128, 0, 56),
+    "layer2": (128, 512, 128, 0, 28),
+    "layer2 last": (128, 512, 256, 0, 28),
+}
 
 
 def pair(name: str, at: tuple[int, int] = HOPPER, dtype: torch.dtype = torch.bfloat16, batch: int = 8) -> Problem:
     c, k, size, c2, stride = PAIRS[name]
-    return Problem(op="pointwise_pair", device="cuda", dtype=dtype, x=(batch, c, size, size), layout="nhwc",
-                   weight=(k, c, 1, 1), chain=((k, c2, 1, 1),), second=(size * stride, size * stride),
-                   stride=(stride, stride), residual="nhwc", act="relu", capability=at)
+    return Problem(
+        op="pointwise_pair",
+        device="cuda",
+        dtype=dtype,
+        x=(batch, c, size, size),
+        layout="nhwc",
+        weight=(k, c, 1, 1),
+        chain=((k, c2, 1, 1),),
+        second=(size * stride, size * stride),
+        stride=(stride, stride),
+        residual="nhwc",
+        act="relu",
+        capability=at,
+    )
 
 
 def bottleneck(name: str, at: tuple[int, int] = HOPPER, dtype: torch.dtype = torch.bfloat16, batch: int = 8) -> Problem:
     middle, wide, after, projected, size = TAILS[name]
     chain = (wide, middle, 1, 1), (wide, projected, 1, 1) if projected else (), (after, wide, 1, 1)
-    return Problem(op="conv_tail", device="cuda", dtype=dtype, x=(batch, middle, size, size), layout="nhwc",
-                   weight=(middle, middle, 3, 3), padding=(1, 1), chain=chain, residual="nhwc", act="relu", capability=at)
+    return Problem(
+        op="conv_tail",
+        device="cuda",
+        dtype=dtype,
+        x=(batch, middle, size, size),
+        layout="nhwc",
+        weight=(middle, middle, 3, 3),
+        padding=(1, 1),
+        chain=chain,
+        residual="nhwc",
+        act="relu",
+        capability=at,
+    )
 
 
 # ---------------------------------------------------------------- configs
+
 
 @pytest.mark.parametrize("at", CHIPS, ids=lambda c: f"sm_{c[0]}{c[1]}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -67,7 +99,9 @@ def test_the_answer_is_pure_and_the_best_predicted() -> None:
     tail_config.tail_configs.cache_clear()
     assert [tail_config.tail_config(g) for g in reversed(shapes)] == before[::-1]
     for g, c in zip(shapes, before, strict=True):
-        assert tail_config.predicted_ns(g, c) == min(tail_config.predicted_ns(g, o) for o in tail_config.tail_configs(g))
+        assert tail_config.predicted_ns(g, c) == min(
+            tail_config.predicted_ns(g, o) for o in tail_config.tail_configs(g)
+        )
 
 
 def test_weights_are_shared_by_more_pixels_where_there_are_many() -> None:
@@ -78,8 +112,10 @@ def test_weights_are_shared_by_more_pixels_where_there_are_many() -> None:
 
 def test_waves_count() -> None:
     c, sms = TailConfig(128, 64, 64, 8, 3), CHIPS[HOPPER].sms
-    full, over, under = (tail_config.predicted_ns(Tail(128 * blocks, 64, 64, 256, 64, capability=HOPPER), c)
-                         for blocks in (sms, sms + 1, sms - 9))
+    full, over, under = (
+        tail_config.predicted_ns(Tail(128 * blocks, 64, 64, 256, 64, capability=HOPPER), c)
+        for blocks in (sms, sms + 1, sms - 9)
+    )
     assert under == full < 0.6 * over
 
 
@@ -91,7 +127,9 @@ def test_padded_blocks_cover_their_channels(channels: int) -> None:
 
 def test_the_tail_of_a_problem() -> None:
     assert tail(bottleneck("layer1 first")) == Tail(8 * 56 * 56, 64, 64, 256, 64, 64, 2, HOPPER)
-    assert tail(bottleneck("layer2 last", dtype=torch.float32, at=(8, 0))) == Tail(8 * 28 * 28, 128, 128, 512, 256, 0, 4, (8, 0))
+    assert tail(bottleneck("layer2 last", dtype=torch.float32, at=(8, 0))) == Tail(
+        8 * 28 * 28, 128, 128, 512, 256, 0, 4, (8, 0)
+    )
 
 
 # ---------------------------------------------------------------- refusals
@@ -123,8 +161,9 @@ def test_a_pair_says_when_its_second_side_is_too_large() -> None:
 def test_a_tail_says_what_a_block_cannot_keep() -> None:
     def said(middle: int, wide: int, projected: int, after: int, **rest) -> str | None:
         chain = (wide, middle, 1, 1), (wide, projected, 1, 1) if projected else (), (after, wide, 1, 1)
-        return find("triton.conv_tail").supports(dataclasses.replace(
-            bottleneck("layer1"), weight=(middle, 64, 3, 3), chain=chain, **rest))
+        return find("triton.conv_tail").supports(
+            dataclasses.replace(bottleneck("layer1"), weight=(middle, 64, 3, 3), chain=chain, **rest)
+        )
 
     assert all(said(middle, 4 * middle, 0, middle) is None for middle in MIDDLES)
     for middle in (8, 48, 96, 256, 512):
@@ -135,7 +174,6 @@ def test_a_tail_says_what_a_block_cannot_keep() -> None:
 
 
 # ---------------------------------------------------------------- machine code
-
 
 
 def sound(cubin: Cubin, at: tuple[int, int], least_shared: int) -> None:
@@ -166,8 +204,13 @@ def test_pairs(name: str, at: tuple[int, int], changes: dict) -> None:
 
 
 @ahead
-@pytest.mark.parametrize("name, at, batch", [(name, HOPPER, 256) for name in PAIRS] + [("layer1", HOPPER, 1), ("layer4", HOPPER, 1)]
-                         + [("layer2", at, 256) for at in ((10, 0), (12, 0))], ids=str)
+@pytest.mark.parametrize(
+    "name, at, batch",
+    [(name, HOPPER, 256) for name in PAIRS]
+    + [("layer1", HOPPER, 1), ("layer4", HOPPER, 1)]
+    + [("layer2", at, 256) for at in ((10, 0), (12, 0))],
+    ids=str,
+)
 def test_pairs_by_tma(name: str, at: tuple[int, int], batch: int) -> None:
     """Tiles come and go by TMA alone, both inputs' as boxes; wgmma reads both operands from shared memory."""
     problem = pair(name, at, batch=batch)
@@ -177,7 +220,12 @@ def test_pairs_by_tma(name: str, at: tuple[int, int], batch: int) -> None:
     # Triton 3.6's assembler keeps a few addresses on sm_120's stack, as of every kernel on descriptors.
     kept = 64 if at == (12, 0) and triton.__version__.startswith("3.6.") else 0
     assert cubin.stack <= kept and (kept or not cubin.count("STL|LDL")), f"{cubin.stack} bytes spilled"
-    assert cubin.count(rf"{TENSOR[at]}\b") and cubin.count("UTMALDG.4D") and cubin.count("UTMALDG.2D") and cubin.count("UTMASTG.4D")
+    assert (
+        cubin.count(rf"{TENSOR[at]}\b")
+        and cubin.count("UTMALDG.4D")
+        and cubin.count("UTMALDG.2D")
+        and cubin.count("UTMASTG.4D")
+    )
     assert bool(cubin.count("UTMALDG.5D")) == (problem.stride == (2, 2))
     assert not cubin.count(r"LDG(STS)?\.E.*\.(64|128)\b") and not cubin.count("STG")
     assert cubin.registers <= tile.options().get("maxnreg", 255)
@@ -190,15 +238,22 @@ def test_pairs_by_tma(name: str, at: tuple[int, int], batch: int) -> None:
 def test_a_pair_by_tma_says_what_it_cannot_do_and_what_it_should_gain() -> None:
     """Like shares of both inputs' channels: each trip does its part of either."""
     kernel = find("triton.pointwise_pair_tma")
-    refused = {"float32": {"dtype": torch.float32}, "sees rows and columns in pairs": {"second": (55, 56)},
-               "step by 1 or by 2": {"stride": (3, 3), "second": (84, 84)}, "of 64 and 96 it cannot": {"chain": ((512, 96, 1, 1),)},
-               "compute capability 9.0": {"capability": (8, 9)}, "has 100 channels": {"weight": (100, 128, 1, 1)}}
+    refused = {
+        "float32": {"dtype": torch.float32},
+        "sees rows and columns in pairs": {"second": (55, 56)},
+        "step by 1 or by 2": {"stride": (3, 3), "second": (84, 84)},
+        "of 64 and 96 it cannot": {"chain": ((512, 96, 1, 1),)},
+        "compute capability 9.0": {"capability": (8, 9)},
+        "has 100 channels": {"weight": (100, 128, 1, 1)},
+    }
     for sentence, changes in refused.items():
         changes = {"x": (8, 64, 28, 28)} | changes
         assert sentence in kernel.supports(dataclasses.replace(pair("layer2"), **changes)), sentence
     assert pointwise_pair_tma.shares(64, 64) == {128: (64, 64), 64: (32, 32), 32: (16, 16)}
     assert pointwise_pair_tma.shares(48, 48) == {32: (16, 16)} and pointwise_pair_tma.shares(48, 50) == {}
-    assert pointwise_pair_tma.shares(128, 256) == {96: (32, 64), 48: (16, 32)} and pointwise_pair_tma.shares(256, 64) == {80: (64, 16)}
+    assert pointwise_pair_tma.shares(128, 256) == {96: (32, 64), 48: (16, 32)} and pointwise_pair_tma.shares(
+        256, 64
+    ) == {80: (64, 16)}
     for name in PAIRS:
         problem = pair(name, batch=256)
         assert kernel.supports(problem) is None
@@ -207,7 +262,10 @@ def test_a_pair_by_tma_says_what_it_cannot_do_and_what_it_should_gain() -> None:
         assert tma_config.predicted_ns(g, window, tile) < 0.98 * predicted_ns(g, gemm_config(g))
 
 
-TAIL_CODE = [(name, HOPPER, {}) for name in TAILS] + [("layer1", HOPPER, {"batch": 256}), ("layer2", HOPPER, {"batch": 256})]
+TAIL_CODE = [(name, HOPPER, {}) for name in TAILS] + [
+    ("layer1", HOPPER, {"batch": 256}),
+    ("layer2", HOPPER, {"batch": 256}),
+]
 TAIL_CODE += [("layer2", at, {}) for at in TENSOR if at != HOPPER]
 TAIL_CODE += [("layer1 first", at, {"batch": 256}) for at in ((8, 9), (12, 0))]
 TAIL_CODE += [("layer1", HOPPER, {"dtype": torch.float16}), ("layer1", HOPPER, {"dtype": torch.float32})]

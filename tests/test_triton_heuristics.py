@@ -46,13 +46,15 @@ def test_every_config_fits_its_chip(model: str, dtype: torch.dtype, capability: 
 def test_shared_memory_decides_where_chips_differ() -> None:
     """The same product gets deeper or larger tiles on a chip with more shared memory, and never more than there is."""
     g = Gemm(50176, 256, 256, 9, capability=(8, 0))
-    small, large = (max(c.shared(2) for c in gemm_configs(dataclasses.replace(g, capability=at)))
-                    for at in ((8, 9), (8, 0)))
+    small, large = (
+        max(c.shared(2) for c in gemm_configs(dataclasses.replace(g, capability=at))) for at in ((8, 9), (8, 0))
+    )
     assert small <= 99 * 1024 < large <= 163 * 1024
 
 
 def test_the_answer_is_pure(monkeypatch: pytest.MonkeyPatch) -> None:
     """No device is asked, nothing is remembered: a fresh computation gives the same, and a config cannot be edited."""
+
     def asked(*args):
         raise AssertionError("a heuristic asked the device")
 
@@ -76,13 +78,15 @@ def test_waves_count() -> None:
     """One tile more than fills every SM evenly costs a whole round; tiles within a round cost nothing."""
     c = heuristics.GemmConfig(128, 128, 64, 1, 8, 4)
     sms = CHIPS[9, 0].sms
-    full, over, under = (predicted_ns(Gemm(128 * tiles, 128, 1024, capability=(9, 0)), c)
-                         for tiles in (sms, sms + 1, sms - 9))
+    full, over, under = (
+        predicted_ns(Gemm(128 * tiles, 128, 1024, capability=(9, 0)), c) for tiles in (sms, sms + 1, sms - 9)
+    )
     assert under == full < 0.6 * over
 
 
 def test_small_batches_split_k_and_large_ones_do_not() -> None:
     """At batch 1 layer4 has fewer tiles than an H200 has SMs: 4608 products a result are shared out."""
+
     def layer4(batch: int) -> Gemm:
         return Gemm(49 * batch, 512, 512, 9, capability=(9, 0))
 
@@ -104,8 +108,12 @@ def test_an_unlisted_chip_is_taken_for_the_nearest_older() -> None:
         assert chip(unlisted) is CHIPS[older]
 
 
-@given(per_group=st.integers(1, 9), filters=st.integers(1, 40), groups=st.integers(1, 9),
-       block=st.sampled_from([16, 32, 64]))
+@given(
+    per_group=st.integers(1, 9),
+    filters=st.integers(1, 40),
+    groups=st.integers(1, 9),
+    block=st.sampled_from([16, 32, 64]),
+)
 def test_span_covers_every_channel_a_tile_needs(per_group: int, filters: int, groups: int, block: int) -> None:
     """Against counting: the groups of a tile's first and last filter."""
     g = Gemm(100, groups * filters, groups * per_group, 9, groups)
@@ -127,9 +135,20 @@ def test_reducing_blocks_cover_every_row_once_and_none_is_idle(m: int, channels:
 
 # ---------------------------------------------------------------- refusals
 
+
 def nhwc(**changes) -> Problem:
-    return Problem(**{"op": "conv_bn_act", "device": "cuda", "dtype": torch.float16, "x": (2, 8, 7, 7),
-                      "layout": "nhwc", "weight": (8, 8, 1, 1), "capability": (9, 0), **changes})
+    return Problem(
+        **{
+            "op": "conv_bn_act",
+            "device": "cuda",
+            "dtype": torch.float16,
+            "x": (2, 8, 7, 7),
+            "layout": "nhwc",
+            "weight": (8, 8, 1, 1),
+            "capability": (9, 0),
+            **changes,
+        }
+    )
 
 
 REFUSALS = {
@@ -186,11 +205,15 @@ def test_why_triton_cannot_run_here(monkeypatch: pytest.MonkeyPatch, tmp_path) -
 
 def test_the_family_is_registered() -> None:
     ours = {k.id: k.op for k in kernels() if k.id.startswith("triton.")}
-    assert ours == {"triton.conv": "conv_bn_act", "triton.pointwise": "conv_bn_act",
-                    "triton.conv_tma": "conv_bn_act", "triton.pointwise_tma": "conv_bn_act",
-                    **{f"triton.{op}": op for op in ("pointwise_pair", "conv_tail", "conv_pool", "pointwise_pool")},
-                    "triton.pointwise_pair_tma": "pointwise_pair",
-                    **{f"triton.{op}": op for op in ("add_act", "add_act_backward", "bn_act", "bn_act_backward")}}
+    assert ours == {
+        "triton.conv": "conv_bn_act",
+        "triton.pointwise": "conv_bn_act",
+        "triton.conv_tma": "conv_bn_act",
+        "triton.pointwise_tma": "conv_bn_act",
+        **{f"triton.{op}": op for op in ("pointwise_pair", "conv_tail", "conv_pool", "pointwise_pool")},
+        "triton.pointwise_pair_tma": "pointwise_pair",
+        **{f"triton.{op}": op for op in ("add_act", "add_act_backward", "bn_act", "bn_act_backward")},
+    }
 
 
 def test_interpreter_lane() -> None:

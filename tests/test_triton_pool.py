@@ -22,13 +22,28 @@ from resnet_fast.problem import Problem
 HOPPER = (9, 0)
 
 
-def head(batch: int = 8, at: tuple[int, int] | None = HOPPER, dtype: torch.dtype = torch.bfloat16, **changes) -> Problem:
+def head(
+    batch: int = 8, at: tuple[int, int] | None = HOPPER, dtype: torch.dtype = torch.bfloat16, **changes
+) -> Problem:
     """ResNet-50's head at 224²."""
-    return Problem(**{"op": "pointwise_pool", "device": "cuda", "dtype": dtype, "x": (batch, 512, 7, 7), "layout": "nhwc",
-                      "weight": (2048, 512, 1, 1), "residual": "nhwc", "act": "relu", "capability": at, **changes})
+    return Problem(
+        **{
+            "op": "pointwise_pool",
+            "device": "cuda",
+            "dtype": dtype,
+            "x": (batch, 512, 7, 7),
+            "layout": "nhwc",
+            "weight": (2048, 512, 1, 1),
+            "residual": "nhwc",
+            "act": "relu",
+            "capability": at,
+            **changes,
+        }
+    )
 
 
 # ---------------------------------------------------------------- the head's configs
+
 
 @pytest.mark.parametrize("at", CHIPS, ids=lambda c: f"sm_{c[0]}{c[1]}")
 def test_every_head_fits_its_chip(at: tuple[int, int]) -> None:
@@ -61,15 +76,33 @@ def test_the_heads_time_counts_waves_rows_and_bytes() -> None:
 
 # ---------------------------------------------------------------- the stem's configs
 
-def stem(batch: int = 8, at: tuple[int, int] | None = HOPPER, dtype: torch.dtype = torch.bfloat16, **changes) -> Problem:
+
+def stem(
+    batch: int = 8, at: tuple[int, int] | None = HOPPER, dtype: torch.dtype = torch.bfloat16, **changes
+) -> Problem:
     """The stem of every ResNet at 224²."""
-    return Problem(**{"op": "conv_pool", "device": "cuda", "dtype": dtype, "x": (batch, 3, 224, 224), "layout": "nhwc",
-                      "weight": (64, 3, 7, 7), "stride": (2, 2), "padding": (3, 3), "act": "relu", "capability": at, **changes})
+    return Problem(
+        **{
+            "op": "conv_pool",
+            "device": "cuda",
+            "dtype": dtype,
+            "x": (batch, 3, 224, 224),
+            "layout": "nhwc",
+            "weight": (64, 3, 7, 7),
+            "stride": (2, 2),
+            "padding": (3, 3),
+            "act": "relu",
+            "capability": at,
+            **changes,
+        }
+    )
 
 
 @pytest.mark.parametrize("at", CHIPS, ids=lambda c: f"sm_{c[0]}{c[1]}")
 def test_every_stem_fits_its_chip(at: tuple[int, int]) -> None:
-    for batch, dtype, channels in ((batch, dtype, c) for batch in (1, 256) for dtype in (torch.bfloat16, torch.float32) for c in (3, 4)):
+    for batch, dtype, channels in (
+        (batch, dtype, c) for batch in (1, 256) for dtype in (torch.bfloat16, torch.float32) for c in (3, 4)
+    ):
         s = stem_of(stem(batch, at, dtype, x=(batch, channels, 224, 224), weight=(64, channels, 7, 7)))
         assert {c.rows for c in pool_config.stem_configs(s)} == set(range(1, 57))
         assert all(c.shared(s) <= CHIPS[at].shared for c in pool_config.stem_configs(s))
@@ -104,23 +137,28 @@ def test_the_stems_time_counts_waves_and_rows() -> None:
 
 # ---------------------------------------------------------------- refusals
 
-@pytest.mark.parametrize("id, problem, sentence, changes", [
-    ("triton.pointwise_pool", head(), "has no mean", {"x": (2, 512, 0, 7)}),
-    ("triton.pointwise_pool", head(), "the second one is nchw", {"residual": "nchw"}),
-    ("triton.pointwise_pool", head(), "the input is nchw", {"layout": "nchw"}),
-    ("triton.pointwise_pool", head(), "not float64", {"dtype": torch.float64}),
-    ("triton.conv_pool", stem(), "not 7×7 of 5", {"x": (8, 5, 224, 224), "weight": (64, 5, 7, 7)}),
-    ("triton.conv_pool", stem(), "not 9×9 of 3", {"weight": (64, 3, 9, 9), "padding": (4, 4)}),
-    ("triton.conv_pool", stem(), "the input is nchw", {"layout": "nchw"}),
-    ("triton.conv_pool", stem(), "not on cpu", {"device": "cpu", "capability": None}),
-    ("triton.pointwise_pool", head(), "need compute capability 8.0, this GPU has 7.5", {"capability": (7, 5)}),
-])
+
+@pytest.mark.parametrize(
+    "id, problem, sentence, changes",
+    [
+        ("triton.pointwise_pool", head(), "has no mean", {"x": (2, 512, 0, 7)}),
+        ("triton.pointwise_pool", head(), "the second one is nchw", {"residual": "nchw"}),
+        ("triton.pointwise_pool", head(), "the input is nchw", {"layout": "nchw"}),
+        ("triton.pointwise_pool", head(), "not float64", {"dtype": torch.float64}),
+        ("triton.conv_pool", stem(), "not 7×7 of 5", {"x": (8, 5, 224, 224), "weight": (64, 5, 7, 7)}),
+        ("triton.conv_pool", stem(), "not 9×9 of 3", {"weight": (64, 3, 9, 9), "padding": (4, 4)}),
+        ("triton.conv_pool", stem(), "the input is nchw", {"layout": "nchw"}),
+        ("triton.conv_pool", stem(), "not on cpu", {"device": "cpu", "capability": None}),
+        ("triton.pointwise_pool", head(), "need compute capability 8.0, this GPU has 7.5", {"capability": (7, 5)}),
+    ],
+)
 def test_what_a_kernel_cannot_do_it_says(id: str, problem: Problem, sentence: str, changes: dict) -> None:
     assert find(id).supports(problem) is None
     assert sentence in find(id).supports(replace(problem, **changes))
 
 
 # ---------------------------------------------------------------- machine code
+
 
 def sound(cubin: Cubin, at: tuple[int, int]) -> None:
     """Nothing spilled, shared memory within the chip's limit, 64-bit offsets into what grows with the batch."""
@@ -130,7 +168,10 @@ def sound(cubin: Cubin, at: tuple[int, int]) -> None:
 
 
 HEADS = [(at, {"batch": batch}) for at in TENSOR for batch in (1, 8)] + [(HOPPER, {"batch": 256})]
-HEADS += [(HOPPER, {"dtype": torch.float16, "x": (8, 512, 10, 10)}), (HOPPER, {"x": (8, 200, 7, 7), "weight": (104, 200, 1, 1)})]
+HEADS += [
+    (HOPPER, {"dtype": torch.float16, "x": (8, 512, 10, 10)}),
+    (HOPPER, {"x": (8, 200, 7, 7), "weight": (104, 200, 1, 1)}),
+]
 
 
 @ahead

@@ -39,12 +39,15 @@ def window_of(p: Problem) -> tuple[Window, bool]:
 
 def resnet(at: tuple[int, int], batch: int, dtype: torch.dtype = torch.bfloat16) -> list[Problem]:
     """What the kernels take of ResNet-50: all but the stem."""
-    found = [p for p in model_problems("resnet50", batch, 224, dtype, "cuda", at) if find(kernel_of(p)).supports(p) is None]
+    found = [
+        p for p in model_problems("resnet50", batch, 224, dtype, "cuda", at) if find(kernel_of(p)).supports(p) is None
+    ]
     assert len(found) == 23
     return found
 
 
 # ---------------------------------------------------------------- tiles
+
 
 @pytest.mark.parametrize("at", CHIPS_WITH_TMA, ids=lambda c: f"sm_{c[0]}{c[1]}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -99,9 +102,20 @@ def test_waves_and_skipped_taps_count() -> None:
 
 # ---------------------------------------------------------------- refusals
 
+
 def taken(**changes) -> Problem:
-    return Problem(**{"op": "conv_bn_act", "device": "cuda", "dtype": torch.bfloat16, "x": (2, 16, 8, 8),
-                      "layout": "nhwc", "weight": (8, 16, 1, 1), "capability": HOPPER, **changes})
+    return Problem(
+        **{
+            "op": "conv_bn_act",
+            "device": "cuda",
+            "dtype": torch.bfloat16,
+            "x": (2, 16, 8, 8),
+            "layout": "nhwc",
+            "weight": (8, 16, 1, 1),
+            "capability": HOPPER,
+            **changes,
+        }
+    )
 
 
 BOTH = ("triton.pointwise_tma", "triton.conv_tma")
@@ -133,28 +147,48 @@ def test_what_a_kernel_cannot_do_it_says(ids: tuple[str, ...], sentence: str, ch
 
 
 def test_float32_has_other_sixteen_bytes() -> None:
-    assert find("triton.pointwise_tma").supports(taken(dtype=torch.float32, x=(2, 4, 8, 8), weight=(12, 4, 1, 1))) is None
+    assert (
+        find("triton.pointwise_tma").supports(taken(dtype=torch.float32, x=(2, 4, 8, 8), weight=(12, 4, 1, 1))) is None
+    )
     assert "2 channels" in find("triton.pointwise_tma").supports(
-        taken(dtype=torch.float32, x=(2, 2, 8, 8), weight=(8, 2, 1, 1)))
+        taken(dtype=torch.float32, x=(2, 2, 8, 8), weight=(8, 2, 1, 1))
+    )
 
 
 @pytest.mark.parametrize("at", [*CHIPS_WITH_TMA, None], ids=str)
 def test_a_convolution_takes_all_its_channels(at: tuple[int, int] | None) -> None:
     """1×1 too: conv_tma takes whole blocks of channels only, and 112 are not one and a half."""
     for channels, size in ((c, size) for c in (48, 80, 112, 144, 240) for size in (7, 14, 28)):
-        for found in tma_config.configs(Gemm(size * size, 64, channels, itemsize=2, capability=at), Window(1, size, size)):
+        for found in tma_config.configs(
+            Gemm(size * size, 64, channels, itemsize=2, capability=at), Window(1, size, size)
+        ):
             assert channels % found.channels == 0, found
 
 
 # ---------------------------------------------------------------- machine code
 
 
-
-def layer(at: tuple[int, int], x: tuple[int, int], weight: tuple[int, int, int], stride: int = 1, residual: bool = False,
-          dtype: torch.dtype = torch.bfloat16, batch: int = 256) -> Problem:
+def layer(
+    at: tuple[int, int],
+    x: tuple[int, int],
+    weight: tuple[int, int, int],
+    stride: int = 1,
+    residual: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    batch: int = 256,
+) -> Problem:
     k, c, r = weight
-    return taken(x=(batch, x[0], x[1], x[1]), weight=(k, c, r, r), stride=(stride, stride), padding=(r // 2, r // 2),
-                 bn=True, act="relu", residual="nhwc" if residual else None, dtype=dtype, capability=at)
+    return taken(
+        x=(batch, x[0], x[1], x[1]),
+        weight=(k, c, r, r),
+        stride=(stride, stride),
+        padding=(r // 2, r // 2),
+        bn=True,
+        act="relu",
+        residual="nhwc" if residual else None,
+        dtype=dtype,
+        capability=at,
+    )
 
 
 LAYERS = {
@@ -169,7 +203,11 @@ LAYERS = {
     "layer3 downsample": {"x": (512, 28), "weight": (1024, 512, 1), "stride": 2},
 }
 CODE = [(name, HOPPER) for name in LAYERS]
-CODE += [(name, at) for at in CHIPS_WITH_TMA[1:] for name in ("layer1 conv3", "layer3 conv1", "layer2 conv2", "layer2 strided")]
+CODE += [
+    (name, at)
+    for at in CHIPS_WITH_TMA[1:]
+    for name in ("layer1 conv3", "layer3 conv1", "layer2 conv2", "layer2 strided")
+]
 
 
 def loads_boxes(p: Problem) -> str:

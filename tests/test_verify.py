@@ -24,6 +24,7 @@ def test_full_size_verification_passes_aten(op) -> None:
 
 def spoil(how):
     """aten with one fault."""
+
     def fn(*args):
         out = dispatch.find("aten", OPS[how]).fn(*args)
         first = out[0] if isinstance(out, tuple) else out
@@ -42,10 +43,20 @@ def spoil(how):
     return fn
 
 
-OPS = {"one element": "conv_bn_act", "unwritten": "conv_bn_act", "input": "add_act", "sum of a part": "bn_act_backward",
-       "too few images": "add_act"}
-REASONS = {"one element": "rms error", "unwritten": "rms error nan", "input": "changed an input",
-           "sum of a part": "output 1: rms error", "too few images": "shape"}
+OPS = {
+    "one element": "conv_bn_act",
+    "unwritten": "conv_bn_act",
+    "input": "add_act",
+    "sum of a part": "bn_act_backward",
+    "too few images": "add_act",
+}
+REASONS = {
+    "one element": "rms error",
+    "unwritten": "rms error nan",
+    "input": "changed an input",
+    "sum of a part": "output 1: rms error",
+    "too few images": "shape",
+}
 
 
 @pytest.mark.parametrize("how", OPS)

@@ -22,7 +22,9 @@ def us(stage: str, whole: bool) -> float:
 
 def test_the_blocks_of_a_network() -> None:
     assert {stage: n for stage, (_, n) in STAGES.items()} == {"layer1": 2, "layer2": 3, "layer3": 5, "layer4": 2}
-    assert STAGES["layer2"][0] == Bottleneck(256, 28, 512, 128) and STAGES["layer1"][0].weights == 2 * (2 * 64 * 256 + 9 * 64 * 64)
+    assert STAGES["layer2"][0] == Bottleneck(256, 28, 512, 128) and STAGES["layer1"][0].weights == 2 * (
+        2 * 64 * 256 + 9 * 64 * 64
+    )
     assert blocks("resnet18", 8) == {}
 
 
@@ -30,12 +32,21 @@ def test_the_answer_on_record() -> None:
     """It pays in layer1 alone, by a twentieth of what tails save; the figures are those of the docstring."""
     said = {"layer1": (239, 221), "layer2": (167, 199), "layer3": (224, 236), "layer4": (384, 760)}
     assert {stage: (round(us(stage, False)), round(us(stage, True))) for stage in STAGES} == said
-    for figures in ("layer1 239 → 221", "layer2 167 → 199", "layer3 224 → 236", "layer4 384 → 760", "37 µs of the 3,202", "879 of 4,081"):
+    for figures in (
+        "layer1 239 → 221",
+        "layer2 167 → 199",
+        "layer3 224 → 236",
+        "layer4 384 → 760",
+        "37 µs of the 3,202",
+        "879 of 4,081",
+    ):
         assert figures in whole_blocks.__doc__.replace("\n", " ")
     gain = sum(max(0.0, us(stage, False) - us(stage, True)) * n for stage, (_, n) in STAGES.items())
     assert gain == pytest.approx(37, abs=0.5)
-    fused, tails = (total("resnet50", 256, 224, torch.bfloat16, whole_blocks.ceilings("h200"), level).seconds * 1e6
-                    for level in ("+ stem/pool and avgpool/fc fused", "tail fusion in layer1–2"))
+    fused, tails = (
+        total("resnet50", 256, 224, torch.bfloat16, whole_blocks.ceilings("h200"), level).seconds * 1e6
+        for level in ("+ stem/pool and avgpool/fc fused", "tail fusion in layer1–2")
+    )
     assert (round(fused), round(tails), round(fused - tails)) == (4081, 3202, 879)
 
 
@@ -73,4 +84,9 @@ def test_what_does_not_fit_is_no_candidate(monkeypatch) -> None:
 def test_the_rates_are_the_heuristics_own() -> None:
     chips = pytest.importorskip("resnet_fast.kernels.triton.heuristics").CHIPS
     on = chips[9, 0]
-    assert (on.sms, on.shared, on.mma, on.l2) == (whole_blocks.SMS, whole_blocks.SHARED, whole_blocks.MMA, whole_blocks.L2)
+    assert (on.sms, on.shared, on.mma, on.l2) == (
+        whole_blocks.SMS,
+        whole_blocks.SHARED,
+        whole_blocks.MMA,
+        whole_blocks.L2,
+    )

@@ -17,7 +17,8 @@ __all__ = ["TENSOR", "Cubin", "ahead", "cubins"]
 TENSOR = {(8, 0): "HMMA", (8, 9): "HMMA", (9, 0): "HGMMA", (10, 0): "UTCHMMA", (12, 0): "HMMA"}
 ahead = pytest.mark.skipif(
     INTERPRETED or not triton.knobs.nvidia.cuobjdump,
-    reason="nothing is compiled under TRITON_INTERPRET=1" if INTERPRETED else "this Triton wheel brings no cuobjdump")
+    reason="nothing is compiled under TRITON_INTERPRET=1" if INTERPRETED else "this Triton wheel brings no cuobjdump",
+)
 
 
 def cubins(kernel: str, problem: Problem) -> tuple[Cubin, ...]:

@@ -20,8 +20,13 @@ from resnet_fast.testing import check_kernel
 def run_lane(name: str) -> None:
     """Raises AssertionError with the end of what pytest printed."""
     lane = Path(__file__).with_name(f"{name}.py")
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(lane)], text=True,
-                          env={**os.environ, "TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(lane)],
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert done.returncode == 0, done.stdout[-8000:]
 
 

@@ -21,15 +21,26 @@ from resnet_fast.testing import assert_rule, check_kernel, eager, make_args, nas
 
 assert launch.INTERPRETED, "this file needs TRITON_INTERPRET=1; pytest tests/test_triton_heuristics.py sets it"
 
-KERNELS = ("triton.conv", "triton.pointwise", "triton.add_act", "triton.add_act_backward", "triton.bn_act",
-           "triton.bn_act_backward")
+KERNELS = (
+    "triton.conv",
+    "triton.pointwise",
+    "triton.add_act",
+    "triton.add_act_backward",
+    "triton.bn_act",
+    "triton.bn_act_backward",
+)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def grid() -> list:
     """(kernel, problem) for every kernel, dtype and nasty problem that is in NHWC and the kernel's to take."""
-    cases = [(id, problem) for id in KERNELS for dtype in DTYPES for problem in nasty_problems(find(id).op, dtype)
-             if problem.layout == "nhwc" and (id != "triton.pointwise" or problem.pointwise)]
+    cases = [
+        (id, problem)
+        for id in KERNELS
+        for dtype in DTYPES
+        for problem in nasty_problems(find(id).op, dtype)
+        if problem.layout == "nhwc" and (id != "triton.pointwise" or problem.pointwise)
+    ]
     return [pytest.param(id, problem, id=f"{id}-{problem.key}") for id, problem in cases]
 
 
@@ -44,47 +55,65 @@ def test_nasty_grid(id: str, problem: Problem) -> None:
 # ---------------------------------------------------------------- configs the small problems would not get by
 # themselves
 
+
 def problem(x, weight, dtype=torch.float16, **rest) -> Problem:
-    return Problem(op="conv_bn_act", device="cpu", dtype=dtype, x=x, layout="nhwc", weight=weight,
-                   **{"bn": True, "act": "relu", "residual": "nhwc", **rest})
+    return Problem(
+        op="conv_bn_act",
+        device="cpu",
+        dtype=dtype,
+        x=x,
+        layout="nhwc",
+        weight=weight,
+        **{"bn": True, "act": "relu", "residual": "nhwc", **rest},
+    )
 
 
 # GemmConfig(block_m, block_n, block_k, split_k, warps, stages)
 POINTWISE = {
-    "several tiles, tails in all": (
-        problem((3, 75, 5, 7), (50, 75, 1, 1)), GemmConfig(32, 16, 32, 1, 4, 2)),
-    "strided, several tiles": (
-        problem((2, 64, 9, 7), (48, 64, 1, 1), stride=(2, 2)), GemmConfig(16, 32, 32, 1, 4, 2)),
-    "split-K, even": (
-        problem((1, 128, 3, 3), (24, 128, 1, 1)), GemmConfig(16, 16, 32, 4, 4, 2)),
+    "several tiles, tails in all": (problem((3, 75, 5, 7), (50, 75, 1, 1)), GemmConfig(32, 16, 32, 1, 4, 2)),
+    "strided, several tiles": (problem((2, 64, 9, 7), (48, 64, 1, 1), stride=(2, 2)), GemmConfig(16, 32, 32, 1, 4, 2)),
+    "split-K, even": (problem((1, 128, 3, 3), (24, 128, 1, 1)), GemmConfig(16, 16, 32, 4, 4, 2)),
     "split-K, one block with a tail, one with nothing": (
-        problem((2, 75, 3, 3), (24, 75, 1, 1)), GemmConfig(16, 16, 16, 4, 4, 2)),
-    "split-K in float32": (
-        problem((2, 75, 3, 3), (24, 75, 1, 1), torch.float32), GemmConfig(16, 16, 16, 2, 4, 2)),
+        problem((2, 75, 3, 3), (24, 75, 1, 1)),
+        GemmConfig(16, 16, 16, 4, 4, 2),
+    ),
+    "split-K in float32": (problem((2, 75, 3, 3), (24, 75, 1, 1), torch.float32), GemmConfig(16, 16, 16, 2, 4, 2)),
 }
 CONV = {
     "several tiles, tails in all": (
-        problem((2, 20, 7, 5), (40, 20, 3, 3), padding=(1, 1)), GemmConfig(16, 32, 16, 1, 4, 2)),
+        problem((2, 20, 7, 5), (40, 20, 3, 3), padding=(1, 1)),
+        GemmConfig(16, 32, 16, 1, 4, 2),
+    ),
     "whole blocks, unmasked filters": (
-        problem((1, 32, 6, 5), (32, 32, 3, 3), padding=(1, 1)), GemmConfig(16, 32, 32, 1, 4, 2)),
-    "split-K across taps": (
-        problem((1, 32, 5, 5), (16, 32, 3, 3), padding=(1, 1)), GemmConfig(32, 16, 32, 4, 4, 2)),
+        problem((1, 32, 6, 5), (32, 32, 3, 3), padding=(1, 1)),
+        GemmConfig(16, 32, 32, 1, 4, 2),
+    ),
+    "split-K across taps": (problem((1, 32, 5, 5), (16, 32, 3, 3), padding=(1, 1)), GemmConfig(32, 16, 32, 4, 4, 2)),
     "split-K, the last block past the last tap": (
-        problem((1, 20, 5, 5), (16, 20, 3, 3), padding=(1, 1)), GemmConfig(32, 16, 16, 4, 4, 2)),
+        problem((1, 20, 5, 5), (16, 20, 3, 3), padding=(1, 1)),
+        GemmConfig(32, 16, 16, 4, 4, 2),
+    ),
     "uneven geometry": (
         problem((2, 8, 11, 9), (24, 8, 5, 3), stride=(2, 3), padding=(3, 0), dilation=(1, 2), residual=None),
-        GemmConfig(32, 32, 16, 1, 4, 2)),
+        GemmConfig(32, 32, 16, 1, 4, 2),
+    ),
     "uneven geometry, channels in blocks": (
         problem((2, 20, 11, 9), (24, 20, 3, 5), stride=(3, 2), padding=(0, 3), dilation=(2, 1)),
-        GemmConfig(32, 32, 32, 1, 4, 2)),
+        GemmConfig(32, 32, 32, 1, 4, 2),
+    ),
     "flat, split-K": (
-        problem((1, 3, 13, 11), (20, 3, 7, 7), stride=(2, 2), padding=(3, 3)), GemmConfig(32, 16, 16, 2, 4, 2)),
+        problem((1, 3, 13, 11), (20, 3, 7, 7), stride=(2, 2), padding=(3, 3)),
+        GemmConfig(32, 16, 16, 2, 4, 2),
+    ),
     "groups that straddle tiles": (
-        problem((1, 24, 5, 4), (36, 8, 3, 3), padding=(1, 1), groups=3), GemmConfig(32, 16, 16, 1, 4, 2)),
+        problem((1, 24, 5, 4), (36, 8, 3, 3), padding=(1, 1), groups=3),
+        GemmConfig(32, 16, 16, 1, 4, 2),
+    ),
     "many groups in a tile, split-K": (
-        problem((1, 48, 5, 4), (48, 4, 3, 3), padding=(1, 1), groups=12), GemmConfig(32, 32, 16, 2, 4, 2)),
-    "depthwise": (
-        problem((1, 40, 5, 4), (40, 1, 3, 3), padding=(1, 1), groups=40), GemmConfig(32, 16, 16, 1, 4, 2)),
+        problem((1, 48, 5, 4), (48, 4, 3, 3), padding=(1, 1), groups=12),
+        GemmConfig(32, 32, 16, 2, 4, 2),
+    ),
+    "depthwise": (problem((1, 40, 5, 4), (40, 1, 3, 3), padding=(1, 1), groups=40), GemmConfig(32, 16, 16, 1, 4, 2)),
 }
 
 
@@ -114,8 +143,9 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch, config: RowsConfig, merge: Mer
 def test_batch_norm_merges_many_partials(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """75 rows: 5 blocks of two tiles of 8, the last block's second tile empty; merged 2 at a time, the last alone."""
     _small_tiles(monkeypatch, RowsConfig(8, 8, 2, 5), MergeConfig(2, 4, 3))
-    case = Problem(op=op, device="cpu", dtype=torch.float32, x=(3, 10, 5, 5), layout="nhwc", act="relu",
-                   residual="nhwc")
+    case = Problem(
+        op=op, device="cpu", dtype=torch.float32, x=(3, 10, 5, 5), layout="nhwc", act="relu", residual="nhwc"
+    )
     verdict = check_kernel(find(f"triton.{op}"), case)
     assert verdict.ok, verdict.reason
 
@@ -126,13 +156,19 @@ def test_variance_survives_a_large_mean(config: RowsConfig, monkeypatch: pytest.
     _small_tiles(monkeypatch, config, MergeConfig(16, 8, 3))
     x = (torch.randn(3, 6, 5, 10) + 1000).contiguous(memory_format=torch.channels_last)
     args = (x, torch.randn(6), torch.randn(6), None, 1e-5, "none")
-    outputs = zip(("y", "mean", "var"), find("triton.bn_act").fn(*args), eager("bn_act", args), oracle("bn_act", args),
-                  strict=True)
+    outputs = zip(
+        ("y", "mean", "var"),
+        find("triton.bn_act").fn(*args),
+        eager("bn_act", args),
+        oracle("bn_act", args),
+        strict=True,
+    )
     for name, got, low, true in outputs:
         assert_rule(got, low, true, what=name)
 
 
 # ---------------------------------------------------------------- NaN and infinity
+
 
 def _poke(x: torch.Tensor, *values: float) -> None:
     """Put values at spread places of an NHWC tensor."""
@@ -151,13 +187,31 @@ def test_convolution_passes_nan_and_infinity_on_as_eager(id: str, groups: int) -
     assert same_nonfinite(find(id).fn(*args), eager("conv_bn_act", args)[0])
 
 
-@pytest.mark.parametrize("op, poked, gate", [
-    ("add_act", (0, 1), False), ("add_act", (0, 1), True), ("add_act_backward", (0, 1), False),
-    ("add_act_backward", (0, 1, 2), True), ("bn_act", (0,), False), ("bn_act", (3,), False),
-    ("bn_act_backward", (0, 2), False)])
+@pytest.mark.parametrize(
+    "op, poked, gate",
+    [
+        ("add_act", (0, 1), False),
+        ("add_act", (0, 1), True),
+        ("add_act_backward", (0, 1), False),
+        ("add_act_backward", (0, 1, 2), True),
+        ("bn_act", (0,), False),
+        ("bn_act", (3,), False),
+        ("bn_act_backward", (0, 2), False),
+    ],
+)
 def test_pointwise_ops_pass_nan_and_infinity_on_as_eager(op: str, poked: tuple[int, ...], gate: bool) -> None:
-    args = make_args(Problem(op=op, device="cpu", dtype=torch.float32, x=(2, 9, 4, 5), layout="nhwc", act="relu",
-                             residual="nhwc", gate=gate))
+    args = make_args(
+        Problem(
+            op=op,
+            device="cpu",
+            dtype=torch.float32,
+            x=(2, 9, 4, 5),
+            layout="nhwc",
+            act="relu",
+            residual="nhwc",
+            gate=gate,
+        )
+    )
     for i in poked:
         _poke(args[i], float("nan"), float("inf"), -float("inf"))
     outputs = find(f"triton.{op}").fn(*args)
@@ -166,6 +220,7 @@ def test_pointwise_ops_pass_nan_and_infinity_on_as_eager(op: str, poked: tuple[i
 
 
 # ---------------------------------------------------------------- contracts around the arithmetic
+
 
 def _laid(shape: tuple[int, ...], memory_format: torch.memory_format) -> torch.Tensor:
     """Random values with the format's own strides, even where torch would call another tensor of that shape fit."""
@@ -206,8 +261,17 @@ def test_parameters_may_be_strided_narrow_and_laid_out_otherwise() -> None:
 @pytest.mark.parametrize("residual", [False, True])
 def test_gradients_may_come_in_any_layout(residual: bool) -> None:
     """dy and y are no part of the Problem unless there is a residual: then NCHW gradients must be taken."""
-    args = make_args(Problem(op="bn_act_backward", device="cpu", dtype=torch.float32, x=(2, 6, 4, 5), layout="nhwc",
-                             act="relu", residual="nhwc" if residual else None))
+    args = make_args(
+        Problem(
+            op="bn_act_backward",
+            device="cpu",
+            dtype=torch.float32,
+            x=(2, 6, 4, 5),
+            layout="nhwc",
+            act="relu",
+            residual="nhwc" if residual else None,
+        )
+    )
     want = find("triton.bn_act_backward").fn(*args)
     got = find("triton.bn_act_backward").fn(args[0].contiguous(), args[1], args[2].contiguous(), *args[3:])
     for a, b in zip(got, want, strict=True):
@@ -217,8 +281,20 @@ def test_gradients_may_come_in_any_layout(residual: bool) -> None:
 
 
 def test_saved_input_of_a_gate_may_be_nchw() -> None:
-    args = list(make_args(Problem(op="add_act_backward", device="cpu", dtype=torch.float32, x=(2, 6, 4, 5),
-                                  layout="nhwc", act="relu", residual="nhwc", gate=True)))
+    args = list(
+        make_args(
+            Problem(
+                op="add_act_backward",
+                device="cpu",
+                dtype=torch.float32,
+                x=(2, 6, 4, 5),
+                layout="nhwc",
+                act="relu",
+                residual="nhwc",
+                gate=True,
+            )
+        )
+    )
     want = find("triton.add_act_backward").fn(*args)
     args[2] = args[2].contiguous()
     for a, b in zip(find("triton.add_act_backward").fn(*args), want, strict=True):
@@ -237,8 +313,17 @@ def test_batch_norm_of_an_empty_batch() -> None:
 
 def test_no_output_aliases_an_input() -> None:
     """An op's output must not be its input, not even where nothing is to be computed."""
-    args = make_args(Problem(op="add_act_backward", device="cpu", dtype=torch.float32, x=(1, 4, 3, 3), layout="nhwc",
-                             act="none", residual="nhwc"))
+    args = make_args(
+        Problem(
+            op="add_act_backward",
+            device="cpu",
+            dtype=torch.float32,
+            x=(1, 4, 3, 3),
+            layout="nhwc",
+            act="none",
+            residual="nhwc",
+        )
+    )
     assert find("triton.add_act_backward").fn(*args)[0].data_ptr() != args[0].data_ptr()
 
 

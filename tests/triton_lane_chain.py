@@ -23,14 +23,35 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def pair(x, k, c2, second, stride=(1, 1), dtype=torch.float32) -> Problem:
-    return Problem(op="pointwise_pair", device="cpu", dtype=dtype, x=x, layout="nhwc", weight=(k, x[1], 1, 1),
-                   chain=((k, c2, 1, 1),), second=second, stride=stride, residual="nhwc", act="relu")
+    return Problem(
+        op="pointwise_pair",
+        device="cpu",
+        dtype=dtype,
+        x=x,
+        layout="nhwc",
+        weight=(k, x[1], 1, 1),
+        chain=((k, c2, 1, 1),),
+        second=second,
+        stride=stride,
+        residual="nhwc",
+        act="relu",
+    )
 
 
 def tail(x, middle, wide, after, projected=0, dtype=torch.float32) -> Problem:
     chain = (wide, middle, 1, 1), (wide, projected, 1, 1) if projected else (), (after, wide, 1, 1)
-    return Problem(op="conv_tail", device="cpu", dtype=dtype, x=x, layout="nhwc", weight=(middle, x[1], 3, 3),
-                   padding=(1, 1), chain=chain, residual="nhwc", act="relu")
+    return Problem(
+        op="conv_tail",
+        device="cpu",
+        dtype=dtype,
+        x=x,
+        layout="nhwc",
+        weight=(middle, x[1], 3, 3),
+        padding=(1, 1),
+        chain=chain,
+        residual="nhwc",
+        act="relu",
+    )
 
 
 def right(case: Problem) -> None:
@@ -50,13 +71,19 @@ def test_nasty_grid(op: str, least: int, dtype: torch.dtype) -> None:
 
 # GemmConfig(block_m, block_n, block_k, split_k, warps, stages)
 PAIRS = {
-    "tails in both inputs, several tiles": (pair((3, 75, 5, 7), 50, 41, (10, 13), (2, 2)), GemmConfig(32, 16, 32, 1, 4, 2)),
+    "tails in both inputs, several tiles": (
+        pair((3, 75, 5, 7), 50, 41, (10, 13), (2, 2)),
+        GemmConfig(32, 16, 32, 1, 4, 2),
+    ),
     "whole blocks, no masks": (pair((2, 32, 5, 7), 48, 64, (5, 7)), GemmConfig(16, 16, 32, 1, 4, 2)),
     "only the second has a tail": (pair((2, 32, 5, 4), 16, 40, (9, 4), (2, 1)), GemmConfig(16, 16, 32, 1, 4, 2)),
     "uneven strides": (pair((2, 16, 3, 4), 24, 16, (8, 10), (3, 3)), GemmConfig(16, 32, 16, 1, 4, 2)),
     "strides of their own": (pair((2, 16, 3, 4), 24, 16, (5, 11), (2, 3)), GemmConfig(16, 32, 16, 1, 4, 2)),
     "split-K, the seam inside a block's share": (pair((2, 48, 3, 3), 24, 80, (3, 3)), GemmConfig(16, 16, 16, 2, 4, 2)),
-    "split-K with tails, one block with nothing": (pair((2, 75, 3, 3), 24, 20, (6, 6), (2, 2)), GemmConfig(16, 16, 16, 5, 4, 2)),
+    "split-K with tails, one block with nothing": (
+        pair((2, 75, 3, 3), 24, 20, (6, 6), (2, 2)),
+        GemmConfig(16, 16, 16, 5, 4, 2),
+    ),
 }
 # TailConfig(block_m, block_n, block_k, warps, stages)
 TAILS = {
@@ -101,7 +128,10 @@ def test_boxes_by_themselves() -> None:
     id = "triton.pointwise_pair_tma"
     for case in (p for p in nasty_problems("pointwise_pair", torch.float16) if find(id).supports(p) is None):
         triton_interpreter.right(id, case)
-    for case in (pair((3, 32, 6, 4), 24, 64, (12, 8), (2, 2), torch.float16), pair((3, 64, 6, 4), 24, 32, (6, 4), dtype=torch.float16)):
+    for case in (
+        pair((3, 32, 6, 4), 24, 64, (12, 8), (2, 2), torch.float16),
+        pair((3, 64, 6, 4), 24, 32, (6, 4), dtype=torch.float16),
+    ):
         triton_interpreter.right(id, case)
         args = make_args(case)
         if case.stride == (2, 2):
@@ -114,8 +144,16 @@ def test_boxes_by_themselves() -> None:
 
 # ---------------------------------------------------------------- NaN, infinity, contracts around the arithmetic
 
-@pytest.mark.parametrize("case", [pair((3, 24, 4, 5), 20, 9, (7, 10), (2, 2)), tail((3, 16, 5, 4), 16, 40, 24),
-                                  tail((3, 16, 5, 4), 16, 40, 24, projected=9)], ids=["pair", "tail", "projected"])
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pair((3, 24, 4, 5), 20, 9, (7, 10), (2, 2)),
+        tail((3, 16, 5, 4), 16, 40, 24),
+        tail((3, 16, 5, 4), 16, 40, 24, projected=9),
+    ],
+    ids=["pair", "tail", "projected"],
+)
 def test_nan_and_infinity_pass_as_eager_has_them(case: Problem) -> None:
     """In every tensor, at its first and last element; what lies outside of one image is not its neighbour's. (A tap that is
     not finite meets the padding's zeros in an implicit GEMM, cuDNN's too, but in the middle of the filter.)
@@ -142,8 +180,11 @@ def test_an_infinite_middle_stays_out_of_channels_that_do_not_exist() -> None:
     assert not outputs[0].any() and all(map(same_nonfinite, outputs, bars)) and outputs[1].isfinite().all()
 
 
-@pytest.mark.parametrize("case", [pair((2, 16, 4, 4), 24, 8, (8, 7), (2, 2)), tail((2, 16, 4, 4), 16, 40, 24, projected=8)],
-                         ids=["pair", "tail"])
+@pytest.mark.parametrize(
+    "case",
+    [pair((2, 16, 4, 4), 24, 8, (8, 7), (2, 2)), tail((2, 16, 4, 4), 16, 40, 24, projected=8)],
+    ids=["pair", "tail"],
+)
 def test_filters_may_be_laid_out_otherwise_and_biases_have_gaps(case: Problem) -> None:
     args = make_args(case)
     plain = find(f"triton.{case.op}").fn(*args)

@@ -27,14 +27,23 @@ def grid(op: str) -> list:
 
 # ---------------------------------------------------------------- the head
 
+
 @pytest.mark.parametrize("problem", grid("pointwise_pool"))
 def test_head_on_the_nasty_grid(problem: Problem) -> None:
     right("triton.pointwise_pool", problem)
 
 
 def head(x: tuple[int, ...], filters: int, dtype: torch.dtype = torch.float32) -> Problem:
-    return Problem(op="pointwise_pool", device="cpu", dtype=dtype, x=x, layout="nhwc", weight=(filters, x[1], 1, 1),
-                   residual="nhwc", act="relu")
+    return Problem(
+        op="pointwise_pool",
+        device="cpu",
+        dtype=dtype,
+        x=x,
+        layout="nhwc",
+        weight=(filters, x[1], 1, 1),
+        residual="nhwc",
+        act="relu",
+    )
 
 
 # HeadConfig(images, block_m, block_n, block_k, warps, stages)
@@ -94,16 +103,35 @@ def test_the_host_asks_for_the_head_of_its_problem(monkeypatch: pytest.MonkeyPat
 
 # ---------------------------------------------------------------- the stem
 
+
 # Bytes are normalised in float32 whatever the dtype: one of the halves is enough for them.
-@pytest.mark.parametrize("problem", [case for case in grid("conv_pool") if not (case.values[0].bytes and case.values[0].dtype == torch.float16)])
+@pytest.mark.parametrize(
+    "problem",
+    [case for case in grid("conv_pool") if not (case.values[0].bytes and case.values[0].dtype == torch.float16)],
+)
 def test_stem_on_the_nasty_grid(problem: Problem) -> None:
     right("triton.conv_pool", problem)
 
 
-def stem(x: tuple[int, ...], filters: int = 8, taps: tuple[int, int] = (7, 7), dtype: torch.dtype = torch.float32,
-         bytes: bool = False) -> Problem:
-    return Problem(op="conv_pool", device="cpu", dtype=dtype, x=x, layout="nhwc", weight=(filters, x[1], *taps), stride=(2, 2),
-                   padding=(taps[0] // 2, taps[1] // 2), act="relu", bytes=bytes)
+def stem(
+    x: tuple[int, ...],
+    filters: int = 8,
+    taps: tuple[int, int] = (7, 7),
+    dtype: torch.dtype = torch.float32,
+    bytes: bool = False,
+) -> Problem:
+    return Problem(
+        op="conv_pool",
+        device="cpu",
+        dtype=dtype,
+        x=x,
+        layout="nhwc",
+        weight=(filters, x[1], *taps),
+        stride=(2, 2),
+        padding=(taps[0] // 2, taps[1] // 2),
+        act="relu",
+        bytes=bytes,
+    )
 
 
 # StemConfig(block_m, block_n, rows, resident, warps, stages)
@@ -129,7 +157,9 @@ def test_stems_in_pieces(case: str, resident: bool, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("at", [(0, 0), (5, 8), (8, 11), (9, 14), (10, 17), (16, 20)])
-def test_nan_and_infinity_reach_only_the_windows_they_are_in(at: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_and_infinity_reach_only_the_windows_they_are_in(
+    at: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each place relative to a slot's first pixel, with values that a neighbour's zero weights meet."""
     monkeypatch.setattr(conv_pool, "stem_config", lambda stem: StemConfig(16, 16, 2, True, 4, 2))
     for value in (float("nan"), float("inf"), -float("inf")):
@@ -153,10 +183,20 @@ def test_padding_is_zero_after_normalisation() -> None:
 
 def test_normalisation_divides_exactly_but_for_the_last_place() -> None:
     """A single tap of weight one shows every byte's normalised value."""
-    x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat_interleave(4, 2).repeat_interleave(4, 3).repeat(1, 3, 1, 1)
+    x = (
+        torch.arange(256, dtype=torch.uint8)
+        .view(1, 1, 16, 16)
+        .repeat_interleave(4, 2)
+        .repeat_interleave(4, 3)
+        .repeat(1, 3, 1, 1)
+    )
     x = x.contiguous(memory_format=torch.channels_last)
     weight = torch.eye(3).view(3, 3, 1, 1)
-    mean, std, bias = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375]), torch.full((3,), 3.0)
+    mean, std, bias = (
+        torch.tensor([123.675, 116.28, 103.53]),
+        torch.tensor([58.395, 57.12, 57.375]),
+        torch.full((3,), 3.0),
+    )
     out = find("triton.conv_pool").fn(x, weight, bias, mean, std)
     torch.testing.assert_close(out, eager("conv_pool", (x, weight, bias, mean, std))[0], rtol=2e-7, atol=2e-7)
 

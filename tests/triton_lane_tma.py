@@ -25,8 +25,15 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def problem(x, weight, dtype=torch.float32, **rest) -> Problem:
     padding = (weight[2] // 2, weight[3] // 2)
-    return Problem(op="conv_bn_act", device="cpu", dtype=dtype, x=x, layout="nhwc", weight=weight,
-                   **{"bn": True, "act": "relu", "residual": "nhwc", "padding": padding, **rest})
+    return Problem(
+        op="conv_bn_act",
+        device="cpu",
+        dtype=dtype,
+        x=x,
+        layout="nhwc",
+        weight=weight,
+        **{"bn": True, "act": "relu", "residual": "nhwc", "padding": padding, **rest},
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -40,6 +47,7 @@ def test_nasty_grid(id: str, dtype: torch.dtype) -> None:
 
 # ---------------------------------------------------------------- each tile on what it has to get right
 
+
 def streamed(box: tuple[int, int, int], filters: int = 64, channels: int = 16, blocks: int = 2) -> TileConfig:
     return TileConfig(box, filters, channels, False, 4, 2, blocks)
 
@@ -51,8 +59,10 @@ def resident(pixels: int, filters: int, channels: int, blocks: int) -> TileConfi
 POINTWISE = {
     "tails in pixels, filters and channels": (problem((3, 72, 5, 7), (136, 72, 1, 1)), streamed((32, 1, 1))),
     "one channel block, no residual": (problem((2, 16, 5, 7), (8, 16, 1, 1), residual=None), streamed((32, 1, 1))),
-    "scale and shift, no activation": (problem((2, 40, 3, 5), (72, 40, 1, 1), bn=False, act="none"),
-                                       streamed((16, 1, 1), channels=32)),
+    "scale and shift, no activation": (
+        problem((2, 40, 3, 5), (72, 40, 1, 1), bn=False, act="none"),
+        streamed((16, 1, 1), channels=32),
+    ),
     "fewer pixels than a tile": (problem((1, 24, 1, 3), (64, 24, 1, 1)), streamed((64, 1, 1))),
     "resident, more tiles than blocks, tails": (problem((3, 40, 5, 7), (72, 40, 1, 1)), resident(16, 64, 64, 4)),
     "resident, no residual": (problem((3, 64, 5, 7), (64, 64, 1, 1), residual=None), resident(32, 64, 64, 1)),
@@ -63,18 +73,27 @@ CONV = {
     "the box of 28²": (problem((9, 16, 5, 7), (64, 16, 3, 3)), streamed((8, 4, 4))),
     "the box of 14²": (problem((33, 16, 3, 5), (64, 16, 3, 3), residual=None), streamed((32, 2, 2))),
     "the box of 7²: taps outside are skipped": (problem((17, 16, 3, 2), (72, 16, 3, 3)), streamed((16, 1, 1))),
-    "skipped, all of a pixel's taps outside": (problem((17, 16, 2, 3), (64, 16, 1, 1), padding=(2, 1)),
-                                               streamed((16, 1, 1))),
+    "skipped, all of a pixel's taps outside": (
+        problem((17, 16, 2, 3), (64, 16, 1, 1), padding=(2, 1)),
+        streamed((16, 1, 1)),
+    ),
     "skipped, stride 2": (problem((17, 16, 4, 6), (64, 16, 3, 3), stride=(2, 2)), streamed((16, 1, 1))),
-    "skipped, dilated": (problem((17, 16, 6, 5), (64, 16, 3, 3), padding=(2, 3), dilation=(2, 3)), streamed((16, 1, 1))),
+    "skipped, dilated": (
+        problem((17, 16, 6, 5), (64, 16, 3, 3), padding=(2, 3), dilation=(2, 3)),
+        streamed((16, 1, 1)),
+    ),
     "several channel blocks": (problem((2, 48, 4, 6), (64, 48, 3, 3)), streamed((2, 2, 4))),
     "one wide channel block": (problem((2, 64, 4, 6), (64, 64, 3, 3)), streamed((1, 4, 8), channels=64)),
     "uneven filter, padding and dilation": (
-        problem((2, 32, 9, 8), (72, 32, 5, 3), padding=(3, 0), dilation=(1, 2)), streamed((1, 8, 4))),
+        problem((2, 32, 9, 8), (72, 32, 5, 3), padding=(3, 0), dilation=(1, 2)),
+        streamed((1, 8, 4)),
+    ),
     "stride 2, 3×3": (problem((3, 32, 8, 6), (72, 32, 3, 3), stride=(2, 2)), streamed((2, 2, 4))),
     "stride 2, 1×1": (problem((3, 32, 8, 6), (136, 32, 1, 1), stride=(2, 2), act="none"), streamed((2, 4, 4))),
     "stride 2, uneven filter": (
-        problem((2, 16, 8, 10), (64, 16, 2, 5), stride=(2, 2), padding=(0, 3), dilation=(3, 1)), streamed((1, 4, 8))),
+        problem((2, 16, 8, 10), (64, 16, 2, 5), stride=(2, 2), padding=(0, 3), dilation=(3, 1)),
+        streamed((1, 4, 8)),
+    ),
     "the next image begins where the last row ends": (problem((4, 16, 2, 2), (64, 16, 3, 3)), streamed((1, 2, 2))),
 }
 CASES = [(id, name) for id, cases in (("triton.pointwise_tma", POINTWISE), ("triton.conv_tma", CONV)) for name in cases]
@@ -90,10 +109,12 @@ def test_tiles(id: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---------------------------------------------------------------- NaN, infinity, contracts around the arithmetic
 
+
 @pytest.mark.parametrize("box", [(2, 4, 8), (2, 1, 1)], ids=["box", "skipping"])
 @pytest.mark.parametrize("stride, r", [(1, 1), (1, 3), (2, 1), (2, 3)])
-def test_nan_and_infinity_pass_as_eager_has_them(stride: int, r: int, box: tuple[int, int, int],
-                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_and_infinity_pass_as_eager_has_them(
+    stride: int, r: int, box: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the corners too: what lies outside of one image is not its neighbour's."""
     id = "triton.pointwise_tma" if stride == r == 1 else "triton.conv_tma"
     monkeypatch.setattr(MODULES[id], "config", lambda *_, **__: streamed(box))
@@ -133,11 +154,14 @@ def test_an_empty_batch_and_one_pixel(id: str) -> None:
 
 def test_the_host_sees_the_window_of_its_problem() -> None:
     """Rows, columns and the share of taps inside, by counting them on ones."""
-    for case in (problem((2, 16, 7, 5), (24, 16, 3, 3)), problem((2, 16, 8, 6), (24, 16, 3, 5), stride=(2, 2),
-                                                                padding=(1, 4), dilation=(1, 2))):
+    for case in (
+        problem((2, 16, 7, 5), (24, 16, 3, 3)),
+        problem((2, 16, 8, 6), (24, 16, 3, 5), stride=(2, 2), padding=(1, 4), dilation=(1, 2)),
+    ):
         seen = conv_tma.window(case.x, case.weight, (case.stride, case.padding, case.dilation))
         ones = torch.ones(1, 1, *case.x[2:])
-        counts = torch.nn.functional.conv2d(ones, torch.ones(1, 1, *case.weight[2:]), None, case.stride, case.padding,
-                                            case.dilation)
+        counts = torch.nn.functional.conv2d(
+            ones, torch.ones(1, 1, *case.weight[2:]), None, case.stride, case.padding, case.dilation
+        )
         assert (seen.rows, seen.columns) == case.out_hw == tuple(counts.shape[2:])
         assert seen.inside == pytest.approx(float(counts.mean()) / (case.weight[2] * case.weight[3]))

@@ -11,13 +11,23 @@ def gemm(problem: Problem) -> Gemm:
     """The matrix product that a ``conv_bn_act`` problem is."""
     oh, ow = problem.out_hw
     k, _, r, s = problem.weight
-    return Gemm(problem.x[0] * oh * ow, k, problem.x[1], r * s, problem.groups, problem.dtype.itemsize,
-                problem.residual is not None, problem.capability)
+    return Gemm(
+        problem.x[0] * oh * ow,
+        k,
+        problem.x[1],
+        r * s,
+        problem.groups,
+        problem.dtype.itemsize,
+        problem.residual is not None,
+        problem.capability,
+    )
 
 
 def stem_of(problem: Problem) -> Stem:
     """The stem that a ``conv_pool`` problem is."""
-    return Stem(*problem.x, *(problem.weight[i] for i in (0, 2, 3)), problem.dtype.itemsize, problem.bytes, problem.capability)
+    return Stem(
+        *problem.x, *(problem.weight[i] for i in (0, 2, 3)), problem.dtype.itemsize, problem.bytes, problem.capability
+    )
 
 
 def head_of(problem: Problem) -> Head:

@@ -35,7 +35,9 @@ def twins(name: str = "small", num_classes: int = 10, **kwargs) -> tuple[nn.Modu
     pair = []
     for module in (resnet_fast, torchvision.models.resnet):
         if name == "small":
-            pair.append(module.ResNet(module.Bottleneck, [1, 2, 1, 1], num_classes, **{"width_per_group": 16, **kwargs}))
+            pair.append(
+                module.ResNet(module.Bottleneck, [1, 2, 1, 1], num_classes, **{"width_per_group": 16, **kwargs})
+            )
         else:
             pair.append(getattr(module, name)(num_classes=num_classes, **kwargs))
     shake(pair[0])
@@ -96,7 +98,9 @@ def assert_train_alike(ours: nn.Module, theirs: nn.Module, x: Tensor) -> None:
     for name, value in mine.items():
         strides = exact[name].stride(), own.get(name)
         assert value.stride() in strides, f"{name}: strides {value.stride()}, expected {strides}"
-        torch.testing.assert_close(value, exact[name], rtol=1e-8, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            value, exact[name], rtol=1e-8, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}"
+        )
     bar = gradients(copy.deepcopy(theirs).to(memory_format=CL), x.contiguous(memory_format=CL))
     for name, value in gradients(copy.deepcopy(ours), x).items():
         if name == "answer" or name.startswith("buffer") and value.is_floating_point():

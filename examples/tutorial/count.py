@@ -23,8 +23,18 @@ HERE = Path(__file__).parent
 STEPS = sorted(HERE.glob("step*.py"))
 PAGE = HERE / "README.md"
 # layer3.1.conv3 of ResNet-50 at batch 256; bytes are counted on two images of 128², 128 pixels, which all tiles of all steps divide.
-PROBLEM = Problem("conv_bn_act", "cuda", torch.bfloat16, (256, 256, 14, 14), "nhwc", weight=(1024, 256, 1, 1), residual="nhwc", bn=True,
-                  act="relu", capability=(9, 0))
+PROBLEM = Problem(
+    "conv_bn_act",
+    "cuda",
+    torch.bfloat16,
+    (256, 256, 14, 14),
+    "nhwc",
+    weight=(1024, 256, 1, 1),
+    residual="nhwc",
+    bn=True,
+    act="relu",
+    capability=(9, 0),
+)
 SMALL = replace(PROBLEM, x=(2, 256, 8, 8))
 
 
@@ -53,6 +63,7 @@ class Code:
 def loaded_and_stored() -> dict[str, tuple[int, int]]:
     """In a process that interprets: bytes that all blocks of each step together load and store."""
     from triton.runtime.interpreter import InterpreterBuilder
+
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
     bytes = [0, 0]
 
@@ -67,7 +78,7 @@ def loaded_and_stored() -> dict[str, tuple[int, int]]:
     InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = counted_load, counted_store
     found = {}
     for step in STEPS:
-        kernel, = load_file(step)
+        (kernel,) = load_file(step)
         bytes[:] = 0, 0
         kernel.fn(*make_args(replace(SMALL, device="cpu", capability=None)))
         found[step.stem] = bytes[0], bytes[1]
@@ -77,30 +88,46 @@ def loaded_and_stored() -> dict[str, tuple[int, int]]:
 def compiled() -> dict[str, tuple[int, Code]]:
     """In a process that compiles: bytes that torch's ops move for the small problem, and the machine code for the batch."""
     from resnet_fast.ahead import compile_call
+
     found = {}
     for step in STEPS:
-        kernel, = load_file(step)
+        (kernel,) = load_file(step)
         call = compile_call(kernel, PROBLEM)
         one = main(call.launches)
         torchs = call.torch_ops.total()
         share = occupancy(one.registers, one.shared, one.threads, PROBLEM.capability).share
-        code = Code(len(call.launches) + torchs, torchs, one.count(MATRIX), one.instructions.total(), one.registers, one.shared // 1024, share)
+        code = Code(
+            len(call.launches) + torchs,
+            torchs,
+            one.count(MATRIX),
+            one.instructions.total(),
+            one.registers,
+            one.shared // 1024,
+            share,
+        )
         found[step.stem] = compile_call(kernel, SMALL).torch_bytes, code
     return found
 
 
 def moved_table(rows: dict[str, Moved]) -> str:
     lines = ["| step | its blocks load | store | torch's ops move | together |", "|---|---:|---:|---:|---:|"]
-    lines += [f"| {name} | {_mega(row.loaded)} | {_mega(row.stored)} | {_mega(row.torch)} | {_mega(row.loaded + row.stored + row.torch)} |"
-              for name, row in rows.items()]
+    lines += [
+        f"| {name} | {_mega(row.loaded)} | {_mega(row.stored)} | {_mega(row.torch)} | {_mega(row.loaded + row.stored + row.torch)} |"
+        for name, row in rows.items()
+    ]
     return "\n".join([*lines, f"| *floor: each operand once* | | | | {_mega(problem_step(SMALL).bytes)} |"])
 
 
 def code_table(rows: dict[str, Code]) -> str:
-    lines = ["| step | launches | of torch's | matrix instructions | instructions | registers | shared | occupancy |",
-             "|---|---:|---:|---:|---:|---:|---:|---:|"]
-    lines += [f"| {name} | {row.launches} | {row.torchs} | {row.matrix} | {row.instructions} | {row.registers} | {row.shared} KiB | "
-              f"{row.occupancy:.0%} |" for name, row in rows.items()]
+    lines = [
+        "| step | launches | of torch's | matrix instructions | instructions | registers | shared | occupancy |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {name} | {row.launches} | {row.torchs} | {row.matrix} | {row.instructions} | {row.registers} | {row.shared} KiB | "
+        f"{row.occupancy:.0%} |"
+        for name, row in rows.items()
+    ]
     return "\n".join(lines)
 
 

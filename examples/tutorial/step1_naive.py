@@ -50,5 +50,15 @@ def step1_naive(x, weight, scale, shift, residual, mean, var, eps, stride, paddi
     k = weight.shape[0]
     out, finished = launch.conv_result(x, weight, (h, w))
     grid = (n * h * w, triton.cdiv(k, 256))
-    _naive[grid](x, weight.reshape(k, c).contiguous(), out, c, k, BLOCK_N=256, BLOCK_K=32, TRIPS=triton.cdiv(c, 32), **launch.OPTIONS)
+    _naive[grid](
+        x,
+        weight.reshape(k, c).contiguous(),
+        out,
+        c,
+        k,
+        BLOCK_N=256,
+        BLOCK_K=32,
+        TRIPS=triton.cdiv(c, 32),
+        **launch.OPTIONS,
+    )
     return finished(unfused(out, scale, shift, residual, mean, var, eps, act))

@@ -14,7 +14,9 @@ from resnet_fast.kernels.triton import launch
 
 
 @triton.jit
-def _tiled(x, w, conv, M, C, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TRIPS: tl.constexpr):
+def _tiled(
+    x, w, conv, M, C, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TRIPS: tl.constexpr
+):
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -51,6 +53,17 @@ def step2_tiled(x, weight, scale, shift, residual, mean, var, eps, stride, paddi
     k, m = weight.shape[0], n * h * w
     out, finished = launch.conv_result(x, weight, (h, w))
     grid = (triton.cdiv(m, 64), triton.cdiv(k, 64))
-    _tiled[grid](x, weight.reshape(k, c).contiguous(), out, m, c, k, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, TRIPS=triton.cdiv(c, 32),
-                 **launch.OPTIONS)
+    _tiled[grid](
+        x,
+        weight.reshape(k, c).contiguous(),
+        out,
+        m,
+        c,
+        k,
+        BLOCK_M=64,
+        BLOCK_N=64,
+        BLOCK_K=32,
+        TRIPS=triton.cdiv(c, 32),
+        **launch.OPTIONS,
+    )
     return finished(unfused(out, scale, shift, residual, mean, var, eps, act))

@@ -13,8 +13,25 @@ from resnet_fast.kernels.triton import launch
 
 
 @triton.jit
-def _fused(x, w, scale, shift, mean, var, eps, residual, out, M, C, K, RELU: tl.constexpr,
-           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TRIPS: tl.constexpr):
+def _fused(
+    x,
+    w,
+    scale,
+    shift,
+    mean,
+    var,
+    eps,
+    residual,
+    out,
+    M,
+    C,
+    K,
+    RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TRIPS: tl.constexpr,
+):
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -54,6 +71,20 @@ def step3_fused(x, weight, scale, shift, residual, mean, var, eps, stride, paddi
     out, finished = launch.conv_result(x, weight, (h, w))
     vectors = launch.dense_vectors((scale, shift, mean, var, eps))
     grid = (triton.cdiv(m, 64), triton.cdiv(k, 64))
-    _fused[grid](x, weight.reshape(k, c).contiguous(), *vectors, residual, out, m, c, k, RELU=act == "relu",
-                 BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, TRIPS=triton.cdiv(c, 32), **launch.OPTIONS)
+    _fused[grid](
+        x,
+        weight.reshape(k, c).contiguous(),
+        *vectors,
+        residual,
+        out,
+        m,
+        c,
+        k,
+        RELU=act == "relu",
+        BLOCK_M=64,
+        BLOCK_N=64,
+        BLOCK_K=32,
+        TRIPS=triton.cdiv(c, 32),
+        **launch.OPTIONS,
+    )
     return finished(out)

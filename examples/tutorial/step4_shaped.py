@@ -13,8 +13,24 @@ from resnet_fast.kernels.triton import launch
 
 
 @triton.jit
-def _shaped(x, w, scale, shift, mean, var, eps, residual, out, M, C: tl.constexpr, K: tl.constexpr, RELU: tl.constexpr,
-            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _shaped(
+    x,
+    w,
+    scale,
+    shift,
+    mean,
+    var,
+    eps,
+    residual,
+    out,
+    M,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     tiles_n: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     m = (tl.program_id(0) // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)  # neighbours in the grid share pixels
     k = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -70,6 +86,21 @@ def step4_shaped(x, weight, scale, shift, residual, mean, var, eps, stride, padd
     vectors = launch.dense_vectors((scale, shift, mean, var, eps))
     block_m, block_n, block_k, warps = tile(k, c, x.itemsize)
     grid = (triton.cdiv(m, block_m) * triton.cdiv(k, block_n),)
-    _shaped[grid](x, weight.reshape(k, c).contiguous(), *vectors, residual, out, m, C=c, K=k, RELU=act == "relu", BLOCK_M=block_m,
-                  BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=3, **launch.OPTIONS)
+    _shaped[grid](
+        x,
+        weight.reshape(k, c).contiguous(),
+        *vectors,
+        residual,
+        out,
+        m,
+        C=c,
+        K=k,
+        RELU=act == "relu",
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=warps,
+        num_stages=3,
+        **launch.OPTIONS,
+    )
     return finished(out)

@@ -29,9 +29,15 @@ def conv_bn_act(x, weight, scale, shift, residual, mean, var, eps, stride, paddi
     if _normalises(x, scale, shift, mean, var):
         z = F.conv2d(x, weight, None, stride, padding, dilation, groups)
         out = F.batch_norm(z, mean, var, scale, shift, False, 0.0, eps)
-        out = out if out.stride() == z.stride() else out.as_strided(z.shape, z.stride())  # of one pixel or channel: the same order
-    elif x.device.type == "cpu" and not fold.foldable(scale, shift, mean, var, eps):  # on a GPU the host would have to wait
-        return reference.conv_bn_act(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act)
+        out = (
+            out if out.stride() == z.stride() else out.as_strided(z.shape, z.stride())
+        )  # of one pixel or channel: the same order
+    elif x.device.type == "cpu" and not fold.foldable(
+        scale, shift, mean, var, eps
+    ):  # on a GPU the host would have to wait
+        return reference.conv_bn_act(
+            x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
+        )
     else:
         folded, bias = fold.fold(weight, scale, shift, mean, var, eps)
         out = F.conv2d(x, folded, bias, stride, padding, dilation, groups)
@@ -48,16 +54,23 @@ def _normalises(x: Tensor, *vectors: Tensor | None) -> bool:
 
 def onednn_takes(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN's packed convolution can take this input: fp32 or (where the processor has it) bf16, on a CPU, not empty."""
-    return (x.device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-            and (x.dtype == torch.float32 or x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-            and x.numel() > 0 and weight.numel() > 0)
+    return (
+        x.device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and (x.dtype == torch.float32 or x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        and x.numel() > 0
+        and weight.numel() > 0
+    )
 
 
 def _onednn(x, weight, packed, bias, residual, stride, padding, dilation, groups, act) -> Tensor:
     """oneDNN fuses bias and add; its fused ReLU turns NaN into 0 (all its forms), so the ReLU is our own, in place: 2–6 %."""
     conv = torch.ops.mkldnn._convolution_pointwise
     # One pixel or one channel is NCHW and NHWC at once: torch 2.11 then fails with "could not create a memory".
-    apart = residual is not None and residual.is_contiguous() and residual.is_contiguous(memory_format=torch.channels_last)
+    apart = (
+        residual is not None and residual.is_contiguous() and residual.is_contiguous(memory_format=torch.channels_last)
+    )
     if residual is None or apart:
         out = conv(x, packed, bias, padding, stride, dilation, groups, "none", [], "")
         out = out.add_(residual) if apart else out
@@ -124,7 +137,8 @@ def bn_act_backward(dy, x, y, weight, mean, var, eps, act, residual) -> tuple[Te
         dx, dweight, dbias = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(weight)
     else:
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-            dz, x, _wide(weight), None, None, mean, torch.rsqrt(var + eps), True, eps, [True, True, True])
+            dz, x, _wide(weight), None, None, mean, torch.rsqrt(var + eps), True, eps, [True, True, True]
+        )
     if not residual:
         dz = x.new_empty(0)
     elif act == "none":
@@ -152,6 +166,7 @@ def add_act_backward(dout, out, x, gate, act) -> tuple[Tensor, Tensor, Tensor]:
 
 
 # ---------------------------------------------------------------- over several convolutions: one after the other, as a plan runs them
+
 
 def _biased(x: Tensor, weight: Tensor, bias: Tensor, stride=1, padding=0) -> Tensor:
     return F.conv2d(x, weight, bias.to(weight.dtype), stride, padding)

@@ -29,36 +29,51 @@ PACKAGE = Path(__file__).parents[1]
 RECORD = PACKAGE / "_build.json"
 # As csrc/cpu/library.cpp defines its ops: a library that was built before an edit of them is recognised by these.
 SCHEMAS = {
-    "panel": "() -> int", "takes_bf16": "() -> bool", "onednn_has_amx": "() -> bool", "instructions": "() -> str",
+    "panel": "() -> int",
+    "takes_bf16": "() -> bool",
+    "onednn_has_amx": "() -> bool",
+    "instructions": "() -> str",
     "same_bytes": "(Tensor places) -> bool",
     "winograd_filters": "(Tensor weight) -> Tensor",
     "winograd": "(Tensor x, Tensor filters, Tensor bias, Tensor? residual, Tensor(a!) out, bool relu) -> bool",
     "conv_filters": "(Tensor weight) -> Tensor",
     "conv": "(Tensor x, Tensor filters, Tensor bias, Tensor? residual, Tensor(a!) out, int[2] size, int stride, int padding, bool relu) -> ()",
     "bn_act": "(Tensor x, Tensor weight, Tensor bias, Tensor? residual, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) var, float eps, bool relu) "
-              "-> ()",
+    "-> ()",
     "bn_act_backward": "(Tensor dy, Tensor x, Tensor y, Tensor weight, Tensor mean, Tensor var, Tensor(a!) dx, Tensor(b!) dweight, "
-                       "Tensor(c!) dbias, Tensor(d!)? dresidual, float eps, bool relu) -> ()",
+    "Tensor(c!) dbias, Tensor(d!)? dresidual, float eps, bool relu) -> ()",
 }
-LARGEST = 2.0 ** 32  # of a filter's elements: with an input below 2^64 nothing on the way to the sum overflows
+LARGEST = 2.0**32  # of a filter's elements: with an input below 2^64 nothing on the way to the sum overflows
 
 
 @functools.cache
 def available() -> str | None:
     """Why these kernels cannot run here, or None; loads the library."""
-    library = max(PACKAGE.glob("_cpu.*.so"), key=lambda built: built.stat().st_mtime, default=None)  # one for each Python in a source folder
+    library = max(
+        PACKAGE.glob("_cpu.*.so"), key=lambda built: built.stat().st_mtime, default=None
+    )  # one for each Python in a source folder
     if library is None:
         record = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
-        why = f"_cpu was built, but is not in {PACKAGE}" if record.get("cpu") == "built" else record.get("cpu_why", "no build record")
+        why = (
+            f"_cpu was built, but is not in {PACKAGE}"
+            if record.get("cpu") == "built"
+            else record.get("cpu_why", "no build record")
+        )
         return f"the CPU kernels are not built ({why}): {BUILD}"
     try:
         torch.ops.load_library(str(library))
     except OSError as problem:
         return f"{library.name} cannot be loaded with torch {torch.__version__} ({problem}): {BUILD}"
-    known = [str(schema) for op in SCHEMAS for schema in torch._C._jit_get_schemas_for_operator(f"resnet_fast_cpu::{op}")]
+    known = [
+        str(schema) for op in SCHEMAS for schema in torch._C._jit_get_schemas_for_operator(f"resnet_fast_cpu::{op}")
+    ]
     if known != [f"resnet_fast_cpu::{op}{signature}" for op, signature in SCHEMAS.items()]:
         return f"{library.name} was built from other sources than this package's: {BUILD}"
-    return "this processor has neither AVX-512 nor AVX2, or ATEN_CPU_CAPABILITY forbids them" if instructions() == "none" else None
+    return (
+        "this processor has neither AVX-512 nor AVX2, or ATEN_CPU_CAPABILITY forbids them"
+        if instructions() == "none"
+        else None
+    )
 
 
 def instructions() -> str:
@@ -105,7 +120,11 @@ def _declines(problem: Problem) -> str | None:
 def _supports(problem: Problem) -> str | None:
     if (why := _declines(problem)) is not None:
         return why
-    if (problem.dilation, problem.groups) != ((1, 1), 1) or problem.stride[0] != problem.stride[1] or problem.padding[0] != problem.padding[1]:
+    if (
+        (problem.dilation, problem.groups) != ((1, 1), 1)
+        or problem.stride[0] != problem.stride[1]
+        or problem.padding[0] != problem.padding[1]
+    ):
         return "it takes one stride and one padding for height and width, without dilation and groups"
     if problem.weight[0] % (panel := torch.ops.resnet_fast_cpu.panel()):
         return f"it wants a multiple of {panel} filters, got {problem.weight[0]}"
@@ -116,14 +135,23 @@ def _supports(problem: Problem) -> str | None:
 
 # ---------------------------------------------------------------- 3×3 by Winograd's minimal filtering
 
+
 def winograd_filters(weight: Tensor, bias: Tensor, geometry: tuple, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
     if not weight.abs().amax() < LARGEST:  # nor NaN
         return None
     return torch.ops.resnet_fast_cpu.winograd_filters(weight.float()), bias.float()
 
 
-def run_winograd(x: Tensor, filters: Tensor, bias: Tensor, residual: Tensor | None, size: torch.Size, geometry: tuple, relu: bool,
-                 in_place: bool) -> Tensor | None:
+def run_winograd(
+    x: Tensor,
+    filters: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    size: torch.Size,
+    geometry: tuple,
+    relu: bool,
+    in_place: bool,
+) -> Tensor | None:
     """None where x holds a NaN, an infinity or more than 2^64: within a tile they would spread. So the residual is left whole."""
     out = _nhwc(x, len(bias), size, geometry)
     return out if torch.ops.resnet_fast_cpu.winograd.default(x, filters, bias, residual, out, relu) else None
@@ -137,17 +165,28 @@ def _winograd_supports(problem: Problem) -> str | None:
 
 @kernel("cpu.winograd", op="conv_bn_act", supports=_winograd_supports, available=available)
 def winograd(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
-    return _from_packs(FORMS["cpu.winograd"], x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act)
+    return _from_packs(
+        FORMS["cpu.winograd"], x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
+    )
 
 
 # ---------------------------------------------------------------- any size as a product of pixels, or what each sees, and filters
+
 
 def conv_filters(weight: Tensor, bias: Tensor, geometry: tuple, shape: torch.Size) -> tuple[Tensor, Tensor]:
     return torch.ops.resnet_fast_cpu.conv_filters(weight), bias.float()
 
 
-def run_conv(x: Tensor, filters: Tensor, bias: Tensor, residual: Tensor | None, size: torch.Size, geometry: tuple, relu: bool,
-             in_place: bool) -> Tensor:
+def run_conv(
+    x: Tensor,
+    filters: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    size: torch.Size,
+    geometry: tuple,
+    relu: bool,
+    in_place: bool,
+) -> Tensor:
     (stride, _), (padding, _), _, _ = geometry
     out = residual if in_place else _nhwc(x, len(bias), size, geometry)
     torch.ops.resnet_fast_cpu.conv.default(x, filters, bias, residual, out, size, stride, padding, relu)
@@ -162,23 +201,40 @@ def _conv_supports(problem: Problem) -> str | None:
 
 @kernel("cpu.conv", op="conv_bn_act", supports=_conv_supports, available=available)
 def conv(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
-    return _from_packs(FORMS["cpu.conv"], x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act)
+    return _from_packs(
+        FORMS["cpu.conv"], x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
+    )
 
 
-FORMS = {"cpu.winograd": Form(winograd_filters, run_winograd, _winograd_supports, "a third of the sum's products"),
-         "cpu.conv": Form(conv_filters, run_conv, _conv_supports, "bias, residual and ReLU in registers")}
+FORMS = {
+    "cpu.winograd": Form(winograd_filters, run_winograd, _winograd_supports, "a third of the sum's products"),
+    "cpu.conv": Form(conv_filters, run_conv, _conv_supports, "bias, residual and ReLU in registers"),
+}
 
 
-def _from_packs(form: Form, x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
+def _from_packs(
+    form: Form, x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
+) -> Tensor:
     packs = fold.packable(weight, scale, shift, mean, var)
-    pack = fold.packed(x, weight, scale, shift, mean, var, eps, stride, padding, dilation, groups, form.make) if packs else None
-    out = None if pack is None else form.run(x, *pack, residual, weight.shape[2:], (stride, padding, dilation, groups), act == "relu", False)
+    pack = (
+        fold.packed(x, weight, scale, shift, mean, var, eps, stride, padding, dilation, groups, form.make)
+        if packs
+        else None
+    )
+    out = (
+        None
+        if pack is None
+        else form.run(x, *pack, residual, weight.shape[2:], (stride, padding, dilation, groups), act == "relu", False)
+    )
     if out is None:
-        return aten.conv_bn_act(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act)
+        return aten.conv_bn_act(
+            x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
+        )
     return out if aten.nhwc(x) or aten.nhwc(weight) else out.contiguous()
 
 
 # ---------------------------------------------------------------- training batch norm
+
 
 def _bn_supports(problem: Problem) -> str | None:
     if problem.layout != "nhwc" or problem.op == "bn_act" and problem.residual not in (None, "nhwc"):
@@ -199,9 +255,13 @@ def bn_act_backward(dy, x, y, weight, mean, var, eps, act, residual) -> tuple[Te
     gamma = _plain(weight)
     dx, dweight, dbias = torch.empty_like(x), torch.empty_like(gamma), torch.empty_like(gamma)
     dresidual = torch.empty_like(x) if residual else None
-    dy, y = dy.contiguous(memory_format=torch.channels_last), y.contiguous(memory_format=torch.channels_last)  # a Problem tells of x alone
-    torch.ops.resnet_fast_cpu.bn_act_backward.default(dy, x, y, gamma, _plain(mean), _plain(var), dx, dweight, dbias, dresidual, eps,
-                                                      act == "relu")
+    dy, y = (
+        dy.contiguous(memory_format=torch.channels_last),
+        y.contiguous(memory_format=torch.channels_last),
+    )  # a Problem tells of x alone
+    torch.ops.resnet_fast_cpu.bn_act_backward.default(
+        dy, x, y, gamma, _plain(mean), _plain(var), dx, dweight, dbias, dresidual, eps, act == "relu"
+    )
     return dx, dweight.to(weight.dtype), dbias.to(weight.dtype), dresidual if residual else x.new_empty(0)
 
 
@@ -221,7 +281,11 @@ def preferred(problem: Problem, live: bool = True) -> tuple[str, str] | None:
         return None
     if problem.op in BATCH_NORM:
         id = BATCH_NORM[problem.op]
-        return None if _bn_supports(problem) or yields(id, problem) else (id, "statistics, affine, residual and ReLU in two passes")
+        return (
+            None
+            if _bn_supports(problem) or yields(id, problem)
+            else (id, "statistics, affine, residual and ReLU in two passes")
+        )
     return next(((id, form.why) for id, form in FORMS.items() if chooses(id, problem, live)), None)
 
 

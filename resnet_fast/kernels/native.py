@@ -32,6 +32,7 @@ SOURCES = (str(RECORD),) if RECORD.is_file() else ()
 def extension() -> ModuleType:
     """The extension: ``kernels()`` names its kernels, ``attributes(name)`` tells their registers and occupancy."""
     from .. import _C
+
     return _C
 
 
@@ -85,10 +86,12 @@ def add_act(x: Tensor, y: Tensor, gate: Tensor | None, act: str) -> Tensor:
     return _op("add_act")(x, y, gate if gate is None else gate.contiguous(), act == "relu")
 
 
-@kernel("native.add_act_backward", op="add_act_backward", supports=_add_act_supports, available=available,
-        sources=SOURCES)
-def add_act_backward(dout: Tensor, out: Tensor, x: Tensor | None, gate: Tensor | None,
-                     act: str) -> tuple[Tensor, Tensor, Tensor]:
+@kernel(
+    "native.add_act_backward", op="add_act_backward", supports=_add_act_supports, available=available, sources=SOURCES
+)
+def add_act_backward(
+    dout: Tensor, out: Tensor, x: Tensor | None, gate: Tensor | None, act: str
+) -> tuple[Tensor, Tensor, Tensor]:
     if gate is None:
         return _op("add_act_backward")(dout, out, act == "relu"), dout.new_empty(0), dout.new_empty(0)
     x = x.contiguous(memory_format=torch.channels_last)  # a Problem does not tell x's layout; its gradient follows dout
@@ -122,8 +125,9 @@ def _pointwise_supports(problem: Problem) -> str | None:
 @kernel("native.conv", op="conv_bn_act", supports=_conv_supports, available=available, sources=SOURCES)
 def conv(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
     scale, shift, mean, var = _vectors(scale, shift, mean, var)
-    out = _op("conv")(x, _nhwc(weight), scale, shift, residual, mean, var, eps, stride, padding, dilation,
-                      act == "relu")
+    out = _op("conv")(
+        x, _nhwc(weight), scale, shift, residual, mean, var, eps, stride, padding, dilation, act == "relu"
+    )
     return out if nhwc(x) or nhwc(weight) else out.contiguous()
 
 
@@ -156,12 +160,20 @@ def hopper_declines(problem: Problem) -> str | None:
     return None
 
 
-@kernel("native.pointwise_hopper", op="conv_bn_act", supports=_pointwise_hopper_supports, available=hopper_available,
-        sources=SOURCES)
-def pointwise_hopper(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
+@kernel(
+    "native.pointwise_hopper",
+    op="conv_bn_act",
+    supports=_pointwise_hopper_supports,
+    available=hopper_available,
+    sources=SOURCES,
+)
+def pointwise_hopper(
+    x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
+) -> Tensor:
     scale, shift, mean, var = _vectors(scale, shift, mean, var)
-    out = _op("pointwise_hopper")(_aligned(x), _aligned(_nhwc(weight)), scale, shift, _aligned(residual), mean, var, eps,
-                                  stride, act == "relu")
+    out = _op("pointwise_hopper")(
+        _aligned(x), _aligned(_nhwc(weight)), scale, shift, _aligned(residual), mean, var, eps, stride, act == "relu"
+    )
     return out if nhwc(x) or nhwc(weight) else out.contiguous()
 
 
@@ -173,8 +185,16 @@ def _pair_supports(problem: Problem) -> str | None:
     return _conv_supports(problem) or _steps_declined(problem) or hopper_declines(problem)
 
 
-@kernel("native.pointwise_pair_hopper", op="pointwise_pair", supports=_pair_supports, available=hopper_available, sources=SOURCES)
-def pointwise_pair_hopper(x: Tensor, weight: Tensor, x2: Tensor, weight2: Tensor, bias: Tensor, stride2: tuple[int, int]) -> Tensor:
+@kernel(
+    "native.pointwise_pair_hopper",
+    op="pointwise_pair",
+    supports=_pair_supports,
+    available=hopper_available,
+    sources=SOURCES,
+)
+def pointwise_pair_hopper(
+    x: Tensor, weight: Tensor, x2: Tensor, weight2: Tensor, bias: Tensor, stride2: tuple[int, int]
+) -> Tensor:
     x, weight, x2, weight2 = (_aligned(t) for t in (x, _nhwc(weight), x2, _nhwc(weight2)))
     return _op("pointwise_pair_hopper")(x, weight, x2, weight2, bias.contiguous(), stride2)
 
@@ -189,34 +209,65 @@ def _conv_cluster_supports(problem: Problem) -> str | None:
     return _conv_supports(problem) or _steps_declined(problem) or hopper_declines(problem)
 
 
-@kernel("native.conv_cluster_hopper", op="conv_bn_act", supports=_conv_cluster_supports, available=hopper_available, sources=SOURCES)
-def conv_cluster_hopper(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
+@kernel(
+    "native.conv_cluster_hopper",
+    op="conv_bn_act",
+    supports=_conv_cluster_supports,
+    available=hopper_available,
+    sources=SOURCES,
+)
+def conv_cluster_hopper(
+    x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
+) -> Tensor:
     scale, shift, mean, var = _vectors(scale, shift, mean, var)
-    out = _op("conv_cluster_hopper")(_aligned(x), _aligned(_nhwc(weight)), scale, shift, _aligned(residual), mean, var, eps, stride,
-                                     padding, dilation, act == "relu")
+    out = _op("conv_cluster_hopper")(
+        _aligned(x),
+        _aligned(_nhwc(weight)),
+        scale,
+        shift,
+        _aligned(residual),
+        mean,
+        var,
+        eps,
+        stride,
+        padding,
+        dilation,
+        act == "relu",
+    )
     return out if nhwc(x) or nhwc(weight) else out.contiguous()
 
 
-WIDEST = 64  # pixels of an output row: two boxes of such rows with their halo fit shared memory beside filters and results
+WIDEST = (
+    64  # pixels of an output row: two boxes of such rows with their halo fit shared memory beside filters and results
+)
 
 
 def _conv_hopper_supports(problem: Problem) -> str | None:
     geometry = problem.weight[2:], problem.stride, problem.padding, problem.dilation
     if geometry not in (((3, 3), (1, 1), (1, 1), (1, 1)), ((3, 3), (2, 2), (1, 1), (1, 1))):
-        return ("it is for 3×3 filters with stride 1 or 2 and padding and dilation 1, this one is {}×{} with stride {}×{}, "
-                "padding {}×{} and dilation {}×{}".format(*chain(*geometry)))
+        return (
+            "it is for 3×3 filters with stride 1 or 2 and padding and dilation 1, this one is {}×{} with stride {}×{}, "
+            "padding {}×{} and dilation {}×{}".format(*chain(*geometry))
+        )
     if min(problem.x[2:]) < problem.stride[0]:
-        return "with stride 2 it reads even and odd rows and columns, and the input has {}×{} pixels".format(*problem.x[2:])
+        return "with stride 2 it reads even and odd rows and columns, and the input has {}×{} pixels".format(
+            *problem.x[2:]
+        )
     if problem.out_hw[1] > WIDEST:
-        return f"it keeps whole rows in shared memory, of up to {WIDEST} output pixels, and these have {problem.out_hw[1]}"
+        return (
+            f"it keeps whole rows in shared memory, of up to {WIDEST} output pixels, and these have {problem.out_hw[1]}"
+        )
     return _conv_supports(problem) or hopper_declines(problem)
 
 
-@kernel("native.conv_hopper", op="conv_bn_act", supports=_conv_hopper_supports, available=hopper_available, sources=SOURCES)
+@kernel(
+    "native.conv_hopper", op="conv_bn_act", supports=_conv_hopper_supports, available=hopper_available, sources=SOURCES
+)
 def conv_hopper(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
     scale, shift, mean, var = _vectors(scale, shift, mean, var)
-    out = _op("conv_hopper")(_aligned(x), _aligned(_nhwc(weight)), scale, shift, _aligned(residual), mean, var, eps, stride,
-                             act == "relu")
+    out = _op("conv_hopper")(
+        _aligned(x), _aligned(_nhwc(weight)), scale, shift, _aligned(residual), mean, var, eps, stride, act == "relu"
+    )
     return out if nhwc(x) or nhwc(weight) else out.contiguous()
 
 
@@ -228,8 +279,13 @@ def _conv_tail_hopper_supports(problem: Problem) -> str | None:
         return why
     (wide, middle, *_), projection, (after, *_) = problem.chain
     projected = projection[1] if projection else 0
-    for what, channels, most in (("input", problem.x[1], 64), ("middle", middle, 64), ("projected residual", projected, 64),
-                                 ("output", wide, 256), ("next convolution", after, 64 if projection else 128)):
+    for what, channels, most in (
+        ("input", problem.x[1], 64),
+        ("middle", middle, 64),
+        ("projected residual", projected, 64),
+        ("output", wide, 256),
+        ("next convolution", after, 64 if projection else 128),
+    ):
         if channels > most:
             return f"it keeps all filters in shared memory, with up to {most} channels of the {what}, and there are {channels}"
         if channels % 8:
@@ -238,12 +294,19 @@ def _conv_tail_hopper_supports(problem: Problem) -> str | None:
     return f"it counts tiles in 31 bits, and there are {n * h * w} pixels" if n * h * w > MOST_PIXELS // 2 else None
 
 
-@kernel("native.conv_tail_hopper", op="conv_tail", supports=_conv_tail_hopper_supports, available=hopper_available, sources=SOURCES)
+@kernel(
+    "native.conv_tail_hopper",
+    op="conv_tail",
+    supports=_conv_tail_hopper_supports,
+    available=hopper_available,
+    sources=SOURCES,
+)
 def conv_tail_hopper(x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1) -> tuple[Tensor, Tensor]:
     filters = [w if w is None else _aligned(_nhwc(w)) for w in (weight2, weight3, projection, weight1)]
     biases = [_aligned(b.contiguous()) for b in (bias2, bias3, bias1)]
-    return _op("conv_tail_hopper")(_aligned(x), filters[0], biases[0], filters[1], biases[1], _aligned(residual), filters[2], filters[3],
-                                   biases[2])
+    return _op("conv_tail_hopper")(
+        _aligned(x), filters[0], biases[0], filters[1], biases[1], _aligned(residual), filters[2], filters[3], biases[2]
+    )
 
 
 def _aligned(t: Tensor | None) -> Tensor | None:
@@ -269,20 +332,23 @@ def _bn_supports(problem: Problem) -> str | None:
 
 
 @kernel("native.bn_act", op="bn_act", supports=_bn_supports, available=available, sources=SOURCES)
-def bn_act(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float,
-           act: str) -> tuple[Tensor, Tensor, Tensor]:
+def bn_act(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, act: str
+) -> tuple[Tensor, Tensor, Tensor]:
     weight, bias = _vectors(weight, bias)
     return _op("bn_act")(x, weight, bias, residual, eps, act == "relu")
 
 
 @kernel("native.bn_act_backward", op="bn_act_backward", supports=_bn_supports, available=available, sources=SOURCES)
-def bn_act_backward(dy: Tensor, x: Tensor, y: Tensor, weight: Tensor, mean: Tensor, var: Tensor, eps: float, act: str,
-                    residual: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def bn_act_backward(
+    dy: Tensor, x: Tensor, y: Tensor, weight: Tensor, mean: Tensor, var: Tensor, eps: float, act: str, residual: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _op("bn_act_backward")(_nhwc(dy), x, _nhwc(y), weight.contiguous(), mean, var, eps, act == "relu", residual)
 
 
-def fold_bn(weight: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, var: Tensor, eps: float,
-            out: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def fold_bn(
+    weight: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, var: Tensor, eps: float, out: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """Filter times scale, channels_last, and bias β − mean·scale, in one launch; scale is γ/√(var + eps).
 
     weight [K, C, R, S] on a CUDA device with any strides, float32, float16 or bfloat16; ``out`` another of these only

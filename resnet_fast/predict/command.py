@@ -24,24 +24,34 @@ def add_parser(commands) -> None:
     p.add_argument("--out", type=Path, metavar="OUT", help="table to write: .csv, .json, .jsonl or .parquet")
     p.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     answer = p.add_mutually_exclusive_group()
-    answer.add_argument("--top", type=positive, metavar="K", help="the K most probable classes (default 5, or as many as there are)")
+    answer.add_argument(
+        "--top", type=positive, metavar="K", help="the K most probable classes (default 5, or as many as there are)"
+    )
     answer.add_argument("--features", action="store_true", help="the pooled features before the classifier instead")
     p.add_argument("--model", default="resnet50", help="one that `list` shows (default %(default)s)")
     weights = p.add_mutually_exclusive_group()
-    weights.add_argument("--weights", metavar="NAME|FILE",
-                         help="torchvision's name, or a checkpoint (default: torchvision's DEFAULT)")
+    weights.add_argument(
+        "--weights", metavar="NAME|FILE", help="torchvision's name, or a checkpoint (default: torchvision's DEFAULT)"
+    )
     weights.add_argument("--random-weights", action="store_true", help="for trials: the answers mean nothing")
-    p.add_argument("--labels", metavar="FILE",
-                   help="names of the classes: one a line, or JSON (default: those of torchvision's weights)")
+    p.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="names of the classes: one a line, or JSON (default: those of torchvision's weights)",
+    )
     p.add_argument("--batch", type=positive, help="images in a batch (default: 128 on cuda, 16 on cpu)")
     p.add_argument("--size", type=positive, help="height and width in pixels (default: the weights' own, else 224)")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and activations (%(default)s)")
     p.add_argument("--device", default=default_device(), help="cpu or cuda (default here: %(default)s)")
     p.add_argument("--workers", type=positive, help="decoding processes (default: all cores; on cpu a quarter)")
-    p.add_argument("--fast-decode", action="store_true",
-                   help="decode JPEGs scaled down, resize the crop only: pixels differ a little from torchvision's")
-    p.add_argument("--max-pixels", type=positive, metavar="N",
-                   help="refuse larger images (default: 178956970, as Pillow)")
+    p.add_argument(
+        "--fast-decode",
+        action="store_true",
+        help="decode JPEGs scaled down, resize the crop only: pixels differ a little from torchvision's",
+    )
+    p.add_argument(
+        "--max-pixels", type=positive, metavar="N", help="refuse larger images (default: 178956970, as Pillow)"
+    )
     p.set_defaults(run=run)
 
 

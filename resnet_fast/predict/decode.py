@@ -22,9 +22,15 @@ FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "MPO", "GIF", "BMP", "DIB", "TIFF", "P
 MAX_PIXELS = 178_956_970  # where Pillow refuses by default
 _BILINEAR = Image.Resampling.BILINEAR
 _ORIENTATION = 0x0112  # EXIF tag
-_UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-            8: Image.Transpose.ROTATE_90}
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,7 @@ def serve(connection: Connection, memory: mmap.mmap, preset: Preset) -> None:
             return
         error = None
         try:
-            memory[slot * size:(slot + 1) * size] = load(path, preset).tobytes()
+            memory[slot * size : (slot + 1) * size] = load(path, preset).tobytes()
         except Exception as problem:  # damaged files make Pillow's parsers raise anything; it costs that file only
             error = describe(problem)
         connection.send((slot, error))

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 # Those that people keep photographs in; HEIC is among them so that its files are reported, not silently left out.
-SUFFIXES = frozenset(("avif bmp dib gif heic heif ico j2k jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff "
-                      "webp").split())
+SUFFIXES = frozenset(
+    ("avif bmp dib gif heic heif ico j2k jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp").split()
+)
 
 
 class Item(NamedTuple):

@@ -43,18 +43,32 @@ class Job:
         if self.labels is not None and len(self.labels) != classes:
             raise ValueError(f"--labels {args.labels}: got {len(self.labels)} names, expected {classes}, one a class")
         if args.top is not None and args.top > classes:
-            raise ValueError(f"--top: got {args.top}, expected at most {classes}: {args.model} with these weights has no more classes")
+            raise ValueError(
+                f"--top: got {args.top}, expected at most {classes}: {args.model} with these weights has no more classes"
+            )
         size = args.size or source.crop
-        self.preset = Preset(resize=round(source.resize * size / source.crop), crop=size, fast=args.fast_decode,
-                             max_pixels=args.max_pixels or MAX_PIXELS)
+        self.preset = Preset(
+            resize=round(source.resize * size / source.crop),
+            crop=size,
+            fast=args.fast_decode,
+            max_pixels=args.max_pixels or MAX_PIXELS,
+        )
         self.batch = args.batch or (128 if device.type == "cuda" else 16)
         self.workers = args.workers or _workers(device, ranks)
         top = None if args.features else args.top or min(5, classes)
         answer = "features" if args.features else f"top {top}"
         self.settings = {
-            "model": args.model, "weights": source.digest(), "dtype": args.dtype, "size": size,
-            "resize": self.preset.resize, "fast decode": args.fast_decode, "answer": answer,
-            "inputs": _summary(args.inputs), "rank": ranks.rank, "ranks": ranks.world}
+            "model": args.model,
+            "weights": source.digest(),
+            "dtype": args.dtype,
+            "size": size,
+            "resize": self.preset.resize,
+            "fast decode": args.fast_decode,
+            "answer": answer,
+            "inputs": _summary(args.inputs),
+            "rank": ranks.rank,
+            "ranks": ranks.world,
+        }
         if args.features:
             source.model.fc = nn.Identity()
         self.network = Network(source.model, source.mean, source.std, device=device, dtype=DTYPES[args.dtype], top=top)
@@ -95,6 +109,7 @@ def _summary(inputs: list[str]) -> str:
 
 # ---------------------------------------------------------------- to the terminal
 
+
 class _Terminal:
     """A line for each file: its most probable classes."""
 
@@ -120,6 +135,7 @@ def to_terminal(job: Job) -> int:
 
 
 # ---------------------------------------------------------------- to a table
+
 
 def to_file(job: Job, out: Path) -> int:
     """Fill this rank's record, going on with what there is; rank 0 then makes the table of all. The exit code."""

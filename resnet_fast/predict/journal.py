@@ -60,8 +60,9 @@ class Journal:
         elif header != settings:
             keys = [key for key in {**header, **settings} if header.get(key) != settings.get(key)]
             other = ", ".join(f"{key} {header.get(key)!r} → {settings.get(key)!r}" for key in keys)
-            raise ValueError(f"{self.path} was begun with other settings ({other}): "
-                             "go on with those, or delete it to start anew")
+            raise ValueError(
+                f"{self.path} was begun with other settings ({other}): go on with those, or delete it to start anew"
+            )
 
     def resume(self, items: Iterator[Item], batch: int) -> Iterator[Item]:
         """The items still to be done; what the record holds from there on is cut off.
@@ -136,8 +137,10 @@ def merged(paths: list[Path]) -> Iterator[dict]:
     Raises ValueError if the ranks did not see the same files.
     """
     if len({_last(path)["files"] for path in paths}) > 1:
-        raise ValueError(f"{', '.join(map(str, paths))} do not fit together: the files changed between their walks; "
-                         "run all ranks again")
+        raise ValueError(
+            f"{', '.join(map(str, paths))} do not fit together: the files changed between their walks; "
+            "run all ranks again"
+        )
     streams = itertools.cycle([_records(path) for path in paths])
     return itertools.takewhile(lambda record: record is not None, (next(stream, None) for stream in streams))
 

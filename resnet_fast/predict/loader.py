@@ -100,7 +100,7 @@ class Loader:
         while (ready := self._out.get()) is not None:
             if isinstance(ready, BaseException):
                 raise ready
-            yield Batch(ready.items, ready.errors, self._ring[ready.place, :len(ready.items)])
+            yield Batch(ready.items, ready.errors, self._ring[ready.place, : len(ready.items)])
             self._free.append(ready.place)
             self._ring_bell.send_bytes(b"free")
 
@@ -214,8 +214,12 @@ class Loader:
         # A session of its own: Ctrl-C reaches the parent only. A safe path: this folder must not shadow other modules.
         process = subprocess.Popen(
             [sys.executable, "-W", "ignore", decode.__file__, *map(str, descriptors), json.dumps(asdict(self._preset))],
-            pass_fds=descriptors, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
-            env={**os.environ, "PYTHONSAFEPATH": "1"})
+            pass_fds=descriptors,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, "PYTHONSAFEPATH": "1"},
+        )
         its.close()
         return _Worker(process, mine)
 

@@ -28,8 +28,16 @@ class Network:
     ``start`` returns while the device still works; at most two answers may be under way.
     """
 
-    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], *, device: torch.device,
-                 dtype: torch.dtype, top: int | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        top: int | None,
+    ) -> None:
         self.device, self.dtype, self.top = device, dtype, top
         self._model, self._normalize = model, (mean, std)
         self._plan: Plan | None = None
@@ -45,7 +53,7 @@ class Network:
         x = (self._stage(pixels) if cuda else pixels).to(self.device, non_blocking=True)
         clock.tick()
         with torch.inference_mode():
-            out = self._plan(x)[:len(pixels)].float()
+            out = self._plan(x)[: len(pixels)].float()
             finite = out.isfinite().all(1)
             answer = (out,) if self.top is None else tuple(out.softmax(1).topk(self.top, dim=1))
         clock.tick()
@@ -59,7 +67,7 @@ class Network:
         if not self._pinned:
             self._pinned = [torch.zeros(pixels.shape, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
         self._pinned.reverse()
-        self._pinned[0][:len(pixels)].copy_(pixels)
+        self._pinned[0][: len(pixels)].copy_(pixels)
         return self._pinned[0]
 
 
@@ -75,10 +83,14 @@ class Answer:
         if len(values) == 1:
             rows = [{"features": b64encode(array("f", row.tolist())).decode()} for row in values[0]]
         else:
-            rows = [{"class": classes, "p": [float(f"{p:.9g}") for p in ps]}
-                    for ps, classes in zip(values[0].tolist(), values[1].tolist(), strict=True)]
-        return [row if finite else {"error": "the network's answer is not finite"}
-                for row, finite in zip(rows, self._finite.tolist(), strict=True)]
+            rows = [
+                {"class": classes, "p": [float(f"{p:.9g}") for p in ps]}
+                for ps, classes in zip(values[0].tolist(), values[1].tolist(), strict=True)
+            ]
+        return [
+            row if finite else {"error": "the network's answer is not finite"}
+            for row, finite in zip(rows, self._finite.tolist(), strict=True)
+        ]
 
     def seconds(self) -> Seconds:
         """Call it after ``rows``."""

@@ -121,8 +121,12 @@ def _json_lines(rows: Iterable[Row], features: bool) -> Iterator[bytes]:
         if features:
             values = {"features": [float(f"{value:.9g}") for value in row.features]}
         else:
-            values = {"top": [{"class": c, "label": label, "probability": p}
-                              for c, label, p in zip(row.classes, row.labels, row.probabilities, strict=True)]}
+            values = {
+                "top": [
+                    {"class": c, "label": label, "probability": p}
+                    for c, label, p in zip(row.classes, row.labels, row.probabilities, strict=True)
+                ]
+            }
         yield json.dumps({"path": row.path, **values}, ensure_ascii=False).encode()
 
 
@@ -146,8 +150,14 @@ def _parquet(rows: Iterable[Row], file: BinaryIO, features: bool) -> None:
     if features:
         schema = pa.schema([("path", pa.string()), ("features", pa.list_(pa.float32()))])
     else:
-        schema = pa.schema([("path", pa.string()), ("classes", pa.list_(pa.int32())),
-                            ("labels", pa.list_(pa.string())), ("probabilities", pa.list_(pa.float32()))])
+        schema = pa.schema(
+            [
+                ("path", pa.string()),
+                ("classes", pa.list_(pa.int32())),
+                ("labels", pa.list_(pa.string())),
+                ("probabilities", pa.list_(pa.float32())),
+            ]
+        )
     rows = iter(rows)
     with parquet.ParquetWriter(file, schema) as table:
         while group := list(itertools.islice(rows, ROW_GROUP)):

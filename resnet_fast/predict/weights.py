@@ -67,10 +67,18 @@ def _from_torchvision(name: str, weights: str | None) -> Weights:
         with contextlib.redirect_stdout(sys.stderr):  # torch.hub tells of its download where our results go
             model = create_model(name, weights=entry).eval()
     except OSError as error:  # no network, no space; its cause is what the network said
-        raise ValueError(f"no weights for {name}: {entry.url} could not be fetched ({error.__cause__}); {instead}") from error
+        raise ValueError(
+            f"no weights for {name}: {entry.url} could not be fetched ({error.__cause__}); {instead}"
+        ) from error
     preset = entry.transforms()
-    return Weights(model, preset.resize_size[0], preset.crop_size[0], tuple(preset.mean), tuple(preset.std),
-                   entry.meta["categories"])
+    return Weights(
+        model,
+        preset.resize_size[0],
+        preset.crop_size[0],
+        tuple(preset.mean),
+        tuple(preset.std),
+        entry.meta["categories"],
+    )
 
 
 def _from_file(name: str, path: str) -> Weights:
@@ -79,7 +87,9 @@ def _from_file(name: str, path: str) -> Weights:
     except (ImportError, OSError):
         raise
     except Exception as error:  # a foreign file makes torch's safe unpickler raise anything
-        raise ValueError(f"--weights {path}: not a checkpoint of tensors that can be read safely ({type(error).__name__})") from error
+        raise ValueError(
+            f"--weights {path}: not a checkpoint of tensors that can be read safely ({type(error).__name__})"
+        ) from error
     state = _clean(_unwrap(found))
     classes = {"num_classes": len(state["fc.weight"])} if "fc.weight" in state else {}
     return Weights(load_checkpoint(create_model(name, **classes), state).eval())
@@ -105,5 +115,7 @@ def read_labels(path: str) -> list[str]:
         found = [found[str(i)] for i in range(len(found))]
     names = [name[-1] if isinstance(name, list) and name else name for name in found]
     if not all(isinstance(name, str) for name in names):
-        raise ValueError(f"--labels {path}: got {next(name for name in names if not isinstance(name, str))!r}, expected names or [id, name] pairs")
+        raise ValueError(
+            f"--labels {path}: got {next(name for name in names if not isinstance(name, str))!r}, expected names or [id, name] pairs"
+        )
     return names

@@ -17,15 +17,22 @@ from .summary import Change, changes, headlines, slower
 
 
 def add_parser(commands) -> None:
-    p = commands.add_parser("report", help="tables, plots and comparisons of the measurements",
-                            description="Turn the ledger of measurements into README's tables (between its markers), "
-                                        "plots and one HTML page; or print headlines; or compare two runs.")
+    p = commands.add_parser(
+        "report",
+        help="tables, plots and comparisons of the measurements",
+        description="Turn the ledger of measurements into README's tables (between its markers), "
+        "plots and one HTML page; or print headlines; or compare two runs.",
+    )
     p.add_argument("ledger", nargs="?", type=Path, default=RESULTS, help="folder or file (default %(default)s)")
     p.add_argument("--headline", action="store_true", help="print the newest result of each case and machine instead")
     p.add_argument("--json", action="store_true", help="with --headline: machine-readable")
     p.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="print run B against run A instead")
-    p.add_argument("--fail-if", type=gate, metavar="slower:5%",
-                   help="with --compare: exit code 1 if one of ours lost more than that")
+    p.add_argument(
+        "--fail-if",
+        type=gate,
+        metavar="slower:5%",
+        help="with --compare: exit code 1 if one of ours lost more than that",
+    )
     p.add_argument("--readme", type=Path, default=Path("README.md"), help="filled in (default %(default)s)")
     p.add_argument("--out", type=Path, default=Path("benchmarks/report"), help="plots and page (default %(default)s)")
     p.add_argument("--no-plots", action="store_true", help="tables only; needs no matplotlib")
@@ -33,7 +40,7 @@ def add_parser(commands) -> None:
 
 
 def gate(text: str) -> float:
-    """"slower:5%" → 0.05, as an argparse type."""
+    """ "slower:5%" → 0.05, as an argparse type."""
     match = re.fullmatch(r"slower:(\d+(?:\.\d+)?)%", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected slower:N%, as in slower:5%")
@@ -51,7 +58,9 @@ def run(args: argparse.Namespace) -> int:
                 raise FileNotFoundError(f"--compare: {path} is not a file; `bench --save FILE` writes one")
         return compare(*map(read_run, args.compare), args.fail_if)
     if not args.ledger.exists():
-        raise FileNotFoundError(f"no ledger at {args.ledger}: measure with `python -m resnet_fast bench --save` or `pytest benchmarks/ --ledger`")
+        raise FileNotFoundError(
+            f"no ledger at {args.ledger}: measure with `python -m resnet_fast bench --save` or `pytest benchmarks/ --ledger`"
+        )
     runs = read_runs(args.ledger)
     if args.headline:
         return headline(runs, args.json)
@@ -66,10 +75,27 @@ def headline(runs: list[Run], as_json: bool) -> int:
         print()
         return 0
     from ..console import table
+
     header = ("case", "machine", "img/s", "× eager", "× compile", "× folded", "roofline", "error", "eager's", "date")
-    print(table(header, [(h.case, h.gpu, tables.rate(h.img_s), *map(_ratio, (h.vs_eager, h.vs_compile, h.vs_cudnn)),
-                          _share(h.roofline), _error(h.error), _error(h.eager_error), h.date[:10]) for h in found],
-                right=range(2, 9)))
+    print(
+        table(
+            header,
+            [
+                (
+                    h.case,
+                    h.gpu,
+                    tables.rate(h.img_s),
+                    *map(_ratio, (h.vs_eager, h.vs_compile, h.vs_cudnn)),
+                    _share(h.roofline),
+                    _error(h.error),
+                    _error(h.eager_error),
+                    h.date[:10],
+                )
+                for h in found
+            ],
+            right=range(2, 9),
+        )
+    )
     return 0
 
 
@@ -88,6 +114,7 @@ def _error(value: float | None) -> str:
 def compare(before: Run, after: Run, tolerance: float | None) -> int:
     """Run B against run A, worst first; 1 if the gate is given and one of ours fell through it."""
     from ..console import table
+
     found = changes(before, after)
 
     def line(c: Change) -> tuple[str, ...]:
@@ -98,7 +125,10 @@ def compare(before: Run, after: Run, tolerance: float | None) -> int:
     print(table(("case", "provider", "A ms", "B ms", "B's speed", "compared by"), map(line, found), right=(2, 3, 4)))
     if before.machine.name != after.machine.name:
         print("\nTwo different processors: only what is compared against eager means anything.")
-    lacking = sorted({f"{row.case} {row.provider}" for row in before.rows if row.ours} - {f"{row.case} {row.provider}" for row in after.rows})
+    lacking = sorted(
+        {f"{row.case} {row.provider}" for row in before.rows if row.ours}
+        - {f"{row.case} {row.provider}" for row in after.rows}
+    )
     if lacking:
         print(f"\nIn A only: {', '.join(lacking)}.")
     if tolerance is None:
@@ -120,6 +150,7 @@ def write(runs: list[Run], args: argparse.Namespace) -> int:
     pictures = []
     if not args.no_plots:
         from . import figures, plots
+
         pictures = figures.plots(runs)
         files = plots.save(pictures, args.out)
         print(f"{len(files)} plots in {args.out}")

@@ -47,6 +47,7 @@ def in_order(ids: Iterable[str]) -> list[str]:
 
 # ---------------------------------------------------------------- img/s against peers
 
+
 def bars(runs: list[Run]) -> list[Plot]:
     """One picture for each network on each machine: a panel for each of up to four batches, at the size measured most."""
     found = []
@@ -56,7 +57,9 @@ def bars(runs: list[Run]) -> list[Plot]:
             cases = [cases[round(i * (len(cases) - 1) / (PANELS - 1))] for i in range(PANELS)]
         ids = in_order(row.provider for case in cases for row in group[case][1])
         size = (2.4 + 2.7 * len(cases), 1.0 + 0.3 * len(ids))
-        draw = partial(_draw_bars, heading(*key), {case: group[case][1] for case in cases}, ids, group[cases[0]][0].machine.device)
+        draw = partial(
+            _draw_bars, heading(*key), {case: group[case][1] for case in cases}, ids, group[cases[0]][0].machine.device
+        )
         found.append(Plot(slug("bars", *key), f"Images a second: {heading(*key)}", size, draw))
     return found
 
@@ -64,8 +67,9 @@ def bars(runs: list[Run]) -> list[Plot]:
 def _draw_bars(title: str, cases: dict[str, list[Row]], ids: list[str], device: str, figure, theme: Theme) -> None:
     base = BASE[device]
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    for axis, (case, rows) in zip(figure.subplots(1, len(cases), sharey=True, squeeze=False)[0], cases.items(),
-                                  strict=True):
+    for axis, (case, rows) in zip(
+        figure.subplots(1, len(cases), sharey=True, squeeze=False)[0], cases.items(), strict=True
+    ):
         by_id = {row.provider: row for row in rows}
         *_, batch, size = parse_case(case)
         axis.set_title(f"batch {batch}" + ("" if size == 224 else f", {size}²"), fontweight="normal")
@@ -88,6 +92,7 @@ def _draw_bars(title: str, cases: dict[str, list[Row]], ids: list[str], device: 
 
 
 # ---------------------------------------------------------------- curves
+
 
 def curves(runs: list[Run]) -> list[Plot]:
     """Throughput over batch or over image size, wherever there are at least three."""
@@ -130,8 +135,15 @@ def _draw_curve(title: str, name: str, rows: dict[int, list[Row]], figure, theme
     for id in in_order(row.provider for found in rows.values() for row in found):
         line = [(at, row.img_s) for at, found in sorted(rows.items()) for row in found if row.provider == id]
         ours = id not in PROVIDERS or PROVIDERS[id].ours
-        axis.plot(*zip(*line, strict=True), color=colour(id, theme), linewidth=2.2 if ours else 1.3, marker="o",
-                  markersize=3.5, zorder=3 if ours else 2, linestyle=LINES.get(id, "-"))
+        axis.plot(
+            *zip(*line, strict=True),
+            color=colour(id, theme),
+            linewidth=2.2 if ours else 1.3,
+            marker="o",
+            markersize=3.5,
+            zorder=3 if ours else 2,
+            linestyle=LINES.get(id, "-"),
+        )
         ends.append((line[-1], id))
     axis.set_xscale("log", base=2)
     axis.set_xticks(sorted(rows), [str(at) for at in sorted(rows)])
@@ -155,6 +167,7 @@ LINES = {"ours": "-", "ours-accelerate": (0, (4, 1.5)), "ours-plan": "-", "eager
 def log_scale(axis) -> None:
     """A logarithmic axis (``axes.xaxis`` or ``.yaxis``) with plain numbers at 1, 2 and 5 of each decade."""
     from matplotlib.ticker import LogLocator, NullLocator
+
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_minor_locator(NullLocator())
@@ -172,10 +185,25 @@ def label_ends(axis, ends: list[tuple[tuple[float, float], str]], theme: Theme) 
     # Where many lines end low or high, the names nevertheless stay beside the picture.
     shift = max(0.0, -places[0]) or min(0.0, 1 - places[-1])
     for ((x, y), id), at in zip(ends, places, strict=True):
-        line = {"arrowstyle": "-", "color": colour(id, theme), "linewidth": 0.5, "relpos": (0, 0.5), "shrinkA": 1,
-                "shrinkB": 3}
-        axis.annotate(short(id), (x, y), (1.04, at + shift), textcoords="axes fraction", va="center", fontsize=8,
-                      color=colour(id, theme), annotation_clip=False, arrowprops=line)
+        line = {
+            "arrowstyle": "-",
+            "color": colour(id, theme),
+            "linewidth": 0.5,
+            "relpos": (0, 0.5),
+            "shrinkA": 1,
+            "shrinkB": 3,
+        }
+        axis.annotate(
+            short(id),
+            (x, y),
+            (1.04, at + shift),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=8,
+            color=colour(id, theme),
+            annotation_clip=False,
+            arrowprops=line,
+        )
 
 
 def spread(wanted: list[float], gap: float) -> list[float]:
@@ -192,6 +220,7 @@ def spread(wanted: list[float], gap: float) -> list[float]:
 
 
 # ---------------------------------------------------------------- layers
+
 
 def conv_rows(runs: list[Run]) -> dict[str, dict[str, list[Row]]]:
     """Machine → problem key → rows, of the single convolutions that were measured against the bar."""
@@ -239,8 +268,10 @@ def limits_of(machine: str) -> Ceilings | None:
 def _draw_layers(title: str, each: list[tuple], limits: Ceilings | None, figure, theme: Theme) -> None:
     axis = figure.subplots()
     axis.set_title(f"Time of all convolutions, one after the other: {title}")
-    lanes = {"folded + fused": [_by_id(rows, "folded").seconds for _, rows in each],
-             "ours": [(best_ours(rows) or _by_id(rows, "aten.conv_bn_act")).seconds for _, rows in each]}
+    lanes = {
+        "folded + fused": [_by_id(rows, "folded").seconds for _, rows in each],
+        "ours": [(best_ours(rows) or _by_id(rows, "aten.conv_bn_act")).seconds for _, rows in each],
+    }
     if limits is not None:
         lanes["floor"] = [problem_floor(layer.problem, limits).seconds for layer, _ in each]
     stages = [layer.name.split(".")[0] for layer, _ in each]
@@ -249,8 +280,15 @@ def _draw_layers(title: str, each: list[tuple], limits: Ceilings | None, figure,
     for y, seconds in enumerate(lanes.values()):
         left = 0.0
         for stage, value in zip(stages, seconds, strict=True):
-            axis.barh(y, value * 1e3, 0.62, left * 1e3, color=theme.stages[names.index(stage)],
-                      edgecolor=theme.paper, linewidth=0.5)
+            axis.barh(
+                y,
+                value * 1e3,
+                0.62,
+                left * 1e3,
+                color=theme.stages[names.index(stage)],
+                edgecolor=theme.paper,
+                linewidth=0.5,
+            )
             left += value
         axis.text((left + 0.008 * total) * 1e3, y, f"{left * 1e3:.2f} ms", va="center")
         start = 0.0
@@ -272,6 +310,7 @@ def _by_id(rows: list[Row], id: str) -> Row:
 
 # ---------------------------------------------------------------- roofline
 
+
 def rooflines(runs: list[Run]) -> list[Plot]:
     """Every convolution as a point under the roof of a GPU whose ceilings are known: ours and the bar."""
     found = []
@@ -285,13 +324,16 @@ def rooflines(runs: list[Run]) -> list[Plot]:
     return found
 
 
-def _draw_roofline(title: str, problems: list[list[Row]], limits: Ceilings, dtype: torch.dtype, figure,
-                   theme: Theme) -> None:
+def _draw_roofline(
+    title: str, problems: list[list[Row]], limits: Ceilings, dtype: torch.dtype, figure, theme: Theme
+) -> None:
     axis = figure.subplots()
     axis.set_title(f"Every convolution under its roof: {title}")
     peak, copy = limits.rates[dtype] / 1e12, limits.copy / 1e12
-    shown = {"folded + fused": [_by_id(rows, "folded") for rows in problems],
-             "ours, fastest kernel": [row for row in map(best_ours, problems) if row is not None]}
+    shown = {
+        "folded + fused": [_by_id(rows, "folded") for rows in problems],
+        "ours, fastest kernel": [row for row in map(best_ours, problems) if row is not None],
+    }
     drawn = [row for rows in shown.values() for row in rows]
     intensity = [row.tflops * 1e3 / row.gb_s for row in drawn]
     low, high = min(intensity) / 1.6, max(*intensity, peak / copy) * 1.6
@@ -299,8 +341,17 @@ def _draw_roofline(title: str, problems: list[list[Row]], limits: Ceilings, dtyp
     axis.plot([low, ridge, high], [low * copy, peak, peak], color=theme.ink, linewidth=1.4)
     axis.fill_between([low, ridge, high], [low * copy, peak, peak], [peak * 3] * 3, color=theme.faint, alpha=0.35, lw=0)
     for (name, rows), marker, tone in zip(shown.items(), "oD", (theme.peer, theme.ours), strict=True):
-        axis.scatter([row.tflops * 1e3 / row.gb_s for row in rows], [row.tflops for row in rows], s=26, marker=marker,
-                     label=name, color=tone, edgecolor=theme.paper, linewidth=0.5, zorder=2)
+        axis.scatter(
+            [row.tflops * 1e3 / row.gb_s for row in rows],
+            [row.tflops for row in rows],
+            s=26,
+            marker=marker,
+            label=name,
+            color=tone,
+            edgecolor=theme.paper,
+            linewidth=0.5,
+            zorder=2,
+        )
     for scale in (axis.xaxis, axis.yaxis):
         log_scale(scale)
     axis.set_xlim(low, high)
@@ -317,15 +368,27 @@ def _draw_roofline(title: str, problems: list[list[Row]], limits: Ceilings, dtyp
 
 # ---------------------------------------------------------------- errors
 
+
 def errors(runs: list[Run]) -> list[Plot]:
     """Error of every row as a multiple of eager's own in the same case, over eager's, with the line that the rule draws."""
     found = []
     for machine in sorted({run.machine.name for run in runs}):
-        rows = [row for (name, _), (_, rows) in newest(runs).items() if name == machine for row in rows
-                if row.error and row.eager_error]
+        rows = [
+            row
+            for (name, _), (_, rows) in newest(runs).items()
+            if name == machine
+            for row in rows
+            if row.error and row.eager_error
+        ]
         if rows:
-            found.append(Plot(slug("errors", machine), f"Error against float64: {machine}", (7.5, 3.8),
-                              partial(_draw_errors, machine, rows)))
+            found.append(
+                Plot(
+                    slug("errors", machine),
+                    f"Error against float64: {machine}",
+                    (7.5, 3.8),
+                    partial(_draw_errors, machine, rows),
+                )
+            )
     return found
 
 
@@ -337,8 +400,16 @@ def _draw_errors(machine: str, rows: list[Row], figure, theme: Theme) -> None:
         limits["gradients: 3×"] = GRADIENT_FACTOR
     for ours, name in ((False, "peers"), (True, "ours")):
         chosen = [row for row in rows if row.ours is ours]
-        axis.scatter([row.eager_error for row in chosen], [row.error / row.eager_error for row in chosen], s=20, label=name,
-                     alpha=0.75, color=theme.ours if ours else theme.peer, linewidth=0, zorder=3 if ours else 2)
+        axis.scatter(
+            [row.eager_error for row in chosen],
+            [row.error / row.eager_error for row in chosen],
+            s=20,
+            label=name,
+            alpha=0.75,
+            color=theme.ours if ours else theme.peer,
+            linewidth=0,
+            zorder=3 if ours else 2,
+        )
     values = [row.eager_error for row in rows]
     axis.set_xscale("log")
     axis.set_xlim(min(values) / 2, max(values) * 2)
@@ -349,7 +420,15 @@ def _draw_errors(machine: str, rows: list[Row], figure, theme: Theme) -> None:
     axis.axhline(1, color=theme.ink, linewidth=0.8)
     for text, at in limits.items():
         axis.axhline(at, color=theme.ink, linewidth=1, linestyle=(0, (4, 3)))
-        axis.annotate(text, (1, at), (-2, 3), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", fontsize=8)
+        axis.annotate(
+            text,
+            (1, at),
+            (-2, 3),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+        )
     axis.set_xlabel("eager's own relative error (RMS) in the same case")
     axis.set_ylabel("error ÷ eager's error")
     axis.grid(axis="x")

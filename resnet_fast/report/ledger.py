@@ -80,7 +80,7 @@ class Run:
 
 
 def case_name(mode: str, model: str, dtype: str, batch: int, size: int = 224) -> str:
-    """"infer/resnet50/bf16/256"; another image size than 224 follows as "@320"."""
+    """ "infer/resnet50/bf16/256"; another image size than 224 follows as "@320"."""
     return f"{mode}/{model}/{dtype}/{batch}" + ("" if size == 224 else f"@{size}")
 
 
@@ -96,6 +96,7 @@ def parse_case(case: str) -> tuple[str, str, str, int, int]:
 def here(device: str) -> Machine:
     """This machine, now, at this commit ("+" after it: the work tree differs from the commit)."""
     from .. import info
+
     facts = {**info.machine(), "driver": _driver()}
     name = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else facts["cpu"]
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -29,7 +29,7 @@ def fill(text: str, sections: dict[str, Callable[[], str]]) -> str:
             raise ValueError(f"report marker {name!r} is unknown; known: {', '.join(sections)}")
         begin, end = (f"<!-- report:{edge} {name} -->" for edge in ("begin", "end"))
         start = text.index(begin) + len(begin)
-        text = f"{text[:start]}\n{sections[name]()}\n{text[text.index(end):]}"
+        text = f"{text[:start]}\n{sections[name]()}\n{text[text.index(end) :]}"
     return text
 
 
@@ -49,8 +49,12 @@ def _networks(runs: list[Run], nothing: str) -> str:
         return nothing
     worse = regression_table(runs)
     parts = [_tables(tables), *mean_lines(runs), worse.markdown() if worse.rows else f"{worse.heading}."]
-    shown = dict.fromkeys(run.machine.facts.get("command") for run, rows in newest(runs).values() if rows[0].level == "model")
-    return "\n\n".join([*parts, *(f"Regenerate: `{command} && python -m resnet_fast report`." for command in shown if command)])
+    shown = dict.fromkeys(
+        run.machine.facts.get("command") for run, rows in newest(runs).values() if rows[0].level == "model"
+    )
+    return "\n\n".join(
+        [*parts, *(f"Regenerate: `{command} && python -m resnet_fast report`." for command in shown if command)]
+    )
 
 
 def _tables(tables: list[Table]) -> str:
@@ -58,8 +62,10 @@ def _tables(tables: list[Table]) -> str:
 
 
 def _picture(plot: Plot, folder: str) -> str:
-    return (f'<picture><source media="(prefers-color-scheme: dark)" srcset="{folder}/{plot.name}-dark.png">'
-            f'<img alt="{html.escape(plot.caption)}" src="{folder}/{plot.name}-light.png"></picture>')
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{folder}/{plot.name}-dark.png">'
+        f'<img alt="{html.escape(plot.caption)}" src="{folder}/{plot.name}-light.png"></picture>'
+    )
 
 
 # ---------------------------------------------------------------- the page
@@ -92,9 +98,11 @@ def page(runs: list[Run], pictures: list[Plot], folder: Path) -> str:
     filled = {name: body for name, body in parts.items() if body}
     links = "".join(f'<a href="#{name.split()[0].lower()}">{name}</a>' for name in filled)
     body = "\n".join(f'<h2 id="{name.split()[0].lower()}">{name}</h2>\n{part}' for name, part in filled.items())
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>resnet_fast: measurements</title>\n'
-            f'<meta name="viewport" content="width=device-width">\n<style>{STYLE}</style></head>\n'
-            f"<body><h1>resnet_fast: measurements</h1>\n<nav>{links}</nav>\n{body}\n</body></html>\n")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>resnet_fast: measurements</title>\n'
+        f'<meta name="viewport" content="width=device-width">\n<style>{STYLE}</style></head>\n'
+        f"<body><h1>resnet_fast: measurements</h1>\n<nav>{links}</nav>\n{body}\n</body></html>\n"
+    )
 
 
 def _figure(plot: Plot, folder: Path) -> str:
@@ -103,6 +111,8 @@ def _figure(plot: Plot, folder: Path) -> str:
         return f"data:image/png;base64,{encoded}"
 
     caption = html.escape(plot.caption)
-    return (f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{data("dark")}">'
-            f'<img alt="{caption}" src="{data("light")}" loading="lazy"></picture>'
-            f"<figcaption>{caption}</figcaption></figure>")
+    return (
+        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{data("dark")}">'
+        f'<img alt="{caption}" src="{data("light")}" loading="lazy"></picture>'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )

@@ -23,17 +23,50 @@ class Theme:
     stages: tuple[str, ...]
 
 
-LIGHT = Theme("light", "#ffffff", "#1f2328", "#d0d7de", "#d1480f", "#8c959f",
-              ("#8c959f", "#57606a", "#0969da", "#8250df", "#54aeff", "#1a7f37", "#bf8700", "#bf3989", "#0f766e"),
-              ("#6e7781", "#0969da", "#1a7f37", "#bf8700", "#8250df"))
-DARK = Theme("dark", "#0d1117", "#e6edf3", "#30363d", "#ff8552", "#7d8590",
-             ("#8b949e", "#b1bac4", "#58a6ff", "#bc8cff", "#a5d6ff", "#56d364", "#e3b341", "#ff7bb5", "#5eead4"),
-             ("#8b949e", "#58a6ff", "#56d364", "#e3b341", "#bc8cff"))
-PEERS = ("eager-nchw", "eager", "folded", "compile", "compile-best", "openvino", "onnxruntime", "tensorrt", "cudnn-frontend")
-SHORT = {"eager-nchw": "eager NCHW", "eager": "eager channels_last", "folded": "folded + fused",
-         "compile": "torch.compile", "compile-best": "torch.compile best", "ours": "ours, drop-in",
-         "ours-accelerate": "ours, accelerate()", "ours-plan": "ours, plan()", "onnxruntime": "ONNX Runtime",
-         "tensorrt": "TensorRT", "cudnn-frontend": "cudnn-frontend"}
+LIGHT = Theme(
+    "light",
+    "#ffffff",
+    "#1f2328",
+    "#d0d7de",
+    "#d1480f",
+    "#8c959f",
+    ("#8c959f", "#57606a", "#0969da", "#8250df", "#54aeff", "#1a7f37", "#bf8700", "#bf3989", "#0f766e"),
+    ("#6e7781", "#0969da", "#1a7f37", "#bf8700", "#8250df"),
+)
+DARK = Theme(
+    "dark",
+    "#0d1117",
+    "#e6edf3",
+    "#30363d",
+    "#ff8552",
+    "#7d8590",
+    ("#8b949e", "#b1bac4", "#58a6ff", "#bc8cff", "#a5d6ff", "#56d364", "#e3b341", "#ff7bb5", "#5eead4"),
+    ("#8b949e", "#58a6ff", "#56d364", "#e3b341", "#bc8cff"),
+)
+PEERS = (
+    "eager-nchw",
+    "eager",
+    "folded",
+    "compile",
+    "compile-best",
+    "openvino",
+    "onnxruntime",
+    "tensorrt",
+    "cudnn-frontend",
+)
+SHORT = {
+    "eager-nchw": "eager NCHW",
+    "eager": "eager channels_last",
+    "folded": "folded + fused",
+    "compile": "torch.compile",
+    "compile-best": "torch.compile best",
+    "ours": "ours, drop-in",
+    "ours-accelerate": "ours, accelerate()",
+    "ours-plan": "ours, plan()",
+    "onnxruntime": "ONNX Runtime",
+    "tensorrt": "TensorRT",
+    "cudnn-frontend": "cudnn-frontend",
+}
 
 
 @dataclass(frozen=True)
@@ -67,13 +100,31 @@ def save(found: Iterable[Plot], folder: Path) -> list[Path]:
 
 
 def _style(theme: Theme) -> dict:
-    return {"figure.facecolor": theme.paper, "axes.facecolor": theme.paper, "savefig.facecolor": theme.paper,
-            "text.color": theme.ink, "axes.labelcolor": theme.ink, "axes.edgecolor": theme.faint,
-            "xtick.color": theme.ink, "ytick.color": theme.ink, "grid.color": theme.faint, "grid.linewidth": 0.6,
-            "axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "axes.titlesize": 10,
-            "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False,
-            "axes.axisbelow": True, "figure.constrained_layout.w_pad": 0.1,
-            "figure.constrained_layout.h_pad": 0.1, "xtick.major.size": 0, "ytick.major.size": 0, "xtick.minor.size": 0}
+    return {
+        "figure.facecolor": theme.paper,
+        "axes.facecolor": theme.paper,
+        "savefig.facecolor": theme.paper,
+        "text.color": theme.ink,
+        "axes.labelcolor": theme.ink,
+        "axes.edgecolor": theme.faint,
+        "xtick.color": theme.ink,
+        "ytick.color": theme.ink,
+        "grid.color": theme.faint,
+        "grid.linewidth": 0.6,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "font.size": 9,
+        "axes.titlesize": 10,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "legend.frameon": False,
+        "axes.axisbelow": True,
+        "figure.constrained_layout.w_pad": 0.1,
+        "figure.constrained_layout.h_pad": 0.1,
+        "xtick.major.size": 0,
+        "ytick.major.size": 0,
+        "xtick.minor.size": 0,
+    }
 
 
 def short(provider: str) -> str:

@@ -50,8 +50,19 @@ def headlines(runs: Iterable[Run]) -> list[Headline]:
         if best is None or best.level != "model":
             continue
         ratios = {name: speed_over(best, ids) for name, ids in BASELINES.items()}
-        found.append(Headline(case, machine, best.img_s, **ratios, roofline=best.roofline, error=best.error,
-                              eager_error=best.eager_error, date=run.machine.date, commit=run.machine.commit))
+        found.append(
+            Headline(
+                case,
+                machine,
+                best.img_s,
+                **ratios,
+                roofline=best.roofline,
+                error=best.error,
+                eager_error=best.eager_error,
+                date=run.machine.date,
+                commit=run.machine.commit,
+            )
+        )
     return sorted(found, key=lambda h: (h.gpu, case_order(h.case)))
 
 
@@ -94,12 +105,16 @@ def regressions(runs: Iterable[Run], level: str = "model") -> list[Regression]:
         if best is None:
             continue
         peers = {row.provider for row in rows if not row.ours}
-        found += [Regression(machine, case, best.provider, peer, speed)
-                  for peer, speed in best.speed_over.items() if peer in peers and speed < 1]
+        found += [
+            Regression(machine, case, best.provider, peer, speed)
+            for peer, speed in best.speed_over.items()
+            if peer in peers and speed < 1
+        ]
     return sorted(found, key=lambda r: r.speed)
 
 
 # ---------------------------------------------------------------- one run against another
+
 
 @dataclass(frozen=True)
 class Change:
@@ -124,7 +139,9 @@ def changes(before: Run, after: Run) -> list[Change]:
     """
     difference = unlike(before.machine, after.machine)
     if difference is not None:
-        raise ValueError(f"not compared: {before.path} was measured on {difference}: even ratios to eager differ between such machines")
+        raise ValueError(
+            f"not compared: {before.path} was measured on {difference}: even ratios to eager differ between such machines"
+        )
     base = BASE[after.machine.device]
     old = {(row.case, row.provider): row for row in before.rows}
     found = []

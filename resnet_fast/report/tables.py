@@ -25,21 +25,29 @@ class Table:
     words: tuple[int, ...] = (0,)
 
     def markdown(self) -> str:
-        lines = [f"**{self.heading}**", "", "| " + " | ".join(self.header) + " |",
-                 "|" + "|".join("---" if i in self.words else "---:" for i in range(len(self.header))) + "|"]
+        lines = [
+            f"**{self.heading}**",
+            "",
+            "| " + " | ".join(self.header) + " |",
+            "|" + "|".join("---" if i in self.words else "---:" for i in range(len(self.header))) + "|",
+        ]
         lines += ["| " + " | ".join(row) + " |" for row in self.rows]
         return "\n".join([*lines, *(f"\n{note}" for note in self.notes)])
 
     def html(self) -> str:
         def line(tag: str, cells: Iterable[str]) -> str:
-            marked = (f"<{tag}{' class=words' if i in self.words else ''}>{_bold(cell)}</{tag}>"
-                      for i, cell in enumerate(cells))
+            marked = (
+                f"<{tag}{' class=words' if i in self.words else ''}>{_bold(cell)}</{tag}>"
+                for i, cell in enumerate(cells)
+            )
             return f"<tr>{''.join(marked)}</tr>"
 
         body = "\n".join(line("td", row) for row in self.rows)
         notes = "".join(f"<p class='note'>{_bold(note)}</p>" for note in self.notes)
-        return (f"<h3>{_bold(self.heading)}</h3>\n<div class='wide'><table>\n<thead>{line('th', self.header)}</thead>\n"
-                f"<tbody>\n{body}\n</tbody></table></div>{notes}")
+        return (
+            f"<h3>{_bold(self.heading)}</h3>\n<div class='wide'><table>\n<thead>{line('th', self.header)}</thead>\n"
+            f"<tbody>\n{body}\n</tbody></table></div>{notes}"
+        )
 
 
 def _bold(text: str) -> str:
@@ -59,8 +67,10 @@ def machine_line(run: Run) -> str:
         detail = f"{counted(facts.get('threads', '?'), 'thread')}, {facts.get('cpu isa', '?')}"
     else:
         detail = f"driver {facts.get('driver', '?')}"
-    return (f"{run.machine.name}, {detail}, torch {facts.get('torch', '?')}, commit {run.machine.commit}, "
-            f"{run.machine.date[:10]}")
+    return (
+        f"{run.machine.name}, {detail}, torch {facts.get('torch', '?')}, commit {run.machine.commit}, "
+        f"{run.machine.date[:10]}"
+    )
 
 
 def device_runs(runs: Iterable[Run], device: str) -> list[Run]:
@@ -68,6 +78,7 @@ def device_runs(runs: Iterable[Run], device: str) -> list[Run]:
 
 
 # ---------------------------------------------------------------- networks
+
 
 def model_tables(runs: list[Run], columns: int | None = None) -> list[Table]:
     """One table for each machine, mode, model and dtype: ways to run it down, batches across, the fastest in bold.
@@ -83,22 +94,34 @@ def model_tables(runs: list[Run], columns: int | None = None) -> list[Table]:
     for key in sorted(groups, key=lambda key: (key[:2], len(key[2]), key[2:])):
         main = in_main_size(groups[key])
         others = sorted(groups[key].keys() - set(main), key=case_order)
-        found += [_model_table(*key[1:], {case: groups[key][case] for case in cases}, columns) for cases in (main, others) if cases]
+        found += [
+            _model_table(*key[1:], {case: groups[key][case] for case in cases}, columns)
+            for cases in (main, others)
+            if cases
+        ]
     return found
 
 
-def _model_table(mode: str, model: str, dtype: str, cases: dict[str, tuple[Run, list[Row]]],
-                 columns: int | None) -> Table:
+def _model_table(
+    mode: str, model: str, dtype: str, cases: dict[str, tuple[Run, list[Row]]], columns: int | None
+) -> Table:
     order = list(cases)
     if columns is not None and len(order) > columns:
         order = [order[round(i * (len(order) - 1) / (columns - 1))] for i in range(columns)]
     by_provider = {case: {row.provider: row for row in cases[case][1]} for case in order}
     known = list(PROVIDERS)
-    ids = sorted({id for found in by_provider.values() for id in found},
-                 key=lambda id: known.index(id) if id in known else len(known))
+    ids = sorted(
+        {id for found in by_provider.values() for id in found},
+        key=lambda id: known.index(id) if id in known else len(known),
+    )
     base = BASE[cases[order[0]][0].machine.device]
     sizes = {parse_case(case)[4] for case in order}
-    header = [f"img/s (× {title(base)})", *(_column(case, len(sizes) > 1) for case in order), "error ÷ eager's", "peak memory"]
+    header = [
+        f"img/s (× {title(base)})",
+        *(_column(case, len(sizes) > 1) for case in order),
+        "error ÷ eager's",
+        "peak memory",
+    ]
     rows = []
     for id in ids:
         mine = [by_provider[case].get(id) for case in order]
@@ -149,7 +172,9 @@ def mean_lines(runs: list[Run]) -> list[str]:
             best.setdefault(machine, []).append(ours)
     lines = []
     for machine, ours in best.items():
-        means = {title: geometric_mean(speed_over(row, BASELINES[name]) for row in ours) for name, title in TITLES.items()}
+        means = {
+            title: geometric_mean(speed_over(row, BASELINES[name]) for row in ours) for name, title in TITLES.items()
+        }
         means = {"eager NCHW": geometric_mean(speed_over(row, ("eager-nchw",)) for row in ours), **means}
         parts = [f"{mean:.2f}× {title}" for title, mean in means.items() if mean is not None]
         cases = f"{len(ours)} case" + "s" * (len(ours) != 1)
@@ -163,13 +188,20 @@ def regression_table(runs: list[Run]) -> Table:
     worse: dict[tuple[str, str], list] = {}
     for r in regressions(runs):
         worse.setdefault((r.machine, r.case), []).append(r)
-    rows = [(case, machine, f"{found[0].speed:.3f}×", ", ".join(title(r.peer) for r in found))
-            for (machine, case), found in worse.items()]
-    return Table(f"Slower than a peer: {len(worse)} of {total} case{'s' * (total != 1)}",
-                 ("case", "machine", "ours over the fastest", "peers that are faster"), tuple(rows), words=(0, 1, 3))
+    rows = [
+        (case, machine, f"{found[0].speed:.3f}×", ", ".join(title(r.peer) for r in found))
+        for (machine, case), found in worse.items()
+    ]
+    return Table(
+        f"Slower than a peer: {len(worse)} of {total} case{'s' * (total != 1)}",
+        ("case", "machine", "ours over the fastest", "peers that are faster"),
+        tuple(rows),
+        words=(0, 1, 3),
+    )
 
 
 # ---------------------------------------------------------------- ops
+
 
 def op_tables(runs: list[Run]) -> list[Table]:
     """One table for each machine: every problem with eager, the bar and the fastest of ours."""
@@ -190,8 +222,17 @@ def _op_table(machine: str, cases: list[tuple[str, list[Row]]]) -> Table:
             continue
         speed = best.speed_over.get(bar.provider)
         share = "–" if best.roofline is None else f"{best.roofline:.0%}"
-        rows.append((short_problem(found[0].problem), micro(by_id["eager"]), micro(bar), micro(best), best.provider,
-                     "–" if speed is None else f"{speed:.2f}×", share))
+        rows.append(
+            (
+                short_problem(found[0].problem),
+                micro(by_id["eager"]),
+                micro(bar),
+                micro(best),
+                best.provider,
+                "–" if speed is None else f"{speed:.2f}×",
+                share,
+            )
+        )
         worse += [case] if speed is not None and speed < 1 else []
     header = ("problem", "eager µs", "folded + fused µs", "ours µs", "kernel", "ours over folded", "roofline")
     note = f"Slower than folded + fused: {len(worse)} of {len(rows)}."

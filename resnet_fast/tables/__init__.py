@@ -48,6 +48,7 @@ def file_name(gpu: str) -> str:
 
 # ---------------------------------------------------------------- reading
 
+
 def read(path: Path, gpu: str) -> dict[str, dict]:
     """The sections of one file, empty where there is none; a file that cannot be used is ignored with a warning."""
     empty = {section: {} for section in SECTIONS}
@@ -59,8 +60,10 @@ def read(path: Path, gpu: str) -> dict[str, dict]:
             raise ValueError(f"it holds measurements of {data['gpu']}, not of {gpu}")
         return {section: dict(data.get(section, {})) for section in SECTIONS}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        warnings.warn(f"table {path} is ignored: {error!r}; delete it, or measure again with "
-                      "`python -m resnet_fast tune`", stacklevel=2)
+        warnings.warn(
+            f"table {path} is ignored: {error!r}; delete it, or measure again with `python -m resnet_fast tune`",
+            stacklevel=2,
+        )
         return empty
 
 
@@ -107,6 +110,7 @@ def tell(record: dict) -> str:
 def stale(entry: dict) -> str | None:
     """Why an entry must be verified again before use, or None if it stands."""
     from ..dispatch import find  # a table names kernels; only a check needs the registry
+
     try:
         kernel = find(entry["kernel"])
     except LookupError as error:
@@ -114,8 +118,10 @@ def stale(entry: dict) -> str | None:
     if entry["source"] != source_hash(kernel.sources):
         return f"the source of {entry['kernel']} changed since it was measured"
     if entry["versions"] != versions():
-        return (f"{entry['kernel']} was verified with {_spell(entry['versions'])}, this is {_spell(versions())}: "
-                "verify it again with `python -m resnet_fast tune`")
+        return (
+            f"{entry['kernel']} was verified with {_spell(entry['versions'])}, this is {_spell(versions())}: "
+            "verify it again with `python -m resnet_fast tune`"
+        )
     return None
 
 
@@ -127,6 +133,7 @@ def _spell(found: dict[str, str]) -> str:
 def versions() -> dict[str, str]:
     """What a measurement depends on besides the GPU and the source."""
     from importlib.metadata import PackageNotFoundError, version
+
     try:
         triton = version("triton")
     except PackageNotFoundError:
@@ -157,8 +164,12 @@ def source_hash(sources: tuple[str, ...]) -> str:
             tree = ast.parse(text)
             for node in ast.walk(tree):
                 body = getattr(node, "body", None)
-                if (isinstance(body, list) and body and isinstance(body[0], ast.Expr)
-                        and isinstance(body[0].value, ast.Constant)):
+                if (
+                    isinstance(body, list)
+                    and body
+                    and isinstance(body[0], ast.Expr)
+                    and isinstance(body[0].value, ast.Constant)
+                ):
                     body.pop(0)
             text = ast.dump(tree)
         elif source.endswith("_build.json"):
@@ -168,6 +179,7 @@ def source_hash(sources: tuple[str, ...]) -> str:
 
 
 # ---------------------------------------------------------------- writing
+
 
 def update(gpu: str, edit: Callable[[dict[str, dict]], None], folder: Path | None = None) -> Path:
     """Let ``edit`` change the sections of a GPU's file in ``folder`` (default: the user's), and write it whole.
@@ -191,6 +203,7 @@ def update(gpu: str, edit: Callable[[dict[str, dict]], None], folder: Path | Non
 def _locked(path: Path) -> Iterator[None]:
     """An advisory lock that the system drops when its holder dies."""
     import fcntl  # POSIX only, as are the GPUs that get tuned
+
     with path.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

@@ -15,8 +15,22 @@ from resnet_fast.kernels.triton import launch
 
 
 @triton.jit
-def _my_kernel(x, w, s, t, residual, out, M, C, K, RELU: tl.constexpr,
-               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TRIPS: tl.constexpr):
+def _my_kernel(
+    x,
+    w,
+    s,
+    t,
+    residual,
+    out,
+    M,
+    C,
+    K,
+    RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TRIPS: tl.constexpr,
+):
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -51,6 +65,21 @@ def my_kernel(x, weight, scale, shift, residual, mean, var, eps, stride, padding
     s, t = reference.affine(scale, shift, mean, var, eps)
     out, finished = launch.conv_result(x, weight, (h, w))
     grid = (triton.cdiv(m, 64), triton.cdiv(k, 64))
-    _my_kernel[grid](x, weight.reshape(k, c).contiguous(), s, t, residual, out, m, c, k, RELU=act == "relu",
-                     BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, TRIPS=triton.cdiv(c, 32), **launch.OPTIONS)
+    _my_kernel[grid](
+        x,
+        weight.reshape(k, c).contiguous(),
+        s,
+        t,
+        residual,
+        out,
+        m,
+        c,
+        k,
+        RELU=act == "relu",
+        BLOCK_M=64,
+        BLOCK_N=64,
+        BLOCK_K=32,
+        TRIPS=triton.cdiv(c, 32),
+        **launch.OPTIONS,
+    )
     return finished(out)

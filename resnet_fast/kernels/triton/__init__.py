@@ -9,19 +9,31 @@ Each kernel was checked in the interpreter and compiled ahead of time for sm_80 
 """
 
 from . import (
-           add_act,
-           bn_act,
-           bn_act_backward,
-           conv,
-           conv_pool,
-           conv_tail,
-           conv_tma,
-           pointwise,
-           pointwise_pair,
-           pointwise_pair_tma,
-           pointwise_pool,
-           pointwise_tma,
+    add_act,
+    bn_act,
+    bn_act_backward,
+    conv,
+    conv_pool,
+    conv_tail,
+    conv_tma,
+    pointwise,
+    pointwise_pair,
+    pointwise_pair_tma,
+    pointwise_pool,
+    pointwise_tma,
 )
 
-__all__ = ["add_act", "bn_act", "bn_act_backward", "conv", "conv_pool", "conv_tail", "conv_tma", "pointwise",
-           "pointwise_pair", "pointwise_pair_tma", "pointwise_pool", "pointwise_tma"]
+__all__ = [
+    "add_act",
+    "bn_act",
+    "bn_act_backward",
+    "conv",
+    "conv_pool",
+    "conv_tail",
+    "conv_tma",
+    "pointwise",
+    "pointwise_pair",
+    "pointwise_pair_tma",
+    "pointwise_pool",
+    "pointwise_tma",
+]

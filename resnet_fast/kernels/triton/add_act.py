@@ -50,8 +50,21 @@ def _mask(dout, out, dy, size, RELU: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["pixels", "tiles"])
-def _gated_backward(dout, out, x, gate, dy, dx, partials, pixels, tiles, C: tl.constexpr, RELU: tl.constexpr,
-                    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+def _gated_backward(
+    dout,
+    out,
+    x,
+    gate,
+    dy,
+    dx,
+    partials,
+    pixels,
+    tiles,
+    C: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """One tile of pixels × channels of one image: dy, dx and the tile's share of dgate."""
     blocks_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     tile, c = tl.program_id(0) // blocks_c, (tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -66,8 +79,13 @@ def _gated_backward(dout, out, x, gate, dy, dx, partials, pixels, tiles, C: tl.c
     tl.store(partials + tile.to(tl.int64) * C + c, share, mask=c < C)
 
 
-@kernel("triton.add_act", op="add_act", supports=launch.declines, available=launch.available,
-        sources=launch.sources("epilogue"))
+@kernel(
+    "triton.add_act",
+    op="add_act",
+    supports=launch.declines,
+    available=launch.available,
+    sources=launch.sources("epilogue"),
+)
 def add_act(x, y, gate, act) -> Tensor:
     out = launch.result_like(*(t for t in (x, y, gate) if t is not None))
     if x.numel() == 0:
@@ -75,19 +93,37 @@ def add_act(x, y, gate, act) -> Tensor:
     size = x.numel() if gate is None else x.numel() // x.shape[0]
     blocks = triton.cdiv(size, BLOCK)
     grid = (blocks * (x.numel() // size),)
-    _add_act[grid](x, y, gate if gate is None else gate.contiguous(), out, size, blocks, C=x.shape[1],
-                   RELU=act == "relu", BLOCK=BLOCK, num_warps=4, num_stages=1, **launch.OPTIONS)
+    _add_act[grid](
+        x,
+        y,
+        gate if gate is None else gate.contiguous(),
+        out,
+        size,
+        blocks,
+        C=x.shape[1],
+        RELU=act == "relu",
+        BLOCK=BLOCK,
+        num_warps=4,
+        num_stages=1,
+        **launch.OPTIONS,
+    )
     return out
 
 
-@kernel("triton.add_act_backward", op="add_act_backward", supports=launch.declines, available=launch.available,
-        sources=launch.sources("epilogue"))
+@kernel(
+    "triton.add_act_backward",
+    op="add_act_backward",
+    supports=launch.declines,
+    available=launch.available,
+    sources=launch.sources("epilogue"),
+)
 def add_act_backward(dout, out, x, gate, act) -> tuple[Tensor, Tensor, Tensor]:
     relu, dy = act == "relu", torch.empty_like(out)
     if gate is None:
         if out.numel():
-            _mask[(triton.cdiv(out.numel(), BLOCK),)](dout, out, dy, out.numel(), RELU=relu, BLOCK=BLOCK, num_warps=4,
-                                                      num_stages=1, **launch.OPTIONS)
+            _mask[(triton.cdiv(out.numel(), BLOCK),)](
+                dout, out, dy, out.numel(), RELU=relu, BLOCK=BLOCK, num_warps=4, num_stages=1, **launch.OPTIONS
+            )
         return dy, dout.new_empty(0), dout.new_empty(0)
     n, c, h, w = out.shape
     config = rows_config(h * w, c, out.itemsize, launch.capability(out))
@@ -96,6 +132,21 @@ def add_act_backward(dout, out, x, gate, act) -> tuple[Tensor, Tensor, Tensor]:
     if out.numel():
         grid = (n * tiles * triton.cdiv(c, config.block_c),)
         _gated_backward[grid](
-            dout, out, launch.nhwc(x), gate.contiguous(), dy, dx, partials, h * w, tiles, C=c, RELU=relu,
-            BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps, num_stages=1, **launch.OPTIONS)
+            dout,
+            out,
+            launch.nhwc(x),
+            gate.contiguous(),
+            dy,
+            dx,
+            partials,
+            h * w,
+            tiles,
+            C=c,
+            RELU=relu,
+            BLOCK_M=config.block_m,
+            BLOCK_C=config.block_c,
+            num_warps=config.num_warps,
+            num_stages=1,
+            **launch.OPTIONS,
+        )
     return dy, dx, partials.sum(1).view_as(gate).to(gate.dtype)

@@ -46,8 +46,9 @@ def pivot(first, c, C: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["M"])
-def _statistics(x, first, means, m2s, M, trips, C: tl.constexpr, STAGES: tl.constexpr,
-                BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+def _statistics(
+    x, first, means, m2s, M, trips, C: tl.constexpr, STAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
+):
     """Mean and M2 of x − pivot over trips · BLOCK_M rows into means[block, c], m2s[block, c]."""
     blocks_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     block, c = tl.program_id(0) // blocks_c, (tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -67,8 +68,21 @@ def _statistics(x, first, means, m2s, M, trips, C: tl.constexpr, STAGES: tl.cons
 
 
 @triton.jit(do_not_specialize=["M", "partials", "rows"])
-def _merge_statistics(first, means, m2s, mean_out, var_out, M, partials, rows, trips, C: tl.constexpr,
-                      STAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+def _merge_statistics(
+    first,
+    means,
+    m2s,
+    mean_out,
+    var_out,
+    M,
+    partials,
+    rows,
+    trips,
+    C: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """μ and biased σ² of each channel from ``partials`` sets of ``rows`` rows (the last may be shorter)."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     n, mean, m2 = 0.0, tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
@@ -87,8 +101,21 @@ def _merge_statistics(first, means, m2s, mean_out, var_out, M, partials, rows, t
 
 
 @triton.jit(do_not_specialize=["M"])
-def _normalise(x, weight, bias, mean, var, eps, residual, y, M, C: tl.constexpr, RELU: tl.constexpr,
-               BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+def _normalise(
+    x,
+    weight,
+    bias,
+    mean,
+    var,
+    eps,
+    residual,
+    y,
+    M,
+    C: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     blocks_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     m = (tl.program_id(0) // blocks_c) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = (tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -105,8 +132,13 @@ def _normalise(x, weight, bias, mean, var, eps, residual, y, M, C: tl.constexpr,
     tl.store(y + at, activate(z, RELU).to(y.dtype.element_ty), mask=inside)
 
 
-@kernel("triton.bn_act", op="bn_act", supports=launch.declines, available=launch.available,
-        sources=launch.sources("epilogue"))
+@kernel(
+    "triton.bn_act",
+    op="bn_act",
+    supports=launch.declines,
+    available=launch.available,
+    sources=launch.sources("epilogue"),
+)
 def bn_act(x, weight, bias, residual, eps, act) -> tuple[Tensor, Tensor, Tensor]:
     c = x.shape[1]
     m = x.numel() // max(c, 1)
@@ -117,8 +149,23 @@ def bn_act(x, weight, bias, residual, eps, act) -> tuple[Tensor, Tensor, Tensor]
     mean, var = statistics(x, m, config)
     grid = (triton.cdiv(m, config.block_m) * triton.cdiv(c, config.block_c),)
     _normalise[grid](
-        x, weight.contiguous(), bias.contiguous(), mean, var, eps, residual, y, m, C=c, RELU=act == "relu",
-        BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps, num_stages=1, **launch.OPTIONS)
+        x,
+        weight.contiguous(),
+        bias.contiguous(),
+        mean,
+        var,
+        eps,
+        residual,
+        y,
+        m,
+        C=c,
+        RELU=act == "relu",
+        BLOCK_M=config.block_m,
+        BLOCK_C=config.block_c,
+        num_warps=config.num_warps,
+        num_stages=1,
+        **launch.OPTIONS,
+    )
     return y, mean, var
 
 
@@ -128,10 +175,38 @@ def statistics(x: Tensor, m: int, config: RowsConfig) -> tuple[Tensor, Tensor]:
     means, m2s = torch.empty(2, config.partials, c, dtype=torch.float32, device=x.device)
     mean, var = torch.empty(2, c, dtype=torch.float32, device=x.device)
     grid = (config.partials * triton.cdiv(c, config.block_c),)
-    _statistics[grid](x, x, means, m2s, m, config.trips, C=c, STAGES=3, BLOCK_M=config.block_m,
-                      BLOCK_C=config.block_c, num_warps=config.num_warps, num_stages=1, **launch.OPTIONS)
+    _statistics[grid](
+        x,
+        x,
+        means,
+        m2s,
+        m,
+        config.trips,
+        C=c,
+        STAGES=3,
+        BLOCK_M=config.block_m,
+        BLOCK_C=config.block_c,
+        num_warps=config.num_warps,
+        num_stages=1,
+        **launch.OPTIONS,
+    )
     merge = merge_config(config.partials, c)
     _merge_statistics[(triton.cdiv(c, merge.block_c),)](
-        x, means, m2s, mean, var, m, config.partials, config.trips * config.block_m, merge.trips, C=c, STAGES=2,
-        BLOCK_P=merge.rows, BLOCK_C=merge.block_c, num_warps=merge.num_warps, num_stages=1, **launch.OPTIONS)
+        x,
+        means,
+        m2s,
+        mean,
+        var,
+        m,
+        config.partials,
+        config.trips * config.block_m,
+        merge.trips,
+        C=c,
+        STAGES=2,
+        BLOCK_P=merge.rows,
+        BLOCK_C=merge.block_c,
+        num_warps=merge.num_warps,
+        num_stages=1,
+        **launch.OPTIONS,
+    )
     return mean, var

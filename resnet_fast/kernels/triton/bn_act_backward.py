@@ -25,8 +25,22 @@ from .heuristics import RowsConfig, merge_config, rows_config
 
 
 @triton.jit(do_not_specialize=["M"])
-def _partial_sums(dy, x, y, mean, dz, sums, products, M, trips, C: tl.constexpr, RELU: tl.constexpr,
-                  STAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+def _partial_sums(
+    dy,
+    x,
+    y,
+    mean,
+    dz,
+    sums,
+    products,
+    M,
+    trips,
+    C: tl.constexpr,
+    RELU: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Σ dz, Σ dz·(x − μ) of trips · BLOCK_M rows into sums[block, c], products[block, c]; dz itself if it is wanted."""
     blocks_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     block, c = tl.program_id(0) // blocks_c, (tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -47,8 +61,20 @@ def _partial_sums(dy, x, y, mean, dz, sums, products, M, trips, C: tl.constexpr,
 
 
 @triton.jit(do_not_specialize=["partials"])
-def _merge_sums(sums, products, var, eps, dbias, dweight, partials, trips, C: tl.constexpr, STAGES: tl.constexpr,
-                BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+def _merge_sums(
+    sums,
+    products,
+    var,
+    eps,
+    dbias,
+    dweight,
+    partials,
+    trips,
+    C: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """dβ = Σ sums and dγ = Σ products / √(σ²+ε), float32."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     total, product = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
@@ -62,8 +88,23 @@ def _merge_sums(sums, products, var, eps, dbias, dweight, partials, trips, C: tl
 
 
 @triton.jit(do_not_specialize=["M"])
-def _dx(g, y, x, weight, mean, var, eps, dbias, dweight, dx, M, C: tl.constexpr, RELU: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+def _dx(
+    g,
+    y,
+    x,
+    weight,
+    mean,
+    var,
+    eps,
+    dbias,
+    dweight,
+    dx,
+    M,
+    C: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """dx from the gradient ``g``: dy, still to be masked by y, or dz."""
     blocks_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     m = (tl.program_id(0) // blocks_c) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -81,8 +122,13 @@ def _dx(g, y, x, weight, mean, var, eps, dbias, dweight, dx, M, C: tl.constexpr,
     tl.store(dx + at, out.to(dx.dtype.element_ty), mask=inside)
 
 
-@kernel("triton.bn_act_backward", op="bn_act_backward", supports=launch.declines, available=launch.available,
-        sources=launch.sources("epilogue"))
+@kernel(
+    "triton.bn_act_backward",
+    op="bn_act_backward",
+    supports=launch.declines,
+    available=launch.available,
+    sources=launch.sources("epilogue"),
+)
 def bn_act_backward(dy, x, y, weight, mean, var, eps, act, residual) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     c = x.shape[1]
     m = x.numel() // max(c, 1)
@@ -95,9 +141,26 @@ def bn_act_backward(dy, x, y, weight, mean, var, eps, act, residual) -> tuple[Te
         _sums(dy, x, own, mean, var, eps, dz, dbias, dweight, m, relu, config)
         g, relu = (dz, False) if residual else (dy, relu)
         grid = (triton.cdiv(m, config.block_m) * triton.cdiv(c, config.block_c),)
-        _dx[grid](g, own, x, weight.contiguous(), mean, var, eps, dbias, dweight, dx, m, C=c, RELU=relu,
-                  BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps, num_stages=1,
-                  **launch.OPTIONS)
+        _dx[grid](
+            g,
+            own,
+            x,
+            weight.contiguous(),
+            mean,
+            var,
+            eps,
+            dbias,
+            dweight,
+            dx,
+            m,
+            C=c,
+            RELU=relu,
+            BLOCK_M=config.block_m,
+            BLOCK_C=config.block_c,
+            num_warps=config.num_warps,
+            num_stages=1,
+            **launch.OPTIONS,
+        )
     if dz is None:
         dz = x.new_empty(0)
     elif own is not y:  # the residual's gradient has y's strides
@@ -105,16 +168,58 @@ def bn_act_backward(dy, x, y, weight, mean, var, eps, act, residual) -> tuple[Te
     return dx, dweight.to(weight.dtype), dbias.to(weight.dtype), dz
 
 
-def _sums(dy: Tensor, x: Tensor, y: Tensor, mean: Tensor, var: Tensor, eps: float, dz: Tensor | None, dbias: Tensor,
-          dweight: Tensor, m: int, relu: bool, config: RowsConfig) -> None:
+def _sums(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    dz: Tensor | None,
+    dbias: Tensor,
+    dweight: Tensor,
+    m: int,
+    relu: bool,
+    config: RowsConfig,
+) -> None:
     """Fill dβ and dγ (float32 [C]), and dz if it is wanted."""
     c = x.shape[1]
     sums, products = torch.empty(2, config.partials, c, dtype=torch.float32, device=x.device)
     grid = (config.partials * triton.cdiv(c, config.block_c),)
     _partial_sums[grid](
-        dy, x, y, mean, dz, sums, products, m, config.trips, C=c, RELU=relu, STAGES=3, BLOCK_M=config.block_m,
-        BLOCK_C=config.block_c, num_warps=config.num_warps, num_stages=1, **launch.OPTIONS)
+        dy,
+        x,
+        y,
+        mean,
+        dz,
+        sums,
+        products,
+        m,
+        config.trips,
+        C=c,
+        RELU=relu,
+        STAGES=3,
+        BLOCK_M=config.block_m,
+        BLOCK_C=config.block_c,
+        num_warps=config.num_warps,
+        num_stages=1,
+        **launch.OPTIONS,
+    )
     merge = merge_config(config.partials, c)
     _merge_sums[(triton.cdiv(c, merge.block_c),)](
-        sums, products, var, eps, dbias, dweight, config.partials, merge.trips, C=c, STAGES=2, BLOCK_P=merge.rows,
-        BLOCK_C=merge.block_c, num_warps=merge.num_warps, num_stages=1, **launch.OPTIONS)
+        sums,
+        products,
+        var,
+        eps,
+        dbias,
+        dweight,
+        config.partials,
+        merge.trips,
+        C=c,
+        STAGES=2,
+        BLOCK_P=merge.rows,
+        BLOCK_C=merge.block_c,
+        num_warps=merge.num_warps,
+        num_stages=1,
+        **launch.OPTIONS,
+    )

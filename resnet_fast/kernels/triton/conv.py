@@ -47,10 +47,33 @@ def _filters(w_row, k, tap, c, valid, C: tl.constexpr, K: tl.constexpr, GROUPS: 
 
 
 @triton.jit
-def _products(x_row, w_row, top, left, filt, first_c, low, high, split, trips, H, W, C: tl.constexpr, K: tl.constexpr,
-              R: tl.constexpr, S: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, GROUPS: tl.constexpr,
-              FLAT: tl.constexpr, SPAN: tl.constexpr, EXACT: tl.constexpr,
-              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _products(
+    x_row,
+    w_row,
+    top,
+    left,
+    filt,
+    first_c,
+    low,
+    high,
+    split,
+    trips,
+    H,
+    W,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FLAT: tl.constexpr,
+    SPAN: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """Σ x·w over this block's share of taps × channels, for channels in [low, high): float32 [BLOCK_M, BLOCK_N]."""
     blocks_c: tl.constexpr = (SPAN + BLOCK_K - 1) // BLOCK_K
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -81,11 +104,43 @@ def _products(x_row, w_row, top, left, filt, first_c, low, high, split, trips, H
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "OH", "OW"])
-def _conv(x, w, scale, shift, mean, var, eps, residual, out, M, H, W, OH, OW, trips,
-          C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
-          PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, GROUPS: tl.constexpr,
-          FLAT: tl.constexpr, SPAN: tl.constexpr, EXACT: tl.constexpr, RELU: tl.constexpr, SPLIT: tl.constexpr,
-          BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr):
+def _conv(
+    x,
+    w,
+    scale,
+    shift,
+    mean,
+    var,
+    eps,
+    residual,
+    out,
+    M,
+    H,
+    W,
+    OH,
+    OW,
+    trips,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FLAT: tl.constexpr,
+    SPAN: tl.constexpr,
+    EXACT: tl.constexpr,
+    RELU: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
     begin(PDL)
     tiles_n = tl.cdiv(K, BLOCK_N)
     split = tl.program_id(1)
@@ -99,16 +154,66 @@ def _conv(x, w, scale, shift, mean, var, eps, residual, out, M, H, W, OH, OW, tr
     x_row = x + (image.to(tl.int64) * H * W + top * W + left) * C
     w_row = w + filt * (R * S * (C // GROUPS))
     first_c = first_k // (K // GROUPS) * (C // GROUPS)
-    acc = _products(x_row, w_row, top, left, filt, first_c, first_c, C, split, trips, H, W, C, K, R, S, DH, DW, GROUPS,
-                    FLAT, SPAN, EXACT, BLOCK_M, BLOCK_N, BLOCK_K)
+    acc = _products(
+        x_row,
+        w_row,
+        top,
+        left,
+        filt,
+        first_c,
+        first_c,
+        C,
+        split,
+        trips,
+        H,
+        W,
+        C,
+        K,
+        R,
+        S,
+        DH,
+        DW,
+        GROUPS,
+        FLAT,
+        SPAN,
+        EXACT,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
     if SPAN > C // GROUPS:
         # The zero weights between groups turn an infinity of one group into a NaN of the others: then one by one.
         if tl.max(tl.max((acc != acc).to(tl.int32), axis=1), axis=0) > 0:
             for group in range(SPAN // (C // GROUPS)):
                 low = first_c + group * (C // GROUPS)
                 high = tl.minimum(low + C // GROUPS, C)
-                own = _products(x_row, w_row, top, left, filt, first_c, low, high, split, trips, H, W, C, K, R, S,
-                                DH, DW, GROUPS, FLAT, SPAN, EXACT, BLOCK_M, BLOCK_N, BLOCK_K)
+                own = _products(
+                    x_row,
+                    w_row,
+                    top,
+                    left,
+                    filt,
+                    first_c,
+                    low,
+                    high,
+                    split,
+                    trips,
+                    H,
+                    W,
+                    C,
+                    K,
+                    R,
+                    S,
+                    DH,
+                    DW,
+                    GROUPS,
+                    FLAT,
+                    SPAN,
+                    EXACT,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_K,
+                )
                 acc = tl.where((filt // (K // GROUPS) * (C // GROUPS) == low)[None, :], own, acc)
     if SPLIT == 1:
         finish(acc, scale, shift, mean, var, eps, residual, out, m, k, M, K, RELU)
@@ -123,19 +228,35 @@ def supports(problem: Problem) -> str | None:
     return launch.declines(problem)
 
 
-@kernel("triton.conv", op="conv_bn_act", supports=supports, available=launch.available,
-        sources=launch.sources("dependent", "epilogue", "split_k"))
+@kernel(
+    "triton.conv",
+    op="conv_bn_act",
+    supports=supports,
+    available=launch.available,
+    sources=launch.sources("dependent", "epilogue", "split_k"),
+)
 def conv(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
     k, _, r, s = weight.shape
-    oh, ow = ((size + 2 * p - d * (f - 1) - 1) // st + 1 for size, p, d, f, st in
-              zip(x.shape[2:], padding, dilation, (r, s), stride, strict=True))
+    oh, ow = (
+        (size + 2 * p - d * (f - 1) - 1) // st + 1
+        for size, p, d, f, st in zip(x.shape[2:], padding, dilation, (r, s), stride, strict=True)
+    )
     g = Gemm(x.shape[0] * oh * ow, k, x.shape[1], r * s, groups, x.itemsize, residual is not None, launch.capability(x))
     geometry = stride, padding, dilation
     return run(x, weight, (scale, shift, mean, var, eps), residual, geometry, act, (oh, ow), g, gemm_config(g))
 
 
-def run(x: Tensor, weight: Tensor, vectors: tuple, residual: Tensor | None, geometry: tuple, act: str,
-        out_hw: tuple[int, int], g: Gemm, config: GemmConfig) -> Tensor:
+def run(
+    x: Tensor,
+    weight: Tensor,
+    vectors: tuple,
+    residual: Tensor | None,
+    geometry: tuple,
+    act: str,
+    out_hw: tuple[int, int],
+    g: Gemm,
+    config: GemmConfig,
+) -> Tensor:
     """The convolution with a given config, which is what a tuner tries; ``geometry`` is (stride, padding, dilation)."""
     out, finished = launch.conv_result(x, weight, out_hw)
     if g.m == 0:
@@ -149,11 +270,38 @@ def run(x: Tensor, weight: Tensor, vectors: tuple, residual: Tensor | None, geom
     exact = not g.flat and g.groups == 1 and trips * split * config.block_k == g.k
     grid = (triton.cdiv(g.m, config.block_m) * triton.cdiv(g.n, config.block_n), split)
     _conv[grid](
-        x, launch.nhwc(weight), *vectors, residual, target, g.m, *x.shape[2:], *out_hw, trips, C=g.channels, K=g.n,
-        R=weight.shape[2], S=weight.shape[3], SH=sh, SW=sw, PH=ph, PW=pw, DH=dh, DW=dw, GROUPS=g.groups, FLAT=g.flat,
-        SPAN=span(g, config.block_n), EXACT=exact, RELU=relu, SPLIT=split, BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n, BLOCK_K=config.block_k, num_warps=config.num_warps, num_stages=config.num_stages,
-        **launch.options(x))
+        x,
+        launch.nhwc(weight),
+        *vectors,
+        residual,
+        target,
+        g.m,
+        *x.shape[2:],
+        *out_hw,
+        trips,
+        C=g.channels,
+        K=g.n,
+        R=weight.shape[2],
+        S=weight.shape[3],
+        SH=sh,
+        SW=sw,
+        PH=ph,
+        PW=pw,
+        DH=dh,
+        DW=dw,
+        GROUPS=g.groups,
+        FLAT=g.flat,
+        SPAN=span(g, config.block_n),
+        EXACT=exact,
+        RELU=relu,
+        SPLIT=split,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **launch.options(x),
+    )
     if split > 1:
         add_partials(target, vectors, residual, out, relu)
     return finished(out)

@@ -47,8 +47,18 @@ def _larger(a, b):
 
 
 @triton.jit
-def _filters(w, q, first_k, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr,
-             SPAN: tl.constexpr, BLOCK_N: tl.constexpr):
+def _filters(
+    w,
+    q,
+    first_k,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    PAD: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Weights of elements ``q`` (taps × SPAN), even columns' filters and then odd columns': [len(q), 2 · BLOCK_N]."""
     column = tl.arange(0, 2 * BLOCK_N)
     k, odd = first_k + column % BLOCK_N, column // BLOCK_N
@@ -59,8 +69,23 @@ def _filters(w, q, first_k, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S
 
 
 @triton.jit
-def _patch(x_slot, col, top, q, mean, std, H, pitch, low: tl.constexpr, high: tl.constexpr, dtype: tl.constexpr,
-           C: tl.constexpr, R: tl.constexpr, SPAN: tl.constexpr, EXACT: tl.constexpr):
+def _patch(
+    x_slot,
+    col,
+    top,
+    q,
+    mean,
+    std,
+    H,
+    pitch,
+    low: tl.constexpr,
+    high: tl.constexpr,
+    dtype: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    SPAN: tl.constexpr,
+    EXACT: tl.constexpr,
+):
     """x' at elements ``q`` of each slot, from image row ``top`` on: [slots, len(q)]; zero outside and, EXACT, outside [low, high)."""
     row, e = top + q // SPAN, q % SPAN
     at = col[:, None] + e[None, :]
@@ -78,13 +103,38 @@ def _patch(x_slot, col, top, q, mean, std, H, pitch, low: tl.constexpr, high: tl
 
 
 @triton.jit
-def _products(x_slot, col, p, w, weights, first_k, mean, std, H, pitch, low: tl.constexpr, high: tl.constexpr, dtype: tl.constexpr,
-              C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, SPAN: tl.constexpr,
-              TAPS: tl.constexpr, RESIDENT: tl.constexpr, EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _products(
+    x_slot,
+    col,
+    p,
+    w,
+    weights,
+    first_k,
+    mean,
+    std,
+    H,
+    pitch,
+    low: tl.constexpr,
+    high: tl.constexpr,
+    dtype: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    PAD: tl.constexpr,
+    SPAN: tl.constexpr,
+    TAPS: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Row ``p`` of the convolution, without bias, at columns (2j, 2j + 1): float32 [BLOCK_M, BLOCK_N] each."""
     top = 2 * p - R // 2
     if RESIDENT:
-        a = _patch(x_slot, col, top, tl.arange(0, TAPS * SPAN), mean, std, H, pitch, low, high, dtype, C, R, SPAN, EXACT)
+        a = _patch(
+            x_slot, col, top, tl.arange(0, TAPS * SPAN), mean, std, H, pitch, low, high, dtype, C, R, SPAN, EXACT
+        )
         acc = tl.dot(a, weights, input_precision="ieee")
     else:
         acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
@@ -96,9 +146,39 @@ def _products(x_slot, col, p, w, weights, first_k, mean, std, H, pitch, low: tl.
 
 
 @triton.jit
-def _walk(x_slot, col, j, keep, out_slot, w, weights, first_k, bias, mean, std, H, OH, OW, PH, PW, pitch, first, rows, dtype: tl.constexpr,
-          C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, SPAN: tl.constexpr, TAPS: tl.constexpr,
-          RESIDENT: tl.constexpr, EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _walk(
+    x_slot,
+    col,
+    j,
+    keep,
+    out_slot,
+    w,
+    weights,
+    first_k,
+    bias,
+    mean,
+    std,
+    H,
+    OH,
+    OW,
+    PH,
+    PW,
+    pitch,
+    first,
+    rows,
+    dtype: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    PAD: tl.constexpr,
+    SPAN: tl.constexpr,
+    TAPS: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Pool ``rows`` rows from ``first`` on; returns for each slot whether a NaN came out."""
     k = first_k + tl.arange(0, BLOCK_N)
     b = tl.load(bias + k, mask=k < K, other=0.0)
@@ -108,11 +188,59 @@ def _walk(x_slot, col, j, keep, out_slot, w, weights, first_k, bias, mean, std, 
     odds, nan = best, nothing
     for step in range(2 * rows + 1):
         p = 2 * first - 1 + step
-        even, odd = _products(x_slot, col, p, w, weights, first_k, mean, std, H, pitch, PAD * C, (PAD + S) * C, dtype,
-                              C, K, R, S, PAD, SPAN, TAPS, RESIDENT, EXACT, BLOCK_M, BLOCK_N)
+        even, odd = _products(
+            x_slot,
+            col,
+            p,
+            w,
+            weights,
+            first_k,
+            mean,
+            std,
+            H,
+            pitch,
+            PAD * C,
+            (PAD + S) * C,
+            dtype,
+            C,
+            K,
+            R,
+            S,
+            PAD,
+            SPAN,
+            TAPS,
+            RESIDENT,
+            EXACT,
+            BLOCK_M,
+            BLOCK_N,
+        )
         if EXACT:
-            _, odd = _products(x_slot, col, p, w, weights, first_k, mean, std, H, pitch, (PAD + 2) * C, (PAD + 2 + S) * C, dtype,
-                               C, K, R, S, PAD, SPAN, TAPS, RESIDENT, EXACT, BLOCK_M, BLOCK_N)
+            _, odd = _products(
+                x_slot,
+                col,
+                p,
+                w,
+                weights,
+                first_k,
+                mean,
+                std,
+                H,
+                pitch,
+                (PAD + 2) * C,
+                (PAD + 2 + S) * C,
+                dtype,
+                C,
+                K,
+                R,
+                S,
+                PAD,
+                SPAN,
+                TAPS,
+                RESIDENT,
+                EXACT,
+                BLOCK_M,
+                BLOCK_N,
+            )
         seen = (p + nothing >= 0) & (p + nothing < OH)
         odd = tl.where((seen & (2 * j + 1 < OW))[:, None], odd, NOTHING)
         both = _larger(tl.where(seen[:, None], even, NOTHING), odd)
@@ -122,16 +250,45 @@ def _walk(x_slot, col, j, keep, out_slot, w, weights, first_k, bias, mean, std, 
             before = tl.where((j > 0)[:, None], tl.gather(odds, left, 0), NOTHING)
             z = activate(_larger(best, before) + b[None, :], True)
             here = keep & (i >= first) & (i < PH)
-            tl.store((out_slot + i.to(tl.int64) * (PW * K))[:, None] + k[None, :], z.to(dtype), mask=here[:, None] & (k < K)[None, :])
+            tl.store(
+                (out_slot + i.to(tl.int64) * (PW * K))[:, None] + k[None, :],
+                z.to(dtype),
+                mask=here[:, None] & (k < K)[None, :],
+            )
             nan = tl.maximum(nan, tl.where(here, tl.max((z != z).to(tl.int32), axis=1), 0))
             best, odds = both, odd
     return nan
 
 
 @triton.jit(do_not_specialize=["T", "H", "OH", "OW", "PH", "PW", "bands", "rows"])
-def _conv_pool(x, w, bias, mean, std, out, T, H, OH, OW, PH, PW, pitch, bands, rows, C: tl.constexpr, K: tl.constexpr,
-               R: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, SPAN: tl.constexpr, TAPS: tl.constexpr,
-               RESIDENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
+def _conv_pool(
+    x,
+    w,
+    bias,
+    mean,
+    std,
+    out,
+    T,
+    H,
+    OH,
+    OW,
+    PH,
+    PW,
+    pitch,
+    bands,
+    rows,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    PAD: tl.constexpr,
+    SPAN: tl.constexpr,
+    TAPS: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
+):
     begin(PDL)
     dtype: tl.constexpr = w.dtype.element_ty
     tiles_k: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
@@ -143,15 +300,79 @@ def _conv_pool(x, w, bias, mean, std, out, T, H, OH, OW, PH, PW, pitch, bands, r
     keep = ((slot > 0) | (t == 0)) & (t < T)
     t = tl.minimum(t, T - 1)
     n, j = (t // PW).to(tl.int64), t % PW
-    col = (j - (S // 2 + PAD) // 4) * (4 * C)  # four pixels a slot, and PAD brings the first one down to a multiple of four
+    col = (j - (S // 2 + PAD) // 4) * (
+        4 * C
+    )  # four pixels a slot, and PAD brings the first one down to a multiple of four
     x_slot, out_slot = x + (n * H * pitch + col), out + (n * PH * PW + j) * K
     weights = _filters(w, tl.arange(0, TAPS * SPAN), first_k, C, K, R, S, PAD, SPAN, BLOCK_N) if RESIDENT else None
-    nan = _walk(x_slot, col, j, keep, out_slot, w, weights, first_k, bias, mean, std, H, OH, OW, PH, PW, pitch, first, rows, dtype,
-                C, K, R, S, PAD, SPAN, TAPS, RESIDENT, False, BLOCK_M, BLOCK_N)
+    nan = _walk(
+        x_slot,
+        col,
+        j,
+        keep,
+        out_slot,
+        w,
+        weights,
+        first_k,
+        bias,
+        mean,
+        std,
+        H,
+        OH,
+        OW,
+        PH,
+        PW,
+        pitch,
+        first,
+        rows,
+        dtype,
+        C,
+        K,
+        R,
+        S,
+        PAD,
+        SPAN,
+        TAPS,
+        RESIDENT,
+        False,
+        BLOCK_M,
+        BLOCK_N,
+    )
     if tl.max(nan, axis=0) > 0:
         tl.debug_barrier()  # what other threads of the block stored first
-        _walk(x_slot, col, j, keep, out_slot, w, None, first_k, bias, mean, std, H, OH, OW, PH, PW, pitch, first, rows, dtype,
-              C, K, R, S, PAD, SPAN, TAPS, False, True, BLOCK_M, BLOCK_N)
+        _walk(
+            x_slot,
+            col,
+            j,
+            keep,
+            out_slot,
+            w,
+            None,
+            first_k,
+            bias,
+            mean,
+            std,
+            H,
+            OH,
+            OW,
+            PH,
+            PW,
+            pitch,
+            first,
+            rows,
+            dtype,
+            C,
+            K,
+            R,
+            S,
+            PAD,
+            SPAN,
+            TAPS,
+            False,
+            True,
+            BLOCK_M,
+            BLOCK_N,
+        )
 
 
 def supports(problem: Problem) -> str | None:
@@ -162,15 +383,22 @@ def supports(problem: Problem) -> str | None:
     return launch.declines(problem)
 
 
-@kernel("triton.conv_pool", op="conv_pool", supports=supports, available=launch.available,
-        sources=launch.sources("dependent", "epilogue", "pool_config"))
+@kernel(
+    "triton.conv_pool",
+    op="conv_pool",
+    supports=supports,
+    available=launch.available,
+    sources=launch.sources("dependent", "epilogue", "pool_config"),
+)
 def conv_pool(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, std: Tensor | None) -> Tensor:
     k, _, r, s = weight.shape
     stem = Stem(*x.shape, k, r, s, weight.itemsize, mean is not None, launch.capability(x))
     return run(x, weight, bias, mean, std, stem, stem_config(stem))
 
 
-def run(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, std: Tensor | None, stem: Stem, config: StemConfig) -> Tensor:
+def run(
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, std: Tensor | None, stem: Stem, config: StemConfig
+) -> Tensor:
     """The stem with a given config, which is what a tuner tries."""
     n, c, h, w = x.shape
     (oh, ow), (ph, pw) = stem.convolved, stem.pooled
@@ -182,7 +410,33 @@ def run(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, std: Tenso
     grid = (triton.cdiv(k, config.block_n) * bands * stem.tiles(config.block_m),)
     mean, std = (None if v is None else v.contiguous() for v in (mean, std))
     _conv_pool[grid](
-        x, launch.nhwc(weight), bias.contiguous(), mean, std, out, n * pw, h, oh, ow, ph, pw, w * c, bands, config.rows, C=c, K=k, R=r, S=s,
-        PAD=stem.pad, SPAN=stem.span, TAPS=stem.taps, RESIDENT=config.resident, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        num_warps=config.num_warps, num_stages=config.num_stages, **launch.options(x))
+        x,
+        launch.nhwc(weight),
+        bias.contiguous(),
+        mean,
+        std,
+        out,
+        n * pw,
+        h,
+        oh,
+        ow,
+        ph,
+        pw,
+        w * c,
+        bands,
+        config.rows,
+        C=c,
+        K=k,
+        R=r,
+        S=s,
+        PAD=stem.pad,
+        SPAN=stem.span,
+        TAPS=stem.taps,
+        RESIDENT=config.resident,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **launch.options(x),
+    )
     return out

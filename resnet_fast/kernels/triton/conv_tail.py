@@ -30,8 +30,19 @@ from .tail_config import MIDDLES, Tail, TailConfig, padded, tail, tail_config, t
 
 
 @triton.jit
-def _three_by_three(x, w2, row, H, W, trips, C: tl.constexpr, J: tl.constexpr, EXACT: tl.constexpr,
-                    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+def _three_by_three(
+    x,
+    w2,
+    row,
+    H,
+    W,
+    trips,
+    C: tl.constexpr,
+    J: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """Σ x·w2 over taps × channels at pixels ``row``: float32 [BLOCK_M, J]."""
     blocks_c: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     p, q, j = row % (H * W) // W, row % W, tl.arange(0, J)
@@ -47,16 +58,45 @@ def _three_by_three(x, w2, row, H, W, trips, C: tl.constexpr, J: tl.constexpr, E
             a, b = tl.load(at, mask=inside, other=0.0), tl.load(filters)
         else:
             valid = c < C
-            a, b = tl.load(at, mask=inside & valid[None, :], other=0.0), tl.load(filters, mask=valid[:, None], other=0.0)
+            a, b = (
+                tl.load(at, mask=inside & valid[None, :], other=0.0),
+                tl.load(filters, mask=valid[:, None], other=0.0),
+            )
         acc = tl.dot(a, b, acc, input_precision="ieee")
     return acc
 
 
 @triton.jit(do_not_specialize=["M", "H", "W"])
-def _conv_tail(x, w2, b2, w3, b3, residual, wd, w1, b1, y, z, M, H, W, trips, wide_trips,
-               C: tl.constexpr, J: tl.constexpr, K: tl.constexpr, L: tl.constexpr, CD: tl.constexpr,
-               EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-               BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):
+def _conv_tail(
+    x,
+    w2,
+    b2,
+    w3,
+    b3,
+    residual,
+    wd,
+    w1,
+    b1,
+    y,
+    z,
+    M,
+    H,
+    W,
+    trips,
+    wide_trips,
+    C: tl.constexpr,
+    J: tl.constexpr,
+    K: tl.constexpr,
+    L: tl.constexpr,
+    CD: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
     begin(PDL)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     # Rows beyond the end repeat the last one and are not stored.
@@ -86,8 +126,9 @@ def _conv_tail(x, w2, b2, w3, b3, residual, wd, w1, b1, y, z, M, H, W, trips, wi
         w1_block = tl.load(w1 + (after * K)[None, :] + k[:, None], mask=in_k[:, None] & in_after[None, :], other=0.0)
         acc = tl.dot(out, w1_block, acc, input_precision="ieee")
     acc = activate(acc + tl.load(b1 + after, mask=in_after, other=0.0)[None, :], True)
-    tl.store(z + row.to(tl.int64)[:, None] * L + after[None, :], acc.to(x.dtype.element_ty),
-             mask=in_m & in_after[None, :])
+    tl.store(
+        z + row.to(tl.int64)[:, None] * L + after[None, :], acc.to(x.dtype.element_ty), mask=in_m & in_after[None, :]
+    )
 
 
 def supports(problem: Problem) -> str | None:
@@ -99,35 +140,81 @@ def supports(problem: Problem) -> str | None:
     if g.middle not in MIDDLES:
         return f"a block keeps the middle channels whole: 16, 32, 64 or 128 of them, and there are {g.middle}"
     if g.projected > MIDDLES[-1]:
-        return f"a block keeps the residual's channels before a projection whole: at most 128, and there are {g.projected}"
+        return (
+            f"a block keeps the residual's channels before a projection whole: at most 128, and there are {g.projected}"
+        )
     if not tail_configs(g):
         return f"{g.middle} middle channels and {g.next} of the next convolution are more than a block's registers hold"
     return None
 
 
-@kernel("triton.conv_tail", op="conv_tail", supports=supports, available=launch.available,
-        sources=launch.sources("dependent", "epilogue", "tail_config"))
+@kernel(
+    "triton.conv_tail",
+    op="conv_tail",
+    supports=supports,
+    available=launch.available,
+    sources=launch.sources("dependent", "epilogue", "tail_config"),
+)
 def conv_tail(x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
     projected = 0 if projection is None else projection.shape[1]
-    g = Tail(n * h * w, c, weight2.shape[0], weight3.shape[0], weight1.shape[0], projected, x.itemsize,
-             launch.capability(x))
+    g = Tail(
+        n * h * w, c, weight2.shape[0], weight3.shape[0], weight1.shape[0], projected, x.itemsize, launch.capability(x)
+    )
     return run(x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1, g, tail_config(g))
 
 
-def run(x: Tensor, weight2: Tensor, bias2: Tensor, weight3: Tensor, bias3: Tensor, residual: Tensor,
-        projection: Tensor | None, weight1: Tensor, bias1: Tensor, g: Tail, config: TailConfig) -> tuple[Tensor, Tensor]:
+def run(
+    x: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    weight3: Tensor,
+    bias3: Tensor,
+    residual: Tensor,
+    projection: Tensor | None,
+    weight1: Tensor,
+    bias1: Tensor,
+    g: Tail,
+    config: TailConfig,
+) -> tuple[Tensor, Tensor]:
     """The tail with a given config, which is what a tuner tries."""
-    y, z = (torch.empty(x.shape[0], channels, *x.shape[2:], dtype=x.dtype, device=x.device,
-                        memory_format=torch.channels_last) for channels in (g.wide, g.next))
+    y, z = (
+        torch.empty(
+            x.shape[0], channels, *x.shape[2:], dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+        )
+        for channels in (g.wide, g.next)
+    )
     if g.m == 0:
         return y, z
     # Run-time trips keep LLVM from unrolling whole loops: three times the code, and for sm_89 it spilled.
     trips = 9 * triton.cdiv(g.channels, config.block_k), triton.cdiv(g.wide, config.block_n)
     _conv_tail[triton.cdiv(g.m, config.block_m),](
-        x, launch.nhwc(weight2), bias2.contiguous(), launch.nhwc(weight3), bias3.contiguous(), launch.nhwc(residual),
-        launch.nhwc(projection), launch.nhwc(weight1), bias1.contiguous(), y, z, g.m, *x.shape[2:], *trips, C=g.channels,
-        J=g.middle, K=g.wide, L=g.next, CD=g.projected, EXACT=g.channels % config.block_k == 0, BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_L=padded(g.next), BLOCK_D=padded(g.projected),
-        **config.options(), **launch.options(x))
+        x,
+        launch.nhwc(weight2),
+        bias2.contiguous(),
+        launch.nhwc(weight3),
+        bias3.contiguous(),
+        launch.nhwc(residual),
+        launch.nhwc(projection),
+        launch.nhwc(weight1),
+        bias1.contiguous(),
+        y,
+        z,
+        g.m,
+        *x.shape[2:],
+        *trips,
+        C=g.channels,
+        J=g.middle,
+        K=g.wide,
+        L=g.next,
+        CD=g.projected,
+        EXACT=g.channels % config.block_k == 0,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        BLOCK_L=padded(g.next),
+        BLOCK_D=padded(g.projected),
+        **config.options(),
+        **launch.options(x),
+    )
     return y, z

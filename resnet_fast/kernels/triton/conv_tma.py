@@ -35,9 +35,28 @@ LEAST_CHANNELS = 16  # one step of the matrix units
 
 
 @triton.jit
-def _products(x, w, n, p, q, k, H, W, C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE: tl.constexpr,
-              PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, SKIPS: tl.constexpr,
-              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _products(
+    x,
+    w,
+    n,
+    p,
+    q,
+    k,
+    H,
+    W,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    SKIPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """Σ w·x over taps × channels for the box of pixels from (n, p, q) on: float32 [BLOCK_N, BLOCK_M]."""
     blocks_c: tl.constexpr = C // BLOCK_K
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -63,11 +82,40 @@ def _products(x, w, n, p, q, k, H, W, C: tl.constexpr, R: tl.constexpr, S: tl.co
 
 
 @triton.jit(do_not_specialize=["count", "tiles_h", "tiles_w", "H", "W"])
-def _conv(x, w, scale, shift, mean, var, eps, residual, out, count, step, tiles_h, tiles_w, H, W,
-          C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE: tl.constexpr, PH: tl.constexpr,
-          PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, RELU: tl.constexpr, SKIPS: tl.constexpr,
-          NB: tl.constexpr, HB: tl.constexpr, WB: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-          PDL: tl.constexpr):
+def _conv(
+    x,
+    w,
+    scale,
+    shift,
+    mean,
+    var,
+    eps,
+    residual,
+    out,
+    count,
+    step,
+    tiles_h,
+    tiles_w,
+    H,
+    W,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    RELU: tl.constexpr,
+    SKIPS: tl.constexpr,
+    NB: tl.constexpr,
+    HB: tl.constexpr,
+    WB: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
     begin(PDL)
     tiles_n: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     BLOCK_M: tl.constexpr = NB * HB * WB
@@ -98,8 +146,13 @@ def supports(problem: Problem) -> str | None:
     return tma.declines(problem)
 
 
-@kernel("triton.conv_tma", op="conv_bn_act", supports=supports, available=launch.available,
-        sources=launch.sources("dependent", "epilogue", "tma", "tma_config"))
+@kernel(
+    "triton.conv_tma",
+    op="conv_bn_act",
+    supports=supports,
+    available=launch.available,
+    sources=launch.sources("dependent", "epilogue", "tma", "tma_config"),
+)
 def conv_tma(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
     geometry = stride, padding, dilation
     return run(x, weight, (scale, shift, mean, var, eps), residual, geometry, act)
@@ -115,8 +168,15 @@ def window(x: tuple[int, ...], weight: tuple[int, ...], geometry: tuple) -> Wind
     return Window(x[0], *out, inside)
 
 
-def run(x: Tensor, weight: Tensor, vectors: tuple, residual: Tensor | None, geometry: tuple, act: str,
-        tile: TileConfig | None = None) -> Tensor:
+def run(
+    x: Tensor,
+    weight: Tensor,
+    vectors: tuple,
+    residual: Tensor | None,
+    geometry: tuple,
+    act: str,
+    tile: TileConfig | None = None,
+) -> Tensor:
     """The convolution with a given tile, which is what a tuner tries, or with the predicted best; ``geometry`` is
     (stride, padding, dilation).
     """
@@ -136,10 +196,34 @@ def run(x: Tensor, weight: Tensor, vectors: tuple, residual: Tensor | None, geom
         pixel_box = tma.descriptor(tma.dense(x), (n, h // 2, 2, w // 2, 2 * c), (nb, hb, 1, wb, tile.channels))
     result_box = (*shape, k), (*tile.box, tile.filters)
     _conv[(step,)](
-        pixel_box, tma.descriptor(tma.dense(weight), (k, r * s * c), (tile.filters, tile.channels)),
-        *launch.dense_vectors(vectors), tma.descriptor(tma.dense(residual), *result_box),
-        tma.descriptor(out, *result_box), pixels * filters, step, triton.cdiv(seen.rows, hb),
-        triton.cdiv(seen.columns, wb), h, w, C=c, K=k, R=r, S=s, STRIDE=stride, PH=ph, PW=pw, DH=dh, DW=dw,
-        RELU=act == "relu", SKIPS=tile.skips, NB=nb, HB=hb, WB=wb, BLOCK_N=tile.filters, BLOCK_K=tile.channels,
-        **tile.options(), **launch.options(x))
+        pixel_box,
+        tma.descriptor(tma.dense(weight), (k, r * s * c), (tile.filters, tile.channels)),
+        *launch.dense_vectors(vectors),
+        tma.descriptor(tma.dense(residual), *result_box),
+        tma.descriptor(out, *result_box),
+        pixels * filters,
+        step,
+        triton.cdiv(seen.rows, hb),
+        triton.cdiv(seen.columns, wb),
+        h,
+        w,
+        C=c,
+        K=k,
+        R=r,
+        S=s,
+        STRIDE=stride,
+        PH=ph,
+        PW=pw,
+        DH=dh,
+        DW=dw,
+        RELU=act == "relu",
+        SKIPS=tile.skips,
+        NB=nb,
+        HB=hb,
+        WB=wb,
+        BLOCK_N=tile.filters,
+        BLOCK_K=tile.channels,
+        **tile.options(),
+        **launch.options(x),
+    )
     return finished(out)

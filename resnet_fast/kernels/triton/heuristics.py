@@ -52,6 +52,7 @@ def chip(capability: tuple[int, int] | None) -> Chip:
 
 # ---------------------------------------------------------------- convolutions as matrix products
 
+
 @dataclass(frozen=True)
 class Gemm:
     """A convolution as a matrix product: m pixels × n filters, taps × channels long; ``flat`` joins those two axes."""
@@ -200,6 +201,7 @@ def _useful(sizes: tuple[int, ...], extent: int) -> list[int]:
 
 
 # ---------------------------------------------------------------- pointwise and reduction passes over rows of channels
+
 
 @dataclass(frozen=True)
 class RowsConfig:

@@ -19,6 +19,7 @@ from ...dispatch import Problem
 INTERPRETED = triton.knobs.runtime.interpret
 if INTERPRETED:
     from .interpreter import mend
+
     mend()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Device code counts rows (pixels) and the offsets inside one image in 32 bits; offsets of whole tensors are 64-bit. The
@@ -77,7 +78,11 @@ def capability(x: Tensor) -> tuple[int, int] | None:
 
 def options(x: Tensor) -> dict[str, bool]:
     """The compile options of a kernel that starts with ``dependent.begin(PDL)``, launched where ``x`` is."""
-    return {**OPTIONS, "PDL": True, "launch_pdl": True} if (capability(x) or (0, 0)) >= DEPENDENT else {**OPTIONS, "PDL": False}
+    return (
+        {**OPTIONS, "PDL": True, "launch_pdl": True}
+        if (capability(x) or (0, 0)) >= DEPENDENT
+        else {**OPTIONS, "PDL": False}
+    )
 
 
 _capability = functools.cache(torch.cuda.get_device_capability)
@@ -91,8 +96,12 @@ def nhwc(t: Tensor | None) -> Tensor | None:
 def result_like(*inputs: Tensor) -> Tensor:
     """Empty NHWC memory for an elementwise result, with the strides eager gives where NHWC and NCHW coincide."""
     plain = all(t.is_contiguous() for t in inputs)
-    return torch.empty(inputs[0].shape, dtype=inputs[0].dtype, device=inputs[0].device,
-                       memory_format=torch.contiguous_format if plain else torch.channels_last)
+    return torch.empty(
+        inputs[0].shape,
+        dtype=inputs[0].dtype,
+        device=inputs[0].device,
+        memory_format=torch.contiguous_format if plain else torch.channels_last,
+    )
 
 
 def dense_vectors(vectors: tuple) -> tuple:

@@ -27,10 +27,34 @@ from .split_k import add_partials, partials, store_partial
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "OH", "OW"])
-def _pointwise(x, w, scale, shift, mean, var, eps, residual, out, M, H, W, OH, OW, trips,
-               C: tl.constexpr, K: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, RELU: tl.constexpr,
-               EXACT: tl.constexpr, SPLIT: tl.constexpr,
-               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr):
+def _pointwise(
+    x,
+    w,
+    scale,
+    shift,
+    mean,
+    var,
+    eps,
+    residual,
+    out,
+    M,
+    H,
+    W,
+    OH,
+    OW,
+    trips,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    RELU: tl.constexpr,
+    EXACT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
     begin(PDL)
     tiles_n = tl.cdiv(K, BLOCK_N)
     split = tl.program_id(1)
@@ -66,8 +90,13 @@ def supports(problem: Problem) -> str | None:
     return launch.declines(problem)
 
 
-@kernel("triton.pointwise", op="conv_bn_act", supports=supports, available=launch.available,
-        sources=launch.sources("dependent", "epilogue", "split_k"))
+@kernel(
+    "triton.pointwise",
+    op="conv_bn_act",
+    supports=supports,
+    available=launch.available,
+    sources=launch.sources("dependent", "epilogue", "split_k"),
+)
 def pointwise(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
     n, c, h, w = x.shape
     oh, ow = (h - 1) // stride[0] + 1, (w - 1) // stride[1] + 1
@@ -75,8 +104,17 @@ def pointwise(x, weight, scale, shift, residual, mean, var, eps, stride, padding
     return run(x, weight, (scale, shift, mean, var, eps), residual, stride, act, (oh, ow), g, gemm_config(g))
 
 
-def run(x: Tensor, weight: Tensor, vectors: tuple, residual: Tensor | None, stride: tuple[int, int], act: str,
-        out_hw: tuple[int, int], g: Gemm, config: GemmConfig) -> Tensor:
+def run(
+    x: Tensor,
+    weight: Tensor,
+    vectors: tuple,
+    residual: Tensor | None,
+    stride: tuple[int, int],
+    act: str,
+    out_hw: tuple[int, int],
+    g: Gemm,
+    config: GemmConfig,
+) -> Tensor:
     """The product with a given config, which is what a tuner tries."""
     out, finished = launch.conv_result(x, weight, out_hw)
     if g.m == 0:
@@ -88,9 +126,29 @@ def run(x: Tensor, weight: Tensor, vectors: tuple, residual: Tensor | None, stri
     exact = trips * split * config.block_k == g.channels
     grid = (triton.cdiv(g.m, config.block_m) * triton.cdiv(g.n, config.block_n), split)
     _pointwise[grid](
-        x, launch.nhwc(weight), *vectors, residual, target, g.m, *x.shape[2:], *out_hw, trips, C=g.channels, K=g.n,
-        SH=stride[0], SW=stride[1], RELU=relu, EXACT=exact, SPLIT=split, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k, num_warps=config.num_warps, num_stages=config.num_stages, **launch.options(x))
+        x,
+        launch.nhwc(weight),
+        *vectors,
+        residual,
+        target,
+        g.m,
+        *x.shape[2:],
+        *out_hw,
+        trips,
+        C=g.channels,
+        K=g.n,
+        SH=stride[0],
+        SW=stride[1],
+        RELU=relu,
+        EXACT=exact,
+        SPLIT=split,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **launch.options(x),
+    )
     if split > 1:
         add_partials(target, vectors, residual, out, relu)
     return finished(out)

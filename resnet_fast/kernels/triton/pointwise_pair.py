@@ -30,10 +30,31 @@ from .split_k import add_partials, partials, store_partial
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "H2", "W2"])
-def _pointwise_pair(x, w, x2, w2, bias, out, M, H, W, H2, W2, trips,
-                    C: tl.constexpr, C2: tl.constexpr, K: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
-                    EXACT: tl.constexpr, SPLIT: tl.constexpr,
-                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr):
+def _pointwise_pair(
+    x,
+    w,
+    x2,
+    w2,
+    bias,
+    out,
+    M,
+    H,
+    W,
+    H2,
+    W2,
+    trips,
+    C: tl.constexpr,
+    C2: tl.constexpr,
+    K: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    EXACT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
     begin(PDL)
     tiles_n = tl.cdiv(K, BLOCK_N)
     split = tl.program_id(1)
@@ -72,8 +93,13 @@ def supports(problem: Problem) -> str | None:
     return launch.declines(problem)
 
 
-@kernel("triton.pointwise_pair", op="pointwise_pair", supports=supports, available=launch.available,
-        sources=launch.sources("dependent", "epilogue", "split_k"))
+@kernel(
+    "triton.pointwise_pair",
+    op="pointwise_pair",
+    supports=supports,
+    available=launch.available,
+    sources=launch.sources("dependent", "epilogue", "split_k"),
+)
 def pointwise_pair(x, weight, x2, weight2, bias, stride2) -> Tensor:
     n, c, h, w = x.shape
     k, c2 = weight2.shape[:2]
@@ -81,8 +107,16 @@ def pointwise_pair(x, weight, x2, weight2, bias, stride2) -> Tensor:
     return run(x, weight, x2, weight2, bias, stride2, g, gemm_config(g))
 
 
-def run(x: Tensor, weight: Tensor, x2: Tensor, weight2: Tensor, bias: Tensor, stride2: tuple[int, int], g: Gemm,
-        config: GemmConfig) -> Tensor:
+def run(
+    x: Tensor,
+    weight: Tensor,
+    x2: Tensor,
+    weight2: Tensor,
+    bias: Tensor,
+    stride2: tuple[int, int],
+    g: Gemm,
+    config: GemmConfig,
+) -> Tensor:
     """The product with a given config, which is what a tuner tries; ``g`` counts both inputs' channels."""
     out = torch.empty(x.shape[0], g.n, *x.shape[2:], dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if g.m == 0:
@@ -95,10 +129,30 @@ def run(x: Tensor, weight: Tensor, x2: Tensor, weight2: Tensor, bias: Tensor, st
     exact = steps * config.block_k == c + c2 and trips * split == steps
     grid = (triton.cdiv(g.m, config.block_m) * triton.cdiv(g.n, config.block_n), split)
     _pointwise_pair[grid](
-        x, launch.nhwc(weight), launch.nhwc(x2), launch.nhwc(weight2), bias, target, g.m, *x.shape[2:],
-        *x2.shape[2:], trips, C=c, C2=c2, K=g.n, SH=stride2[0], SW=stride2[1], EXACT=exact, SPLIT=split,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, num_warps=config.num_warps,
-        num_stages=config.num_stages, **launch.options(x))
+        x,
+        launch.nhwc(weight),
+        launch.nhwc(x2),
+        launch.nhwc(weight2),
+        bias,
+        target,
+        g.m,
+        *x.shape[2:],
+        *x2.shape[2:],
+        trips,
+        C=c,
+        C2=c2,
+        K=g.n,
+        SH=stride2[0],
+        SW=stride2[1],
+        EXACT=exact,
+        SPLIT=split,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **launch.options(x),
+    )
     if split > 1:
         add_partials(target, (None, bias, None, None, 0.0), None, out, True)
     return out

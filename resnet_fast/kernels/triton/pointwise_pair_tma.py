@@ -32,9 +32,28 @@ _SHARES = (64, 32, 16)  # channels of an input that a trip can take
 
 
 @triton.jit(do_not_specialize=["count", "tiles_h", "tiles_w"])
-def _pointwise_pair_tma(x, w, x2, w2, bias, out, count, step, tiles_h, tiles_w, K: tl.constexpr, STRIDE: tl.constexpr,
-                        TRIPS: tl.constexpr, NB: tl.constexpr, HB: tl.constexpr, WB: tl.constexpr, BLOCK_N: tl.constexpr,
-                        BLOCK_K: tl.constexpr, BLOCK_K2: tl.constexpr, PDL: tl.constexpr):
+def _pointwise_pair_tma(
+    x,
+    w,
+    x2,
+    w2,
+    bias,
+    out,
+    count,
+    step,
+    tiles_h,
+    tiles_w,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    TRIPS: tl.constexpr,
+    NB: tl.constexpr,
+    HB: tl.constexpr,
+    WB: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_K2: tl.constexpr,
+    PDL: tl.constexpr,
+):
     begin(PDL)
     tiles_n: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     BLOCK_M: tl.constexpr = NB * HB * WB
@@ -70,19 +89,30 @@ def supports(problem: Problem) -> str | None:
     if problem.stride not in ((1, 1), (2, 2)):
         return "its descriptors step by 1 or by 2 in both directions, this stride is {}×{}".format(*problem.stride)
     if problem.stride == (2, 2) and any(size % 2 for size in problem.second):
-        return "with stride 2 it sees rows and columns in pairs, and of {}×{} one has no partner".format(*problem.second)
+        return "with stride 2 it sees rows and columns in pairs, and of {}×{} one has no partner".format(
+            *problem.second
+        )
     if not shares(channels, channels2):
         return f"it takes both inputs' channels in shares of 16, 32 or 64, the same part of each, of {channels} and {channels2} it cannot"
     return tma.declines(problem) or pointwise_pair.supports(problem)
 
 
-@kernel("triton.pointwise_pair_tma", op="pointwise_pair", supports=supports, available=launch.available,
-        sources=launch.sources("dependent", "epilogue", "tma", "tma_config"))
+@kernel(
+    "triton.pointwise_pair_tma",
+    op="pointwise_pair",
+    supports=supports,
+    available=launch.available,
+    sources=launch.sources("dependent", "epilogue", "tma", "tma_config"),
+)
 def pointwise_pair_tma(x, weight, x2, weight2, bias, stride2) -> Tensor:
-    return run(x, weight, x2, weight2, bias, stride2, *product_of(x.shape, weight2.shape, x.itemsize, launch.capability(x)))
+    return run(
+        x, weight, x2, weight2, bias, stride2, *product_of(x.shape, weight2.shape, x.itemsize, launch.capability(x))
+    )
 
 
-def product_of(x: tuple[int, ...], weight2: tuple[int, ...], itemsize: int, capability: tuple[int, int] | None) -> tuple[Gemm, Window]:
+def product_of(
+    x: tuple[int, ...], weight2: tuple[int, ...], itemsize: int, capability: tuple[int, int] | None
+) -> tuple[Gemm, Window]:
     """The matrix product that a pair is, and the window of its result."""
     n, c, h, w = x
     return Gemm(n * h * w, weight2[0], c + weight2[1], itemsize=itemsize, capability=capability), Window(n, h, w)
@@ -93,8 +123,17 @@ def best(g: Gemm, window: Window, channels: int) -> TileConfig:
     return config(g, window, depths=tuple(shares(channels, g.channels - channels)))
 
 
-def run(x: Tensor, weight: Tensor, x2: Tensor, weight2: Tensor, bias: Tensor, stride2: tuple[int, int], g: Gemm, window: Window,
-        tile: TileConfig | None = None) -> Tensor:
+def run(
+    x: Tensor,
+    weight: Tensor,
+    x2: Tensor,
+    weight2: Tensor,
+    bias: Tensor,
+    stride2: tuple[int, int],
+    g: Gemm,
+    window: Window,
+    tile: TileConfig | None = None,
+) -> Tensor:
     """The product with a given tile, which is what a tuner tries, or with the predicted best."""
     (n, c, h, w), (_, c2, h2, w2) = x.shape, x2.shape
     out = torch.empty(n, g.n, h, w, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -110,9 +149,25 @@ def run(x: Tensor, weight: Tensor, x2: Tensor, weight2: Tensor, bias: Tensor, st
         shortcut = tma.descriptor(tma.dense(x2), (n, h2 // 2, 2, w2 // 2, 2 * c2), (nb, hb, 1, wb, second))
     _pointwise_pair_tma[(step,)](
         tma.descriptor(tma.dense(x), (n, h, w, c), (*tile.box, first)),
-        tma.descriptor(tma.dense(weight), (g.n, c), (tile.filters, first)), shortcut,
-        tma.descriptor(tma.dense(weight2), (g.n, c2), (tile.filters, second)), bias.contiguous(),
-        tma.descriptor(out, (n, h, w, g.n), (*tile.box, tile.filters)), pixels * filters, step, triton.cdiv(h, hb), triton.cdiv(w, wb),
-        K=g.n, STRIDE=stride2[0], TRIPS=c // first, NB=nb, HB=hb, WB=wb, BLOCK_N=tile.filters, BLOCK_K=first, BLOCK_K2=second,
-        **tile.options(), **launch.options(x))
+        tma.descriptor(tma.dense(weight), (g.n, c), (tile.filters, first)),
+        shortcut,
+        tma.descriptor(tma.dense(weight2), (g.n, c2), (tile.filters, second)),
+        bias.contiguous(),
+        tma.descriptor(out, (n, h, w, g.n), (*tile.box, tile.filters)),
+        pixels * filters,
+        step,
+        triton.cdiv(h, hb),
+        triton.cdiv(w, wb),
+        K=g.n,
+        STRIDE=stride2[0],
+        TRIPS=c // first,
+        NB=nb,
+        HB=hb,
+        WB=wb,
+        BLOCK_N=tile.filters,
+        BLOCK_K=first,
+        BLOCK_K2=second,
+        **tile.options(),
+        **launch.options(x),
+    )
     return out

@@ -33,9 +33,27 @@ from .pool_config import SLOTS, Head, HeadConfig, head_config
 
 
 @triton.jit
-def _sums(x, w_row, t, residual, first, k, only, N, P, chunks, trips, C: tl.constexpr, K: tl.constexpr,
-          ALONE: tl.constexpr, EXACT: tl.constexpr, SLOTS: tl.constexpr,
-          BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _sums(
+    x,
+    w_row,
+    t,
+    residual,
+    first,
+    k,
+    only,
+    N,
+    P,
+    chunks,
+    trips,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    ALONE: tl.constexpr,
+    EXACT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """Σ of the activations of each image from row ``first`` on, or of image ``only`` where ALONE: [BLOCK_N, SLOTS]."""
     dtype: tl.constexpr = x.dtype.element_ty
     sums = tl.zeros((BLOCK_N, SLOTS), tl.float32)
@@ -66,9 +84,26 @@ def _sums(x, w_row, t, residual, first, k, only, N, P, chunks, trips, C: tl.cons
 
 
 @triton.jit(do_not_specialize=["N", "P", "images", "chunks"])
-def _pointwise_pool(x, w, bias, residual, out, N, P, images, chunks, trips, C: tl.constexpr, K: tl.constexpr,
-                    EXACT: tl.constexpr, SLOTS: tl.constexpr,
-                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr):
+def _pointwise_pool(
+    x,
+    w,
+    bias,
+    residual,
+    out,
+    N,
+    P,
+    images,
+    chunks,
+    trips,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    EXACT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
     begin(PDL)
     tiles_n = tl.cdiv(K, BLOCK_N)
     group = tl.program_id(0) // tiles_n
@@ -76,12 +111,33 @@ def _pointwise_pool(x, w, bias, residual, out, N, P, images, chunks, trips, C: t
     filt = tl.minimum(k, K - 1)  # filters past the last read it instead, unmasked; they are not stored
     w_row, t = w + filt * C, tl.load(bias + filt)
     first, slot = group * images * P, tl.arange(0, SLOTS)
-    sums = _sums(x, w_row, t, residual, first, k, 0, N, P, chunks, trips, C, K, False, EXACT, SLOTS, BLOCK_M, BLOCK_N, BLOCK_K)
+    sums = _sums(
+        x, w_row, t, residual, first, k, 0, N, P, chunks, trips, C, K, False, EXACT, SLOTS, BLOCK_M, BLOCK_N, BLOCK_K
+    )
     # Triton 3.6 cannot lay out the maximum of a maximum along another axis of what comes out of tensor memory; of all, it can.
     if tl.max(tl.max((sums != sums).to(tl.int32), axis=1), axis=None) > 0:
         for image in range(images):
-            own = _sums(x, w_row, t, residual, first, k, image, N, P, chunks, trips, C, K, True, EXACT, SLOTS,
-                        BLOCK_M, BLOCK_N, BLOCK_K)
+            own = _sums(
+                x,
+                w_row,
+                t,
+                residual,
+                first,
+                k,
+                image,
+                N,
+                P,
+                chunks,
+                trips,
+                C,
+                K,
+                True,
+                EXACT,
+                SLOTS,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+            )
             sums = tl.where((slot == image)[None, :], own, sums)
     n = group * images + slot
     inside = (k < K)[:, None] & ((slot < images) & (n < N))[None, :]
@@ -95,8 +151,13 @@ def supports(problem: Problem) -> str | None:
     return launch.declines(problem)
 
 
-@kernel("triton.pointwise_pool", op="pointwise_pool", supports=supports, available=launch.available,
-        sources=launch.sources("dependent", "epilogue", "pool_config"))
+@kernel(
+    "triton.pointwise_pool",
+    op="pointwise_pool",
+    supports=supports,
+    available=launch.available,
+    sources=launch.sources("dependent", "epilogue", "pool_config"),
+)
 def pointwise_pool(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     n, c, h, w = x.shape
     head = Head(n, h * w, weight.shape[0], c, x.itemsize, launch.capability(x))
@@ -110,9 +171,25 @@ def run(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, head: Head, c
         return out
     grid = (triton.cdiv(head.images, config.images) * triton.cdiv(head.filters, config.block_n),)
     _pointwise_pool[grid](
-        x, launch.nhwc(weight), bias.contiguous(), residual, out, head.images, head.pixels, config.images,
-        triton.cdiv(config.images * head.pixels, config.block_m), triton.cdiv(head.channels, config.block_k),
-        C=head.channels, K=head.filters, EXACT=head.channels % config.block_k == 0, SLOTS=SLOTS,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, num_warps=config.num_warps,
-        num_stages=config.num_stages, **launch.options(x))
+        x,
+        launch.nhwc(weight),
+        bias.contiguous(),
+        residual,
+        out,
+        head.images,
+        head.pixels,
+        config.images,
+        triton.cdiv(config.images * head.pixels, config.block_m),
+        triton.cdiv(head.channels, config.block_k),
+        C=head.channels,
+        K=head.filters,
+        EXACT=head.channels % config.block_k == 0,
+        SLOTS=SLOTS,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **launch.options(x),
+    )
     return out

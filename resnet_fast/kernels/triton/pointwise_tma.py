@@ -30,8 +30,26 @@ from .tma_config import TileConfig, Window, config, grid, tiles
 
 
 @triton.jit(do_not_specialize=["count"])
-def _streamed(x, w, scale, shift, mean, var, eps, residual, out, count, step, C: tl.constexpr, K: tl.constexpr,
-              RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr):
+def _streamed(
+    x,
+    w,
+    scale,
+    shift,
+    mean,
+    var,
+    eps,
+    residual,
+    out,
+    count,
+    step,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
     begin(PDL)
     tiles_n: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     for tile in tl.range(tl.program_id(0), count, step, flatten=True):
@@ -46,8 +64,26 @@ def _streamed(x, w, scale, shift, mean, var, eps, residual, out, count, step, C:
 
 
 @triton.jit(do_not_specialize=["count"])
-def _resident(x, w, scale, shift, mean, var, eps, residual, out, count, step, C: tl.constexpr, K: tl.constexpr,
-              RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
+def _resident(
+    x,
+    w,
+    scale,
+    shift,
+    mean,
+    var,
+    eps,
+    residual,
+    out,
+    count,
+    step,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
     begin(PDL)
     k = tl.program_id(1) * BLOCK_N
     filters = k + tl.arange(0, BLOCK_N)
@@ -67,16 +103,28 @@ def supports(problem: Problem) -> str | None:
     return tma.declines(problem)
 
 
-@kernel("triton.pointwise_tma", op="conv_bn_act", supports=supports, available=launch.available,
-        sources=launch.sources("dependent", "epilogue", "tma", "tma_config"))
+@kernel(
+    "triton.pointwise_tma",
+    op="conv_bn_act",
+    supports=supports,
+    available=launch.available,
+    sources=launch.sources("dependent", "epilogue", "tma", "tma_config"),
+)
 def pointwise_tma(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
     n, c, h, w = x.shape
     g = Gemm(n * h * w, weight.shape[0], c, 1, 1, x.itemsize, residual is not None, launch.capability(x))
     return run(x, weight, (scale, shift, mean, var, eps), residual, act, g)
 
 
-def run(x: Tensor, weight: Tensor, vectors: tuple, residual: Tensor | None, act: str, g: Gemm,
-        tile: TileConfig | None = None) -> Tensor:
+def run(
+    x: Tensor,
+    weight: Tensor,
+    vectors: tuple,
+    residual: Tensor | None,
+    act: str,
+    g: Gemm,
+    tile: TileConfig | None = None,
+) -> Tensor:
     """The product with a given tile, which is what a tuner tries, or with the predicted best."""
     out, finished = launch.conv_result(x, weight, x.shape[2:])
     if g.m == 0:
@@ -88,13 +136,18 @@ def run(x: Tensor, weight: Tensor, vectors: tuple, residual: Tensor | None, act:
     m, k, c = tile.pixels, tile.filters, tile.channels
     arguments = (
         tma.descriptor(tma.dense(x), (g.m, g.channels), (m, c)),
-        tma.descriptor(tma.dense(weight), (g.n, g.channels), (k, c)), *launch.dense_vectors(vectors),
-        tma.descriptor(tma.dense(residual), (g.m, g.n), (m, k)), tma.descriptor(out, (g.m, g.n), (m, k)))
+        tma.descriptor(tma.dense(weight), (g.n, g.channels), (k, c)),
+        *launch.dense_vectors(vectors),
+        tma.descriptor(tma.dense(residual), (g.m, g.n), (m, k)),
+        tma.descriptor(out, (g.m, g.n), (m, k)),
+    )
     sizes = {"C": g.channels, "K": g.n, "RELU": act == "relu", "BLOCK_M": m, "BLOCK_N": k}
     if tile.resident:
-        _resident[blocks](*arguments, pixels, blocks[0], **sizes, STAGES=tile.num_stages, **tile.options(),
-                          **launch.options(x))
+        _resident[blocks](
+            *arguments, pixels, blocks[0], **sizes, STAGES=tile.num_stages, **tile.options(), **launch.options(x)
+        )
     else:
-        _streamed[blocks](*arguments, pixels * filters, blocks[0], **sizes, BLOCK_K=c, **tile.options(),
-                          **launch.options(x))
+        _streamed[blocks](
+            *arguments, pixels * filters, blocks[0], **sizes, BLOCK_K=c, **tile.options(), **launch.options(x)
+        )
     return finished(out)

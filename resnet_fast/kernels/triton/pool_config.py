@@ -12,7 +12,11 @@ from . import heuristics
 from .heuristics import chip
 
 SLOTS = 16  # images that a block of the head can own: columns of its second product, of which matrix units want 16
-_SPILLING = ((64, 32, 64), (128, 32, 64), (64, 64, 32))  # 16-bit tiles of pixels, filters, channels that Triton 3.6 or 3.9 spills of
+_SPILLING = (
+    (64, 32, 64),
+    (128, 32, 64),
+    (64, 64, 32),
+)  # 16-bit tiles of pixels, filters, channels that Triton 3.6 or 3.9 spills of
 _MOST_ROWS = 4096  # of several images in a block: beyond, a chunk's last rows are no longer what they could save
 
 
@@ -56,7 +60,9 @@ def head_ns(h: Head, c: HeadConfig) -> float:
     on = chip(h.capability)
     blocks = ceil(h.images / c.images) * ceil(h.filters / c.block_n)
     threads = 32 * c.num_warps
-    resident = max(1, min(on.shared_sm // (c.shared(h.itemsize) + heuristics._KIB), 65536 // (head_registers(c) * threads)))
+    resident = max(
+        1, min(on.shared_sm // (c.shared(h.itemsize) + heuristics._KIB), 65536 // (head_registers(c) * threads))
+    )
     rate = on.mma if h.itemsize == 2 else on.fma
     products = c.block_m * c.block_n * (c.block_k * ceil(h.channels / c.block_k) + SLOTS)
     loaded = ((c.block_m + c.block_n) * h.channels + c.block_m * c.block_n) * h.itemsize
@@ -188,7 +194,9 @@ def stem_configs(s: Stem) -> tuple[StemConfig, ...]:
     stay = s.capability is None or half and s.capability[0] in (9, 10, 11)
     tensor_memory = s.capability is not None and s.capability[0] in (10, 11)
     forms = [StemConfig(64, 64 if tensor_memory and not s.bytes else 32, 1, True, 8, 2)] if stay else []
-    forms = [c for c in forms if c.shared(s) <= on.shared] or [StemConfig(64, 32, 1, False, 4, 2) if half else StemConfig(32, 16, 1, False, 4, 2)]
+    forms = [c for c in forms if c.shared(s) <= on.shared] or [
+        StemConfig(64, 32, 1, False, 4, 2) if half else StemConfig(32, 16, 1, False, 4, 2)
+    ]
     fitting = [StemConfig(c.block_m, c.block_n, rows, *_form(c)) for c in forms for rows in range(1, s.pooled[0] + 1)]
     return tuple(sorted(fitting, key=lambda c: (stem_ns(s, c), -c.rows)))
 

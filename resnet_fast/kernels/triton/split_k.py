@@ -25,9 +25,23 @@ def store_partial(acc, out, split, m, k, M, K: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["M"])
-def _add_partials(partials, scale, shift, mean, var, eps, residual, out, M, K: tl.constexpr,
-                  SPLIT: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-                  PDL: tl.constexpr):
+def _add_partials(
+    partials,
+    scale,
+    shift,
+    mean,
+    var,
+    eps,
+    residual,
+    out,
+    M,
+    K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
     begin(PDL)
     tiles_k = tl.cdiv(K, BLOCK_K)
     m = (tl.program_id(0) // tiles_k) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -50,5 +64,18 @@ def add_partials(parts: Tensor, vectors: tuple, residual: Tensor | None, out: Te
     split, m, k = parts.shape
     block_m, block_k = 8, min(128, max(16, triton.next_power_of_2(k)))
     grid = (triton.cdiv(m, block_m) * triton.cdiv(k, block_k),)
-    _add_partials[grid](parts, *vectors, residual, out, m, K=k, SPLIT=split, RELU=relu, BLOCK_M=block_m,
-                        BLOCK_K=block_k, num_warps=4, num_stages=1, **launch.options(out))
+    _add_partials[grid](
+        parts,
+        *vectors,
+        residual,
+        out,
+        m,
+        K=k,
+        SPLIT=split,
+        RELU=relu,
+        BLOCK_M=block_m,
+        BLOCK_K=block_k,
+        num_warps=4,
+        num_stages=1,
+        **launch.options(out),
+    )

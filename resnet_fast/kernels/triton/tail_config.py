@@ -62,8 +62,16 @@ def tail(problem: Problem) -> Tail:
     """The tail that a ``conv_tail`` problem is."""
     n, c, h, w = problem.x
     (wide, middle, *_), projection, (after, *_) = problem.chain
-    return Tail(n * h * w, c, middle, wide, after, projection[1] if projection else 0, problem.dtype.itemsize,
-                problem.capability)
+    return Tail(
+        n * h * w,
+        c,
+        middle,
+        wide,
+        after,
+        projection[1] if projection else 0,
+        problem.dtype.itemsize,
+        problem.capability,
+    )
 
 
 def padded(channels: int) -> int:
@@ -104,10 +112,12 @@ def predicted_ns(g: Tail, c: TailConfig) -> float:
     on = chip(g.capability)
     rate = on.mma if g.itemsize == 2 else on.fma
     first = max(2 * c.block_m * g.middle * c.block_k / rate, (c.block_m + g.middle) * c.block_k * g.itemsize / on.l2)
-    second = max(2 * c.block_m * c.block_n * g.columns / rate,
-                 c.block_n * (g.columns + 2 * c.block_m) * g.itemsize / on.l2)
-    block = (9 * ceil(g.channels / c.block_k) * (first + heuristics._TRIP_NS)
-             + ceil(g.wide / c.block_n) * (second + 2 * heuristics._TRIP_NS))
+    second = max(
+        2 * c.block_m * c.block_n * g.columns / rate, c.block_n * (g.columns + 2 * c.block_m) * g.itemsize / on.l2
+    )
+    block = 9 * ceil(g.channels / c.block_k) * (first + heuristics._TRIP_NS) + ceil(g.wide / c.block_n) * (
+        second + 2 * heuristics._TRIP_NS
+    )
     per_sm = ceil(ceil(g.m / c.block_m) / on.sms)
     return per_sm * block + ceil(per_sm / c.blocks) * 2 * heuristics._FILL_NS
 
@@ -138,8 +148,9 @@ def _tiles(g: Tail) -> Iterator[tuple[int, int, int, int, int]]:
     half = g.itemsize == 2
     rows = (64, 128, 256) if half else (32, 64)  # wgmma's and tcgen05's tiles have 64 rows
     columns, depths = ((32, 64, 128), (32, 64)) if half else ((32,), (16, 32))
-    for block_m, block_n, block_k in product(rows, heuristics._useful(columns, g.wide),
-                                             heuristics._useful(depths, g.channels)):
+    for block_m, block_n, block_k in product(
+        rows, heuristics._useful(columns, g.wide), heuristics._useful(depths, g.channels)
+    ):
         num_warps = 4 if half and block_m == 64 else 8
         for num_stages in (2, 3, 4):
             yield block_m, block_n, block_k, num_warps, num_stages

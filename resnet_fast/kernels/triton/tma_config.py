@@ -125,7 +125,9 @@ def predicted_ns(g: Gemm, window: Window, c: TileConfig) -> float:
 
 
 @lru_cache(maxsize=4096)
-def configs(g: Gemm, window: Window, resident: bool = False, depths: tuple[int, ...] = (16, 32, 64)) -> tuple[TileConfig, ...]:
+def configs(
+    g: Gemm, window: Window, resident: bool = False, depths: tuple[int, ...] = (16, 32, 64)
+) -> tuple[TileConfig, ...]:
     """Every tile that fits the chip, best predicted first; ties go to the larger tile, then to more blocks an SM.
 
     ``resident`` says that the kernel has a form whose filters stay in shared memory; ``depths`` are the channels that a trip may take.
@@ -180,6 +182,8 @@ def _box(pixels: int, window: Window) -> tuple[int, int, int]:
     for rows, columns in ((1 << i, 1 << j) for i in range(9) for j in range(9)):
         if rows * columns <= pixels and rows < 2 * window.rows and columns < 2 * window.columns:
             box = pixels // (rows * columns), rows, columns
-            count = prod(ceil(size / b) for size, b in zip((window.images, window.rows, window.columns), box, strict=True))
+            count = prod(
+                ceil(size / b) for size, b in zip((window.images, window.rows, window.columns), box, strict=True)
+            )
             found.append((count, abs(rows - columns), -columns, box))
     return min(found)[-1]
