@@ -220,7 +220,7 @@ def test_no_exception_is_swallowed() -> None:
 
 def test_the_cpu_library_that_was_built_runs() -> None:
     """Else all its tests would be skipped, and nothing be red."""
-    from resnet_fast.info import build
+    from resnet_fast.cli.info import build
     from resnet_fast.kernels import cpu
 
     if build().get("cpu") == "built":

@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..dispatch import Problem, kernel
+from ..dispatch.registry import Problem, kernel
 from .aten import nhwc
 
 BUILD = "RESNET_FAST_BUILD=cuda pip install --force-reinstall --no-deps -v . (in the source folder)"

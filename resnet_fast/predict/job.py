@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..console import DTYPES, counted, device_or_error
+from ..data.decode import MAX_PIXELS, Preset
+from ..data.files import Item, walk
+from ..data.loader import Loader
+from ..util.text import DTYPES, counted, device_or_error
 from . import journal, output, weights
-from .decode import MAX_PIXELS, Preset
-from .files import Item, walk
 from .journal import Journal
-from .loader import Loader
 from .network import Network
 from .progress import Progress
 from .ranks import Ranks

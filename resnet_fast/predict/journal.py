@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .files import Item
+from ..data.files import Item
 
 _MAGIC = b'{"resnet_fast": "predict"'
 

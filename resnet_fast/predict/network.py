@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..plan import plan
-from ..planning import Plan
+from ..planning.make import plan
+from ..planning.plan import Plan
 
 
 class Seconds(NamedTuple):

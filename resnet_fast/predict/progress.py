@@ -8,8 +8,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from ..console import counted
-from .files import Item
+from ..data.files import Item
+from ..util.text import counted
 
 STAGES = ("decode", "transfer", "compute")
 MOST_NAMED = 20  # failed files named on the terminal; all are in OUT.failed.csv

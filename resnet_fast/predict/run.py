@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
-from .files import Item
-from .loader import Loader
+from ..data.files import Item
+from ..data.loader import Loader
 from .network import Answer, Network
 from .progress import Progress
 

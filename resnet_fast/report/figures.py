@@ -8,12 +8,12 @@ from functools import partial
 
 import torch
 
-from ..layers import layers
-from ..models import list_models
-from ..providers import DTYPES, PROVIDERS
-from ..roofline import Ceilings, ceilings, problem_floor
-from ..testing import FACTOR, GRADIENT_FACTOR
-from .ledger import Row, Run, newest, parse_case
+from ..analysis.network_floor import Ceilings, ceilings, problem_floor
+from ..bench.ledger import Row, Run, newest, parse_case
+from ..bench.providers import DTYPES, PROVIDERS
+from ..models.problems import layers
+from ..models.resnet import list_models
+from ..testing.samples import FACTOR, GRADIENT_FACTOR
 from .plots import Plot, Theme, colour, short, slug
 from .summary import BASE, best_ours, case_order, in_main_size
 from .tables import rate

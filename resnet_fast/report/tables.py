@@ -6,9 +6,9 @@ import html
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..console import counted
-from ..providers import PROVIDERS
-from .ledger import Row, Run, newest, parse_case
+from ..bench.ledger import Row, Run, newest, parse_case
+from ..bench.providers import PROVIDERS
+from ..util.text import counted
 from .summary import BASE, BASELINES, best_ours, case_order, geometric_mean, in_main_size, regressions, speed_over
 
 TITLES = {"vs_eager": "eager channels_last", "vs_compile": "the best torch.compile mode", "vs_cudnn": "folded + fused"}
