@@ -6,12 +6,12 @@ from collections import Counter
 
 import pytest
 import torch
-from test_training import STATISTICS, assert_same, buffers, each
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from training import STATISTICS, assert_same, buffers, each
 from twins import images, twins, wide
 
 from resnet_fast.dispatch import tables

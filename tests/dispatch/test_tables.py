@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from pathlib import Path
 
 import pytest
+from gpu_tables import GPU, table
 
 from resnet_fast.dispatch import tables
-
-GPU = "Pretended GPU"
-
-
-def table(folder: Path) -> dict:
-    return json.loads((folder / "pretended-gpu.json").read_text())
 
 
 def _write_entries(folder: str, mine: str) -> None:

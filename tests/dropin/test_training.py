@@ -11,32 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.checkpoint import checkpoint
+from training import STATISTICS, assert_same, buffers, each
 from twins import CL, assert_agree, assert_train_alike, gradients, images, twins, wide
 
 import resnet_fast
 
 LABELS = torch.tensor([1, 7, 3])
-
-
-def buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: b.clone() for name, b in model.named_buffers()}
-
-
-def assert_same(mine: dict, theirs: dict, tolerance: float = 1e-9) -> None:
-    assert list(mine) == list(theirs)
-    for name, value in mine.items():
-        torch.testing.assert_close(
-            value,
-            theirs[name],
-            rtol=tolerance,
-            atol=tolerance,
-            equal_nan=True,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
-
-
-def each(model: nn.Module, kind: type) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(m, kind)]
 
 
 # ---------------------------------------------------------------- steps
@@ -108,18 +88,6 @@ def test_odd_shapes_and_layouts() -> None:
 
 
 # ---------------------------------------------------------------- statistics
-
-STATISTICS = {
-    "momentum 0": lambda bn: setattr(bn, "momentum", 0.0),
-    "momentum 1": lambda bn: setattr(bn, "momentum", 1.0),
-    "cumulative": lambda bn: setattr(bn, "momentum", None),
-    "tracking switched off": lambda bn: setattr(bn, "track_running_stats", False),
-    "no counter": lambda bn: setattr(bn, "num_batches_tracked", None),
-    "no counter, cumulative": lambda bn: (setattr(bn, "num_batches_tracked", None), setattr(bn, "momentum", None)),
-    "no statistics": lambda bn: (setattr(bn, "running_mean", None), setattr(bn, "running_var", None)),
-    "reset": lambda bn: bn.reset_running_stats(),
-    "large eps": lambda bn: setattr(bn, "eps", 0.5),
-}
 
 
 @pytest.mark.parametrize("change", STATISTICS)

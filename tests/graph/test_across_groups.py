@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from plans import images, judge, ready
+from plans import count, groups, images, judge, ready
 from torch import nn
 
 import resnet_fast
@@ -49,14 +49,6 @@ NETWORKS = {
     "squeeze and excite": (lambda: timm.create_model("seresnet50"), {"conv_pool": 1}),
 }
 STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def groups(p) -> list[Group]:
-    return [s for s in p._lowered.steps if isinstance(s, Group)]
-
-
-def count(p) -> dict[str, int]:
-    return {kind: n for kind in ACROSS if (n := sum(s.op == kind for s in groups(p)))}
 
 
 @pytest.fixture(scope="module")

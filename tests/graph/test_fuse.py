@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from eager import outcome
 from torch import Tensor, nn
 from twins import shake
 
@@ -38,19 +39,6 @@ def net(forward) -> Net:
 
 def ops(m: nn.Module, **options) -> list[tuple[str, str]]:
     return [(s.op, s.act) for s in schedule(m, layers, training=False, **options).steps]
-
-
-def outcome(m: nn.Module, x: Tensor, training: bool, backward: bool) -> list[Tensor | None]:
-    """The answer, what became of the input and the statistics; with ``backward`` every gradient too."""
-    m = copy.deepcopy(m).train(training)
-    given = x.clone().requires_grad_(backward)
-    seen = given * 1  # not a leaf: a forward may write to it
-    torch.manual_seed(1)
-    with torch.set_grad_enabled(backward):
-        y = m(seen)
-    if backward:
-        y.square().sum().backward()
-    return [y.detach(), seen.detach(), given.grad, *(p.grad for p in m.parameters()), *m.buffers()]
 
 
 def differentiable(m: nn.Module, x: Tensor, training: bool) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from resnet_fast import ops
 
@@ -126,3 +127,16 @@ def layouts(t: Tensor) -> dict[str, Tensor]:
         "stepped": taller[:, :, ::2],
         "transposed": t.transpose(2, 3).contiguous().transpose(2, 3),
     }
+
+
+def outcome(m: nn.Module, x: Tensor, training: bool, backward: bool) -> list[Tensor | None]:
+    """The answer, what became of the input and the statistics; with ``backward`` every gradient too."""
+    m = copy.deepcopy(m).train(training)
+    given = x.clone().requires_grad_(backward)
+    seen = given * 1  # not a leaf: a forward may write to it
+    torch.manual_seed(1)
+    with torch.set_grad_enabled(backward):
+        y = m(seen)
+    if backward:
+        y.square().sum().backward()
+    return [y.detach(), seen.detach(), given.grad, *(p.grad for p in m.parameters()), *m.buffers()]

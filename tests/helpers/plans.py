@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import nn
 
+from resnet_fast.dispatch.problem import ACROSS
+from resnet_fast.graph.fuse import Group
 from resnet_fast.testing.samples import assert_rule
 
 
@@ -45,3 +47,11 @@ class Block(nn.Module):
 
 def block(forward):
     return ready(type("Case", (Block,), {"forward": forward})())
+
+
+def groups(p) -> list[Group]:
+    return [s for s in p._lowered.steps if isinstance(s, Group)]
+
+
+def count(p) -> dict[str, int]:
+    return {kind: n for kind in ACROSS if (n := sum(s.op == kind for s in groups(p)))}

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torchvision
 from foreign import fused, pair, small
-from test_schedule import outcome
+from eager import outcome
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone

@@ -14,7 +14,9 @@ import pytest
 from resnet_fast.bench.ledger import Machine, Row, Run, measured_by, newest, parse_case, read_run
 from resnet_fast.bench.providers import DTYPES
 from resnet_fast.models.problems import layers
-from resnet_fast.report import add_parser, case_name, figures, here, page, plots, read_runs, tables, write_run
+from resnet_fast.bench.ledger import case_name, here, read_runs, write_run
+from resnet_fast.cli.report import add_parser
+from resnet_fast.report import figures, page, plots, tables
 from resnet_fast.report.summary import changes, geometric_mean, headlines, regressions, slower
 
 CPU = Machine("Test CPU", "cpu", "2026-01-02T00:00:00+00:00", "abc", {"torch": "2.11.0", "threads": "2"})

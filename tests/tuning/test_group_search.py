@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_fusion import count, groups, images, ready
-from torch import Tensor
+from clockwork import tune
+from plans import count, groups, images, ready
 
 import resnet_fast
 from resnet_fast import plan
@@ -11,7 +11,6 @@ from resnet_fast.dispatch import tables
 from resnet_fast.dispatch.problem import ACROSS
 from resnet_fast.dispatch.registry import use
 from resnet_fast.graph.across import label
-from resnet_fast.tuning import groups as plan_tuning
 from resnet_fast.tuning import kernels
 from resnet_fast.tuning.group_search import search
 from resnet_fast.util.timing import Timing
@@ -117,26 +116,6 @@ def folder(tmp_path, monkeypatch):
     tables.load.cache_clear()
     yield tmp_path
     tables.load.cache_clear()
-
-
-class Clockwork(kernels.Device):
-    """A plan's seconds are 10 plus what its groups cost by name."""
-
-    costs: dict = {}
-
-    def clock(self, variants, confidence=0.01):
-        for run in variants.values():
-            run()
-        return {
-            c: Timing((10.0 + sum(self.costs.get(name, 0) for option in c for name in option),) * 5) for c in variants
-        }
-
-
-def tune(run, x: Tensor, costs: dict, seconds: float = 60.0) -> list[str]:
-    device, said = Clockwork("fake", kind="cpu"), []
-    device.costs = costs
-    plan_tuning.tune(run, x, device, seconds, said.append)
-    return said
 
 
 def test_a_plan_keeps_the_shapes_that_make_it_faster(model, monkeypatch) -> None:

@@ -7,9 +7,9 @@ import re
 
 import pytest
 import torch
-from test_fusion import count, images, ready
-from test_group_search import Clockwork
-from test_group_search import tune as search
+from clockwork import Clockwork
+from clockwork import tune as search
+from plans import count, images, ready
 
 import resnet_fast
 from resnet_fast import plan

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from test_tables import GPU, table
+from gpu_tables import GPU, table
 
 import resnet_fast
 from resnet_fast import plan

@@ -128,7 +128,7 @@ def test_avx2_obeys_the_rule_too() -> None:
         from resnet_fast.kernels import cpu
         from resnet_fast.testing import check_kernel
         import sys, torch; sys.path.insert(0, "tests")
-        from test_cpu_kernels import winograd_problem
+        from test_cpu_choice import winograd_problem
         assert cpu.available() is None and cpu.instructions() == "AVX2", cpu.instructions()
         for case in ((2, 32, 9, 6, 48), (1, 80, 5, 5, 16), (1, 64, 1, 3, 64)):
             verdict = check_kernel(find("cpu.winograd"), winograd_problem(*case, residual="nhwc"))

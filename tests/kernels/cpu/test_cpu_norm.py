@@ -205,7 +205,7 @@ def test_avx2_obeys_the_rule_too() -> None:
         from resnet_fast.kernels import cpu
         from resnet_fast.testing import check_kernel
         import sys, torch; sys.path.insert(0, "tests")
-        from test_cpu_bn_act import judged
+        from test_cpu_norm import judged
         assert cpu.available() is None and cpu.instructions() == "AVX2", cpu.instructions()
         for op in ("bn_act", "bn_act_backward"):
             for dtype in (torch.float32, torch.bfloat16):
