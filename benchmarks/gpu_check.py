@@ -18,10 +18,12 @@ from resnet_fast.bench.op import op_problems
 from resnet_fast.dispatch.problem import ACROSS, Problem
 from resnet_fast.dispatch.registry import Kernel, find, kernels
 from resnet_fast.runtime import cuda_graph
-from resnet_fast.testing import samples
+from resnet_fast.testing import eager, rule, samples
+from resnet_fast.testing.check import check_kernel, oracle
 from resnet_fast.testing.diagnose import diagnose
 from resnet_fast.testing.full_size import ORACLE_IMAGES, verify
-from resnet_fast.testing.samples import Verdict, check_kernel, nasty_problems
+from resnet_fast.testing.grids import nasty_problems
+from resnet_fast.testing.rule import Verdict
 
 
 def place(scale: Scale) -> tuple[str, tuple[int, int] | None]:
@@ -151,8 +153,8 @@ def nonfinite(kernel: Kernel, problem: Problem) -> dict:
         args[0][0, 0, spot % args[0].shape[2], -1 - spot % args[0].shape[3]] = value
     with torch.no_grad():
         got = outputs(kernel.fn(*args))
-    bars = samples.eager(problem.op, args), samples.oracle(problem.op, args)
-    same = [all(samples.same_nonfinite(g, b) for g, b in zip(got, bar, strict=True) if b.numel()) for bar in bars]
+    bars = eager.eager(problem.op, args), oracle(problem.op, args)
+    same = [all(rule.same_nonfinite(g, b) for g, b in zip(got, bar, strict=True) if b.numel()) for bar in bars]
     if any(same):
         return {"status": "right", "as": "eager" if same[0] else "float64"}
     lost = sum(int((b.cpu().isnan() & ~g.cpu().isnan()).sum()) for g, b in zip(got, bars[0], strict=True) if b.numel())
@@ -205,8 +207,8 @@ def in_a_thread(kernel: Kernel, problem: Problem) -> dict:
 
 
 def alike(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...], problem: Problem, what: str) -> dict:
-    apart = max((samples.error(g, w.double()).max for g, w in zip(got, wanted, strict=True) if w.numel()), default=0.0)
-    if apart <= samples.FLOOR[problem.dtype]:
+    apart = max((rule.error(g, w.double()).max for g, w in zip(got, wanted, strict=True) if w.numel()), default=0.0)
+    if apart <= rule.FLOOR[problem.dtype]:
         return {"status": "right"}
     return {"status": "wrong", "reason": f"{what} by {apart:.3g}"}
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from itertools import product
 from math import ceil
 
-from resnet_fast.analysis.network_floor import ceilings
 from resnet_fast.models.problems import layers
+from resnet_fast.roofline.chips import ceilings
 from resnet_fast.util.text import table
 
 # Of one SM of Hopper, as ``kernels.triton.heuristics`` has them: how many there are, bytes of shared memory for a block, FLOP and bytes a ns.

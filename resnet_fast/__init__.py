@@ -6,8 +6,7 @@ from .dispatch.registry import kernel, use
 from .live.accelerate import accelerate, accelerated, restore
 from .models.blocks import BasicBlock, Bottleneck
 from .models.checkpoint import load_checkpoint, save_checkpoint
-from .models.resnet import (
-    ResNet,
+from .models.family import (
     create_model,
     list_models,
     resnet18,
@@ -21,6 +20,7 @@ from .models.resnet import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
+from .models.resnet import ResNet
 from .ops import across as fused
 from .ops import reference
 from .planning.make import load_plan, plan

@@ -12,7 +12,7 @@ from typing import NoReturn
 COMMANDS = (
     "cli.list",
     "cli.info",
-    "analysis.explain",
+    "cli.explain",
     "cli.check",
     "cli.bench",
     "cli.predict",

@@ -12,7 +12,7 @@ from gpu_scale import REHEARSAL, Scale
 from gpu_summary import Found
 
 from resnet_fast.dispatch import registry as dispatch
-from resnet_fast.testing import samples
+from resnet_fast.testing import grids
 
 
 def test_every_task_exists() -> None:
@@ -64,7 +64,7 @@ def test_a_kernel_that_bakes_its_first_data_in_fails_its_replay(registry) -> Non
         memory.append(torch.relu(x + y)) if not memory else None
         return memory[0] if len(memory) < 2 else torch.relu(x + y)
 
-    problem = next(p for p in samples.nasty_problems("add_act") if p.x[1] == 8 and not p.gate)
+    problem = next(p for p in grids.nasty_problems("add_act") if p.x[1] == 8 and not p.gate)
     kernel = dispatch.kernel("experimental.bakes", op="add_act", supports=lambda p: None)
     kernel(bakes)
     found = dispatch.find("experimental.bakes")
@@ -86,7 +86,7 @@ def test_a_kernel_that_bakes_its_first_data_in_fails_its_replay(registry) -> Non
 
 def test_a_kernel_of_one_thread_is_wrong_in_another(registry) -> None:
     here = threading.get_ident()
-    problem = next(p for p in samples.nasty_problems("add_act") if p.x[1] == 8 and not p.gate)
+    problem = next(p for p in grids.nasty_problems("add_act") if p.x[1] == 8 and not p.gate)
     dispatch.kernel("experimental.one", op="add_act", supports=lambda p: None)(
         lambda x, y, gate, act: torch.relu(x + y) + float(threading.get_ident() != here)
     )
@@ -102,7 +102,7 @@ def test_a_kernel_that_starts_too_early_fails_in_a_row(registry) -> None:
         given.append(x)
         return torch.relu((x if len(given) <= gpu_check.CALLS else given[-2]) + y)
 
-    problem = next(p for p in samples.nasty_problems("add_act") if p.x[1] == 8 and not p.gate)
+    problem = next(p for p in grids.nasty_problems("add_act") if p.x[1] == 8 and not p.gate)
     dispatch.kernel("experimental.early", op="add_act", supports=lambda p: None)(early)
     row = gpu_check.in_a_row(dispatch.find("experimental.early"), problem)
     assert row["status"] == "wrong" and "4 calls in a row differs" in row["reason"]

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from resnet_fast.analysis.launches import MATRIX, main
-from resnet_fast.analysis.network_floor import problem_step
 from resnet_fast.cli.bench_kernel import fresh
 from resnet_fast.dispatch.problem import Problem
 from resnet_fast.dispatch.registry import load_file
+from resnet_fast.roofline.cost import problem_step
 from resnet_fast.roofline.occupancy import occupancy
 from resnet_fast.testing.samples import make_args
 

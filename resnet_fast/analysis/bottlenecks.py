@@ -11,9 +11,10 @@ from math import ceil
 
 import torch
 
+from ..roofline.chips import Ceilings
+from ..roofline.floor import Floor
 from ..roofline.occupancy import LIMITS, occupancy
 from .launches import MATRIX, Launch, main
-from .network_floor import Ceilings, Floor
 
 NEAR = 0.6  # of the floor: from here on only less work makes a kernel much faster
 LATENCY = 0.8e-6  # seconds from DRAM, about; Little's law turns it into bytes that must be under way

@@ -14,24 +14,8 @@ from math import prod
 
 import torch
 
-from ..dispatch.problem import Problem
 from ..models.problems import layers
-
-CLASSES = 1000
-
-
-@dataclass(frozen=True)
-class Step:
-    """One kernel: operand → bytes that it reads and writes for the whole batch, and its matrix FLOPs."""
-
-    name: str
-    reads: dict[str, int]
-    writes: dict[str, int]
-    flops: int = 0
-
-    @property
-    def bytes(self) -> int:
-        return sum(self.reads.values()) + sum(self.writes.values())
+from ..roofline.cost import CLASSES, Step, conv_flops, touched
 
 
 @dataclass(frozen=True)
@@ -106,39 +90,6 @@ class Net:
     def parameters(self) -> int:
         """Filters, two vectors for each batch norm, fc with bias."""
         return sum(conv.weights + 2 * conv.channels for conv in self.convs) + self.fc_weights + CLASSES
-
-
-def conv_flops(problem: Problem) -> int:
-    """Two FLOPs for each multiply-add of the convolution; 0 for the pointwise ops."""
-    return 0 if problem.weight is None else 2 * problem.x[0] * prod(problem.weight) * prod(problem.out_hw)
-
-
-def touched(problem: Problem) -> int:
-    """Elements of x that the convolution reads: all, or for a strided 1×1 those it uses."""
-    n, c, *hw = problem.x
-    return n * c * prod(problem.out_hw if problem.pointwise else hw)
-
-
-def across_step(problem: Problem) -> Step:
-    """One call of an op over several convolutions: what is between them is neither read nor written."""
-    n, width = problem.x[0], problem.dtype.itemsize
-    chain = [shape for shape in problem.chain if shape]
-    pixels, k = n * prod(problem.out_hw), problem.weight[0]
-    weights = prod(problem.weight) + sum(map(prod, chain))
-    reads = {"x": prod(problem.x) * (1 if problem.bytes else width), "w": weights * width}
-    step = functools.partial(Step, problem.key, flops=2 * pixels * weights)
-    if problem.op == "pointwise_pair":  # of the second input, what its stride leaves
-        return step({**reads, "x2": pixels * chain[0][1] * width}, {"y": pixels * k * width})
-    if problem.op == "conv_tail":
-        third, projection, after = problem.chain
-        shortcut = pixels * (projection[1] if projection else third[0]) * width
-        return step(
-            {**reads, "shortcut": shortcut}, {"y": pixels * third[0] * width, "next": pixels * after[0] * width}
-        )
-    if problem.op == "conv_pool":
-        pooled = n * k * prod((size + 1) // 2 for size in problem.out_hw)
-        return step(reads, {"out": pooled * width})
-    return step({**reads, "residual": pixels * k * width}, {"pooled": n * k * width})
 
 
 @functools.lru_cache(maxsize=16)

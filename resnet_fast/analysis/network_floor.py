@@ -8,116 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from math import prod
 
 import torch
 
-from ..dispatch.problem import ACROSS, Problem
 from ..graph.across import ORDER, known
 from ..models.problems import Across, across, layers
+from ..roofline.chips import FLOATING, Ceilings, ceilings
+from ..roofline.cost import Step, problem_step
+from ..roofline.floor import Floor, floor, predict, problem_floor
 from ..util import text
-from .network_cost import INFERENCE, Step, across_step, conv_flops, network, touched
+from .network_cost import INFERENCE, network
 from .training_cost import TRAINING
 
 # What explain and reports measure a network against: each convolution one kernel, stem and head fused too.
 LEVEL = "+ stem/pool and avgpool/fc fused"
-FLOATING = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """A GPU's limits: bytes a second of a large copy (read + written), dense FLOPs a second by dtype, their source."""
-
-    title: str
-    copy: float
-    rates: dict[torch.dtype, float]
-    source: str
-
-
-def _rates(float32: float, half: float, byte: float, fp8: bool) -> dict[torch.dtype, float]:
-    rates = {torch.float32: float32, torch.bfloat16: half, torch.float16: half, torch.int8: byte}
-    return {**rates, torch.float8_e4m3fn: byte} if fp8 else rates
-
-
-MEASURED = "copy and bf16 measured on one such card; fp16 as bf16, bytes at twice that, fp32 from the datasheet"
-DATASHEET = "datasheet, not measured"
-GPUS = {
-    "h200": Ceilings("NVIDIA H200", 4.3e12, _rates(67e12, 790e12, 1580e12, True), MEASURED),
-    "h100": Ceilings("NVIDIA H100 80GB HBM3", 3.35e12, _rates(67e12, 989e12, 1979e12, True), DATASHEET),
-    "b200": Ceilings("NVIDIA B200", 7.7e12, _rates(75e12, 2250e12, 4500e12, True), DATASHEET),
-    "a100": Ceilings("NVIDIA A100-SXM4-80GB", 2.039e12, _rates(19.5e12, 312e12, 624e12, False), DATASHEET),
-    "l40s": Ceilings("NVIDIA L40S", 0.864e12, _rates(91.6e12, 362e12, 733e12, True), DATASHEET),
-    "rtx4090": Ceilings("NVIDIA GeForce RTX 4090", 1.008e12, _rates(82.6e12, 165e12, 660e12, True), DATASHEET),
-}
-
-
-def ceilings(gpu: str) -> Ceilings:
-    """The ceilings of a GPU by short name ("h200") or as the driver names it; raises LookupError with those known."""
-    for key, found in GPUS.items():
-        if gpu.lower() in (key, found.title.lower()):
-            return found
-    raise LookupError(f"no ceilings for GPU {gpu!r}; known: {', '.join(GPUS)}")
 
 
 # ---------------------------------------------------------------- one step
-
-
-@dataclass(frozen=True)
-class Floor:
-    """The least time of a step in seconds and which ceiling sets it, "memory" or "compute"."""
-
-    name: str
-    bytes: int
-    flops: int
-    seconds: float
-    bound: str
-
-
-def floor(step: Step, limits: Ceilings, dtype: torch.dtype) -> Floor:
-    """The floor of one step; raises LookupError for a dtype that GPU has no rate for."""
-    if dtype not in limits.rates:
-        raise LookupError(f"no rate for {dtype} on {limits.title}; known: {', '.join(map(str, limits.rates))}")
-    memory, compute = step.bytes / limits.copy, step.flops / limits.rates[dtype]
-    return Floor(step.name, step.bytes, step.flops, max(memory, compute), "memory" if memory >= compute else "compute")
-
-
-def predict(steps: Iterable[Step], limits: Ceilings, dtype: torch.dtype) -> list[Floor]:
-    """The floor of each step."""
-    return [floor(step, limits, dtype) for step in steps]
-
-
-def flops(problem: Problem) -> int:
-    """Two FLOPs for each multiply-add of the convolutions; the pointwise ops count none."""
-    return across_step(problem).flops if problem.op in ACROSS else conv_flops(problem)
-
-
-def problem_step(problem: Problem) -> Step:
-    """What one call of an op must move: each operand once, batch norm's twice, since statistics precede their use."""
-    width = problem.dtype.itemsize
-    x = prod(problem.x) * width
-    residual = {} if problem.residual is None else {"residual": x}
-    relu = problem.act == "relu"
-    if problem.op in ACROSS:
-        return across_step(problem)
-    if problem.op == "conv_bn_act":
-        y = problem.x[0] * problem.weight[0] * prod(problem.out_hw) * width
-        reads = {"x": touched(problem) * width, "w": prod(problem.weight) * width}
-        return Step(problem.key, {**reads, **({"residual": y} if residual else {})}, {"y": y}, conv_flops(problem))
-    if problem.op == "bn_act":
-        return Step(problem.key, {"x for statistics": x, "x": x, **residual}, {"y": x})
-    if problem.op == "bn_act_backward":  # without a residual the mask comes from x
-        once = {"dy": x, "x": x, **({"y": x} if residual and relu else {})}
-        twice = {f"{name} for sums": size for name, size in once.items()}
-        return Step(problem.key, {**once, **twice}, {"dx": x, **({"dresidual": x} if residual else {})})
-    if problem.op == "add_act":
-        return Step(problem.key, {"x": x, "y": x}, {"out": x})
-    reads = {"dout": x, **({"out": x} if relu else {}), **({"x": x} if problem.gate else {})}
-    return Step(problem.key, reads, {"dy": x, **({"dx": x} if problem.gate else {})})
-
-
-def problem_floor(problem: Problem, limits: Ceilings) -> Floor:
-    """The floor of one call of an op."""
-    return floor(problem_step(problem), limits, problem.dtype)
 
 
 # ---------------------------------------------------------------- a network

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
-from .network_cost import Block, Conv, Net, Step, conv_step, fc_step, head_steps, unfused
+from ..roofline.cost import Step
+from .network_cost import Block, Conv, Net, conv_step, fc_step, head_steps, unfused
 
 MASTER = 4  # bytes of a float32 weight, momentum or weight gradient
 ATEN_INDEX, TAP_INDEX = 8, 1  # bytes of a max-pool index: ATen's int64, or which of nine taps won

@@ -10,15 +10,15 @@ import datetime
 import json
 import re
 import shlex
-import shutil
-import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 
+from ..util import machine
 from ..util.files import replacing
+from ..util.machine import commit
 
 SCHEMA = 1
 RESULTS = Path("benchmarks/results")
@@ -95,9 +95,8 @@ def parse_case(case: str) -> tuple[str, str, str, int, int]:
 
 def here(device: str) -> Machine:
     """This machine, now, at this commit ("+" after it: the work tree differs from the commit)."""
-    from ..cli import info
 
-    facts = {**info.machine(), "driver": _driver()}
+    facts = {**machine.machine(), "driver": _driver()}
     name = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else facts["cpu"]
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return Machine(name, torch.device(device).type, now, commit(), facts)
@@ -107,21 +106,6 @@ def _driver() -> str:
     """The NVIDIA driver's version, or "none"."""
     version = Path("/sys/module/nvidia/version")
     return version.read_text().strip() if version.is_file() else "none"
-
-
-def commit() -> str:
-    """The checked-out commit of this package's own repository, short, or "unknown" (an installed package)."""
-    root = Path(__file__).parents[2]
-    git = shutil.which("git")
-    if git is None or not (root / ".git").exists():
-        return "unknown"
-
-    def ask(*words: str) -> str | None:
-        done = subprocess.run([git, "-C", str(root), *words], capture_output=True, text=True)
-        return None if done.returncode else done.stdout.strip()  # it may distrust a checkout of another user's
-
-    head, changed = ask("rev-parse", "--short=10", "HEAD"), ask("status", "--porcelain", "-uno")
-    return "unknown" if head is None or changed is None else head + ("+" if changed else "")
 
 
 def measured_by(words: Iterable[str], option: str) -> str:

@@ -15,7 +15,8 @@ from ..analysis import network_floor
 from ..analysis.network_cost import INFERENCE, network
 from ..analysis.training_cost import TRAINING
 from ..dispatch.registry import NotUsed
-from ..testing.samples import FACTOR, FLOOR, GRADIENT_FACTOR, error
+from ..roofline import chips, floor
+from ..testing.rule import FACTOR, FLOOR, GRADIENT_FACTOR, error
 from ..util.timing import Timing, interleaved
 from .cold_start import ColdStart, cold_start
 from .ledger import Row, case_name
@@ -186,16 +187,16 @@ def work(case: Case) -> tuple[int, float | None]:
     dtype = DTYPES[case.dtype]
     steps = list(levels[CEILING[case.mode]](network(case.model, case.batch, case.size, dtype)))
     limits = known_ceilings(case.device)
-    seconds = None if limits is None else sum(f.seconds for f in network_floor.predict(steps, limits, dtype))
+    seconds = None if limits is None else sum(f.seconds for f in floor.predict(steps, limits, dtype))
     return sum(step.flops for step in steps), seconds
 
 
-def known_ceilings(device: str) -> network_floor.Ceilings | None:
+def known_ceilings(device: str) -> chips.Ceilings | None:
     """This GPU's ceilings, or None: a CPU, or a GPU that nobody wrote down."""
     if device != "cuda":
         return None
     try:
-        return network_floor.ceilings(torch.cuda.get_device_name())
+        return chips.ceilings(torch.cuda.get_device_name())
     except LookupError:
         return None
 

@@ -12,13 +12,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..analysis import network_floor
 from ..dispatch.problem import ACROSS, Problem
 from ..dispatch.registry import Kernel
 from ..kernels.prepack import fold
 from ..models.problems import across, layers
+from ..roofline import cost
+from ..roofline.floor import problem_floor
 from ..runtime.cuda_graph import captured
-from ..testing.samples import check_kernel, eager, make_args
+from ..testing.check import check_kernel
+from ..testing.eager import eager
+from ..testing.samples import make_args
 from ..util.timing import Timing, interleaved
 from . import folded
 from .ledger import Row
@@ -168,8 +171,8 @@ def _row(
     dtype = next(name for name, dtype in DTYPES.items() if dtype == problem.dtype)
     speed = {other: timing.speedup_over(base) for other, base in timings.items() if other != id}
     ours = id not in BASELINES[problem.op] and not id.startswith("aten")
-    step, limits = network_floor.problem_step(problem), known_ceilings(problem.device)
-    floor = limits and network_floor.problem_floor(problem, limits).seconds
+    step, limits = cost.problem_step(problem), known_ceilings(problem.device)
+    floor = limits and problem_floor(problem, limits).seconds
     return Row(
         "op",
         f"op/{problem.key}",

@@ -19,7 +19,7 @@ from ..cli.check import wanted
 from ..dispatch.problem import ACROSS
 from ..dispatch.registry import use
 from ..live.accelerate import accelerate
-from ..models.resnet import create_model
+from ..models.family import create_model
 from ..planning.make import plan
 from . import engines, folded
 

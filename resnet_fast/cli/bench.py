@@ -19,9 +19,11 @@ from ..bench.network import Case, Outcome, measure
 from ..bench.op import TRAINING, after
 from ..bench.providers import DTYPES, MODES, PROVIDERS, provider
 from ..dispatch import tables
+from ..models.family import list_models
 from ..models.problems import layers
-from ..models.resnet import list_models
-from ..util.text import counted, default_device, device_or_error, positive, seconds, table, target
+from ..util.machine import default_device, device_or_error
+from ..util.text import counted, table
+from .options import positive, seconds, target
 
 DEFAULT = (
     "eager-nchw",

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-from ..analysis import network_floor
 from ..analysis.bottlenecks import NEAR, Facts, causes
 from ..analysis.launches import main, read
 from ..analysis.profiled import profiled
@@ -32,10 +31,15 @@ from ..dispatch.problem import ACROSS, Problem
 from ..dispatch.registry import Kernel, kernels
 from ..models.problems import across, layers
 from ..report.tables import short_problem
+from ..roofline import chips, cost
+from ..roofline.floor import problem_floor
 from ..roofline.occupancy import CHIPS, occupancy
+from ..testing.check import check_kernel
 from ..testing.diagnose import diagnose
-from ..testing.samples import check_kernel, make_args, nasty_problems
-from ..util.text import device_or_error, table, wrapped
+from ..testing.grids import nasty_problems
+from ..testing.samples import make_args
+from ..util.machine import device_or_error
+from ..util.text import table, wrapped
 from .check import wanted
 
 INTERPRETED_SIZE = 9  # height and width in the interpreter: channels and filters are the network's own
@@ -48,7 +52,7 @@ class Gpu:
     title: str
     capability: tuple[int, int]
     sms: int
-    limits: network_floor.Ceilings | None
+    limits: chips.Ceilings | None
 
 
 def target(name: str, device: torch.device) -> Gpu:
@@ -56,7 +60,7 @@ def target(name: str, device: torch.device) -> Gpu:
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
         return Gpu(found.name, (found.major, found.minor), found.multi_processor_count, known_ceilings("cuda"))
-    limits = network_floor.ceilings(name)
+    limits = chips.ceilings(name)
     chip = CHIPS[name.lower()]
     return Gpu(limits.title, chip.capability, chip.sms, limits)
 
@@ -250,7 +254,7 @@ def show_code(id: str, found: dict, chosen: dict[str, Problem], gpu: Gpu) -> str
     """What the compiler made of a kernel for each problem, and what that says."""
     lines, words = [], []
     for name, problem in chosen.items():
-        call, floor = found[name], network_floor.problem_floor(problem, gpu.limits)
+        call, floor = found[name], problem_floor(problem, gpu.limits)
         start = (name, short_problem(problem.key).split(",")[0], f"{floor.seconds * 1e6:.1f}", floor.bound)
         if isinstance(call, str):
             lines.append((*start, "", "", "", "", "", ""))
@@ -305,7 +309,7 @@ def show_file(kernel: Kernel) -> str:
 def facts(problem: Problem, call: tuple, gpu: Gpu) -> Facts:
     launches, moved, names = call
     return Facts(
-        network_floor.problem_floor(problem, gpu.limits),
+        problem_floor(problem, gpu.limits),
         problem.dtype,
         launches,
         gpu.limits,
@@ -327,11 +331,11 @@ def why(id: str, f: Facts, seconds: float) -> str:
 
 def heading(name: str, problem: Problem, gpu: Gpu | None) -> str:
     title = f"{name.split(',')[0]}: {short_problem(problem.key)}"
-    step = network_floor.problem_step(problem)
+    step = cost.problem_step(problem)
     work = f"{step.bytes / 1e6:.1f} MB" + (f", {step.flops / 1e9:.2f} GFLOP" if step.flops else "")
     if gpu is None or gpu.limits is None:
         return f"{title}; at least {work}"
-    floor = network_floor.problem_floor(problem, gpu.limits)
+    floor = problem_floor(problem, gpu.limits)
     return f"{title}; floor {floor.seconds * 1e6:.1f} µs by {floor.bound} ({work}; {gpu.limits.source})"
 
 

@@ -12,9 +12,13 @@ import torch
 
 from ..dispatch.problem import ACROSS, Problem
 from ..dispatch.registry import Kernel, find, kernels, named
+from ..models.problems import model_problems
+from ..testing.check import check_kernel
 from ..testing.diagnose import diagnose
-from ..testing.samples import Verdict, check_kernel, model_problems, nasty_problems
-from ..util.text import DTYPES, default_device, device_or_error, table, wrapped
+from ..testing.grids import nasty_problems
+from ..testing.rule import Verdict
+from ..util.machine import DTYPES, default_device, device_or_error
+from ..util.text import table, wrapped
 
 SHOWN = 10  # wrong problems that are told in full
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import platform
 import sys
 from pathlib import Path
 
 import torch
 
+from ..util.machine import machine, version
 from ..util.text import table
 
 EXTRAS = {
@@ -32,46 +31,6 @@ def add_parser(commands) -> None:
     )
     p.add_argument("--json", action="store_true", help="machine-readable")
     p.set_defaults(run=run)
-
-
-def machine() -> dict[str, str]:
-    """What a measurement should be read beside: processor, GPU, versions."""
-    found = {
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "cpu": cpu_name(),
-        "threads": str(torch.get_num_threads()),
-        "cpu isa": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "cuda (torch)": torch.version.cuda or "none",
-        "triton": version("triton"),
-        "gpu": "none",
-    }
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        found["gpu"] = (
-            f"{properties.name}, compute {properties.major}.{properties.minor}, {properties.multi_processor_count} SMs, "
-            f"{properties.total_memory / 2**30:.0f} GiB"
-        )
-    return found
-
-
-def cpu_name() -> str:
-    """The processor's name as the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def version(package: str) -> str:
-    """Installed version, or "none"; imports nothing."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
 
 
 def build() -> dict:

@@ -16,9 +16,9 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..analysis.network_floor import flops
+    from ..models.family import MODELS, create_model
     from ..models.problems import layers
-    from ..models.resnet import MODELS, create_model
+    from ..roofline.cost import flops
     from ..util.text import table
 
     if args.names:

@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 
 from ..predict.ranks import Ranks
-from ..util.text import DTYPES, default_device, positive
+from ..util.machine import DTYPES, default_device
+from .options import positive
 
 _DESCRIPTION = """\
 Classes or features of image files. Folders are walked by name; hidden files and other suffixes are left out, links out

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..util.text import DTYPES, positive, seconds, table
+from ..util.machine import DTYPES
+from ..util.text import table
+from .options import positive, seconds
 
 if TYPE_CHECKING:
     from ..dispatch.problem import Problem
@@ -78,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
 
 def problems(args: argparse.Namespace, device: Device) -> list[Problem]:
     """What the drop-in and what a plan asks for at each batch size (or what training does), the largest share of its network's time first."""
-    from ..analysis.network_floor import GPUS, ceilings, problem_floor
+    from ..roofline.chips import GPUS, ceilings
+    from ..roofline.floor import problem_floor
 
     limits = ceilings(
         device.name if device.name in {gpu.title for gpu in GPUS.values()} else "h200"
@@ -118,7 +121,7 @@ def networks(args: argparse.Namespace, device: str) -> Iterable[list[Problem]]:
 def groups(args: argparse.Namespace, batch: int, device: Device) -> bool:
     """Search among the groups of one network with the kernels that the table has now; whether it could be planned."""
     from ..bench.providers import settle
-    from ..models.resnet import create_model
+    from ..models.family import create_model
     from ..planning.make import plan
     from ..tuning import groups as plan_tuning
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..dispatch.problem import ACROSS
-from .fuse import Group, Step, Value, names, references
+from .ir import Group, Step, Value, names, references
 
 if TYPE_CHECKING:
-    from .functional import Filter, Lowered
+    from .network import Lowered
+    from .weights import Filter
 
 Normalize = tuple[Sequence[float], Sequence[float]]
 # Larger ones first: what they leave, the next may take.

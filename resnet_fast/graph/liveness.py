@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .fuse import Attribute, Group, Step, Value, names, outputs, references
+from .ir import Attribute, Group, Step, Value, names, outputs, references
 
 if TYPE_CHECKING:
-    from .functional import Lowered
+    from .network import Lowered
 
 _F = "torch.nn.functional."
 _POOLS = (f"{_F}max_pool2d", f"{_F}avg_pool2d", f"{_F}adaptive_avg_pool2d")

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.facts import is_norm, touched
-from ..graph.fuse import Schedule, schedule
+from ..graph.fuse import schedule
+from ..graph.ir import Schedule
 from ..graph.trace import Untraceable
 from ..models.blocks import BasicBlock, Bottleneck
 from ..models.resnet import ResNet

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..graph.fuse import Schedule, names, schedule
+from ..graph.fuse import schedule
+from ..graph.ir import Schedule, names
 from ..graph.trace import Untraceable
 from ..models.resnet import ResNet
 

@@ -18,12 +18,7 @@ from torch import Tensor, nn
 
 from ..dispatch.registry import undisturbed
 from ..kernels.prepack import running
-
-PIECE = 16 << 20  # bytes of the largest activation in a piece
-
-
-class Unfit(ValueError):
-    """Why a pass cannot be kept."""
+from ..runtime.pieces import pieces
 
 
 class _State:
@@ -91,7 +86,7 @@ def at_once(
 
 def _keep(state: _State, owner: nn.Module, x: Tensor, inside: list[nn.Module]) -> Tensor | None:
     """The answer of a program that is made now, since two passes used the same weights; None if there can be none."""
-    from .network_program import Kept
+    from .network_program import Kept, Unfit
 
     still = weakref.ref(state)  # it holds what is to forget it
 
@@ -109,6 +104,8 @@ def _keep(state: _State, owner: nn.Module, x: Tensor, inside: list[nn.Module]) -
 
 def _again(state: _State, kept: Any, owner: nn.Module, x: Tensor) -> Tensor | None:
     """The answer of the kept program; None if the network has changed since, or if there is no program for such an input."""
+    from .network_program import Unfit
+
     if kept.refuses(x):
         return None
     if not kept.holds(owner):
@@ -124,24 +121,3 @@ def _again(state: _State, kept: Any, owner: nn.Module, x: Tensor) -> Tensor | No
         kept.refuse(x)
         return None
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def pieces(images: int, largest: int) -> list[int]:
-    """Into how many images each a batch is cut whose largest activation has ``largest`` bytes an image; never a lone one,
-    whose weights would be packed otherwise.
-    """
-    most = max(2, PIECE // max(1, largest))
-    count = -(-images // most)
-    if images // count < 2:
-        count = max(1, images // 2)
-    return [images // count + (i < images % count) for i in range(count)]
-
-
-def joined(parts: list[Any]) -> Any:
-    """The pieces' nested results as one batch's."""
-    first = parts[0]
-    if isinstance(first, Tensor):
-        return torch.cat(parts)
-    if isinstance(first, dict):
-        return type(first)((key, joined([part[key] for part in parts])) for key in first)
-    return type(first)(joined(list(group)) for group in zip(*parts, strict=True))

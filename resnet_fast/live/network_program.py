@@ -16,17 +16,19 @@ from torch import Tensor, nn
 from ..dispatch.problem import Problem, describe
 from ..dispatch.registry import choose
 from ..graph.facts import is_norm, touched
-from ..graph.functional import Lowered, as_function, attribute, attributes, refused
-from ..graph.fuse import Step, Value, schedule
+from ..graph.functional import as_function, attribute, attributes
+from ..graph.fuse import schedule
+from ..graph.ir import Step, Value
 from ..graph.liveness import imagewise
+from ..graph.network import Lowered, refused
 from ..graph.trace import Untraceable
 from ..kernels import prepack
 from ..kernels.aten import onednn_takes
 from ..kernels.cpu import FORMS
 from ..kernels.prepack import onednn_filters
-from ..runtime.program import Program, Run, Values, bind, bind_form, bind_onednn
+from ..runtime.bind import Run, Values, bind, bind_form, bind_onednn
+from ..runtime.program import Program
 from .guards import Made
-from .network_pass import Unfit
 from .unit_program import output_shape
 
 SHAPES = 8  # programs kept for each network, oldest out
@@ -151,3 +153,7 @@ def _filter(conv: nn.Conv2d, bn: nn.Module) -> tuple[nn.Conv2d, prepack.Packed]:
 
 def _leaf(path: str, m: nn.Module) -> bool:
     return touched(m) or is_norm(m) or type(m).__module__.startswith("torch.nn.") and type(m) is not nn.Sequential
+
+
+class Unfit(ValueError):
+    """Why a pass cannot be kept."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from operator import itemgetter
 from typing import Any
@@ -12,38 +11,10 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..graph.facts import function, touched
-from ..graph.fuse import Attribute, Schedule, Step, Value, names, references
-from .eligibility import batch_norm_act, conv_bn_act, uses_batch_statistics, why_plain
-
-_NN_STATE = frozenset(nn.Module().__dict__) - {"training"}
-_PLAIN = (bool, int, float, str, type(None))
-
-
-class Part:
-    """What a trace took for granted of one module it looked into: its class, forward, children and plain attributes."""
-
-    def __init__(self, module: nn.Module, training: bool) -> None:
-        self.type, self.forward = type(module), type(module).forward
-        self.children, self.order = dict(module._modules), tuple(module._modules)  # a Sequential runs in that order
-        plain = {k: copy.copy(v) for k, v in module.__dict__.items() if k not in _NN_STATE and _is_plain(v)}
-        plain["training"] = training
-        self.names, self.values = tuple(plain), tuple(plain.values())
-        self.size = len(module.__dict__)  # one attribute more may hide one of the class
-
-    def holds(self, module: nn.Module) -> bool:
-        attributes = module.__dict__
-        return (
-            type(module) is self.type
-            and self.type.forward is self.forward
-            and len(attributes) == self.size
-            and attributes["_modules"] == self.children
-            and tuple(attributes["_modules"]) == self.order
-            and tuple(map(attributes.get, self.names)) == self.values
-        )
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, _PLAIN) or type(value) in (tuple, list) and all(isinstance(v, _PLAIN) for v in value)
+from ..graph.ir import Attribute, Schedule, Step, Value, names, references
+from .eligibility import uses_batch_statistics, why_plain
+from .guards import Part
+from .step import batch_norm_act, conv_bn_act
 
 
 class Program:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..live.eligibility import conv_bn_act, why_misplaced, why_plain
+from ..live.eligibility import why_misplaced, why_plain
+from ..live.step import conv_bn_act
 
 
 def conv3x3(in_planes: int, out_planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:

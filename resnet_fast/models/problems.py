@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..dispatch.problem import Problem
-from .resnet import create_model
+from .family import create_model
 
 
 @dataclass(frozen=True)
@@ -133,3 +133,18 @@ def distinct(found: list) -> list:
     for layer in found:
         seen.setdefault(layer.problem, layer)
     return list(seen.values())
+
+
+def model_problems(
+    model: str = "resnet50",
+    batch: int = 2,
+    size: int = 224,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    capability: tuple[int, int] | None = None,
+    op: str = "conv_bn_act",
+) -> list[Problem]:
+    """Every distinct convolution of a model, or group of convolutions that ``op`` could take."""
+    single = layers(model, batch, size, dtype, device, capability)
+    found = single if op == "conv_bn_act" else [group for group in across(single) if group.problem.op == op]
+    return [layer.problem for layer in distinct(found)]

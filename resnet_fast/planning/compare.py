@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..graph.fuse import outputs, references
+from ..graph.ir import outputs, references
 from ..util.text import table
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def compare(mine: Program, theirs: Program, exact: Program | None = None) -> Com
 
     Raises ValueError for programs of different networks.
     """
-    from ..testing.samples import broken_rule, error
+    from ..testing.rule import broken_rule, error
 
     for other in (theirs, exact):
         if other is not None:

@@ -10,10 +10,12 @@ import torch
 
 from ..graph.across import known
 from ..graph.facts import function
-from ..graph.functional import Filter, Lowered, attributes
-from ..graph.fuse import Attribute, Step, Value, names, references
+from ..graph.functional import attributes
+from ..graph.ir import Attribute, Step, Value, names, references
+from ..graph.network import Lowered
+from ..graph.weights import Filter
 from ..util.files import replacing
-from ..util.text import DTYPES
+from ..util.machine import DTYPES
 from .plan import Plan
 from .request import place
 

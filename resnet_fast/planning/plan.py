@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..analysis.explain import Explanation, Line, timed
 from ..graph.across import group, known, label, takes_bytes
 from ..graph.facts import is_norm, touched
-from ..graph.functional import Lowered, lower, refused
-from ..graph.fuse import Group, Schedule, schedule
+from ..graph.fuse import schedule
+from ..graph.ir import Group, Schedule
 from ..graph.liveness import imagewise
+from ..graph.network import Lowered, lower, refused
 from ..graph.trace import Untraceable
-from ..live.network_pass import joined, pieces
-from ..runtime.program import Graph, PlanStep, Program
+from ..runtime.cuda_graph import Graph
+from ..runtime.explanation import Explanation, Line, timed
+from ..runtime.pieces import joined, pieces
+from ..runtime.program import PlanStep, Program
 from ..util.text import table
 from .compare import Comparison, compare
 from .request import Normalize, check_example, check_model, check_options, names_of, numbers, place

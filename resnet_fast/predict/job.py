@@ -16,7 +16,8 @@ from torch import nn
 from ..data.decode import MAX_PIXELS, Preset
 from ..data.files import Item, walk
 from ..data.loader import Loader
-from ..util.text import DTYPES, counted, device_or_error
+from ..util.machine import DTYPES, device_or_error
+from ..util.text import counted
 from . import journal, output, weights
 from .journal import Journal
 from .network import Network

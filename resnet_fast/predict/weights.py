@@ -14,7 +14,7 @@ from torch import nn
 
 from ..data.samples import MEAN, STD
 from ..models.checkpoint import _clean, _read, _unwrap, load_checkpoint
-from ..models.resnet import create_model, list_models
+from ..models.family import create_model, list_models
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from functools import partial
 
 import torch
 
-from ..analysis.network_floor import Ceilings, ceilings, problem_floor
 from ..bench.ledger import Row, Run, newest, parse_case
 from ..bench.providers import DTYPES, PROVIDERS
+from ..models.family import list_models
 from ..models.problems import layers
-from ..models.resnet import list_models
-from ..testing.samples import FACTOR, GRADIENT_FACTOR
+from ..roofline.chips import Ceilings, ceilings
+from ..roofline.floor import problem_floor
+from ..testing.rule import FACTOR, GRADIENT_FACTOR
 from .plots import Plot, Theme, colour, short, slug
 from .summary import BASE, best_ours, case_order, in_main_size
 from .tables import rate

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..graph.fuse import Group, Step, outputs, references
+from ..graph.ir import Group, Step, outputs, references
 from ..ops import across, reference
 
 if TYPE_CHECKING:
-    from ..graph.functional import Filter, Lowered
+    from ..graph.network import Lowered
+    from ..graph.weights import Filter
 
 CHECKS = {
     "pointwise_pair": across.check_pointwise_pair,

@@ -7,18 +7,18 @@ from torch import Tensor
 
 from ..dispatch.problem import Problem
 from ..dispatch.registry import Kernel
-from . import samples
+from . import check, rule, samples
 
 
 def diagnose(kernel: Kernel, problem: Problem, seed: int = 0) -> str:
     """Run the kernel once more in poisoned memory and say which elements are wrong and what that points to."""
     args = _telling(problem, samples.make_args(problem, seed))
-    with samples.poisoned(), torch.no_grad():
+    with check.poisoned(), torch.no_grad():
         outputs = kernel.fn(*args)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     found = [
         locate(got.cpu(), exact, problem)
-        for got, exact in zip(outputs, samples.oracle(problem.op, args), strict=True)
+        for got, exact in zip(outputs, check.oracle(problem.op, args), strict=True)
         if exact.numel()
     ]
     return (
@@ -43,7 +43,7 @@ def locate(got: Tensor, exact: Tensor, problem: Problem) -> str | None:
     if got.shape != exact.shape:
         return f"its shape is {list(got.shape)}, expected {list(exact.shape)}"
     low = got.double()
-    off = (low - exact).abs() > 16 * samples.FLOOR[got.dtype] * exact[exact.isfinite()].abs().max()
+    off = (low - exact).abs() > 16 * rule.FLOOR[got.dtype] * exact[exact.isfinite()].abs().max()
     unwritten = low.isnan() & ~exact.isnan()
     wrong = off | unwritten
     if not wrong.any():

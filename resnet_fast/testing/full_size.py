@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..dispatch.problem import Problem
 from ..dispatch.registry import Kernel
-from . import samples
-from .samples import FACTOR, FLOOR, GRADIENT_FACTOR, Error, Verdict
+from . import check, eager, rule, samples
+from .rule import FACTOR, FLOOR, GRADIENT_FACTOR, Error, Verdict
 
 # Which flat arguments hold one entry for each image, and which outputs are sums over the batch.
 IMAGES = {
@@ -39,10 +39,10 @@ def verify(kernel: Kernel, problem: Problem) -> Verdict:
     """Judge a kernel on a problem of any batch size by the error rule, in poisoned memory, inputs unchanged."""
     copies = repeats(problem)
     if copies == 1:
-        return samples.check_kernel(kernel, problem)
+        return check.check_kernel(kernel, problem)
     small, exact, bar = _case(replace(problem, x=(problem.x[0] // copies, *problem.x[1:])))
     args = repeat(problem, small, copies)
-    with samples.poisoned(), torch.no_grad():
+    with check.poisoned(), torch.no_grad():
         outputs = kernel.fn(*args)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     if problem.device == "cuda":
@@ -68,7 +68,7 @@ def verify(kernel: Kernel, problem: Problem) -> Verdict:
         for i, (a, b) in enumerate(zip(args, small, strict=True))
     ):
         reasons.append("it changed an input")
-    return Verdict(kernel.id, problem, found[0][1][0], samples.error(bar[0], exact[0]), "; ".join(reasons) or None)
+    return Verdict(kernel.id, problem, found[0][1][0], rule.error(bar[0], exact[0]), "; ".join(reasons) or None)
 
 
 def repeats(problem: Problem) -> int:
@@ -109,7 +109,7 @@ def _repeat(t: Tensor, copies: int) -> Tensor:
 def _case(small: Problem) -> tuple[tuple, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """(arguments, float64 oracle, eager's answer) of a small problem; the next kernel asks for the same."""
     args = samples.make_args(small)
-    return args, samples.oracle(small.op, args), samples.eager(small.op, args)
+    return args, check.oracle(small.op, args), eager.eager(small.op, args)
 
 
 def _repeats(t: Tensor, small: Tensor, copies: int) -> bool:
@@ -127,7 +127,7 @@ def _judge(
     if got.shape != shape:
         return Error(float("nan"), float("nan")), f"shape {list(got.shape)}, expected {list(shape)}"
     mine = _worst(got.unflatten(0, (copies, exact.shape[0])) if images else got.unsqueeze(0), exact)
-    eager, factor, floor = samples.error(bar, exact), GRADIENT_FACTOR if gradient else FACTOR, FLOOR[bar.dtype]
+    eager, factor, floor = rule.error(bar, exact), GRADIENT_FACTOR if gradient else FACTOR, FLOOR[bar.dtype]
     for name in ("rms", "max"):
         if not getattr(mine, name) <= factor * getattr(eager, name) + floor:
             return mine, (

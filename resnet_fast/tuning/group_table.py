@@ -16,7 +16,7 @@ from torch import Tensor
 from ..dispatch import tables
 from ..dispatch.problem import ACROSS
 from ..dispatch.registry import kernels
-from ..graph.fuse import references
+from ..graph.ir import references
 
 if TYPE_CHECKING:
     from ..planning.plan import Plan

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from ..dispatch.problem import ACROSS, Problem
 from ..graph.across import group, label
-from ..graph.fuse import Group
+from ..graph.ir import Group
 from . import group_table, kernels
 from .group_search import UNTRIED, Choice, Option, search
 from .kernels import Device, first_line
 
 if TYPE_CHECKING:
-    from ..analysis.explain import Line
     from ..planning.plan import Plan
+    from ..runtime.explanation import Line
     from ..util.timing import Timing
 
 FAILED = "could not be run"

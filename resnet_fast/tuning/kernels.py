@@ -19,10 +19,10 @@ from ..dispatch import registry, tables
 from ..dispatch.problem import Problem
 from ..dispatch.registry import Kernel, find
 from ..runtime.cuda_graph import captured
-from ..runtime.program import once
 from ..testing.full_size import full_args, verify
-from ..testing.samples import Verdict
+from ..testing.rule import Verdict
 from ..util.timing import Timing, interleaved
+from .call import once
 
 MARGIN = 1.01  # a kernel must beat aten by more than a repetition of the same measurement moves
 CALLS = 8  # at least so many calls between two clock readings

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from resnet_fast.__main__ import main
-from resnet_fast.analysis import network_floor
 from resnet_fast.analysis.bottlenecks import Facts, causes
 from resnet_fast.analysis.launches import Launch
 from resnet_fast.analysis.profiled import launches_of
@@ -19,8 +18,11 @@ from resnet_fast.cli import bench_kernel, new_kernel
 from resnet_fast.dispatch.problem import ACROSS, Problem
 from resnet_fast.dispatch.registry import find
 from resnet_fast.kernels import aten
+from resnet_fast.models.problems import model_problems
+from resnet_fast.roofline import chips, floor
 from resnet_fast.roofline.occupancy import CHIPS, occupancy
-from resnet_fast.testing.samples import eager, make_args, model_problems
+from resnet_fast.testing.eager import eager
+from resnet_fast.testing.samples import make_args
 
 TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
 WIDE = Counter({"LDG.E.128": 10, "HGMMA.64x128x16.F32.BF16": 8, "STG.E.128": 4})
@@ -55,7 +57,7 @@ def test_occupancy_before_its_tables() -> None:
 
 
 def test_every_gpu_with_ceilings_has_a_chip() -> None:
-    assert CHIPS.keys() == network_floor.GPUS.keys()
+    assert CHIPS.keys() == chips.GPUS.keys()
 
 
 # ---------------------------------------------------------------- causes
@@ -74,9 +76,9 @@ GOOD = Launch("good", 96, 0, 48 << 10, 256, 132 * 4 * 20, WIDE)
 
 
 def facts(problem: Problem = PROBLEM, torch_bytes: int = 0, torch_ops: tuple = (), **changes) -> Facts:
-    limits = network_floor.ceilings("h200")
+    limits = chips.ceilings("h200")
     return Facts(
-        network_floor.problem_floor(problem, limits),
+        floor.problem_floor(problem, limits),
         problem.dtype,
         (replace(GOOD, **changes),),
         limits,

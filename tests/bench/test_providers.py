@@ -24,7 +24,7 @@ from resnet_fast.dispatch.problem import Problem
 from resnet_fast.dispatch.registry import find, kernel
 from resnet_fast.live.eligibility import why_plain
 from resnet_fast.ops import reference
-from resnet_fast.testing.samples import broken_rule
+from resnet_fast.testing.rule import broken_rule
 
 ROOT = Path(__file__).parents[2]
 # Compilers take tens of seconds; the suites in benchmarks/ run them.

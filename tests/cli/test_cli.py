@@ -13,14 +13,16 @@ import torch
 import resnet_fast
 from resnet_fast import kernel
 from resnet_fast.__main__ import COMMANDS, main, parser
-from resnet_fast.analysis.explain import Explanation, Line, timed
 from resnet_fast.bench.providers import PROVIDERS
 from resnet_fast.cli import bench, check, info
 from resnet_fast.dispatch import registry as dispatch
 from resnet_fast.dispatch import tables
 from resnet_fast.dispatch.problem import ACROSS, Problem
 from resnet_fast.dispatch.registry import Kernel, find, rejected
+from resnet_fast.graph import network
 from resnet_fast.kernels import aten
+from resnet_fast.runtime.explanation import Explanation, Line, timed
+from resnet_fast.util import machine
 from resnet_fast.util import text as console
 
 
@@ -179,7 +181,7 @@ def test_info_says_what_the_cpu_kernels_run_with_or_why_they_do_not(monkeypatch)
 
 
 def test_missing_names_the_command(monkeypatch):
-    monkeypatch.setattr(info, "version", lambda package: "none")
+    monkeypatch.setattr(machine, "version", lambda package: "none")
     assert "timm: pip install 'resnet_fast[timm]'" in info.missing()
 
 
@@ -294,16 +296,15 @@ def test_explain_diff_as_json(capsys):
 
 
 def test_explain_diff_exits_1_when_the_fused_schedule_is_wrong(capsys, monkeypatch):
-    from resnet_fast.graph import functional
 
-    fold = functional._filter
+    fold = network._filter
 
     def off(conv, bn, dtype, device):
         found = fold(conv, bn, dtype, device)
         found.bias.mul_(1.01)
         return found
 
-    monkeypatch.setattr(functional, "_filter", off)
+    monkeypatch.setattr(network, "_filter", off)
     assert main(["explain", "resnet18", "--diff", "--size", "32"]) == 1
     said = capsys.readouterr()
     assert "WRONG conv1: rms error" in said.err and "WRONG" in said.out

@@ -16,7 +16,7 @@ from twins import images, twins, wide
 
 from resnet_fast.dispatch import tables
 from resnet_fast.dispatch.registry import find, record
-from resnet_fast.live import eligibility
+from resnet_fast.live import step
 
 LAUNCHES = (
     "aten.convolution",
@@ -109,13 +109,13 @@ def test_training_fuses_what_was_measured_and_nothing_else(monkeypatch) -> None:
         bn = nn.BatchNorm2d(64, device="cuda")
         z, other = (torch.empty(n, 64, 8, 8, device="cuda").to(memory_format=torch.channels_last) for n in (2, 3))
     with record() as seen:  # or explain would call a batch norm that ran so no part of a fused block
-        assert eligibility._better_apart(bn, z, None, "relu")
+        assert step._better_apart(bn, z, None, "relu")
     assert [(choice.kernel, choice.why) for choice in seen] == [("aten.bn_act", "default")]
     entries["bn_act"] = {"kernel": "triton.bn_act", "time_us": 1.0}
     with record() as seen:
-        assert not eligibility._better_apart(bn, other, None, "relu")
+        assert not step._better_apart(bn, other, None, "relu")
     assert not seen  # the op tells
-    assert not eligibility._better_apart(
+    assert not step._better_apart(
         nn.BatchNorm2d(64), torch.empty(2, 64, 8, 8), None, "relu"
     )  # on a CPU torch's own gains nothing apart
 
@@ -124,7 +124,7 @@ def test_training_fuses_what_was_measured_and_nothing_else(monkeypatch) -> None:
 def apart(monkeypatch) -> list[nn.Module]:
     """Training as on such a GPU; the batch norms that went through it."""
     seen: list[nn.Module] = []
-    monkeypatch.setattr(eligibility, "_better_apart", lambda bn, z, residual, act: not seen.append(bn))
+    monkeypatch.setattr(step, "_better_apart", lambda bn, z, residual, act: not seen.append(bn))
     return seen
 
 

@@ -18,7 +18,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 from twins import CL, assert_agree, both, images, twins, wide_twins
 
 import resnet_fast
-from resnet_fast.testing.samples import same_nonfinite
+from resnet_fast.testing.rule import same_nonfinite
 
 X = images(2, 40)
 X64 = X.double()

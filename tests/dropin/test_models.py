@@ -16,7 +16,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from twins import assert_agree, assert_train_alike, images, shake, twins
 
 import resnet_fast
-from resnet_fast.models.resnet import MODELS
+from resnet_fast.models.family import MODELS
 
 NAMES = resnet_fast.list_models()
 

@@ -15,7 +15,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from twins import CL, assert_agree, assert_train_alike, gradients, images, shake, twins, wide
 
 import resnet_fast
-from resnet_fast.testing.samples import assert_rule
+from resnet_fast.testing.rule import assert_rule
 
 X = images(3, 40)
 

@@ -13,7 +13,7 @@ from resnet_fast.dispatch import registry
 from resnet_fast.dispatch.problem import ACROSS
 from resnet_fast.dispatch.registry import use
 from resnet_fast.graph import across
-from resnet_fast.graph.fuse import Group
+from resnet_fast.graph.ir import Group
 from resnet_fast.runtime import program
 
 torchvision = pytest.importorskip("torchvision")

@@ -15,7 +15,7 @@ from twins import shake
 from resnet_fast.graph.fuse import schedule
 from resnet_fast.graph.trace import Untraceable, trace
 from resnet_fast.live.accelerate import accelerate, accelerated
-from resnet_fast.testing.samples import assert_rule
+from resnet_fast.testing.rule import assert_rule
 
 
 def layers(path: str, m: nn.Module) -> bool:

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from resnet_fast.dispatch.problem import ACROSS
-from resnet_fast.graph.fuse import Group
-from resnet_fast.testing.samples import assert_rule
+from resnet_fast.graph.ir import Group
+from resnet_fast.testing.rule import assert_rule
 
 
 def ready(model, seed=0):

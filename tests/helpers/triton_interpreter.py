@@ -14,7 +14,7 @@ from pathlib import Path
 
 from resnet_fast.dispatch.problem import Problem
 from resnet_fast.dispatch.registry import find
-from resnet_fast.testing.samples import check_kernel
+from resnet_fast.testing.check import check_kernel
 
 
 def run_lane(name: str) -> None:

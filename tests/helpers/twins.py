@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor, nn
 
 import resnet_fast
-from resnet_fast.testing.samples import assert_rule, same_nonfinite
+from resnet_fast.testing.rule import assert_rule, same_nonfinite
 
 CL = torch.channels_last
 

@@ -18,7 +18,8 @@ from resnet_fast.cli import new_kernel
 from resnet_fast.dispatch.problem import Problem
 from resnet_fast.dispatch.registry import named
 from resnet_fast.kernels import jit
-from resnet_fast.testing.samples import check_kernel, nasty_problems
+from resnet_fast.testing.check import check_kernel
+from resnet_fast.testing.grids import nasty_problems
 
 ENV = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 

@@ -13,8 +13,8 @@ import weakref
 import pytest
 import torch
 import torchvision
-from foreign import fused, pair, small
 from eager import outcome
+from foreign import fused, pair, small
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -25,7 +25,7 @@ from twins import assert_agree, assert_train_alike, images, shake, wide
 
 import resnet_fast
 from resnet_fast.live.accelerate import Forward, accelerate, accelerated, restore
-from resnet_fast.testing.samples import assert_rule
+from resnet_fast.testing.rule import assert_rule
 
 
 def outputs(result) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize, prune
 from torchvision.models.resnet import Bottleneck
 from twins import assert_agree, assert_train_alike, images
 
-from resnet_fast.testing.samples import assert_rule
+from resnet_fast.testing.rule import assert_rule
 
 
 def change_weight(m):

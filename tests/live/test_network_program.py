@@ -16,6 +16,7 @@ from twins import assert_agree, images, shake, twins
 import resnet_fast
 from resnet_fast.dispatch import registry
 from resnet_fast.live import network_pass
+from resnet_fast.runtime import pieces
 
 
 @each_pair
@@ -30,11 +31,11 @@ def test_the_third_pass_is_kept_and_answers_the_same(pair, passes) -> None:
 def test_a_batch_goes_through_in_pieces(pair, passes, monkeypatch) -> None:
     ours, theirs = pair()
     x = images(7, 40)
-    monkeypatch.setattr(network_pass, "PIECE", 3 * 16 * 20 * 20 * 4 * 4)
+    monkeypatch.setattr(pieces, "PIECE", 3 * 16 * 20 * 20 * 4 * 4)
     warm(ours, x=x)
     passes.clear()
     assert_agree(ours, theirs, x)
-    assert [shape[0] for shape in passes] == network_pass.pieces(7, 16 * 20 * 20 * 4 * 4) and len(passes) > 1
+    assert [shape[0] for shape in passes] == pieces.pieces(7, 16 * 20 * 20 * 4 * 4) and len(passes) > 1
 
 
 @each_pair
@@ -89,7 +90,7 @@ def test_a_batch_is_not_cut_where_images_see_each_other(passes, monkeypatch) -> 
     theirs = Centred(twins()[1]).eval()
     ours = resnet_fast.accelerate(copy.deepcopy(theirs))
     x = images(6, 40)
-    monkeypatch.setattr(network_pass, "PIECE", 1)
+    monkeypatch.setattr(pieces, "PIECE", 1)
     for _ in range(4):
         assert_agree(ours, theirs, x)
     assert set(passes) == {tuple(x.shape)}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from twins import assert_agree, shake
 
 import resnet_fast
-from resnet_fast.testing.samples import assert_rule
+from resnet_fast.testing.rule import assert_rule
 
 
 class Flagged(torchvision.models.ResNet):

@@ -12,7 +12,7 @@ import resnet_fast
 from resnet_fast.dispatch.registry import use
 from resnet_fast.kernels import cpu
 from resnet_fast.live import training_conv
-from resnet_fast.testing.samples import assert_rule, same_nonfinite
+from resnet_fast.testing.rule import assert_rule, same_nonfinite
 
 pytestmark = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
 NHWC = torch.channels_last

@@ -20,7 +20,8 @@ from resnet_fast.dispatch.problem import ACROSS, Problem, describe
 from resnet_fast.models.problems import across, distinct, layers
 from resnet_fast.ops import across as fused
 from resnet_fast.ops.across import CONV_POOL, CONV_TAIL, POINTWISE_PAIR, POINTWISE_POOL
-from resnet_fast.testing import full_size, samples
+from resnet_fast.roofline import chips, cost
+from resnet_fast.testing import check, eager, full_size, grids, rule, samples
 
 OPS = {
     "pointwise_pair": POINTWISE_PAIR,
@@ -92,11 +93,11 @@ def test_opcheck(case, dtype, grad) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_error_rule_at_the_edges(op, dtype) -> None:
     """``aten`` through the op, NHWC and others, batch 0, odd sizes, one pixel; the problem names what its arguments are."""
-    for problem in samples.nasty_problems(op, dtype):
+    for problem in grids.nasty_problems(op, dtype):
         args = samples.make_args(problem)
         out = OPS[op](*args)
-        for got, low, exact in zip(samples._tuple(out), samples.eager(op, args), samples.oracle(op, args), strict=True):
-            samples.assert_rule(got, low, exact, what=problem.key)
+        for got, low, exact in zip(rule.as_tuple(out), eager.eager(op, args), check.oracle(op, args), strict=True):
+            rule.assert_rule(got, low, exact, what=problem.key)
             assert got.dtype == dtype and (got.dim() == 2 or got.is_contiguous(memory_format=torch.channels_last))
         said = describe(op, args)
         assert (
@@ -109,11 +110,11 @@ def test_error_rule_at_the_edges(op, dtype) -> None:
 def test_public_functions_take_any_strides(case) -> None:
     problem = SMALL[case]
     args = samples.make_args(problem)
-    expected = samples._tuple(OPS[problem.op](*args))
+    expected = rule.as_tuple(OPS[problem.op](*args))
     for name in ("nchw", "nhwc", "sliced", "stepped", "transposed"):
         laid = [layouts(a)[name] if isinstance(a, Tensor) and a.dim() == 4 else a for a in args]
         keywords = {"stride2": laid.pop()} if problem.op == "pointwise_pair" else {}
-        for got, want in zip(samples._tuple(getattr(fused, problem.op)(*laid, **keywords)), expected, strict=True):
+        for got, want in zip(rule.as_tuple(getattr(fused, problem.op)(*laid, **keywords)), expected, strict=True):
             torch.testing.assert_close(got, want)
 
 
@@ -127,8 +128,8 @@ def test_nonfinite_values_are_where_eager_has_them(case) -> None:
                 first = (0,) * a.dim()
                 kept = a[first].clone()
                 a[first] = value
-                found = samples._tuple(OPS[problem.op](*args))
-                assert all(map(samples.same_nonfinite, found, samples.eager(problem.op, args))), (i, value)
+                found = rule.as_tuple(OPS[problem.op](*args))
+                assert all(map(rule.same_nonfinite, found, eager.eager(problem.op, args))), (i, value)
                 a[first] = kept
 
 
@@ -179,17 +180,17 @@ def test_every_derivative_is_eagers(case) -> None:
     tensors = [args[i] for i in live]
     tangents = [torch.randn_like(t) for t in tensors]
     found = []
-    for f in (public(problem), lambda *a: samples._EAGER_ACROSS[problem.op](*a)):
+    for f in (public(problem), lambda *a: eager._EAGER_ACROSS[problem.op](*a)):
         run, inputs = caller(f, args, live), leaves(tuple(tensors))
-        outs = samples._tuple(run(*inputs))
+        outs = rule.as_tuple(run(*inputs))
         first = torch.autograd.grad(outs, inputs, [torch.cos(o.detach() * 3) for o in outs], create_graph=True)
-        plain = torch.autograd.grad(samples._tuple(run(*inputs)), inputs, [torch.cos(o.detach() * 3) for o in outs])
+        plain = torch.autograd.grad(rule.as_tuple(run(*inputs)), inputs, [torch.cos(o.detach() * 3) for o in outs])
         second = torch.autograd.grad(sum((g.square() * (1 + 0.1 * i)).sum() for i, g in enumerate(first)), inputs)
         with forward_ad.dual_level():
-            duals = samples._tuple(run(*map(forward_ad.make_dual, tensors, tangents)))
+            duals = rule.as_tuple(run(*map(forward_ad.make_dual, tensors, tangents)))
             forward = [forward_ad.unpack_dual(o).tangent.clone() for o in duals]
-        functional = samples._tuple(torch.func.jvp(run, tuple(tensors), tuple(tangents))[1])
-        batched = torch.func.vmap(lambda t, run=run: samples._tuple(run(t, *tensors[1:])))(
+        functional = rule.as_tuple(torch.func.jvp(run, tuple(tensors), tuple(tangents))[1])
+        batched = torch.func.vmap(lambda t, run=run: rule.as_tuple(run(t, *tensors[1:])))(
             torch.stack([tensors[0], -tensors[0]])
         )
         assert all(t.abs().max() > 0 for t in (*first, *plain, *forward, *functional)) and any(
@@ -291,7 +292,7 @@ def test_verified_at_full_size_and_wrong_kernels_are_seen(op) -> None:
 
     def forgets(*args):
         out = right.fn(*args)
-        samples._tuple(out)[0][-1] = 0
+        rule.as_tuple(out)[0][-1] = 0
         return out
 
     wrong = registry.Kernel("experimental.wrong", op, forgets, lambda p: None, lambda: None)
@@ -310,7 +311,7 @@ def test_bytes_are_normalised_before_the_padding() -> None:
 
 @pytest.mark.parametrize("op", ACROSS)
 def test_keys_tell_problems_apart(op) -> None:
-    grid = samples.nasty_problems(op)
+    grid = grids.nasty_problems(op)
     assert len({p.key for p in grid}) == len(set(grid)) == len(grid)
     one = grid[0]
     others = [
@@ -353,7 +354,7 @@ def test_the_groups_of_an_architecture_are_those_that_a_plan_finds(name) -> None
 
 
 def test_what_a_group_saves_is_what_is_between_its_members() -> None:
-    limits = network_floor.ceilings("h200")
+    limits = chips.ceilings("h200")
     found = {s.op: s for s in network_floor.savings(across(layers("resnet50", 256)), limits)}
     assert {op: s.count for op, s in found.items()} == {
         "conv_pool": 1,
@@ -374,7 +375,7 @@ def test_what_a_group_saves_is_what_is_between_its_members() -> None:
 
 def test_floors_count_each_operand_once() -> None:
     place = {"device": "cuda", "dtype": torch.bfloat16, "layout": "nhwc", "act": "relu"}
-    pair = network_floor.problem_step(
+    pair = cost.problem_step(
         Problem(
             "pointwise_pair",
             x=(2, 64, 28, 28),
@@ -400,18 +401,18 @@ def test_floors_count_each_operand_once() -> None:
         **place,
     )
     weights = 64 * 64 * 9 + 256 * 64 + 32 * 256
-    step = network_floor.problem_step(tail)
+    step = cost.problem_step(tail)
     assert step.bytes == 2 * (128 * (64 + 256 + 256 + 32) + weights) and step.flops == 2 * 128 * weights
-    projected = network_floor.problem_step(replace(tail, chain=((256, 64, 1, 1), (256, 16, 1, 1), (32, 256, 1, 1))))
+    projected = cost.problem_step(replace(tail, chain=((256, 64, 1, 1), (256, 16, 1, 1), (32, 256, 1, 1))))
     assert (
         projected.bytes == step.bytes + 2 * (256 * 16 - 128 * (256 - 16))
         and projected.flops == step.flops + 2 * 128 * 256 * 16
     )
     stem = Problem("conv_pool", x=(2, 3, 32, 32), weight=(64, 3, 7, 7), stride=(2, 2), padding=(3, 3), **place)
-    step = network_floor.problem_step(stem)
+    step = cost.problem_step(stem)
     assert step.bytes == 2 * (2 * 3 * 32 * 32 + 64 * 147 + 2 * 64 * 64) and step.flops == 2 * 2 * 256 * 64 * 147
-    assert network_floor.problem_step(replace(stem, bytes=True)).bytes == step.bytes - 2 * 3 * 32 * 32
-    head = network_floor.problem_step(
+    assert cost.problem_step(replace(stem, bytes=True)).bytes == step.bytes - 2 * 3 * 32 * 32
+    head = cost.problem_step(
         Problem("pointwise_pool", x=(2, 512, 7, 7), weight=(2048, 512, 1, 1), residual="nhwc", **place)
     )
     assert head.bytes == 2 * (98 * (512 + 2048) + 2048 * 512 + 2 * 2048) and head.flops == 2 * 98 * 2048 * 512

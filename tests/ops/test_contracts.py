@@ -16,9 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_fast import ops
 from resnet_fast.dispatch import registry as dispatch
-from resnet_fast.ops.contract import ADD_ACT, ADD_ACT_BACKWARD, BN_ACT, BN_ACT_BACKWARD, CONV_BN_ACT
-from resnet_fast.testing import samples as testing
-from resnet_fast.testing.samples import assert_rule, same_nonfinite
+from resnet_fast.models import problems
+from resnet_fast.ops.conv import CONV_BN_ACT
+from resnet_fast.ops.norm import BN_ACT, BN_ACT_BACKWARD
+from resnet_fast.ops.residual import ADD_ACT, ADD_ACT_BACKWARD
+from resnet_fast.testing import check, grids
+from resnet_fast.testing.rule import assert_rule, same_nonfinite
 
 # ---------------------------------------------------------------- registration
 
@@ -353,7 +356,7 @@ def test_aten_obeys_the_error_rule(op, dtype) -> None:
     kernel = dispatch.find("aten", op)
     wrong = [
         (v.problem.key, v.reason)
-        for v in (testing.check_kernel(kernel, p) for p in testing.nasty_problems(op, dtype))
+        for v in (check.check_kernel(kernel, p) for p in grids.nasty_problems(op, dtype))
         if not v.ok
     ]
     assert not wrong
@@ -361,8 +364,8 @@ def test_aten_obeys_the_error_rule(op, dtype) -> None:
 
 def test_aten_on_the_convolutions_of_resnet18() -> None:
     kernel = dispatch.find("aten", "conv_bn_act")
-    for problem in testing.model_problems("resnet18", 2, 64):
-        verdict = testing.check_kernel(kernel, problem)
+    for problem in problems.model_problems("resnet18", 2, 64):
+        verdict = check.check_kernel(kernel, problem)
         assert verdict.ok, (problem.key, verdict.reason)
 
 

@@ -25,7 +25,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 from resnet_fast import ops
-from resnet_fast.testing.samples import assert_rule
+from resnet_fast.testing.rule import assert_rule
 
 CONV_CASES = list(itertools.product((True, False), (True, False), ("relu", "none")))
 

@@ -12,7 +12,7 @@ import resnet_fast
 from resnet_fast import plan
 from resnet_fast.dispatch.registry import use
 from resnet_fast.planning.plan import SHAPES
-from resnet_fast.testing.samples import assert_rule
+from resnet_fast.testing.rule import assert_rule
 
 torchvision = pytest.importorskip("torchvision")
 timm = pytest.importorskip("timm")

@@ -6,8 +6,8 @@ from plans import block, images, ready
 
 import resnet_fast
 from resnet_fast import plan
-from resnet_fast.live import network_pass
-from resnet_fast.live.network_pass import PIECE, pieces
+from resnet_fast.runtime import pieces as cutting
+from resnet_fast.runtime.pieces import PIECE, pieces
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def test_a_large_batch_goes_through_in_pieces(model, monkeypatch):
     one = plan(model, x, features=("layer2", "fc"))
     wanted = one(x)
     assert (7, 3, 64, 64) in one._programs
-    monkeypatch.setattr(network_pass, "PIECE", 3 * 64 * 32 * 32 * 4)
+    monkeypatch.setattr(cutting, "PIECE", 3 * 64 * 32 * 32 * 4)
     cut = plan(model, x, features=("layer2", "fc"))
     got = cut(x)
     assert (7, 3, 64, 64) not in cut._programs and (3, 3, 64, 64) in cut._programs
@@ -31,7 +31,7 @@ def test_a_large_batch_goes_through_in_pieces(model, monkeypatch):
 
 def test_the_size_of_a_piece_does_not_depend_on_the_batch(model, monkeypatch):
     """The first two images, by which it is found, are a part of the whole batch's memory."""
-    monkeypatch.setattr(network_pass, "PIECE", 4 * 64 * 32 * 32 * 4)
+    monkeypatch.setattr(cutting, "PIECE", 4 * 64 * 32 * 32 * 4)
     x = images(40)
     run = plan(model, x)
     assert run._pieces(run._prepared(x)) == pieces(40, 64 * 32 * 32 * 4) == [4] * 10
@@ -56,14 +56,14 @@ def test_pieces():
     ids=range(4),
 )
 def test_what_mixes_images_is_not_cut(forward, monkeypatch):
-    monkeypatch.setattr(network_pass, "PIECE", 1)
+    monkeypatch.setattr(cutting, "PIECE", 1)
     model, x = block(forward), images(6, 12, 12)
     with torch.no_grad():
         torch.testing.assert_close(plan(model, x)(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_no_batch_in_an_answer_is_neither_cut_nor_lent(monkeypatch):
-    monkeypatch.setattr(network_pass, "PIECE", 1)
+    monkeypatch.setattr(cutting, "PIECE", 1)
     model, x = (
         block(lambda self, x: {"y": self.conv(x), "weight": self.bn.weight, "input": x, "level": 3, "none": None}),
         images(6, 12, 12),

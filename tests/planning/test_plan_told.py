@@ -8,7 +8,7 @@ from plans import images, ready
 
 import resnet_fast
 from resnet_fast import plan
-from resnet_fast.graph.functional import Filter
+from resnet_fast.graph.weights import Filter
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,22 @@ from pathlib import Path
 
 import pytest
 
-from resnet_fast.bench.ledger import Machine, Row, Run, measured_by, newest, parse_case, read_run
+from resnet_fast.bench.ledger import (
+    Machine,
+    Row,
+    Run,
+    case_name,
+    here,
+    measured_by,
+    newest,
+    parse_case,
+    read_run,
+    read_runs,
+    write_run,
+)
 from resnet_fast.bench.providers import DTYPES
-from resnet_fast.models.problems import layers
-from resnet_fast.bench.ledger import case_name, here, read_runs, write_run
 from resnet_fast.cli.report import add_parser
+from resnet_fast.models.problems import layers
 from resnet_fast.report import figures, page, plots, tables
 from resnet_fast.report.summary import changes, geometric_mean, headlines, regressions, slower
 

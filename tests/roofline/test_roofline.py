@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from resnet_fast.analysis import network_floor
-from resnet_fast.analysis.network_cost import INFERENCE, Step, network
+from resnet_fast.analysis.network_cost import INFERENCE, network
 from resnet_fast.analysis.training_cost import TRAINING
 from resnet_fast.dispatch.problem import Problem
-from resnet_fast.models.resnet import create_model
+from resnet_fast.models.family import create_model
+from resnet_fast.roofline import chips, cost, floor
+from resnet_fast.roofline.cost import Step
 
 BF16 = torch.bfloat16
-H200 = network_floor.ceilings("h200")
+H200 = chips.ceilings("h200")
 
 # Kernels, MB an image, img/s in bf16 and in bytes: one H200, ResNet-50 at 224², batch 256.
 INFERENCE_FIGURES = {
@@ -95,9 +97,9 @@ def test_a_tail_moves_640_channels_a_pixel_where_three_kernels_move_1024() -> No
 
 
 def test_the_binding_ceiling() -> None:
-    memory = network_floor.floor(Step("copy", {"x": 43}, {"y": 0}, 1), H200, BF16)
+    memory = floor.floor(Step("copy", {"x": 43}, {"y": 0}, 1), H200, BF16)
     assert (memory.bound, memory.seconds) == ("memory", pytest.approx(1e-11))
-    compute = network_floor.floor(Step("matmul", {"x": 1}, {}, 790), H200, BF16)
+    compute = floor.floor(Step("matmul", {"x": 1}, {}, 790), H200, BF16)
     assert (compute.bound, compute.seconds) == ("compute", pytest.approx(1e-12))
 
 
@@ -133,10 +135,10 @@ OPS = [
 
 @pytest.mark.parametrize("problem, elements, flops", OPS, ids=lambda v: v.key if isinstance(v, Problem) else "")
 def test_what_one_call_must_move(problem: Problem, elements: int, flops: int) -> None:
-    step = network_floor.problem_step(problem)
+    step = cost.problem_step(problem)
     assert (step.bytes, step.flops) == (2 * elements, flops)
-    assert network_floor.flops(problem) == flops
-    assert network_floor.problem_floor(problem, H200).seconds > 0
+    assert cost.flops(problem) == flops
+    assert floor.problem_floor(problem, H200).seconds > 0
 
 
 def test_table_for_explain(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +154,7 @@ def test_table_for_explain(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_gpus_and_dtypes_are_named() -> None:
-    assert network_floor.ceilings("NVIDIA H200") is H200
+    assert chips.ceilings("NVIDIA H200") is H200
     with pytest.raises(LookupError, match="no ceilings for GPU 'voodoo'; known: h200"):
         network_floor.table("resnet50", 1, 224, BF16, "voodoo")
     with pytest.raises(LookupError, match="no rate for torch.float64 on NVIDIA H200"):

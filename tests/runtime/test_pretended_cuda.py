@@ -13,7 +13,8 @@ from resnet_fast.bench import folded
 from resnet_fast.dispatch import registry as dispatch
 from resnet_fast.dispatch.registry import kernel, use
 from resnet_fast.runtime import cuda_graph
-from resnet_fast.runtime.program import Graph, Program
+from resnet_fast.runtime.cuda_graph import Graph
+from resnet_fast.runtime.program import Program
 from resnet_fast.tuning import kernels
 
 BROKEN = "operation failed due to a previous error during capture"

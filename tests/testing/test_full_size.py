@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 
 from resnet_fast.dispatch import registry as dispatch
-from resnet_fast.testing import samples
+from resnet_fast.testing import grids, samples
 from resnet_fast.testing.full_size import full_args, repeats, verify
 
 
 @pytest.mark.parametrize("op", dispatch.KEYS)
 def test_full_size_verification_passes_aten(op) -> None:
     kernel = dispatch.find("aten", op)
-    for problem in samples.nasty_problems(op)[3::17]:
+    for problem in grids.nasty_problems(op)[3::17]:
         problem = replace(problem, x=(12, *problem.x[1:]))
         assert repeats(problem) == 3
         verdict = verify(kernel, problem)
@@ -64,7 +64,7 @@ REASONS = {
 def test_full_size_verification_sees(registry, monkeypatch, how) -> None:
     monkeypatch.setattr("resnet_fast.testing.full_size.CHUNK", 1)
     dispatch.kernel("experimental.spoilt", op=OPS[how], supports=lambda p: None)(spoil(how))
-    problem = next(p for p in samples.nasty_problems(OPS[how]) if p.x[1] == 8 and min(p.x[2:]) > 3 and p.x[0])
+    problem = next(p for p in grids.nasty_problems(OPS[how]) if p.x[1] == 8 and min(p.x[2:]) > 3 and p.x[0])
     if problem.weight:
         problem = replace(problem, stride=(1, 1))
     verdict = verify(dispatch.find("experimental.spoilt"), replace(problem, x=(12, *problem.x[1:])))

@@ -18,10 +18,10 @@ from resnet_fast.cli import tune as tune_command
 from resnet_fast.dispatch import registry as dispatch
 from resnet_fast.dispatch import tables
 from resnet_fast.dispatch.problem import ACROSS, Problem
-from resnet_fast.runtime.program import once
 from resnet_fast.testing.full_size import full_args
 from resnet_fast.tuning import group_table
 from resnet_fast.tuning import kernels as autotune
+from resnet_fast.tuning.call import once
 from resnet_fast.tuning.kernels import Device, DeviceLost, tune
 from resnet_fast.util.timing import Timing
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import resnet_fast
-from resnet_fast.testing.samples import assert_rule, same_nonfinite
+from resnet_fast.testing.rule import assert_rule, same_nonfinite
 
 BUILT = sorted(Path(resnet_fast.__file__).parent.glob("_cpu*.so"))
 if BUILT:

@@ -14,15 +14,11 @@ import resnet_fast
 from resnet_fast import ops
 from resnet_fast.dispatch.registry import Problem, choose, find, record, rejected
 from resnet_fast.kernels import aten, cpu
-from resnet_fast.testing.samples import (
-    assert_rule,
-    check_kernel,
-    eager,
-    make_args,
-    nasty_problems,
-    oracle,
-    same_nonfinite,
-)
+from resnet_fast.testing.check import check_kernel, oracle
+from resnet_fast.testing.eager import eager
+from resnet_fast.testing.grids import nasty_problems
+from resnet_fast.testing.rule import assert_rule, same_nonfinite
+from resnet_fast.testing.samples import make_args
 
 pytestmark = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
 NHWC = torch.channels_last
@@ -203,8 +199,8 @@ def test_avx2_obeys_the_rule_too() -> None:
     code = """if True:
         from resnet_fast.dispatch import find
         from resnet_fast.kernels import cpu
-        from resnet_fast.testing import check_kernel
-        import sys, torch; sys.path.insert(0, "tests")
+        from resnet_fast.testing.check import check_kernel
+        import sys, torch; sys.path.insert(0, "tests/kernels/cpu")
         from test_cpu_norm import judged
         assert cpu.available() is None and cpu.instructions() == "AVX2", cpu.instructions()
         for op in ("bn_act", "bn_act_backward"):

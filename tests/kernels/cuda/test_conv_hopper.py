@@ -11,8 +11,10 @@ import torch.nn.functional as F
 
 from resnet_fast.dispatch.problem import Problem
 from resnet_fast.dispatch.registry import Kernel, find
-from resnet_fast.testing import samples
-from resnet_fast.testing.samples import assert_rule, check_kernel, make_args
+from resnet_fast.testing import check, eager, rule
+from resnet_fast.testing.check import check_kernel
+from resnet_fast.testing.rule import assert_rule
+from resnet_fast.testing.samples import make_args
 
 pytestmark = pytest.mark.skipif(host_gpu.compiler() is None, reason="needs a g++ that knows _Float16 (12 or later)")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
@@ -116,7 +118,7 @@ def test_passes_nan_and_infinity(gpu: host_gpu.HostGpu, dtype: torch.dtype, k: i
     x[0, 1, 0, 0], x[1, 3, 6, 6], x[2, 5, 3, 6], x[3, 7, 0, 3] = (float(v) for v in ("nan", "inf", "-inf", "nan"))
     scale, shift = torch.ones(k), torch.zeros(k)
     out = gpu.conv_hopper(x, weight, scale, shift, None, None, None, 0.0, (stride, stride), (1, 1), (1, 1), 1, "relu")
-    assert samples.same_nonfinite(out, F.conv2d(x.float(), weight.float(), None, stride, 1).relu())
+    assert rule.same_nonfinite(out, F.conv2d(x.float(), weight.float(), None, stride, 1).relu())
 
 
 @pytest.mark.parametrize("k", [64, 128])
@@ -129,7 +131,7 @@ def test_beyond_two_to_the_31_elements(gpu: host_gpu.HostGpu, k: int) -> None:
     gpu.settings(processors=10**9, first_block=(-(-boxes // 2) if k == 64 else boxes) - 1)
     out = gpu.conv_last_image(image, images, weight, scale, shift, residual, (1, 1), kernel="conv_hopper")
     args = image, weight, scale, shift, residual, None, None, 0.0, (1, 1), (1, 1), (1, 1), 1, "relu"
-    assert_rule(out, samples.eager("conv_bn_act", args)[0], samples.oracle("conv_bn_act", args)[0])
+    assert_rule(out, eager.eager("conv_bn_act", args)[0], check.oracle("conv_bn_act", args)[0])
 
 
 ON_HOPPER = {"device": "cuda", "capability": (9, 0)}

@@ -11,8 +11,12 @@ import torch
 from resnet_fast.dispatch.problem import Problem
 from resnet_fast.dispatch.registry import Kernel, find
 from resnet_fast.ops import reference
-from resnet_fast.testing import samples
-from resnet_fast.testing.samples import assert_rule, check_kernel, make_args, nasty_problems
+from resnet_fast.testing import check, rule
+from resnet_fast.testing.check import check_kernel
+from resnet_fast.testing.eager import eager
+from resnet_fast.testing.grids import nasty_problems
+from resnet_fast.testing.rule import assert_rule
+from resnet_fast.testing.samples import make_args
 
 pytestmark = pytest.mark.skipif(host_gpu.compiler() is None, reason="needs a g++ that knows _Float16 (12 or later)")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
@@ -98,7 +102,7 @@ def test_passes_nan_and_infinity(gpu: host_gpu.HostGpu, dtype: torch.dtype, proj
     three[9] = 0  # so that an infinity of m meets zeros that are there
     args = x, two, bias2, three, bias3, residual, projection, one, bias1
     for got, expected in zip(gpu.conv_tail_hopper(*args), reference.conv_tail(*args), strict=True):
-        assert not expected.isfinite().all() and samples.same_nonfinite(got, expected)
+        assert not expected.isfinite().all() and rule.same_nonfinite(got, expected)
 
 
 def test_beyond_two_to_the_31_elements(gpu: host_gpu.HostGpu) -> None:
@@ -107,10 +111,8 @@ def test_beyond_two_to_the_31_elements(gpu: host_gpu.HostGpu) -> None:
     args = make_args(one)
     gpu.settings(processors=10**9, first_block=images - 1)
     got = gpu.tail_of_last_image(args, images)
-    for out, eager, oracle in zip(
-        got, samples.eager("conv_tail", args), samples.oracle("conv_tail", args), strict=True
-    ):
-        assert_rule(out, eager, oracle)
+    for out, bar, oracle in zip(got, eager("conv_tail", args), check.oracle("conv_tail", args), strict=True):
+        assert_rule(out, bar, oracle)
 
 
 def test_wants_addresses_of_whole_16_bytes(gpu: host_gpu.HostGpu) -> None:

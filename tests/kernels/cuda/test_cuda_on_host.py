@@ -18,8 +18,12 @@ import torch.nn.functional as F
 from resnet_fast.dispatch.problem import Problem
 from resnet_fast.dispatch.registry import Kernel, find
 from resnet_fast.ops import reference
-from resnet_fast.testing import samples
-from resnet_fast.testing.samples import assert_rule, check_kernel, make_args, nasty_problems
+from resnet_fast.testing import check, rule
+from resnet_fast.testing.check import check_kernel
+from resnet_fast.testing.eager import eager
+from resnet_fast.testing.grids import nasty_problems
+from resnet_fast.testing.rule import assert_rule
+from resnet_fast.testing.samples import make_args
 
 pytestmark = pytest.mark.skipif(host_gpu.compiler() is None, reason="needs a g++ that knows _Float16 (12 or later)")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["f32", "f16", "bf16"])
@@ -144,7 +148,7 @@ def test_conv_beyond_two_to_the_31_elements(gpu: host_gpu.HostGpu, name: str, pa
     gpu.settings(processors=10**9, first_block=images - 1)
     out = gpu.conv_last_image(image, images, weight, scale, shift, residual, (padding, padding), kernel=name)
     args = image, weight, scale, shift, residual, None, None, 0.0, (1, 1), (padding, padding), (1, 1), 1, "relu"
-    assert_rule(out, samples.eager("conv_bn_act", args)[0], samples.oracle("conv_bn_act", args)[0])
+    assert_rule(out, eager("conv_bn_act", args)[0], check.oracle("conv_bn_act", args)[0])
 
 
 @pytest.mark.parametrize("c", [64, 6])
@@ -156,7 +160,7 @@ def test_conv_passes_nan_and_infinity(gpu: host_gpu.HostGpu, dtype: torch.dtype,
     x[0, 1, 2, 2], x[0, 3, 5, 0], x[0, 5, 0, 5] = float("nan"), float("inf"), float("-inf")
     scale, shift = torch.ones(70), torch.zeros(70)
     out = gpu.conv(x, weight, scale, shift, None, None, None, 0.0, (1, 1), (1, 1), (1, 1), 1, "relu")
-    assert samples.same_nonfinite(out, F.conv2d(x.float(), weight.float(), padding=1).relu())
+    assert rule.same_nonfinite(out, F.conv2d(x.float(), weight.float(), padding=1).relu())
 
 
 ON_GPU = {"device": "cuda", "capability": (8, 0)}
@@ -209,10 +213,10 @@ def test_batch_norm_parameters_may_be_low_precision(gpu: host_gpu.HostGpu, dtype
     weight, bias = torch.randn(24, dtype=dtype), torch.randn(24, dtype=dtype)
     args = x, weight, bias, None, 1e-5, "relu"
     y, mean, var = gpu.bn_act(*args)
-    for got, low, true in zip((y, mean, var), reference.bn_act(*args), samples.oracle("bn_act", args), strict=True):
+    for got, low, true in zip((y, mean, var), reference.bn_act(*args), check.oracle("bn_act", args), strict=True):
         assert_rule(got, low, true)
     args = dy, x, y, weight, mean, var, 1e-5, "relu", True
-    low, true = reference.bn_act_backward(*args), samples.oracle("bn_act_backward", args)
+    low, true = reference.bn_act_backward(*args), check.oracle("bn_act_backward", args)
     for one in zip(gpu.bn_act_backward(*args), low, true, strict=True):
         assert one[0].dtype == dtype
         assert_rule(*one, gradient=True)
@@ -231,8 +235,8 @@ def test_batch_norm_passes_nan_and_infinity(gpu: host_gpu.HostGpu) -> None:
     x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
     x[0, 1, 2, 2], x[1, 3, 0, 0] = float("nan"), float("inf")
     args = x, torch.ones(8), torch.zeros(8), None, 1e-5, "relu"
-    for got, low in zip(gpu.bn_act(*args), samples.eager("bn_act", args), strict=True):
-        assert samples.same_nonfinite(got, low)
+    for got, low in zip(gpu.bn_act(*args), eager("bn_act", args), strict=True):
+        assert rule.same_nonfinite(got, low)
 
 
 def test_batch_norm_is_deterministic(gpu: host_gpu.HostGpu) -> None:
@@ -278,11 +282,11 @@ def test_residual_add_passes_nan_and_infinity(gpu: host_gpu.HostGpu, dtype: torc
     x, y, dout = (t.to(memory_format=torch.channels_last) for t in (x, y, dout))
     args = x, y, gate, "relu"
     out, low = gpu.add_act(*args), reference.add_act(*args)
-    assert samples.same_nonfinite(out, low)
+    assert rule.same_nonfinite(out, low)
     args = dout, low, x, gate, "relu"
-    for got, eager in zip(gpu.add_act_backward(*args), reference.add_act_backward(*args), strict=True):
-        assert samples.same_nonfinite(got, eager)
-        assert torch.equal(got.nan_to_num() == 0, eager.nan_to_num() == 0)
+    for got, low in zip(gpu.add_act_backward(*args), reference.add_act_backward(*args), strict=True):
+        assert rule.same_nonfinite(got, low)
+        assert torch.equal(got.nan_to_num() == 0, low.nan_to_num() == 0)
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])

@@ -16,8 +16,11 @@ import torch.nn.functional as F
 from resnet_fast.dispatch.problem import Problem
 from resnet_fast.dispatch.registry import Kernel, find
 from resnet_fast.kernels import native
-from resnet_fast.testing import samples
-from resnet_fast.testing.samples import assert_rule, check_kernel, make_args, nasty_problems
+from resnet_fast.testing import check, eager, rule
+from resnet_fast.testing.check import check_kernel
+from resnet_fast.testing.grids import nasty_problems
+from resnet_fast.testing.rule import assert_rule
+from resnet_fast.testing.samples import make_args
 
 pytestmark = pytest.mark.skipif(host_gpu.compiler() is None, reason="needs a g++ that knows _Float16 (12 or later)")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
@@ -106,7 +109,7 @@ def test_pointwise_beyond_two_to_the_31_elements(gpu: host_gpu.HostGpu) -> None:
     gpu.settings(processors=10**9, first_block=images // 2)  # tiles of 128 pixels: the last one is half an image
     out = gpu.conv_last_image(image, images, weight, scale, shift, residual, (0, 0), kernel="pointwise_hopper")
     args = image, weight, scale, shift, residual, None, None, 0.0, (1, 1), (0, 0), (1, 1), 1, "relu"
-    assert_rule(out, samples.eager("conv_bn_act", args)[0], samples.oracle("conv_bn_act", args)[0])
+    assert_rule(out, eager.eager("conv_bn_act", args)[0], check.oracle("conv_bn_act", args)[0])
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -125,7 +128,7 @@ def test_pointwise_passes_nan_and_infinity(gpu: host_gpu.HostGpu, dtype: torch.d
     out = gpu.pointwise_hopper(
         x, weight, scale, shift, residual, None, None, 0.0, (stride, stride), (0, 0), (1, 1), 1, "relu"
     )
-    assert samples.same_nonfinite(out, (F.conv2d(x.float(), weight.float(), stride=stride) + residual.float()).relu())
+    assert rule.same_nonfinite(out, (F.conv2d(x.float(), weight.float(), stride=stride) + residual.float()).relu())
 
 
 def test_pointwise_wants_addresses_of_whole_16_bytes(gpu: host_gpu.HostGpu) -> None:

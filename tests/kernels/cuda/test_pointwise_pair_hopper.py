@@ -11,8 +11,12 @@ import torch.nn.functional as F
 
 from resnet_fast.dispatch.problem import Problem
 from resnet_fast.dispatch.registry import Kernel, find
-from resnet_fast.testing import samples
-from resnet_fast.testing.samples import assert_rule, check_kernel, make_args, nasty_problems
+from resnet_fast.models import problems
+from resnet_fast.testing import check, eager, rule
+from resnet_fast.testing.check import check_kernel
+from resnet_fast.testing.grids import nasty_problems
+from resnet_fast.testing.rule import assert_rule
+from resnet_fast.testing.samples import make_args
 
 pytestmark = pytest.mark.skipif(host_gpu.compiler() is None, reason="needs a g++ that knows _Float16 (12 or later)")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
@@ -102,7 +106,7 @@ def test_passes_nan_and_infinity(gpu: host_gpu.HostGpu, dtype: torch.dtype) -> N
     gpu.settings(processors=1)
     out = gpu.pointwise_pair_hopper(x, weight, x2, weight2, bias, stride)
     exact = F.conv2d(x.float(), weight.float(), bias) + F.conv2d(x2.float(), weight2.float(), stride=2)
-    assert samples.same_nonfinite(out, exact.relu())
+    assert rule.same_nonfinite(out, exact.relu())
 
 
 def test_beyond_two_to_the_31_elements(gpu: host_gpu.HostGpu) -> None:
@@ -114,7 +118,7 @@ def test_beyond_two_to_the_31_elements(gpu: host_gpu.HostGpu) -> None:
     gpu.settings(processors=10**9, first_block=images // 2)  # tiles of 128 pixels: the last one is half an image
     out = gpu.pair_last_image(image, image2, images, weight, weight2, bias, (2, 2))
     args = image, weight, image2, weight2, bias, (2, 2)
-    assert_rule(out, samples.eager("pointwise_pair", args)[0], samples.oracle("pointwise_pair", args)[0])
+    assert_rule(out, eager.eager("pointwise_pair", args)[0], check.oracle("pointwise_pair", args)[0])
 
 
 @pytest.mark.parametrize("odd", range(5), ids=["x", "weight", "x2", "weight2", "out"])
@@ -153,7 +157,7 @@ def test_declines_with_a_reason(change: dict, reason: str | None) -> None:
 
 
 def test_takes_every_pair_of_resnet50() -> None:
-    problems = samples.model_problems("resnet50", 256, 224, torch.bfloat16, op="pointwise_pair")
-    assert len(problems) == 4
-    for one in problems:
+    pairs = problems.model_problems("resnet50", 256, 224, torch.bfloat16, op="pointwise_pair")
+    assert len(pairs) == 4
+    for one in pairs:
         assert find("native.pointwise_pair_hopper").supports(replace(one, **HOPPER)) is None

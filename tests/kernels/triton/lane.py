@@ -17,15 +17,11 @@ from resnet_fast.dispatch.registry import find
 from resnet_fast.kernels.triton import bn_act, bn_act_backward, conv, heuristics, launch, pointwise
 from resnet_fast.kernels.triton.heuristics import GemmConfig, MergeConfig, RowsConfig
 from resnet_fast.models.blocks import Bottleneck
-from resnet_fast.testing.samples import (
-    assert_rule,
-    check_kernel,
-    eager,
-    make_args,
-    nasty_problems,
-    oracle,
-    same_nonfinite,
-)
+from resnet_fast.testing.check import check_kernel, oracle
+from resnet_fast.testing.eager import eager
+from resnet_fast.testing.grids import nasty_problems
+from resnet_fast.testing.rule import assert_rule, same_nonfinite
+from resnet_fast.testing.samples import make_args
 
 assert launch.INTERPRETED, "this file needs TRITON_INTERPRET=1; pytest tests/test_triton_configs.py sets it"
 

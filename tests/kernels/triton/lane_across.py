@@ -15,7 +15,10 @@ from resnet_fast.kernels.triton.heuristics import Gemm, GemmConfig
 from resnet_fast.kernels.triton.tail_config import TailConfig
 from resnet_fast.kernels.triton.tail_config import tail as tail_of
 from resnet_fast.kernels.triton.tma_config import TileConfig
-from resnet_fast.testing.samples import eager, make_args, nasty_problems, same_nonfinite
+from resnet_fast.testing.eager import eager
+from resnet_fast.testing.grids import nasty_problems
+from resnet_fast.testing.rule import same_nonfinite
+from resnet_fast.testing.samples import make_args
 
 assert launch.INTERPRETED, "this file needs TRITON_INTERPRET=1; pytest tests/test_triton_across.py sets it"
 

@@ -15,7 +15,10 @@ from resnet_fast.dispatch.problem import Problem
 from resnet_fast.dispatch.registry import find
 from resnet_fast.kernels.triton import conv_tma, launch, pointwise_tma
 from resnet_fast.kernels.triton.tma_config import TileConfig
-from resnet_fast.testing.samples import eager, make_args, nasty_problems, same_nonfinite
+from resnet_fast.testing.eager import eager
+from resnet_fast.testing.grids import nasty_problems
+from resnet_fast.testing.rule import same_nonfinite
+from resnet_fast.testing.samples import make_args
 
 assert launch.INTERPRETED, "this file needs TRITON_INTERPRET=1; pytest tests/test_triton_tma.py sets it"
 

@@ -19,7 +19,7 @@ from resnet_fast.dispatch.problem import Problem
 from resnet_fast.dispatch.registry import find, kernels
 from resnet_fast.kernels.triton import heuristics, launch
 from resnet_fast.kernels.triton.heuristics import CHIPS, Gemm, chip, gemm_config, gemm_configs, predicted_ns
-from resnet_fast.testing.samples import model_problems
+from resnet_fast.models.problems import model_problems
 
 MODELS = ("resnet50", "resnext50_32x4d")
 sizes = st.integers(1, 4096)

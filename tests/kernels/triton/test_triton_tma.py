@@ -20,7 +20,7 @@ from resnet_fast.dispatch.registry import find
 from resnet_fast.kernels.triton import conv_tma, tma_config
 from resnet_fast.kernels.triton.heuristics import CHIPS, Gemm
 from resnet_fast.kernels.triton.tma_config import TileConfig, Window
-from resnet_fast.testing.samples import model_problems
+from resnet_fast.models.problems import model_problems
 
 HOPPER = (9, 0)
 CHIPS_WITH_TMA = [at for at in CHIPS if at >= HOPPER]
