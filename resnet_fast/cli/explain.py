@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if args.across and args.train:
         raise ValueError("--across is of plans, which do not train")
     if args.model_gpu:
-        from .network_floor import table as roofline_table
+        from ..analysis.network_floor import table as roofline_table
 
         print(roofline_table(args.model, args.batch, args.size, DTYPES[args.dtype], args.model_gpu, args.across))
         return 0

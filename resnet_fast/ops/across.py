@@ -1,8 +1,9 @@
-"""Ops across convolutions: contracts, checks, fakes and derivatives of what ``plan`` may put in place of several steps.
+"""Ops that span several convolutions: ``plan`` may replace several steps of a network by one of them.
 
-Inference over folded weights: batch norm is in filter and bias already. The activation is always ReLU, and NaN stays NaN. x, filters and
-residual are of one dtype, biases float32 (float64 for float64); any strides are right, results are NHWC (channels_last), rounded once.
-Every op has first derivatives, by autograd on its formula; forward-mode AD and functorch transforms run the formula itself.
+Inference over folded weights: batch norm is in filter and bias already. The activation is always ReLU, and NaN stays
+NaN. x, filters and residual are of one dtype, biases float32 (float64 for float64); any strides are right, results
+are NHWC (channels_last), rounded once. Every op has first derivatives, by autograd on its formula; forward-mode AD
+and functorch transforms run the formula itself.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ def pointwise_pair(
 ) -> Tensor:
     """Two 1×1 convolutions into one sum: relu(conv(x, weight) + conv(x2, weight2, stride2) + bias).
 
-    A stage's first block in one product over concatenated channels: its last convolution and its projection, which is never written.
-    x: [N, C, H, W]; weight: [K, C, 1, 1]; x2: [N, C2, H2, W2] with (H2−1)//stride+1 = H, W likewise; weight2: [K, C2, 1, 1]; bias: [K], of
-    both. Result [N, K, H, W]. Raises RuntimeError with what it got and expected. Source: He et al. 2016, eq. 2.
+    A stage's first block in one product over concatenated channels: its last convolution and its projection, which is
+    never written. x: [N, C, H, W]; weight: [K, C, 1, 1]; x2: [N, C2, H2, W2] with (H2−1)//stride+1 = H, W likewise;
+    weight2: [K, C2, 1, 1]; bias: [K], of both. Result [N, K, H, W]. Raises RuntimeError with what it got and
+    expected. Source: He et al. 2016, eq. 2.
     """
     args = (x, weight, x2, weight2, bias, pair(stride2))
     return reference.pointwise_pair(*args) if composite() else POINTWISE_PAIR(*args)
@@ -44,10 +46,10 @@ def conv_tail(
 ) -> tuple[Tensor, Tensor]:
     """A bottleneck from its 3×3 on, and the next one's first 1×1; returns (y, z), block output and that first 1×1's.
 
-    m = relu(conv3×3(x, weight2, padding 1) + bias2);  y = relu(conv1×1(m, weight3) + bias3 + r);  z = relu(conv1×1(y, weight1) + bias1);
-    r = residual, or conv1×1(residual, projection). m and y are rounded to x's dtype. x: [N, C, H, W]; weight2: [C2, C, 3, 3];
-    weight3: [K, C2, 1, 1]; residual: [N, K, H, W], with projection [K, Cr, 1, 1] [N, Cr, H, W]; weight1: [K1, K, 1, 1].
-    Raises RuntimeError with what it got and expected. Source: He et al. 2016, fig. 5.
+    m = relu(conv3×3(x, weight2, padding 1) + bias2);  y = relu(conv1×1(m, weight3) + bias3 + r);  z = relu(conv1×1(y,
+    weight1) + bias1); r = residual, or conv1×1(residual, projection). m and y are rounded to x's dtype. x: [N, C, H,
+    W]; weight2: [C2, C, 3, 3]; weight3: [K, C2, 1, 1]; residual: [N, K, H, W], with projection [K, Cr, 1, 1] [N, Cr,
+    H, W]; weight1: [K1, K, 1, 1]. Raises RuntimeError with what it got and expected. Source: He et al. 2016, fig. 5.
     """
     args = (x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1)
     return reference.conv_tail(*args) if composite() else CONV_TAIL(*args)
@@ -56,16 +58,17 @@ def conv_tail(
 def conv_pool(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
     """The stem: the 3×3 maximum (stride 2, padding 1) of relu(conv(x', weight, stride 2) + bias).
 
-    weight: [K, C, R, S], R and S odd, padded by R//2 and S//2: 7×7 in a ResNet. x: [N, C, H, W], x' = x; or uint8 with mean and std [C]
-    float32 in units of uint8: x' = (x − mean)/std in weight's dtype, padded by zeros after that. Result
-    [N, K, …] in weight's dtype. Raises RuntimeError with what it got and expected. Source: He et al. 2016, table 1.
+    weight: [K, C, R, S], R and S odd, padded by R//2 and S//2: 7×7 in a ResNet. x: [N, C, H, W], x' = x; or uint8
+    with mean and std [C] float32 in units of uint8: x' = (x − mean)/std in weight's dtype, padded by zeros after
+    that. Result [N, K, …] in weight's dtype. Raises RuntimeError with what it got and expected. Source: He et al.
+    2016, table 1.
     """
     args = (x, weight, bias, mean, std)
     return reference.conv_pool(*args) if composite() else CONV_POOL(*args)
 
 
 def pointwise_pool(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-    """The last 1×1 convolution and the global average pool: the mean over H and W of relu(conv(x, weight) + bias + residual).
+    """The head, 1×1 convolution and global average pool: mean over H, W of relu(conv(x, weight) + bias + residual).
 
     x: [N, C, H, W]; weight: [K, C, 1, 1]; bias: [K]; residual: [N, K, H, W]. Result [N, K], accumulated in float32.
     Raises RuntimeError with what it got and expected. Source: He et al. 2016; Lin et al. 2013 for the pool.
@@ -74,7 +77,7 @@ def pointwise_pool(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) ->
     return reference.pointwise_pool(*args) if composite() else POINTWISE_POOL(*args)
 
 
-# ---------------------------------------------------------------- checks: once for each new combination of shapes, dtypes and devices
+# ---------------------------------------------------------------- checks
 
 
 def _check_filter(
@@ -266,8 +269,8 @@ POINTWISE_PAIR = _define(
     lowered=(0, 1, 2, 3),
 )
 CONV_TAIL = _define(
-    "conv_tail(Tensor x, Tensor weight2, Tensor bias2, Tensor weight3, Tensor bias3, Tensor residual, Tensor? projection, "
-    "Tensor weight1, Tensor bias1) -> (Tensor, Tensor)",
+    "conv_tail(Tensor x, Tensor weight2, Tensor bias2, Tensor weight3, Tensor bias3, Tensor residual, "
+    "Tensor? projection, Tensor weight1, Tensor bias1) -> (Tensor, Tensor)",
     check_conv_tail,
     _fake_conv_tail,
     lowered=(0, 1, 3, 5, 6, 7),

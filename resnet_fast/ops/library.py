@@ -1,8 +1,8 @@
-"""The only user of torch.library: turns an op's parts (schema, fake, chooser, autograd, autocast) into a registered operator.
+"""Registers ops with PyTorch: schema, fake, implementation, autograd and autocast. The only user of torch.library.
 
-Python implementations sit on CompositeExplicitAutograd and autograd on our own ``Autograd`` key: measured per call 5.8 µs in inference
-mode and 15.7 µs with grad, against 11.8 and 39.5 for ``register_autograd`` (CPU, torch 2.15), which also left
-forward-mode tangents at zero.
+Python implementations sit on CompositeExplicitAutograd and autograd on our own ``Autograd`` key: measured per call
+5.8 µs in inference mode and 15.7 µs with grad, against 11.8 and 39.5 for ``register_autograd`` (CPU, torch 2.15),
+which also left forward-mode tangents at zero.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ def define(
 ) -> Callable:
     """Register one op and return the callable overload.
 
-    ``function`` is the autograd.Function whose forward calls the op below autograd (None: the op is itself a backward and has no
-    formula, so calling it on tensors that need grad raises); ``lowered`` are the positions of the arguments that autocast casts.
+    ``function`` is the autograd.Function whose forward calls the op below autograd (None: the op is itself a backward
+    and has no formula, so calling it on tensors that need grad raises); ``lowered`` are the positions of the
+    arguments that autocast casts.
     """
     name = schema.split("(")[0]
     _library.define(schema)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..dispatch.registry import chosen, select
 from . import reference
 from .contract import (
-    _check_act,
-    _unchecked,
+    check_act,
     check_images,
     check_like,
     check_vectors,
     composite,
     differentiable,
     dispatched,
+    unchecked,
 )
 from .library import below_autograd, define
 
@@ -23,11 +25,12 @@ from .library import below_autograd, define
 def bn_act(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, *, eps: float = 1e-5, act: str = "relu"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Training batch norm, residual and activation: act((x − μ)/√(σ²+eps)·weight + bias + residual); returns (y, μ, σ²).
+    """Training batch norm, residual and activation; returns (act((x − μ)/√(σ²+eps)·weight + bias + residual), μ, σ²).
 
-    μ and the biased σ² are the batch's, float32 (float64 for float64), without gradient: the caller updates its running statistics with
-    them. x, residual: [N, C, H, W] of one dtype; weight, bias: [C]. Raises ValueError for one value per channel, as
-    torch does, RuntimeError for shapes and dtypes. Source: Ioffe and Szegedy 2015; torch.nn.BatchNorm2d.
+    μ and the biased σ² are those of the batch, float32 (float64 for float64), without gradient: the caller updates its
+    running statistics with them. x, residual: [N, C, H, W] of one dtype; weight, bias: [C]. Raises ValueError for one
+    value per channel, as torch does, RuntimeError for shapes and dtypes. Source: Ioffe and Szegedy 2015;
+    torch.nn.BatchNorm2d.
     """
     args = (x, weight, bias, residual, eps, act)
     if not composite():
@@ -37,9 +40,9 @@ def bn_act(
 
 
 def fuses_bn_act(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, act: str) -> bool:
-    """Whether a kernel of ours would compute this :func:`bn_act`; torch's has more launches in it than the modules that it stands for.
+    """Whether a kernel of ours would compute this :func:`bn_act`; torch's launches more kernels than plain modules do.
 
-    If not, the choice is seen here by who records choices, for the op will not be called.
+    If not, the choice is recorded here, because the op is not called.
     """
     args = (x, weight, bias, residual, eps, act)
     if not chosen("bn_act", args, check_bn_act)[1].id.startswith("aten."):
@@ -50,7 +53,7 @@ def fuses_bn_act(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | Non
 
 def check_bn_act(x, weight, bias, residual, eps, act) -> None:
     op = "bn_act"
-    _check_act(op, act)
+    check_act(op, act)
     check_images(op, x, weight=weight, bias=bias, residual=residual)
     check_vectors(op, x.shape[1], weight=weight, bias=bias)
     check_like(op, "residual", residual, x.shape, x.dtype)
@@ -74,36 +77,45 @@ def _fake_bn_act_backward(dy, x, y, weight, mean, var, eps, act, residual) -> tu
     )
 
 
-def _linear_bn(x, weight, bias, eps) -> Tensor:
+def _before_activation(x, weight, bias, eps) -> Tensor:
     return reference.bn_act(x, weight, bias, None, eps, "none")[0]
 
 
+class _Saved(NamedTuple):
+    """What the forward keeps for the backward; ``y`` only with a ReLU, whose mask it is."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    y: Tensor | None
+    mean: Tensor
+    var: Tensor
+
+
 class _BnAct(torch.autograd.Function):
+    """The derivative of ``bn_act``; formula in :func:`reference.bn_act_backward`."""
+
     @staticmethod
     def forward(ctx, x, weight, bias, residual, eps, act):
         y, mean, var = below_autograd(BN_ACT, x, weight, bias, residual, eps, act)
         ctx.save_for_backward(x, weight, bias, y if act == "relu" else None, mean, var)
-        ctx.rest = eps, act
+        ctx.eps, ctx.act = eps, act
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
 
     @staticmethod
     def backward(ctx, dy, dmean, dvar):
-        x, weight, bias, y, mean, var = ctx.saved_tensors
-        eps, act = ctx.rest
+        saved = _Saved(*ctx.saved_tensors)
+        *_, needs_residual, _, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            dz = reference.relu_mask(dy, y, act)
-            return (
-                *differentiable(_linear_bn, (x, weight, bias, eps), dz)[:3],
-                dz if ctx.needs_input_grad[3] else None,
-                None,
-                None,
-            )
-        y = dy if y is None else y  # without an activation there is no mask to take from it
-        dx, dweight, dbias, dresidual = below_autograd(
-            BN_ACT_BACKWARD, dy, x, y, weight, mean, var, eps, act, ctx.needs_input_grad[3]
-        )
-        return dx, dweight, dbias, dresidual if ctx.needs_input_grad[3] else None, None, None
+            dresidual = reference.relu_mask(dy, saved.y, ctx.act)
+            inputs = (saved.x, saved.weight, saved.bias, ctx.eps)
+            dx, dweight, dbias, _ = differentiable(_before_activation, inputs, dresidual)
+        else:
+            y = dy if saved.y is None else saved.y  # without an activation the mask is not read
+            args = (dy, saved.x, y, saved.weight, saved.mean, saved.var, ctx.eps, ctx.act, needs_residual)
+            dx, dweight, dbias, dresidual = below_autograd(BN_ACT_BACKWARD, *args)
+        return dx, dweight, dbias, dresidual if needs_residual else None, None, None
 
 
 BN_ACT = define(
@@ -115,9 +127,9 @@ BN_ACT = define(
 
 
 BN_ACT_BACKWARD = define(
-    "bn_act_backward(Tensor dy, Tensor x, Tensor y, Tensor weight, Tensor mean, Tensor var, float eps, str act, bool residual) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    impl=dispatched("bn_act_backward", _unchecked),
+    "bn_act_backward(Tensor dy, Tensor x, Tensor y, Tensor weight, Tensor mean, Tensor var, float eps, str act, "
+    "bool residual) -> (Tensor, Tensor, Tensor, Tensor)",
+    impl=dispatched("bn_act_backward", unchecked),
     fake=_fake_bn_act_backward,
     function=None,
 )

@@ -1,7 +1,8 @@
-"""The mathematics of every op in plain torch: the oracle. Written to be obviously right, in any dtype up to float64.
+"""The mathematics of every op in plain torch: the oracle. Written to be obviously right, in any dtype.
 
-Every function here has the flat signature of the op it defines, is differentiable in every mode (reverse, forward, double) because
-it is made of ATen operations only, and depends on torch alone. Kernels are judged against these functions in float64.
+Every function here has the flat signature of the op it defines, is differentiable in every mode (reverse, forward,
+double) because it is made of ATen operations only, and depends on torch alone. Kernels are judged against these
+functions in float64.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ ACTIVATIONS = {"none": lambda z: z, "relu": torch.relu}
 def affine(scale: Tensor, shift: Tensor, mean: Tensor | None, var: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """The per-channel map y = s·x + t that batch norm is at inference: s = γ/√(σ²+ε), t = β − μ·s.
 
-    Without ``mean`` and ``var`` the two vectors are s and t already. Low-precision vectors are widened to float32 first.
+    Without ``mean`` and ``var`` the two vectors are s and t already. Low-precision vectors are widened to float32
+    first.
     """
     wide = torch.promote_types(scale.dtype, torch.float32)
     s, t = scale.to(wide), shift.to(wide)
@@ -53,7 +55,7 @@ def conv_bn_act(
 def bn_act(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, eps: float = 1e-5, act: str = "none"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Training batch norm, residual and activation: act((x − μ)/√(σ²+ε)·γ + β + residual), and the batch's μ and biased σ²."""
+    """(act((x − μ)/√(σ²+ε)·γ + β + residual), μ, σ²): training batch norm with the batch's μ and biased σ²."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     mean = wide.mean((0, 2, 3))
     var = (wide - mean.view(1, -1, 1, 1)).square().mean((0, 2, 3))
@@ -85,7 +87,7 @@ def bn_act_backward(
 
 
 def add_act(x: Tensor, y: Tensor, gate: Tensor | None = None, act: str = "none") -> Tensor:
-    """act(x·gate + y); ``gate`` is one factor for each image and channel, shape [N, C, 1, 1] (squeeze-and-excitation)."""
+    """act(x·gate + y); ``gate``, [N, C, 1, 1], scales each channel of each image (squeeze-and-excitation)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     z = x.to(wide) if gate is None else x.to(wide) * gate
     return ACTIVATIONS[act](z + y).to(x.dtype)
@@ -123,7 +125,10 @@ def conv_tail(
     weight1: Tensor,
     bias1: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """m = relu(conv3×3(x) + b₂);  y = relu(conv1×1(m) + b₃ + r);  z = relu(conv1×1(y) + b₁);  r the residual or its projection."""
+    """(y, z): m = relu(conv3×3(x) + b₂);  y = relu(conv1×1(m) + b₃ + r);  z = relu(conv1×1(y) + b₁).
+
+    r is the residual or its projection.
+    """
     middle = torch.relu(F.conv2d(x, weight2, padding=1) + bias2.view(1, -1, 1, 1)).to(x.dtype)
     shortcut = residual if projection is None else F.conv2d(residual, projection)
     y = torch.relu(F.conv2d(middle, weight3) + shortcut + bias3.view(1, -1, 1, 1)).to(x.dtype)
@@ -136,7 +141,7 @@ def normalized(x: Tensor, mean: Tensor | None, std: Tensor | None, dtype: torch.
 
 
 def conv_pool(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
-    """The 3×3 maximum of stride 2 of relu(conv(x', weight) + bias), a convolution of stride 2; x' = x or (x − mean)/std."""
+    """maxpool3×3(relu(conv(x', weight) + bias)), both of stride 2; x' = x or (x − mean)/std."""
     padding = weight.shape[2] // 2, weight.shape[3] // 2
     z = F.conv2d(normalized(x, mean, std, weight.dtype), weight, None, 2, padding) + bias.view(1, -1, 1, 1)
     return F.max_pool2d(torch.relu(z), 3, 2, 1).to(weight.dtype)

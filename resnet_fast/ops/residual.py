@@ -6,22 +6,22 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .contract import _check_act, _unchecked, check_images, check_like, composite, dispatched
+from .contract import check_act, check_images, check_like, composite, dispatched, unchecked
 from .library import below_autograd, define
 
 
 def add_act(x: Tensor, y: Tensor, gate: Tensor | None = None, *, act: str = "relu") -> Tensor:
     """Residual add, with an optional squeeze-and-excitation gate, and activation: act(x·gate + y).
 
-    x, y: [N, C, H, W] of one dtype; gate: [N, C, 1, 1] of that dtype. Raises RuntimeError naming what it got and expected.
-    Source: He et al. 2016; Hu et al. 2018 for the gate.
+    x, y: [N, C, H, W] of one dtype; gate: [N, C, 1, 1] of that dtype. Raises RuntimeError naming what it got and
+    expected. Source: He et al. 2016; Hu et al. 2018 for the gate.
     """
     return reference.add_act(x, y, gate, act) if composite() else ADD_ACT(x, y, gate, act)
 
 
 def check_add_act(x, y, gate, act) -> None:
     op = "add_act"
-    _check_act(op, act)
+    check_act(op, act)
     check_images(op, x, y=y, gate=gate)
     check_like(op, "y", y, x.shape, x.dtype)
     check_like(op, "gate", gate, (*x.shape[:2], 1, 1), x.dtype)
@@ -39,10 +39,12 @@ def _fake_add_act_backward(dout, out, x, gate, act) -> tuple[Tensor, Tensor, Ten
 
 
 class _AddAct(torch.autograd.Function):
+    """The derivative of ``add_act``; formula in :func:`reference.add_act_backward`."""
+
     @staticmethod
     def forward(ctx, x, y, gate, act):
         out = below_autograd(ADD_ACT, x, y, gate, act)
-        # Without a gate the mask is all that backward needs: saving more would hold an activation for nothing.
+        # Without a gate the backward reads the ReLU's mask alone: do not keep x alive for it.
         ctx.save_for_backward(None if gate is None else x, gate, out)
         ctx.act = act
         return out
@@ -51,8 +53,10 @@ class _AddAct(torch.autograd.Function):
     def backward(ctx, dout):
         x, gate, out = ctx.saved_tensors
         args = dout, out, x, gate, ctx.act
-        again = torch.is_grad_enabled()
-        dy, dx, dgate = reference.add_act_backward(*args) if again else below_autograd(ADD_ACT_BACKWARD, *args)
+        if torch.is_grad_enabled():  # create_graph: gradients of ATen operations can be differentiated again
+            dy, dx, dgate = reference.add_act_backward(*args)
+        else:
+            dy, dx, dgate = below_autograd(ADD_ACT_BACKWARD, *args)
         return (dy, dy, None, None) if gate is None else (dx, dy, dgate, None)
 
 
@@ -66,7 +70,7 @@ ADD_ACT = define(
 
 ADD_ACT_BACKWARD = define(
     "add_act_backward(Tensor dout, Tensor out, Tensor? x, Tensor? gate, str act) -> (Tensor, Tensor, Tensor)",
-    impl=dispatched("add_act_backward", _unchecked),
+    impl=dispatched("add_act_backward", unchecked),
     fake=_fake_add_act_backward,
     function=None,
 )

@@ -29,11 +29,12 @@ def timed(line: Line, graph: bool = False) -> Line:
     if problem is None or problem.device != "cuda":
         return line
     from ..dispatch import tables
-    from . import network_floor
+    from ..roofline.chips import ceilings
+    from ..roofline.floor import problem_floor
 
     record = tables.records(problem).get(line.kernel if "." in line.kernel else f"{line.kernel}.{line.op}", {})
     try:
-        floor = network_floor.problem_floor(problem, network_floor.ceilings(tables.gpu_name())).seconds * 1e6
+        floor = problem_floor(problem, ceilings(tables.gpu_name())).seconds * 1e6
     except LookupError:  # a GPU that nobody wrote down, or no rate for float64
         floor = None
     return replace(line, floor_us=floor, time_us=record.get("device_us" if graph else "time_us"))
