@@ -322,6 +322,35 @@ def test_metadata():
     assert set(found.get_all("Provides-Extra")) == {"vision", "timm", "io", "bench", "report", "test", "dev"}
 
 
+def test_the_wheel_holds_the_marker_of_inline_types_and_all_package_data(tmp_path):
+    """What ``build_py`` copies is what a wheel holds; ``py.typed`` makes type checkers read our annotations."""
+    build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, env={**os.environ, "RESNET_FAST_BUILD": "none"}, check=True, capture_output=True)
+    copied = {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if file.is_file()}
+    assert "resnet_fast/py.typed" in copied
+    for folder in ("templates", "include"):
+        sources = (ROOT / "resnet_fast" / "kernels" / folder).iterdir()
+        wanted = {file.relative_to(ROOT).as_posix() for file in sources if file.is_file()}
+        assert wanted <= copied
+
+
+def test_ci_checks_style_and_types_before_it_runs_the_tests():
+    commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("make ")]
+    assert commands == ["make lint", "make test"]
+
+
+def test_lint_checks_style_format_and_types(tmp_path):
+    """Asked of make itself: with the stamp there already, it prints what it would run."""
+    for stamp in (".python", ".torch", ".lint"):
+        (tmp_path / ".venv").mkdir(exist_ok=True)
+        (tmp_path / ".venv" / stamp).touch()
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "csrc").mkdir()
+    dry = subprocess.run(["make", "-n", "lint"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    tools = [line.split("/")[-1] for line in dry.splitlines() if line.startswith(".venv/bin/")]
+    assert tools == ["ruff check .", "ruff format --check .", "mypy"]
+
+
 def test_the_version_can_be_read_without_importing_torch():
     tree = ast.parse((ROOT / "resnet_fast" / "__init__.py").read_text())
     literal = {node.targets[0].id: node.value for node in tree.body if isinstance(node, ast.Assign)}["__version__"]
