@@ -8,6 +8,9 @@ are right, NHWC (channels_last) is what the kernels want. Accumulation, affine, 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -44,13 +47,15 @@ def _direct(x: Tensor, weight: Tensor) -> bool:
 
 
 def pair(value: Pair) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
+    if isinstance(value, int):
+        return value, value
+    return tuple(value)  # type: ignore[return-value]  # the schema refuses another length
 
 
 # ---------------------------------------------------------------- checks: once for each new combination of shapes, dtypes and devices
 
 
-def require(ok: bool, op: str, what: str, got, expected) -> None:
+def require(ok: bool, op: str, what: str, got: object, expected: object) -> None:
     if not ok:
         raise RuntimeError(f"{op}: {what}: got {got}, expected {expected}")
 
@@ -68,7 +73,7 @@ def check_images(op: str, x: Tensor, **others: Tensor | None) -> None:
             require(t.device == x.device, op, f"{name} device", t.device, f"{x.device} (that of x)")
 
 
-def check_like(op: str, name: str, t: Tensor | None, shape, dtype: torch.dtype) -> None:
+def check_like(op: str, name: str, t: Tensor | None, shape: Iterable[int], dtype: torch.dtype) -> None:
     if t is not None:
         require(tuple(t.shape) == tuple(shape), op, f"{name} shape", list(t.shape), list(shape))
         require(t.dtype == dtype, op, f"{name} dtype", t.dtype, f"{dtype} (that of x)")
@@ -81,7 +86,7 @@ def check_vectors(op: str, channels: int, **vectors: Tensor | None) -> None:
             require(v.is_floating_point(), op, f"{name} dtype", v.dtype, "a floating dtype")
 
 
-def _unchecked(*args) -> None:
+def _unchecked(*args: Any) -> None:
     """A backward gets what its forward made."""
 
 
@@ -91,7 +96,9 @@ def _unchecked(*args) -> None:
 # ---------------------------------------------------------------- derivatives
 
 
-def differentiable(formula, saved: tuple, grad: Tensor | tuple[Tensor, ...]) -> tuple:
+def differentiable(
+    formula: Callable[..., Any], saved: tuple[Any, ...], grad: Tensor | tuple[Tensor, ...]
+) -> tuple[Tensor | None, ...]:
     """First derivatives, under ``create_graph`` such that can be differentiated again: autograd on a formula, say the reference up to
     the activation, whose own second derivative is 0.
 
@@ -115,10 +122,10 @@ def _flat_like(grad: Tensor, t: Tensor) -> Tensor:
 # ---------------------------------------------------------------- registration
 
 
-def dispatched(op: str, check):
+def dispatched(op: str, check: Callable[..., None]) -> Callable[..., Any]:
     """The op's implementation: look the kernel up, checking the arguments the first time such a combination is seen."""
 
-    def run(*args):
+    def run(*args: Any) -> Any:
         return select(op, args, check)(*args)
 
     return run

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,7 @@ def fuses_bn_act(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | Non
     return False
 
 
-def check_bn_act(x, weight, bias, residual, eps, act) -> None:
+def check_bn_act(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, act: str) -> None:
     op = "bn_act"
     _check_act(op, act)
     check_images(op, x, weight=weight, bias=bias, residual=residual)
@@ -58,14 +60,27 @@ def check_bn_act(x, weight, bias, residual, eps, act) -> None:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()} (bn_act)")
 
 
-def _fake_bn_act(x, weight, bias, residual, eps, act) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_bn_act(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, act: str
+) -> tuple[Tensor, Tensor, Tensor]:
     check_images("bn_act", x, weight=weight, bias=bias, residual=residual)
     wide = torch.promote_types(x.dtype, torch.float32)
-    stats = (torch.empty(x.shape[1], dtype=wide, device=x.device) for _ in range(2))
-    return torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)[0], *stats
+    y = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)[0]
+    mean, var = (torch.empty(x.shape[1], dtype=wide, device=x.device) for _ in range(2))
+    return y, mean, var
 
 
-def _fake_bn_act_backward(dy, x, y, weight, mean, var, eps, act, residual) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_bn_act_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    act: str,
+    residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(x),
         torch.empty_like(weight),
@@ -74,13 +89,15 @@ def _fake_bn_act_backward(dy, x, y, weight, mean, var, eps, act, residual) -> tu
     )
 
 
-def _linear_bn(x, weight, bias, eps) -> Tensor:
+def _linear_bn(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return reference.bn_act(x, weight, bias, None, eps, "none")[0]
 
 
 class _BnAct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, eps, act):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, act: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
         y, mean, var = below_autograd(BN_ACT, x, weight, bias, residual, eps, act)
         ctx.save_for_backward(x, weight, bias, y if act == "relu" else None, mean, var)
         ctx.rest = eps, act
@@ -88,7 +105,7 @@ class _BnAct(torch.autograd.Function):
         return y, mean, var
 
     @staticmethod
-    def backward(ctx, dy, dmean, dvar):
+    def backward(ctx: Any, dy: Tensor, dmean: Tensor, dvar: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, y, mean, var = ctx.saved_tensors
         eps, act = ctx.rest
         if torch.is_grad_enabled():
