@@ -20,7 +20,7 @@ help:
 	@echo "make test    install into .venv and run every test that needs no GPU"
 	@echo "make bench   install into .venv and compare ours with eager and torch.compile on photographs (a GPU is tuned first)"
 	@echo "make gpu     on a machine with a GPU: prove and measure every kernel (the current Python, no network)"
-	@echo "make lint    ruff"
+	@echo "make lint    ruff check, ruff format --check, and mypy on the package"
 	@echo "make clean   remove .venv and everything built"
 	@echo "PYTHON=python3.12 chooses the interpreter, RESNET_FAST_BUILD=none compiles nothing."
 
@@ -43,9 +43,11 @@ gpu:
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache resnet_fast/_build.json resnet_fast/_C.*.so resnet_fast/_cpu.*.so
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache resnet_fast/_build.json resnet_fast/_C.*.so resnet_fast/_cpu.*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.python:
@@ -67,6 +69,7 @@ $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py
 	  print('CUDA kernels', get('extension'), get('why'), sep=': '); print('CPU kernels', get('cpu'), get('cpu_why'), sep=': ')"
 	@touch $@
 
-$(VENV)/.lint: $(VENV)/.python
-	@$(PIP) install "ruff>=0.9"
+# mypy reads torch's own types; nothing else that the package imports is needed.
+$(VENV)/.lint: $(VENV)/.torch
+	@$(PIP) install "ruff>=0.9" "mypy>=1.15"
 	@touch $@

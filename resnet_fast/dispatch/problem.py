@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,12 +48,13 @@ class Problem:
         """Height and width that the first convolution gives (the input's own, for the pointwise ops)."""
         if self.weight is None or self.second is not None or self.op == "pointwise_pair":
             return self.x[2], self.x[3]
-        return tuple(
+        height, width = (
             (size + 2 * p - d * (k - 1) - 1) // s + 1
             for size, p, d, k, s in zip(
                 self.x[2:], self.padding, self.dilation, self.weight[2:], self.stride, strict=True
             )
         )
+        return height, width
 
     @property
     def pointwise(self) -> bool:
@@ -84,7 +87,7 @@ def layout(x: Tensor) -> str:
     return "nchw" if x.is_contiguous() else "strided"
 
 
-def _place(x: Tensor) -> dict:
+def _place(x: Tensor) -> dict[str, Any]:
     on_gpu = x.device.type == "cuda"
     return {
         "device": x.device.type,
@@ -95,20 +98,37 @@ def _place(x: Tensor) -> dict:
     }
 
 
-def describe(op: str, args: tuple) -> Problem:
+def describe(op: str, args: tuple[Any, ...]) -> Problem:
     """The Problem of a call, from its flat arguments."""
     return DESCRIBE[op](*args)
 
 
+def _pair(sizes: Sequence[int]) -> tuple[int, int]:
+    height, width = sizes
+    return height, width
+
+
 def _describe_conv(
-    x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str,
 ) -> Problem:
     return Problem(
         op="conv_bn_act",
         weight=tuple(weight.shape),
-        stride=tuple(stride),
-        padding=tuple(padding),
-        dilation=tuple(dilation),
+        stride=_pair(stride),
+        padding=_pair(padding),
+        dilation=_pair(dilation),
         groups=groups,
         residual=None if residual is None else layout(residual),
         bn=mean is not None,
@@ -117,36 +137,50 @@ def _describe_conv(
     )
 
 
-def _describe_bn(x, weight, bias, residual, eps, act) -> Problem:
+def _describe_bn(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, act: str) -> Problem:
     return Problem(op="bn_act", residual=None if residual is None else layout(residual), act=act, **_place(x))
 
 
-def _describe_bn_backward(dy, x, y, weight, mean, var, eps, act, residual) -> Problem:
+def _describe_bn_backward(
+    dy: Tensor, x: Tensor, y: Tensor, weight: Tensor, mean: Tensor, var: Tensor, eps: float, act: str, residual: bool
+) -> Problem:
     return Problem(op="bn_act_backward", residual=layout(dy) if residual else None, act=act, **_place(x))
 
 
-def _describe_add(x, y, gate, act) -> Problem:
+def _describe_add(x: Tensor, y: Tensor, gate: Tensor | None, act: str) -> Problem:
     return Problem(op="add_act", residual=layout(y), gate=gate is not None, act=act, **_place(x))
 
 
-def _describe_add_backward(dout, out, x, gate, act) -> Problem:
+def _describe_add_backward(dout: Tensor, out: Tensor, x: Tensor | None, gate: Tensor | None, act: str) -> Problem:
     return Problem(op="add_act_backward", residual=layout(out), gate=gate is not None, act=act, **_place(dout))
 
 
-def _describe_pair(x, weight, x2, weight2, bias, stride2) -> Problem:
+def _describe_pair(
+    x: Tensor, weight: Tensor, x2: Tensor, weight2: Tensor, bias: Tensor, stride2: Sequence[int]
+) -> Problem:
     return Problem(
         op="pointwise_pair",
         weight=tuple(weight.shape),
         chain=(tuple(weight2.shape),),
-        stride=tuple(stride2),
-        second=tuple(x2.shape[2:]),
+        stride=_pair(stride2),
+        second=_pair(x2.shape[2:]),
         residual=layout(x2),
         act="relu",
         **_place(x),
     )
 
 
-def _describe_tail(x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1) -> Problem:
+def _describe_tail(
+    x: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    weight3: Tensor,
+    bias3: Tensor,
+    residual: Tensor,
+    projection: Tensor | None,
+    weight1: Tensor,
+    bias1: Tensor,
+) -> Problem:
     chain = tuple(weight3.shape), () if projection is None else tuple(projection.shape), tuple(weight1.shape)
     return Problem(
         op="conv_tail",
@@ -159,7 +193,7 @@ def _describe_tail(x, weight2, bias2, weight3, bias3, residual, projection, weig
     )
 
 
-def _describe_conv_pool(x, weight, bias, mean, std) -> Problem:
+def _describe_conv_pool(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, std: Tensor | None) -> Problem:
     place = _place(x) | {"dtype": weight.dtype}
     return Problem(
         op="conv_pool",
@@ -172,11 +206,11 @@ def _describe_conv_pool(x, weight, bias, mean, std) -> Problem:
     )
 
 
-def _describe_pointwise_pool(x, weight, bias, residual) -> Problem:
+def _describe_pointwise_pool(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Problem:
     return Problem(op="pointwise_pool", weight=tuple(weight.shape), residual=layout(residual), act="relu", **_place(x))
 
 
-DESCRIBE = {
+DESCRIBE: dict[str, Callable[..., Problem]] = {
     "conv_bn_act": _describe_conv,
     "bn_act": _describe_bn,
     "bn_act_backward": _describe_bn_backward,
@@ -202,14 +236,14 @@ IDENTITY = {
 }
 
 
-def _strides(t: Tensor | None):
+def _strides(t: Tensor | None) -> tuple[int, ...] | None:
     return None if t is None else t.stride()
 
 
-def _whole(op: str):
+def _whole(op: str) -> Callable[..., tuple[Any, ...]]:
     """A key of everything there is to know of an op's tensors without their data."""
 
-    def key(*args) -> tuple:
+    def key(*args: Any) -> tuple[Any, ...]:
         return (
             op,
             *(
@@ -221,7 +255,7 @@ def _whole(op: str):
     return key
 
 
-KEYS = {
+KEYS: dict[str, Callable[..., tuple[Any, ...]]] = {
     "conv_bn_act": lambda x, w, scale, shift, res, mean, var, eps, stride, padding, dilation, groups, act: (
         "conv_bn_act",
         x.shape,

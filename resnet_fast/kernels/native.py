@@ -31,7 +31,7 @@ SOURCES = (str(RECORD),) if RECORD.is_file() else ()
 @functools.cache
 def extension() -> ModuleType:
     """The extension: ``kernels()`` names its kernels, ``attributes(name)`` tells their registers and occupancy."""
-    from .. import _C
+    from .. import _C  # type: ignore[attr-defined]  # compiled by setup.py
 
     return _C
 

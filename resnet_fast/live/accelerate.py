@@ -130,10 +130,11 @@ class Forward:
         return owner
 
     @property
-    def __wrapped__(self) -> Callable:
+    def __wrapped__(self) -> Callable[..., Any]:
         """The class's forward, for whoever asks this one for its signature."""
         owner = self.owner()
-        return type(owner).forward.__get__(owner)
+        bound: Callable[..., Any] = type(owner).forward.__get__(owner)
+        return bound
 
     @property
     def __code__(self) -> CodeType:
@@ -141,14 +142,14 @@ class Forward:
         return self.__wrapped__.__code__
 
     @property
-    def __globals__(self) -> dict:
+    def __globals__(self) -> dict[str, Any]:
         """As above: torch.fx wraps functions where the forward looks them up."""
         return self.__wrapped__.__globals__
 
     def replicate(self) -> nn.Module:
         """DataParallel's replica, whose parameters are its own: it runs its class's forward, not this module's."""
         owner = self.owner()
-        replica = type(owner)._replicate_for_data_parallel(owner)
+        replica: nn.Module = type(owner)._replicate_for_data_parallel(owner)
         _strip(replica)
         return replica
 
@@ -166,12 +167,12 @@ class Forward:
             return self._in_nhwc(owner, args)
         return at_once(owner, lambda x: self._in_nhwc(owner, (x,)), args[0], unseen)
 
-    def _in_nhwc(self, owner: nn.Module, args: tuple) -> Any:
+    def _in_nhwc(self, owner: nn.Module, args: tuple[Any, ...]) -> Any:
         if wants_nhwc(owner, args[0]):
             return to_nchw(self._run(owner, (to_nhwc(args[0]), *args[1:])))
         return self._run(owner, args)
 
-    def _run(self, owner: nn.Module, args: tuple) -> Any:
+    def _run(self, owner: nn.Module, args: tuple[Any, ...]) -> Any:
         if self.unit:
             program = self._program(owner, args[0])
             if program is not None and program.why_plain(args) is None:
@@ -206,6 +207,11 @@ class _Unit:
     @property
     def fuses(self) -> bool:
         return any(s is not None and s.fused for s in self.schedules.values())
+
+    def count(self, training: bool) -> int:
+        """The number of fused steps."""
+        found = self.schedules[training]
+        return 0 if found is None else len(found.fused)
 
     def left(self, training: bool) -> dict[str, str]:
         """The unfused convolutions that a batch norm reads, by path, and why."""
@@ -263,8 +269,12 @@ def _is_sequence(m: nn.Module) -> bool:
 def _fused_convs(model: nn.Module, units: list[_Unit], training: bool) -> set[nn.Module]:
     """The convolutions that fused steps stand for, in units and in our own blocks."""
     blocks = [m for m in model.modules() if type(m).forward in _OUR_BLOCKS]
-    made = [(u.module, u.schedules[training]) for u in units if u.schedules[training]]
-    return {m for block in blocks for m in block.modules()} | {u.get_submodule(p) for u, s in made for p in s.skipped}
+    convs = {m for block in blocks for m in block.modules()}
+    for unit in units:
+        found = unit.schedules[training]
+        if found is not None:
+            convs.update(map(unit.module.get_submodule, found.skipped))
+    return convs
 
 
 def _unit_schedule(m: nn.Module, training: bool) -> Schedule | None:
@@ -320,7 +330,7 @@ class Report:
     own: tuple[str, ...]
 
     def __str__(self) -> str:
-        rows = [(path, *counts, "") for path, counts in self.fused.items()]
+        rows: list[tuple[object, ...]] = [(path, *counts, "") for path, counts in self.fused.items()]
         rows += [(path, "", "", "fuses by itself") for path in self.own]
         rows += [(path, "-", "", why) for path, why in self.left.items()]
         rows += [
@@ -340,9 +350,7 @@ def accelerated(model: nn.Module) -> Report:
     """
     _check("accelerated", model)
     found = list(_units("", model, set(), set()))
-    counts = {
-        u.path or "(model)": tuple(len(s.fused) if s else 0 for s in u.schedules.values()) for u in found if u.fuses
-    }
+    counts = {u.path or "(model)": (u.count(False), u.count(True)) for u in found if u.fuses}
     own = tuple(path for path, m in model.named_modules() if type(m).forward in _OUR_BLOCKS)
     left, left_training = ({path: why for u in found for path, why in u.left(t).items()} for t in (False, True))
     inside = islands(model, model.training, _fused_convs(model, found, model.training))

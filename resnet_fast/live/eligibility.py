@@ -21,7 +21,7 @@ _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _FITS = {"conv": (nn.Conv2d,), "bn": _NORMS, "relu": (nn.ReLU,)}
 
 
-def why_plain(x: Tensor, modules: Iterable[nn.Module]) -> str | None:
+def why_plain(x: Tensor, modules: Iterable[nn.Module | None]) -> str | None:
     """Why ``modules`` (everything the fused step would not call) must run one by one on ``x``, or None if they may be fused."""
     return _why_plain_here(x) or next(filter(None, map(_why_plain_module, modules)), None)
 
@@ -72,7 +72,7 @@ def _why_plain_module(m: nn.Module) -> str | None:
     return check(m)
 
 
-def why_misplaced(named: Iterable[tuple[str, nn.Module]]) -> str | None:
+def why_misplaced(named: Iterable[tuple[str, nn.Module | None]]) -> str | None:
     """Why a child is not what its name (conv…, bn…, relu) promises to the fused step (a bn3 that is an Identity), or None."""
     for name, m in named:
         fits = _FITS.get(name.rstrip("0123456789"))

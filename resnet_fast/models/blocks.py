@@ -7,6 +7,7 @@ untouched. The plain forward is what torchvision runs, operation by operation: f
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,21 +35,23 @@ def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_planes, out_planes, kernel_size=1, stride=stride, bias=False)
 
 
-def _skipped(block: nn.Module) -> list[nn.Module]:
+def _skipped(block: BasicBlock | Bottleneck) -> list[nn.Module | None]:
     """The modules that a fused forward would not call: the children, and the projection's own."""
-    children = [m for m in block._modules.values() if m is not None]
+    children: list[nn.Module | None] = [m for m in block._modules.values() if m is not None]
     return children if block.downsample is None else [*children, *block.downsample._modules.values()]
 
 
-def _identity(block: nn.Module, x: Tensor) -> Tensor:
+def _identity(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
     """The shortcut: the input itself, or the fused projection."""
     if block.downsample is None:
         return x
+    conv: Any  # a Conv2d and a BatchNorm2d: why_plain_block has checked both
+    bn: Any
     conv, bn = block.downsample._modules.values()
     return conv_bn_act(conv, bn, x)
 
 
-def why_plain_block(block: nn.Module, x: Tensor) -> str | None:
+def why_plain_block(block: BasicBlock | Bottleneck, x: Tensor) -> str | None:
     """Why this block's plain modules must run on ``x``, or None."""
     downsample = block.downsample
     if downsample is not None and (

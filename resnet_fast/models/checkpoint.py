@@ -24,7 +24,11 @@ _SUFFIXES = (".safetensors", ".pth", ".pt")
 
 
 def load_checkpoint(
-    model: nn.Module, source: str | os.PathLike | Mapping[str, Any], *, strict: bool = True, weights_only: bool = True
+    model: nn.Module,
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    strict: bool = True,
+    weights_only: bool = True,
 ) -> nn.Module:
     """Load weights into ``model`` (in place) and return it.
 
@@ -43,7 +47,7 @@ def load_checkpoint(
     return model
 
 
-def save_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
+def save_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the model's weights under torchvision's names, as .safetensors or (by torch.save) .pth or .pt.
 
     Wrappers' name segments are left out, tensors are written contiguous and on the CPU: safetensors refuses channels_last
@@ -66,7 +70,7 @@ def _read(path: Path, weights_only: bool) -> Any:
     return torch.load(path, map_location="cpu", weights_only=weights_only)
 
 
-def _safetensors():
+def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:

@@ -8,7 +8,8 @@ and functorch transforms run the formula itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +49,8 @@ def conv_tail(
 
     m = relu(conv3×3(x, weight2, padding 1) + bias2);  y = relu(conv1×1(m, weight3) + bias3 + r);  z = relu(conv1×1(y,
     weight1) + bias1); r = residual, or conv1×1(residual, projection). m and y are rounded to x's dtype. x: [N, C, H,
-    W]; weight2: [C2, C, 3, 3]; weight3: [K, C2, 1, 1]; residual: [N, K, H, W], with projection [K, Cr, 1, 1] [N, Cr,
-    H, W]; weight1: [K1, K, 1, 1]. Raises RuntimeError with what it got and expected. Source: He et al. 2016, fig. 5.
+    W]; weight2: [C2, C, 3, 3]; weight3: [K, C2, 1, 1]; residual: [N, K, H, W], or [N, Cr, H, W] with projection
+    [K, Cr, 1, 1]; weight1: [K1, K, 1, 1]. Raises RuntimeError with what it got and expected. Source: He et al. 2016, fig. 5.
     """
     args = (x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1)
     return reference.conv_tail(*args) if composite() else CONV_TAIL(*args)
@@ -81,7 +82,7 @@ def pointwise_pool(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) ->
 
 
 def _check_filter(
-    op: str, name: str, weight: Tensor, channels: int, dtype: torch.dtype, of: str, size: tuple[int, int] = (1, 1)
+    op: str, name: str, weight: Tensor, channels: int, dtype: torch.dtype, of: str, size: tuple[int, ...] = (1, 1)
 ) -> None:
     """[any, channels, *size] of x's dtype; ``of`` names what has the channels."""
     right = weight.dim() == 4 and (weight.shape[1], *weight.shape[2:]) == (channels, *size)
@@ -101,7 +102,9 @@ def _check_bias(op: str, name: str, bias: Tensor, weight: Tensor) -> None:
     require(bias.dtype == wide, op, f"{name} dtype", bias.dtype, f"{wide} (weights are {weight.dtype})")
 
 
-def check_pointwise_pair(x, weight, x2, weight2, bias, stride2) -> None:
+def check_pointwise_pair(
+    x: Tensor, weight: Tensor, x2: Tensor, weight2: Tensor, bias: Tensor, stride2: Sequence[int]
+) -> None:
     op = "pointwise_pair"
     check_images(op, x, weight=weight, x2=x2, weight2=weight2, bias=bias)
     _check_filter(op, "weight", weight, x.shape[1], x.dtype, "x")
@@ -128,7 +131,17 @@ def check_pointwise_pair(x, weight, x2, weight2, bias, stride2) -> None:
     _check_bias(op, "bias", bias, weight)
 
 
-def check_conv_tail(x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1) -> None:
+def check_conv_tail(
+    x: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    weight3: Tensor,
+    bias3: Tensor,
+    residual: Tensor,
+    projection: Tensor | None,
+    weight1: Tensor,
+    bias1: Tensor,
+) -> None:
     op = "conv_tail"
     check_images(
         op,
@@ -165,10 +178,10 @@ def check_conv_tail(x, weight2, bias2, weight3, bias3, residual, projection, wei
         _check_bias(op, name, bias, weight)
 
 
-def check_conv_pool(x, weight, bias, mean, std) -> None:
+def check_conv_pool(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, std: Tensor | None) -> None:
     op = "conv_pool"
     require((mean is None) == (std is None), op, "mean and std", "one of them", "both or neither")
-    if mean is None:
+    if mean is None or std is None:
         check_images(op, x, weight=weight, bias=bias)
     else:
         require(
@@ -186,12 +199,13 @@ def check_conv_pool(x, weight, bias, mean, std) -> None:
     _check_filter(op, "weight", weight, x.shape[1], weight.dtype if mean is not None else x.dtype, "x", tuple(taps))
     require(min(x.shape[2:]) > 0, op, "x shape", list(x.shape), "at least one pixel")
     _check_bias(op, "bias", bias, weight)
-    for name, v in () if mean is None else (("mean", mean), ("std", std)):
-        require(tuple(v.shape) == (x.shape[1],), op, f"{name} shape", list(v.shape), [x.shape[1]])
-        require(v.dtype in (torch.float32, bias.dtype), op, f"{name} dtype", v.dtype, "torch.float32")
+    if mean is not None and std is not None:
+        for name, v in (("mean", mean), ("std", std)):
+            require(tuple(v.shape) == (x.shape[1],), op, f"{name} shape", list(v.shape), [x.shape[1]])
+            require(v.dtype in (torch.float32, bias.dtype), op, f"{name} dtype", v.dtype, "torch.float32")
 
 
-def check_pointwise_pool(x, weight, bias, residual) -> None:
+def check_pointwise_pool(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> None:
     op = "pointwise_pool"
     check_images(op, x, weight=weight, bias=bias, residual=residual)
     _check_filter(op, "weight", weight, x.shape[1], x.dtype, "x")
@@ -206,17 +220,31 @@ def _nhwc(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape).to(memory_format=torch.channels_last)
 
 
-def _fake_pointwise_pair(x, weight, x2, weight2, bias, stride2) -> Tensor:
+def _fake_pointwise_pair(
+    x: Tensor, weight: Tensor, x2: Tensor, weight2: Tensor, bias: Tensor, stride2: Sequence[int]
+) -> Tensor:
     check_pointwise_pair(x, weight, x2, weight2, bias, stride2)
     return _nhwc(x, x.shape[0], weight.shape[0], *x.shape[2:])
 
 
-def _fake_conv_tail(x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1) -> tuple[Tensor, Tensor]:
+def _fake_conv_tail(
+    x: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    weight3: Tensor,
+    bias3: Tensor,
+    residual: Tensor,
+    projection: Tensor | None,
+    weight1: Tensor,
+    bias1: Tensor,
+) -> tuple[Tensor, Tensor]:
     check_conv_tail(x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1)
-    return tuple(_nhwc(x, x.shape[0], weight.shape[0], *x.shape[2:]) for weight in (weight3, weight1))
+    y = _nhwc(x, x.shape[0], weight3.shape[0], *x.shape[2:])
+    z = _nhwc(x, x.shape[0], weight1.shape[0], *x.shape[2:])
+    return y, z
 
 
-def _fake_conv_pool(x, weight, bias, mean, std) -> Tensor:
+def _fake_conv_pool(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, std: Tensor | None) -> Tensor:
     check_conv_pool(x, weight, bias, mean, std)
     pooled = F.max_pool2d(
         F.conv2d(x.to(weight.dtype), weight, None, 2, (weight.shape[2] // 2, weight.shape[3] // 2)), 3, 2, 1
@@ -224,7 +252,7 @@ def _fake_conv_pool(x, weight, bias, mean, std) -> Tensor:
     return _nhwc(weight, *pooled.shape)
 
 
-def _fake_pointwise_pool(x, weight, bias, residual) -> Tensor:
+def _fake_pointwise_pool(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     check_pointwise_pool(x, weight, bias, residual)
     return x.new_empty(x.shape[0], weight.shape[0])
 
@@ -232,18 +260,18 @@ def _fake_pointwise_pool(x, weight, bias, residual) -> Tensor:
 # ---------------------------------------------------------------- derivatives
 
 
-def _function(name: str, formula: Callable) -> type[torch.autograd.Function]:
+def _function(name: str, formula: Callable[..., Any]) -> type[torch.autograd.Function]:
     """First derivatives by autograd on the formula, which is run again: nothing inside a fused op was kept."""
 
     class Across(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *args):
+        def forward(ctx: Any, *args: Any) -> Any:
             ctx.save_for_backward(*(a if isinstance(a, Tensor) else None for a in args))
             ctx.rest = tuple(None if isinstance(a, Tensor) else a for a in args)
             return below_autograd(getattr(torch.ops.resnet_fast, name).default, *args)
 
         @staticmethod
-        def backward(ctx, *grads):
+        def backward(ctx: Any, *grads: Tensor) -> Any:
             args = tuple(b if a is None else a for a, b in zip(ctx.saved_tensors, ctx.rest, strict=True))
             return differentiable(formula, args, grads)
 
@@ -251,7 +279,9 @@ def _function(name: str, formula: Callable) -> type[torch.autograd.Function]:
     return Across
 
 
-def _define(schema: str, check: Callable, fake: Callable, lowered: tuple[int, ...]) -> Callable:
+def _define(
+    schema: str, check: Callable[..., None], fake: Callable[..., Any], lowered: tuple[int, ...]
+) -> Callable[..., Any]:
     name = schema.split("(")[0]
     return define(
         schema,

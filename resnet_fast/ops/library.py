@@ -8,6 +8,7 @@ which also left forward-mode tangents at zero.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +21,11 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 def define(
     schema: str,
     *,
-    impl: Callable,
-    fake: Callable,
+    impl: Callable[..., Any],
+    fake: Callable[..., Any],
     function: type[torch.autograd.Function] | None,
     lowered: tuple[int, ...] = (),
-) -> Callable:
+) -> Callable[..., Any]:
     """Register one op and return the callable overload.
 
     ``function`` is the autograd.Function whose forward calls the op below autograd (None: the op is itself a backward
@@ -35,7 +36,7 @@ def define(
     _library.define(schema)
     _library.impl(name, impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    op: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
     _library.impl(name, _autograd(op, function) if function is not None else _no_formula(op), "Autograd")
     if lowered:
         for device in ("CPU", "CUDA"):
@@ -43,14 +44,14 @@ def define(
     return op
 
 
-def below_autograd(op: Callable, *args):
+def below_autograd(op: Callable[..., Any], *args: Any) -> Any:
     """Call an op's kernels without its Autograd key: what a Function's forward does."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
 
-def _autograd(op: Callable, function: type[torch.autograd.Function]) -> Callable:
-    def autograd(*args):
+def _autograd(op: Callable[..., Any], function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    def autograd(*args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return function.apply(*args)
         return below_autograd(op, *args)
@@ -58,8 +59,8 @@ def _autograd(op: Callable, function: type[torch.autograd.Function]) -> Callable
     return autograd
 
 
-def _no_formula(op: Callable) -> Callable:
-    def autograd(*args):
+def _no_formula(op: Callable[..., Any]) -> Callable[..., Any]:
+    def autograd(*args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             raise RuntimeError(
                 f"{op}: got an input that requires grad, expected none: it is a backward and has no formula"
@@ -69,10 +70,10 @@ def _no_formula(op: Callable) -> Callable:
     return autograd
 
 
-def _autocast(op: Callable, device: str, lowered: tuple[int, ...]) -> Callable:
+def _autocast(op: Callable[..., Any], device: str, lowered: tuple[int, ...]) -> Callable[..., Any]:
     keys = DispatchKeySet(getattr(DispatchKey, f"Autocast{device}"))
 
-    def autocast(*args):
+    def autocast(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device.lower())
         cast = list(args)
         for i in lowered:

@@ -7,11 +7,13 @@ functions in float64.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = {"none": lambda z: z, "relu": torch.relu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda z: z, "relu": torch.relu}
 
 
 def affine(scale: Tensor, shift: Tensor, mean: Tensor | None, var: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
@@ -37,9 +39,9 @@ def conv_bn_act(
     mean: Tensor | None = None,
     var: Tensor | None = None,
     eps: float = 0.0,
-    stride=(1, 1),
-    padding=(0, 0),
-    dilation=(1, 1),
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
     groups: int = 1,
     act: str = "none",
 ) -> Tensor:
@@ -103,12 +105,15 @@ def add_act_backward(
     dy = relu_mask(dout, out, act)
     if gate is None:
         return dy, dout.new_empty(0), dout.new_empty(0)
+    assert x is not None, "a gate's gradient needs x"
     wide = torch.promote_types(dy.dtype, torch.float32)
     dgate = (dy.to(wide) * x).sum((2, 3), keepdim=True)
     return dy, (dy.to(wide) * gate).to(dout.dtype), dgate.to(gate.dtype)
 
 
-def pointwise_pair(x: Tensor, weight: Tensor, x2: Tensor, weight2: Tensor, bias: Tensor, stride2=(1, 1)) -> Tensor:
+def pointwise_pair(
+    x: Tensor, weight: Tensor, x2: Tensor, weight2: Tensor, bias: Tensor, stride2: Sequence[int] = (1, 1)
+) -> Tensor:
     """relu(conv(x, weight) + conv(x2, weight2) + bias), both 1×1, the second with a stride."""
     z = F.conv2d(x, weight) + F.conv2d(x2, weight2, None, stride2)
     return torch.relu(z + bias.view(1, -1, 1, 1)).to(x.dtype)

@@ -157,7 +157,7 @@ def restored(record: Any, device: torch.device | str, cuda_graph: bool | None, p
     )
 
 
-def _filter(record: dict) -> Filter:
+def _filter(record: dict[str, Any]) -> Filter:
     """One convolution's; raises ValueError for shapes that a kernel would take on trust."""
     weight, bias, geometry = record["weight"], record["bias"], tuple(map(_decode, record["geometry"]))
     pairs, groups = geometry[:3], geometry[3]

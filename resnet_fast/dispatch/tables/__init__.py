@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,9 +50,9 @@ def file_name(gpu: str) -> str:
 # ---------------------------------------------------------------- reading
 
 
-def read(path: Path, gpu: str) -> dict[str, dict]:
+def read(path: Path, gpu: str) -> dict[str, dict[str, Any]]:
     """The sections of one file, empty where there is none; a file that cannot be used is ignored with a warning."""
-    empty = {section: {} for section in SECTIONS}
+    empty: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     if not path.is_file():
         return empty
     try:
@@ -68,12 +69,12 @@ def read(path: Path, gpu: str) -> dict[str, dict]:
 
 
 @functools.cache
-def load(gpu: str) -> tuple[dict[str, dict], ...]:
+def load(gpu: str) -> tuple[dict[str, dict[str, Any]], ...]:
     """The sections of the user's own file and of the shipped one, in this order; cached until ``update`` writes."""
     return tuple(read(folder / file_name(gpu), gpu) for folder in (user_folder(), SHIPPED))
 
 
-def lookup(problem: Problem, *, graph: bool = False) -> dict | None:
+def lookup(problem: Problem, *, graph: bool = False) -> dict[str, Any] | None:
     """The entry that may be used for this problem on the current GPU, or None."""
     return next((entry for entry in _entries(problem, graph) if stale(entry) is None), None)
 
@@ -84,22 +85,22 @@ def why_not(problem: Problem, *, graph: bool = False) -> str | None:
     return None if lookup(problem, graph=graph) or not found else stale(found[0])
 
 
-def _entries(problem: Problem, graph: bool) -> Iterator[dict]:
+def _entries(problem: Problem, graph: bool) -> Iterator[dict[str, Any]]:
     for sections in load(gpu_name()):
         entry = sections["graph" if graph else "entries"].get(problem.key)
         if entry is not None:
             yield entry
 
 
-def records(problem: Problem) -> dict[str, dict]:
+def records(problem: Problem) -> dict[str, dict[str, Any]]:
     """Kernel → what the current GPU's tables say of it on this problem, as far as it was measured as it is now."""
-    found: dict[str, dict] = {}
+    found: dict[str, dict[str, Any]] = {}
     for sections in reversed(load(gpu_name())):
         found |= sections["measured"].get(problem.key, {})
     return {kernel: record for kernel, record in found.items() if stale({"kernel": kernel, **record}) is None}
 
 
-def tell(record: dict) -> str:
+def tell(record: dict[str, Any]) -> str:
     """One record in words."""
     if record["status"] != "right":
         return f"{record['status'].upper()}: {record['reason']}"
@@ -107,7 +108,7 @@ def tell(record: dict) -> str:
     return f"{call} µs a call, {device} in a graph; error {record['error']:.2g}, eager's {record['eager_error']:.2g}"
 
 
-def stale(entry: dict) -> str | None:
+def stale(entry: dict[str, Any]) -> str | None:
     """Why an entry must be verified again before use, or None if it stands."""
     from ..registry import find  # a table names kernels; only a check needs the registry
 
@@ -181,7 +182,7 @@ def source_hash(sources: tuple[str, ...]) -> str:
 # ---------------------------------------------------------------- writing
 
 
-def update(gpu: str, edit: Callable[[dict[str, dict]], None], folder: Path | None = None) -> Path:
+def update(gpu: str, edit: Callable[[dict[str, dict[str, Any]]], None], folder: Path | None = None) -> Path:
     """Let ``edit`` change the sections of a GPU's file in ``folder`` (default: the user's), and write it whole.
 
     Under a lock between reading and writing, so two processes lose none of each other's entries; replaced in one step,
