@@ -199,7 +199,7 @@ def test_site_lists_every_page() -> None:
 
 def test_api_reference_lists_every_public_name() -> None:
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    listed = re.findall(r"^::: resnet_fast\.(\w+)$", text, re.MULTILINE)
+    listed = re.findall(r"^(?:::: resnet_fast\.|- `)(\w+)`?$", text, re.MULTILINE)
     assert sorted(listed) == sorted(resnet_fast.__all__)
 
 
