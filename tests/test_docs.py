@@ -28,7 +28,6 @@ FENCE = re.compile(r"^```(?P<language>\S*)\n(?P<code>.*?)^```$", re.MULTILINE | 
 # `<!-- needs: cuda -->` or `<!-- needs: some_package -->` on the line before a block.
 NEEDS = re.compile(r"<!-- needs: (\w+) -->\n\Z")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-COMMAND = ("python", "-m", "resnet_fast")
 QUICK = {"info", "new-kernel"}  # every line of these runs, and every line that begins as SMALL does
 SMALL = ("explain", "resnet18", "--size", "64")
 
