@@ -14,11 +14,12 @@ export TORCH_CUDA_ARCH_LIST ?= $(or $(GPU_ARCH),8.0+PTX)
 
 CSRC := $(shell find csrc -type f)
 
-.PHONY: help test bench gpu lint clean
+.PHONY: help test bench gpu docs lint clean
 
 help:
 	@echo "make test    install into .venv and run every test that needs no GPU"
 	@echo "make bench   install into .venv and compare ours with eager and torch.compile on photographs (a GPU is tuned first)"
+	@echo "make docs    build the documentation site into site/"
 	@echo "make gpu     on a machine with a GPU: prove and measure every kernel (the current Python, no network)"
 	@echo "make lint    ruff check, ruff format --check, and mypy on the package"
 	@echo "make clean   remove .venv and everything built"
@@ -41,6 +42,9 @@ endif
 gpu:
 	$(PYTHON) benchmarks/gpu.py
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,6 +53,7 @@ lint: $(VENV)/.lint
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache resnet_fast/_build.json resnet_fast/_C.*.so resnet_fast/_cpu.*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf site
 
 $(VENV)/.python:
 	@echo "creating $(VENV) with $$($(PYTHON) --version)"
@@ -59,6 +64,11 @@ $(VENV)/.python:
 $(VENV)/.torch: $(VENV)/.python
 	@echo "installing torch (the largest download, once)"
 	@$(PIP) install "torch>=2.11"
+	@touch $@
+
+# The site is built from the sources: neither torch nor the package is installed for it.
+$(VENV)/.docs: $(VENV)/.python
+	@$(PIP) install "mkdocs-material>=9.5" "mkdocstrings[python]>=0.26" "ruff>=0.9"
 	@touch $@
 
 # One editable install for each set of extras; only what changed in csrc is compiled again.
