@@ -45,12 +45,15 @@ def conv_tail(
     weight1: Tensor,
     bias1: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """A bottleneck from its 3×3 on, and the next one's first 1×1; returns (y, z), block output and that first 1×1's.
+    """A bottleneck from its 3×3 convolution on, and the next bottleneck's first 1×1; returns (y, z).
 
-    m = relu(conv3×3(x, weight2, padding 1) + bias2);  y = relu(conv1×1(m, weight3) + bias3 + r);  z = relu(conv1×1(y,
-    weight1) + bias1); r = residual, or conv1×1(residual, projection). m and y are rounded to x's dtype. x: [N, C, H,
-    W]; weight2: [C2, C, 3, 3]; weight3: [K, C2, 1, 1]; residual: [N, K, H, W], or [N, Cr, H, W] with projection
-    [K, Cr, 1, 1]; weight1: [K1, K, 1, 1]. Raises RuntimeError with what it got and expected. Source: He et al. 2016, fig. 5.
+    m = relu(conv3×3(x, weight2, padding 1) + bias2)
+    y = relu(conv1×1(m, weight3) + bias3 + r), the block's output; r = residual, or conv1×1(residual, projection)
+    z = relu(conv1×1(y, weight1) + bias1), the next block's first convolution
+
+    m and y are rounded to x's dtype. x: [N, C, H, W]; weight2: [C2, C, 3, 3]; weight3: [K, C2, 1, 1]; residual:
+    [N, K, H, W], or [N, Cr, H, W] with projection [K, Cr, 1, 1]; weight1: [K1, K, 1, 1]. Raises RuntimeError with
+    what it got and expected. Source: He et al. 2016, fig. 5.
     """
     args = (x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1)
     return reference.conv_tail(*args) if composite() else CONV_TAIL(*args)

@@ -9,7 +9,7 @@ float32 (float64 for float64 inputs); results are rounded once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -53,7 +53,9 @@ def skips_dispatcher(x: Tensor, weight: Tensor) -> bool:
 
 def pair(value: Pair) -> tuple[int, int]:
     """(value, value) for a number; a pair as a tuple."""
-    return (value, value) if isinstance(value, int) else tuple(value)
+    if isinstance(value, int):
+        return value, value
+    return tuple(value)  # type: ignore[return-value]  # the schema refuses another length
 
 
 # ---------------------------------------------------------------- checks, once for each new combination of arguments
@@ -80,7 +82,7 @@ def check_images(op: str, x: Tensor, **others: Tensor | None) -> None:
             require(t.device == x.device, op, f"{name} device", t.device, f"{x.device} (that of x)")
 
 
-def check_like(op: str, name: str, t: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> None:
+def check_like(op: str, name: str, t: Tensor | None, shape: Iterable[int], dtype: torch.dtype) -> None:
     """``t``, if given, has this shape and dtype."""
     if t is not None:
         require(tuple(t.shape) == tuple(shape), op, f"{name} shape", list(t.shape), list(shape))
@@ -102,7 +104,9 @@ def unchecked(*args: object) -> None:
 # ---------------------------------------------------------------- derivatives
 
 
-def differentiable(formula: Callable[..., Any], saved: tuple, grad: Tensor | tuple[Tensor, ...]) -> tuple:
+def differentiable(
+    formula: Callable[..., Any], saved: tuple[Any, ...], grad: Tensor | tuple[Tensor, ...]
+) -> tuple[Tensor | None, ...]:
     """Gradients by autograd on a formula; under ``create_graph`` they can be differentiated again.
 
     ``formula`` is a function of ``saved``: the reference up to the activation, whose second derivative is 0. Returns

@@ -110,7 +110,19 @@ def check_geometry(op: str, x: Tensor, weight: Tensor, groups: int, **geometry: 
 
 
 def check_conv_bn_act(
-    x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    act: str,
 ) -> None:
     op = "conv_bn_act"
     check_act(op, act)
@@ -122,7 +134,19 @@ def check_conv_bn_act(
 
 
 def _fake_conv_bn_act(
-    x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    act: str,
 ) -> Tensor:
     # This is also the Meta kernel, which the dispatcher calls for a mix of real and meta tensors: hence the check.
     check_images("conv_bn_act", x, weight=weight, scale=scale, shift=shift, residual=residual, mean=mean, var=var)
@@ -181,14 +205,24 @@ class _ConvBnAct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, scale, shift, residual, mean, var, *settings):
-        out = below_autograd(CONV_BN_ACT, x, weight, scale, shift, residual, mean, var, *settings)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        residual: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        *settings: Any,
+    ) -> Tensor:
+        out: Tensor = below_autograd(CONV_BN_ACT, x, weight, scale, shift, residual, mean, var, *settings)
         ctx.settings = _Settings(*settings)
         ctx.save_for_backward(x, weight, scale, shift, mean, var, out if ctx.settings.act == "relu" else None)
         return out
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         saved, needs = _Saved(*ctx.saved_tensors), _Arguments(*ctx.needs_input_grad)
         gradients = _differentiable_gradients if torch.is_grad_enabled() else _gradients
         return tuple(gradients(saved, ctx.settings, needs, dy))
@@ -203,7 +237,20 @@ def _differentiable_gradients(saved: _Saved, settings: _Settings, needs: _Argume
     return _Arguments(dx, dweight, dscale, dshift, dresidual, dmean, dvar)
 
 
-def _before_activation(x, weight, scale, shift, mean, var, eps, *geometry) -> Tensor:
+def _before_activation(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    geometry = (stride, padding, dilation, groups)
     return reference.conv_bn_act(x, weight, scale, shift, None, mean, var, eps, *geometry, "none")
 
 
@@ -212,7 +259,9 @@ def _gradients(saved: _Saved, settings: _Settings, needs: _Arguments, dy: Tensor
     dz = torch.ops.aten.threshold_backward(dy, saved.out, 0) if settings.act == "relu" else dy
     s, _ = reference.affine(saved.scale, saved.shift, saved.mean, saved.var, settings.eps)
     s4 = s.view(-1, 1, 1, 1)
-    dx = dweight = unscaled = None
+    dx: Tensor | None = None
+    dweight: Tensor | None = None
+    unscaled: Any = None  # the filter's gradient before it is multiplied by s
     if needs.x:
         folded = (saved.weight * s4).to(saved.weight.dtype)
         dx = _convolution_backward(dz, saved.x, folded, settings, (True, False, False))[0]
@@ -225,7 +274,9 @@ def _gradients(saved: _Saved, settings: _Settings, needs: _Arguments, dy: Tensor
     return _Arguments(dx, dweight, dscale, dshift, dresidual, dmean, dvar)
 
 
-def _convolution_backward(dz, x, weight, settings: _Settings, outputs: tuple[bool, bool, bool]) -> tuple:
+def _convolution_backward(
+    dz: Tensor, x: Tensor, weight: Tensor, settings: _Settings, outputs: tuple[bool, bool, bool]
+) -> tuple[Any, Any, Any]:
     _, stride, padding, dilation, groups, _ = settings
     transposed, output_padding = False, (0, 0)
     return torch.ops.aten.convolution_backward(
@@ -234,7 +285,7 @@ def _convolution_backward(dz, x, weight, settings: _Settings, outputs: tuple[boo
 
 
 def _vector_gradients(
-    saved: _Saved, settings: _Settings, needs: _Arguments, dz: Tensor, unscaled: Tensor | None, wide: torch.dtype
+    saved: _Saved, settings: _Settings, needs: _Arguments, dz: Tensor, unscaled: Any, wide: torch.dtype
 ) -> list[Tensor | None]:
     """Gradients of scale, shift, mean and var, each in its vector's dtype; None where none is needed."""
     vectors = (saved.scale, saved.shift, saved.mean, saved.var)
@@ -245,7 +296,7 @@ def _vector_gradients(
     ds = (saved.weight.to(wide) * unscaled).sum((1, 2, 3)) if needs.scale or needs.var else None
     gradients = _affine_backward(ds, dt, saved.scale, saved.mean, saved.var, settings.eps)
     return [
-        gradient.to(vector.dtype) if need else None
+        gradient.to(vector.dtype) if need and gradient is not None and vector is not None else None
         for gradient, vector, need in zip(gradients, vectors, needed, strict=True)
     ]
 
@@ -256,7 +307,9 @@ def _affine_backward(
     """Through s = γ·r, t = β − μ·s, r = (σ²+ε)^-½: dγ = q·r, dβ = dt, dμ = −γ·r·dt, dσ² = −½·γ·r³·q; q = ds − μ·dt."""
     if mean is None:
         return [ds, dt, None, None]
-    r, gamma = torch.rsqrt(var.to(dt.dtype) + eps), scale.to(dt.dtype)
+    assert var is not None  # checked: mean and var come together
+    r = torch.rsqrt(var.to(dt.dtype) + eps)
+    gamma = scale.to(dt.dtype)
     dmean = -gamma * r * dt
     if ds is None:
         return [None, dt, dmean, None]

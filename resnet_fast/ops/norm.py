@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def fuses_bn_act(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | Non
     return False
 
 
-def check_bn_act(x, weight, bias, residual, eps, act) -> None:
+def check_bn_act(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, act: str) -> None:
     op = "bn_act"
     check_act(op, act)
     check_images(op, x, weight=weight, bias=bias, residual=residual)
@@ -61,23 +61,33 @@ def check_bn_act(x, weight, bias, residual, eps, act) -> None:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()} (bn_act)")
 
 
-def _fake_bn_act(x, weight, bias, residual, eps, act) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_bn_act(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, act: str
+) -> tuple[Tensor, Tensor, Tensor]:
     check_images("bn_act", x, weight=weight, bias=bias, residual=residual)
     wide = torch.promote_types(x.dtype, torch.float32)
-    stats = (torch.empty(x.shape[1], dtype=wide, device=x.device) for _ in range(2))
-    return torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)[0], *stats
+    y, _, _ = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+    mean = torch.empty(x.shape[1], dtype=wide, device=x.device)
+    return y, mean, torch.empty_like(mean)
 
 
-def _fake_bn_act_backward(dy, x, y, weight, mean, var, eps, act, residual) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(x),
-        torch.empty_like(weight),
-        torch.empty_like(weight),
-        torch.empty_like(y) if residual else x.new_empty(0),
-    )
+def _fake_bn_act_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    act: str,
+    residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+    dresidual = torch.empty_like(y) if residual else x.new_empty(0)
+    return dx, dweight, dbias, dresidual
 
 
-def _before_activation(x, weight, bias, eps) -> Tensor:
+def _before_activation(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return reference.bn_act(x, weight, bias, None, eps, "none")[0]
 
 
@@ -96,7 +106,9 @@ class _BnAct(torch.autograd.Function):
     """The derivative of ``bn_act``; formula in :func:`reference.bn_act_backward`."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, eps, act):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, act: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
         y, mean, var = below_autograd(BN_ACT, x, weight, bias, residual, eps, act)
         ctx.save_for_backward(x, weight, bias, y if act == "relu" else None, mean, var)
         ctx.eps, ctx.act = eps, act
@@ -104,7 +116,7 @@ class _BnAct(torch.autograd.Function):
         return y, mean, var
 
     @staticmethod
-    def backward(ctx, dy, dmean, dvar):
+    def backward(ctx: Any, dy: Tensor, dmean: Tensor, dvar: Tensor) -> tuple[Tensor | None, ...]:
         saved = _Saved(*ctx.saved_tensors)
         *_, needs_residual, _, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():

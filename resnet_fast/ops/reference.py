@@ -142,14 +142,19 @@ def conv_tail(
 
 def normalized(x: Tensor, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype) -> Tensor:
     """(x − mean)/std for each channel, in ``dtype``; x itself without them."""
-    return x if mean is None or std is None else ((x - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)).to(dtype)
+    if mean is None or std is None:
+        return x
+    centred = x - mean.view(1, -1, 1, 1)
+    return (centred / std.view(1, -1, 1, 1)).to(dtype)
 
 
 def conv_pool(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
     """maxpool3×3(relu(conv(x', weight) + bias)), both of stride 2; x' = x or (x − mean)/std."""
     padding = weight.shape[2] // 2, weight.shape[3] // 2
-    z = F.conv2d(normalized(x, mean, std, weight.dtype), weight, None, 2, padding) + bias.view(1, -1, 1, 1)
-    return F.max_pool2d(torch.relu(z), 3, 2, 1).to(weight.dtype)
+    x = normalized(x, mean, std, weight.dtype)
+    z = F.conv2d(x, weight, None, stride=2, padding=padding) + bias.view(1, -1, 1, 1)
+    pooled = F.max_pool2d(torch.relu(z), kernel_size=3, stride=2, padding=1)
+    return pooled.to(weight.dtype)
 
 
 def pointwise_pool(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
@@ -158,6 +163,9 @@ def pointwise_pool(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) ->
     return torch.relu(z).mean((2, 3)).to(x.dtype)
 
 
-def relu_mask(dout: Tensor, out: Tensor, act: str) -> Tensor:
+def relu_mask(dout: Tensor, out: Tensor | None, act: str) -> Tensor:
     """The gradient before the activation, from the output: eager's rule, which lets a NaN output's gradient through."""
-    return dout.clone() if act == "none" else torch.where(out <= 0, 0, dout)
+    if act == "none":
+        return dout.clone()
+    assert out is not None  # a ReLU's mask is read from its output
+    return torch.where(out <= 0, 0, dout)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ def add_act(x: Tensor, y: Tensor, gate: Tensor | None = None, *, act: str = "rel
     return reference.add_act(x, y, gate, act) if composite() else ADD_ACT(x, y, gate, act)
 
 
-def check_add_act(x, y, gate, act) -> None:
+def check_add_act(x: Tensor, y: Tensor, gate: Tensor | None, act: str) -> None:
     op = "add_act"
     check_act(op, act)
     check_images(op, x, y=y, gate=gate)
@@ -27,12 +29,14 @@ def check_add_act(x, y, gate, act) -> None:
     check_like(op, "gate", gate, (*x.shape[:2], 1, 1), x.dtype)
 
 
-def _fake_add_act(x, y, gate, act) -> Tensor:
+def _fake_add_act(x: Tensor, y: Tensor, gate: Tensor | None, act: str) -> Tensor:
     check_images("add_act", x, y=y, gate=gate)
     return x + y if gate is None else torch.addcmul(y, x, gate)
 
 
-def _fake_add_act_backward(dout, out, x, gate, act) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_add_act_backward(
+    dout: Tensor, out: Tensor, x: Tensor | None, gate: Tensor | None, act: str
+) -> tuple[Tensor, Tensor, Tensor]:
     if gate is None:
         return torch.empty_like(out), dout.new_empty(0), dout.new_empty(0)
     return torch.empty_like(out), torch.empty_like(out), torch.empty_like(gate)
@@ -42,15 +46,15 @@ class _AddAct(torch.autograd.Function):
     """The derivative of ``add_act``; formula in :func:`reference.add_act_backward`."""
 
     @staticmethod
-    def forward(ctx, x, y, gate, act):
-        out = below_autograd(ADD_ACT, x, y, gate, act)
+    def forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor | None, act: str) -> Tensor:
+        out: Tensor = below_autograd(ADD_ACT, x, y, gate, act)
         # Without a gate the backward reads the ReLU's mask alone: do not keep x alive for it.
         ctx.save_for_backward(None if gate is None else x, gate, out)
         ctx.act = act
         return out
 
     @staticmethod
-    def backward(ctx, dout):
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, out = ctx.saved_tensors
         args = dout, out, x, gate, ctx.act
         if torch.is_grad_enabled():  # create_graph: gradients of ATen operations can be differentiated again
