@@ -39,7 +39,7 @@ endif
 
 # On that machine torch and its friends are there already, and there is no network: no environment of our own.
 gpu:
-	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) -m tools.gpu
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

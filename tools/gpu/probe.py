@@ -7,7 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from gpu_run import ROOT, last_words
+from .watchdog import ROOT, last_words
 
 SOURCE = Path(__file__).with_name("descriptor_probe.cu")
 TARGET = "arch=compute_90a,code=sm_90a"

@@ -11,7 +11,6 @@ from dataclasses import replace
 from math import ceil, prod
 
 import torch
-from gpu_scale import Alive, Cases, Scale
 from torch import Tensor
 
 from resnet_fast import capture, testing
@@ -21,6 +20,8 @@ from resnet_fast.measure_op import op_problems
 from resnet_fast.problem import ACROSS, Problem
 from resnet_fast.testing import Verdict, check_kernel, nasty_problems
 from resnet_fast.verify import ORACLE_IMAGES, verify
+
+from .scale import Alive, Cases, Scale
 
 
 def place(scale: Scale) -> tuple[str, tuple[int, int] | None]:

@@ -6,10 +6,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import gpu
 import pytest
-from gpu_run import Job, Ledger, Sensors, Watchdog
 from gpu_runs import a_run, a_stage, job, soon, watchdog
+
+from tools.gpu import __main__ as gpu
+from tools.gpu.watchdog import Job, Ledger, Sensors, Watchdog
 
 
 @pytest.fixture

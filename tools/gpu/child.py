@@ -1,6 +1,6 @@
 """One child of a run on a GPU: does one task case by case and tells its parent through a file what it does and finds.
 
-``python benchmarks/gpu_child.py JOB EVENTS``: see ``gpu_run``. A task is a generator of (case, function → row).
+``python -m tools.gpu.child JOB EVENTS``: see ``watchdog``. A task is a generator of (case, function → row).
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from gpu_scale import REHEARSAL, Cases, Scale
+from .scale import REHEARSAL, Cases, Scale
 
 BROKEN = 3  # exit code after a fault that this process cannot outlive
 
 TASKS = {
-    "environment": "gpu_measure",
-    "inventory": "gpu_check",
-    "check": "gpu_check",
-    "memory": "gpu_check",
-    "large": "gpu_check",
-    "layer_times": "gpu_measure",
-    "fill_tables": "gpu_measure",
-    "tune_plans": "gpu_measure",
-    "whole_network": "gpu_measure",
+    "environment": "tools.gpu.measure",
+    "inventory": "tools.gpu.check",
+    "check": "tools.gpu.check",
+    "memory": "tools.gpu.check",
+    "large": "tools.gpu.check",
+    "layer_times": "tools.gpu.measure",
+    "fill_tables": "tools.gpu.measure",
+    "tune_plans": "tools.gpu.measure",
+    "whole_network": "tools.gpu.measure",
 }
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from gpu_summary import Found, decisions, layer_rows, summary, write
 
 from resnet_fast.report.ledger import read_run
+from tools.gpu.summary import Found, decisions, layer_rows, summary, write
 
 
 def rows_of(job: str, *cases: tuple[str, str]) -> list[dict]:

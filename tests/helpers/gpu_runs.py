@@ -6,16 +6,16 @@ import sys
 import time
 from pathlib import Path
 
-import gpu
-from gpu_run import Job, Ledger, Watchdog
+from tools.gpu import __main__ as gpu
+from tools.gpu.watchdog import Job, Ledger, Watchdog
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+ROOT = Path(__file__).resolve().parents[2]
 
 # A child without torch: each of its cases does what its name says.
 CHILD = f"""
 import json, os, subprocess, sys, time
-sys.path.insert(0, {str(BENCHMARKS)!r})
-from gpu_child import Events, follow_parent, perform
+sys.path.insert(0, {str(ROOT)!r})
+from tools.gpu.child import Events, follow_parent, perform
 
 def work(case, args):
     name = case.rstrip("0123456789")

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import threading
 
-import gpu_check
-import gpu_measure
 import pytest
 import torch
-from gpu_scale import REHEARSAL, Scale
-from gpu_summary import Found
 
 from resnet_fast import dispatch, testing
+from tools.gpu import check as gpu_check
+from tools.gpu import measure as gpu_measure
+from tools.gpu.scale import REHEARSAL, Scale
+from tools.gpu.summary import Found
 
 
 def test_every_task_exists() -> None:
-    from gpu_child import TASKS
+    from tools.gpu.child import TASKS
 
     assert all(
-        callable(getattr({"gpu_check": gpu_check, "gpu_measure": gpu_measure}[module], name))
+        callable(getattr({"tools.gpu.check": gpu_check, "tools.gpu.measure": gpu_measure}[module], name))
         for name, module in TASKS.items()
     )
 

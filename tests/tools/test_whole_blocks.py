@@ -1,17 +1,13 @@
 """The model of whole blocks in one kernel: what it counts, and the answer on record."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from resnet_fast.roofline import total
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import whole_blocks
-from whole_blocks import Bottleneck, blocks, predict
+from tools import whole_blocks
+from tools.whole_blocks import Bottleneck, blocks, predict
 
 STAGES = blocks("resnet50", 256)
 

@@ -9,10 +9,11 @@ import sys
 import textwrap
 import time
 
-import gpu_run
 import pytest
-from gpu_run import Watchdog
 from gpu_runs import CHILD, found, gone, job, soon, watchdog
+
+from tools.gpu import watchdog as gpu_run
+from tools.gpu.watchdog import Watchdog
 
 
 @pytest.fixture

@@ -25,9 +25,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import gpu_probe
-from gpu_run import ROOT, Job, Ledger, Sensors, Watchdog, kill, last_words
-from gpu_summary import Found, kernel_of, ours, summary, write
+from . import probe as descriptor_probe
+from .summary import Found, kernel_of, ours, summary, write
+from .watchdog import ROOT, Job, Ledger, Sensors, Watchdog, kill, last_words
 
 TOTAL = 530.0  # seconds, and a few more to come and to go
 PROCESS_BYTES = 8 << 30  # of GPU memory that a process checking a batch of 256 may take
@@ -337,12 +337,12 @@ def probe(run: Run, deadline: float) -> str | None:
     """What the kernels made for Hopper take for granted of its matrix descriptors, apart from any kernel."""
     if run.rehearse or list(run.found.one("environment", "machine")["capability"]) != [9, 0]:
         return "left out: it is about compute capability 9.0 alone"
-    if gpu_probe.compiler() is None:
+    if descriptor_probe.compiler() is None:
         return "left out: nvcc is not installed"
-    rows, trouble = gpu_probe.probe(run.folder, deadline)
+    rows, trouble = descriptor_probe.probe(run.folder, deadline)
     for row in rows:
         run.ledger.add(row)
-    return trouble or gpu_probe.verdict(rows)
+    return trouble or descriptor_probe.verdict(rows)
 
 
 def sanitizer(run: Run, deadline: float) -> str | None:
@@ -478,7 +478,7 @@ def open_run(results: Path, rehearse: bool, stages: tuple[Stage, ...], sensors: 
     name, driver = sensors.query("name", "driver_version") or ["", ""]
     card = name, driver.partition(".")[0]  # of the same driver but for its patches
     digest = hashlib.sha256(" ".join(["rehearsal" if rehearse else "", sys.executable, *card]).encode())
-    files = [p for folder in ("resnet_fast", "csrc", "benchmarks") for p in (ROOT / folder).rglob("*")]
+    files = [p for folder in ("resnet_fast", "csrc", "tools") for p in (ROOT / folder).rglob("*")]
     for path in sorted(p for p in files if p.suffix in (".py", ".cu", ".cuh", ".h", ".cpp")):
         digest.update(path.read_bytes())
     name = digest.hexdigest()[:8]
@@ -491,7 +491,7 @@ def open_run(results: Path, rehearse: bool, stages: tuple[Stage, ...], sensors: 
     ledger = Ledger(folder / "rows.jsonl")
     if unfinished:
         say(f"going on with {folder}, which has {len(ledger.rows)} rows")
-    command = [sys.executable, str(Path(__file__).with_name("gpu_child.py"))]
+    command = [sys.executable, "-m", "tools.gpu.child"]
     return Run(folder, ledger, Watchdog(command, ledger, folder / "log.txt"), rehearse)
 
 

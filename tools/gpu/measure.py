@@ -12,8 +12,6 @@ from math import ceil
 from pathlib import Path
 
 import torch
-from gpu_check import graph, of_network, place
-from gpu_scale import Alive, Cases, Scale
 
 from resnet_fast import autotune, folded, info, plan_tuning, roofline, tables, testing
 from resnet_fast.dispatch import find
@@ -27,6 +25,9 @@ from resnet_fast.program import once
 from resnet_fast.providers import DTYPES, PROVIDERS, example_input, fair, reference_model
 from resnet_fast.report.ledger import Machine, here
 from resnet_fast.timing import Timing, interleaved
+
+from .check import graph, of_network, place
+from .scale import Alive, Cases, Scale
 
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 CACHE = "compile_cache.bin"

@@ -9,12 +9,13 @@ import sys
 import time
 from dataclasses import replace
 
-import gpu
-import gpu_probe
 import host_gpu
 import pytest
-from gpu_run import Sensors, Watchdog
-from gpu_runs import BENCHMARKS, a_run, soon, watchdog
+from gpu_runs import ROOT, a_run, soon, watchdog
+
+from tools.gpu import __main__ as gpu
+from tools.gpu import probe as gpu_probe
+from tools.gpu.watchdog import Sensors, Watchdog
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def dog(tmp_path) -> Watchdog:
 
 def test_without_a_gpu_one_sentence_and_exit_code_2(tmp_path) -> None:
     env = {**os.environ, "OUT": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, str(BENCHMARKS / "gpu.py")], env=env, text=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-m", "tools.gpu"], cwd=ROOT, env=env, text=True, capture_output=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("make gpu found no GPU to run on: torch")
     assert list(tmp_path.iterdir()) == []
@@ -111,8 +112,8 @@ def test_what_may_win_is_checked_first(tmp_path) -> None:
 def test_a_child_is_ready_once_everything_is_imported() -> None:
     """After that it may be silent for seconds only, and so many children at once import slowly."""
     code = (
-        f"import sys; sys.path[:0] = [{str(BENCHMARKS)!r}, {str(gpu.ROOT)!r}]; import gpu_child; from gpu_scale import REHEARSAL\n"
-        "gpu_child.warm_up(REHEARSAL); before = set(sys.modules); from resnet_fast.dispatch import kernels; kernels()\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tools.gpu import child; from tools.gpu.scale import REHEARSAL\n"
+        "child.warm_up(REHEARSAL); before = set(sys.modules); from resnet_fast.dispatch import kernels; kernels()\n"
         "print(sorted(set(sys.modules) - before))"
     )
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
@@ -131,8 +132,8 @@ def test_sources_are_hashed_as_the_build_hashes_them() -> None:
 
 def test_a_processors_kernels_are_none_of_a_gpus() -> None:
     """Each would be a process that checks nothing, and seconds of the memory checker's."""
-    import gpu_check
-    from gpu_scale import Scale
+    from tools.gpu import check as gpu_check
+    from tools.gpu.scale import Scale
 
     said = {case: work() for case, work in gpu_check.inventory(Scale(), print)}
     mine = {id: row for id, row in said.items() if id.startswith("cpu.")}

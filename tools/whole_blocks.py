@@ -10,7 +10,7 @@ L2, whose rate is guessed, cost nothing), layer2 167 → 199, layer3 224 → 236
 every tile of both forms bind, and the whole block's tiles are smaller, for two narrow results want shared memory. It would pay in layer1
 alone, for two blocks 37 µs of the 3,202 that the network's floor with tails is, where the tails themselves save 879 of 4,081. There conv1's
 result would have to be an operand at nine shifts inside shared memory, which Triton cannot address. So there is none.
-``python benchmarks/whole_blocks.py`` prints the model's table: run it anew once a GPU has said how fast its L2 is.
+``python -m tools.whole_blocks`` prints the model's table: run it anew once a GPU has said how fast its L2 is.
 """
 
 from __future__ import annotations
