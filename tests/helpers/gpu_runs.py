@@ -1,4 +1,4 @@
-"""What the tests of `make gpu` share: children that misbehave, a watchdog over them, a run without a GPU."""
+"""Helpers for the tests of `make gpu`: children that misbehave, a watchdog over them, a run without a GPU."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import sys
 import time
 from pathlib import Path
 
-from tools.gpu import __main__ as gpu
-from tools.gpu.watchdog import Job, Ledger, Watchdog
-
-ROOT = Path(__file__).resolve().parents[2]
+from tools.gpu.run import Run
+from tools.gpu.stages import Stage
+from tools.gpu.watchdog import ROOT, Job, Ledger, Watchdog
 
 # A child without torch: each of its cases does what its name says.
 CHILD = f"""
@@ -55,40 +54,72 @@ if args.get("linger"):
 
 
 def watchdog(folder: Path) -> Watchdog:
+    """A watchdog over such children, with its ledger and log in a folder."""
     child = folder / "child.py"
     child.write_text(CHILD)
-    return Watchdog([sys.executable, str(child)], Ledger(folder / "rows.jsonl"), folder / "log.txt")
+    ledger = Ledger(folder / "rows.jsonl")
+    return Watchdog([sys.executable, str(child)], ledger, folder / "log.txt")
 
 
 def job(*cases: str, silence: float = 2.0, **args) -> Job:
-    more = {key: args.pop(key) for key in ("restarts", "start", "under") if key in args}
-    return Job("kernel", "fake", {"cases": cases, **args}, silence=silence, **more)
+    """A job of cases; what is no field of Job is an argument of the child's."""
+    fields = ("restarts", "start", "under")
+    settings = {name: args.pop(name) for name in fields if name in args}
+    return Job("kernel", "fake", {"cases": cases, **args}, silence=silence, **settings)
 
 
 def soon(seconds: float = 30.0) -> float:
+    """A deadline so many seconds from now."""
     return time.monotonic() + seconds
 
 
-def found(dog: Watchdog) -> list[tuple[str, str]]:
+def statuses(dog: Watchdog) -> list[tuple[str, str]]:
+    """Case and status of each row in the ledger."""
     return [(row["case"], row["status"]) for row in dog.ledger.rows]
 
 
 def gone(pid: int) -> bool:
+    """Whether a process has ended."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+        stat = Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:
         return True
+    state = stat.split()[2]
+    return state == "Z"
 
 
-def a_run(tmp_path: Path, dog: Watchdog | None = None) -> gpu.Run:
+def soon_gone(pid: int, seconds: float = 10.0) -> bool:
+    """Whether a process ends within some seconds."""
+    deadline = soon(seconds)
+    while not gone(pid):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def a_run(tmp_path: Path, dog: Watchdog | None = None, rehearse: bool = True) -> Run:
+    """A run without a GPU in a folder, or with the ledger of a watchdog."""
     ledger = dog.ledger if dog else Ledger(tmp_path / "rows.jsonl")
-    return gpu.Run(tmp_path, ledger, dog, rehearse=True)
+    return Run(tmp_path, ledger, dog, rehearse)
 
 
-def a_stage(name: str, took: list, least: float, most: float, optional: bool = False, says: str = "") -> gpu.Stage:
-    def work(run: gpu.Run, deadline: float) -> str | None:
+def add_row(run: Run, stage: str, case: str, status: str, **more) -> None:
+    """Add a row to a run's ledger; its job has the case's name unless ``more`` names one."""
+    run.ledger.add({"stage": stage, "job": case, "case": case, "status": status, **more})
+
+
+def add_hopper(run: Run) -> None:
+    """Add the row of a machine with a Hopper GPU."""
+    add_row(run, "environment", "machine", "here", capability=[9, 0])
+
+
+def a_stage(name: str, took: list, least: float, most: float, optional: bool = False, says: str = "") -> Stage:
+    """A stage that takes no time and appends its name and the seconds it was given to ``took``."""
+
+    def work(run: Run, deadline: float) -> str | None:
         took.append((name, round(deadline - time.monotonic())))
         return says or None
 
     work.__name__ = name
-    return gpu.Stage(work, least, most, optional)
+    return Stage(work, least, most, optional)

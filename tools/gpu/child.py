@@ -1,4 +1,4 @@
-"""One child of a run on a GPU: does one task case by case and tells its parent through a file what it does and finds.
+"""One child process of ``make gpu``: runs one task case by case and reports to its parent through a file.
 
 ``python -m tools.gpu.child JOB EVENTS``: see ``watchdog``. A task is a generator of (case, function → row).
 """
@@ -17,60 +17,77 @@ from pathlib import Path
 
 from .scale import REHEARSAL, Cases, Scale
 
-BROKEN = 3  # exit code after a fault that this process cannot outlive
+BROKEN = 3  # exit code after a fault that the CUDA context of this process does not survive
 
+# The file of each task, by the task's name.
 TASKS = {
-    "environment": "tools.gpu.measure",
-    "inventory": "tools.gpu.check",
-    "check": "tools.gpu.check",
-    "memory": "tools.gpu.check",
-    "large": "tools.gpu.check",
-    "layer_times": "tools.gpu.measure",
-    "fill_tables": "tools.gpu.measure",
-    "tune_plans": "tools.gpu.measure",
-    "whole_network": "tools.gpu.measure",
+    "environment": "ceilings",
+    "inventory": "check",
+    "check": "check",
+    "memory": "check",
+    "large": "check",
+    "layer_times": "measure",
+    "fill_tables": "tune",
+    "tune_plans": "tune",
+    "whole_network": "measure",
 }
 
 
 class Events:
-    """The way to the parent; each event is on its way before the next line of code runs."""
+    """Writes events for the parent. Each is in the file before the next line of code runs."""
 
     def __init__(self, path: str) -> None:
         self._file = Path(path).open("a", encoding="utf-8", buffering=1)
 
     def send(self, **event) -> None:
-        self._file.write(json.dumps(finite(event), default=str) + "\n")  # ASCII: the reader may see half a line
+        """Append one event."""
+        line = json.dumps(finite(event), default=str)  # ASCII: the reader may see half a line
+        self._file.write(line + "\n")
         self._file.flush()
 
 
 def finite(value: object) -> object:
-    """The same without NaN and infinities, which JSON does not have: None in their place."""
+    """Return the same value with None for NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
-def perform(cases: Cases, skip: set[str], events: Events, alive: Callable[[], bool]) -> None:
-    """Each case not in ``skip``; one that raises is a row too. Exits with BROKEN if the device did not survive it."""
+def perform(
+    cases: Cases,
+    skip: set[str],
+    events: Events,
+    alive: Callable[[], bool],
+) -> None:
+    """Run each case that is not in ``skip``. Exits with BROKEN if the device did not survive one."""
     for case, work in cases:
         if case in skip:
             continue
         events.send(begin=case)
-        try:
-            row = work()
-        except Exception as error:  # whatever a kernel, a compiler or a library raises is what this run is to find out
-            words = next(iter(str(error).strip().splitlines()), "")
-            row = {"status": "failed", "reason": f"{type(error).__name__}: {words}"}
+        row = attempt(work)
         broken = not alive()
         if broken:
-            row = {**row, "status": "died", "reason": f"the device did not survive it; {row.get('reason')}"}
+            reason = f"the device did not survive it; {row.get('reason')}"
+            row = {**row, "status": "died", "reason": reason}
         events.send(row={"case": case, **row})
         if broken:
             sys.stdout.flush()
             os._exit(BROKEN)
     events.send(end=True)
+
+
+def attempt(work: Callable[[], dict]) -> dict:
+    """Run a case and return its row, also when it raises."""
+    try:
+        return work()
+    except Exception as error:  # whatever a kernel, a compiler or a library raises is what this run is to find out
+        message = str(error).strip().splitlines()
+        first_line = message[0] if message else ""
+        return {"status": "failed", "reason": f"{type(error).__name__}: {first_line}"}
 
 
 def alive() -> bool:
@@ -86,7 +103,7 @@ def alive() -> bool:
 
 
 def warm_up(scale: Scale) -> None:
-    """Import every kernel, open the device and load cuDNN, so that no kernel is taken for hung while libraries load."""
+    """Import every kernel, open the device and load cuDNN: while libraries load, no kernel must be taken for hung."""
     import torch
 
     from resnet_fast.dispatch import kernels
@@ -95,12 +112,13 @@ def warm_up(scale: Scale) -> None:
     if scale.device == "cuda" and not torch.cuda.is_available():
         return  # the first task says so
     x = torch.ones(1, 8, 8, 8, device=scale.device)
-    torch.nn.functional.conv2d(x, torch.ones(8, 8, 3, 3, device=scale.device))
+    weight = torch.ones(8, 8, 3, 3, device=scale.device)
+    torch.nn.functional.conv2d(x, weight)
     alive()
 
 
 def follow_parent() -> None:
-    """Leave when the parent is gone: killed, it cannot end its children, and the next run needs the GPU to itself."""
+    """Exit when the parent is gone: a killed parent cannot end its children, and the next run needs the whole GPU."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -111,16 +129,27 @@ def follow_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def main(job: str, events: str) -> None:
+def task_named(name: str) -> Callable[..., Cases]:
+    """Import and return a task."""
+    module = importlib.import_module(f"tools.gpu.{TASKS[name]}")
+    return getattr(module, name)
+
+
+def main(job: str, events_file: str) -> None:
     follow_parent()
     request = json.loads(Path(job).read_text(encoding="utf-8"))
-    tell = Events(events)
+    events = Events(events_file)
     args = request["args"]
     scale = REHEARSAL if args.pop("rehearse", False) else Scale()
-    task = getattr(importlib.import_module(TASKS[request["task"]]), request["task"])
+    task = task_named(request["task"])
     warm_up(scale)
-    tell.send(alive="ready")
-    perform(task(scale, lambda text: tell.send(alive=text), **args), set(request["skip"]), tell, alive)
+    events.send(alive="ready")
+
+    def report_alive(text: str) -> None:
+        events.send(alive=text)
+
+    cases = task(scale, report_alive, **args)
+    perform(cases, set(request["skip"]), events, alive)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where wgmma finds a matrix that begins inside a pattern of rows, seen apart from any kernel: builds descriptor_probe.cu and runs it."""
+"""Where wgmma finds a matrix that begins inside a swizzle pattern: builds and runs descriptor_probe.cu."""
 
 from __future__ import annotations
 
@@ -14,23 +14,26 @@ TARGET = "arch=compute_90a,code=sm_90a"
 
 
 def compiler() -> str | None:
+    """Return the path of nvcc, or None if it is not installed."""
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
 def probe(folder: Path, deadline: float) -> tuple[list[dict], str | None]:
-    """A row for each line that the program prints, "case: answer", and what kept it from its end."""
-    program, said = folder / "probe", ""
-    command = [compiler(), "-std=c++17", "-I", str(ROOT / "csrc"), "-gencode", TARGET, "-o", str(program), str(SOURCE)]
+    """Return a row for each line that the program prints, "case: answer", and a sentence if it failed."""
+    program = folder / "probe"
+    include = str(ROOT / "csrc")
+    build = [compiler(), "-std=c++17", "-I", include, "-gencode", TARGET, "-o", str(program), str(SOURCE)]
+    output = ""
     try:
-        for each in (command, [str(program)]):
+        for command in (build, [str(program)]):
             done = subprocess.run(
-                each,
+                command,
                 capture_output=True,
                 text=True,
                 stdin=subprocess.DEVNULL,
                 timeout=max(1.0, deadline - time.monotonic()),
             )
-            said = done.stdout
+            output = done.stdout
             if done.returncode:
                 return [], f"failed: {last_words(done.stdout + done.stderr)}"
     except subprocess.TimeoutExpired:
@@ -39,19 +42,26 @@ def probe(folder: Path, deadline: float) -> tuple[list[dict], str | None]:
         return [], f"failed: {error}"
     finally:
         program.unlink(missing_ok=True)
-    cases = [line.partition(": ") for line in said.splitlines()]
-    return [
-        {"stage": "probe", "job": "descriptors", "case": case, "status": "measured", "says": answer}
-        for case, _, answer in cases
-    ], None
+    return [row(line) for line in output.splitlines()], None
+
+
+def row(line: str) -> dict:
+    """Return one printed line as a row."""
+    case, _, answer = line.partition(": ")
+    return {
+        "stage": "probe",
+        "job": "descriptors",
+        "case": case,
+        "status": "measured",
+        "says": answer,
+    }
 
 
 def verdict(rows: list[dict]) -> str:
-    """What the kernels take for granted, the pattern's base offset, and whether it holds: one sentence."""
-    answers = [row["says"].split()[3:] for row in rows if row["case"].endswith("of the pattern")]
+    """Return one sentence: whether matrices are found by the base offset of the pattern, which the kernels use."""
+    of_pattern = [row for row in rows if row["case"].endswith("of the pattern")]
+    answers = [row["says"].split()[3:] for row in of_pattern]  # "right from rows 0 1 2 …"
     everywhere = bool(answers) and all(len(right) == 8 for right in answers)
-    return (
-        "matrices that begin inside a pattern of rows are found"
-        if everywhere
-        else "MATRICES THAT BEGIN INSIDE A PATTERN OF ROWS ARE NOT FOUND: conv_hopper and conv_tail_hopper rest on that"
-    )
+    if everywhere:
+        return "matrices that begin inside a pattern of rows are found"
+    return "MATRICES THAT BEGIN INSIDE A PATTERN OF ROWS ARE NOT FOUND: conv_hopper and conv_tail_hopper rest on that"
