@@ -40,7 +40,7 @@ endif
 
 # On that machine torch and its friends are there already, and there is no network: no environment of our own.
 gpu:
-	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) -m tools.gpu
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

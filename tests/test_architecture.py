@@ -208,12 +208,10 @@ def test_nothing_happens_at_load() -> None:
                 assert not starts_something, f"{module(path)}:{node.lineno} calls {called} at load"
 
 
-BENCHMARKS = ROOT.parent / "benchmarks"
+BESIDE_IT = [path for folder in ("benchmarks", "tools") for path in sorted((ROOT.parent / folder).rglob("*.py"))]
 
 
-@pytest.mark.parametrize(
-    "path", [*FILES, *sorted(BENCHMARKS.glob("*.py"))], ids=lambda path: str(path.relative_to(ROOT.parent))
-)
+@pytest.mark.parametrize("path", [*FILES, *BESIDE_IT], ids=lambda path: str(path.relative_to(ROOT.parent)))
 def test_torch_has_what_is_asked_of_it(path) -> None:
     """Without a GPU nothing else would tell of a name that only a GPU's code asks for. Ops of our own come with their libraries."""
     chains = {

@@ -20,7 +20,7 @@
 // are turned (stmatrix) into the staging area, where the residual has arrived during the main loop, and leave by TMA
 // during the next one; both clip rows, images and filters that are not there.
 //
-// DOUBT, for a GPU to settle (`make gpu` finds the kernel wrong if so, and benchmarks/descriptor_probe.cu shows why): a matrix
+// DOUBT, for a GPU to settle (`make gpu` finds the kernel wrong if so, and tools/gpu/descriptor_probe.cu shows why): a matrix
 // that begins inside a pattern of eight rows, here at any of them. The PTX ISA wants starts at multiples of 16 bytes, and a
 // base offset of zero where the *pattern* starts at a multiple of 1024 ("Matrix Descriptor Format": (pattern start addr >> 7)
 // & 7). It does, since TMA swizzles by absolute address, so the offset is zero for every tap. Nvidia's TensorRT-LLM too takes

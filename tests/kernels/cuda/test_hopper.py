@@ -179,7 +179,7 @@ def test_a_build_without_code_for_hopper_is_not_run(
 def test_the_probe_tells_the_two_base_offsets_apart(tmp_path: Path) -> None:
     """Here, where the emulation takes the ISA as the kernels do, the pattern's is right wherever a matrix begins."""
     program = tmp_path / "probe"
-    source = host_gpu.ROOT / "benchmarks" / "descriptor_probe.cu"
+    source = host_gpu.ROOT / "tools" / "gpu" / "descriptor_probe.cu"
     subprocess.run(
         [
             host_gpu.compiler(),

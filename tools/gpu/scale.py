@@ -1,17 +1,17 @@
-"""How large a run on a GPU is, and the rehearsal of the same program on a CPU."""
+"""The sizes of a run on a GPU, and of the rehearsal of the same program on a CPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-Cases = Iterator[tuple[str, Callable[[], dict]]]  # what a task yields: a case's name, and the work that returns its row
-Alive = Callable[[str], None]  # tells the watchdog that work goes on inside a long case
+Cases = Iterator[tuple[str, Callable[[], dict]]]  # a task yields a case's name and the function that returns its row
+Alive = Callable[[str], None]  # reports to the watchdog that a long case still works
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is: the run on a GPU, or a rehearsal of the same program on a CPU."""
+    """All sizes of a run. The defaults are those of a run on a GPU."""
 
     device: str = "cuda"
     model: str = "resnet50"
@@ -20,12 +20,12 @@ class Scale:
     check_batch: int = 2
     batches: tuple[int, ...] = (256, 1)
     dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")  # the first is the one that is timed
-    families: tuple[str, ...] = ()  # of kernels; none named: all
-    every: int = 1  # of the nasty problems
+    families: tuple[str, ...] = ()  # of kernels; empty: all
+    every: int = 1  # edge problem is checked
     copy_bytes: int = 4 << 30
     cache_copy_bytes: int = 16 << 20  # twice that stays in the cache
     matmul: int = 8192
-    large: int = 2**31  # elements to be exceeded
+    large: int = 2**31  # elements that a huge problem exceeds
     seconds: float = 0.5  # of timing a layer
     model_seconds: float = 12.0
 

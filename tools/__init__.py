@@ -1,0 +1,1 @@
+"""Programs that run from a checkout: ``python -m tools.NAME``. None of them is installed with the package."""

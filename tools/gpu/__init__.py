@@ -1,0 +1,1 @@
+"""``make gpu``: check every kernel on this machine's GPU, then measure it, in one unattended run."""
