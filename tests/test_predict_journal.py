@@ -32,7 +32,7 @@ def resumed(path: Path, found: list[Item], batch: int = 4) -> tuple[int, int, li
     """(kept, failed among them, still to be done)."""
     with Journal(path, SETTINGS) as journal:
         todo = list(journal.resume(iter(found), batch))
-        return journal.kept, journal.failed, todo
+        return journal.recorded, journal.failed, todo
 
 
 @pytest.fixture
