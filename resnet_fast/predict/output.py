@@ -186,7 +186,10 @@ def _parquet(rows: Iterable[Row], file: BinaryIO, features: bool) -> None:
     rows = iter(rows)
     with parquet.ParquetWriter(file, schema) as table:
         while group := list(itertools.islice(rows, ROW_GROUP)):
-            arrays = [pa.array([getattr(row, name) for row in group], kind) for name, kind in columns]
+            arrays = []
+            for name, kind in columns:
+                values = [getattr(row, name) for row in group]
+                arrays.append(pa.array(values, kind))
             table.write_table(pa.Table.from_arrays(arrays, schema=schema))
 
 
