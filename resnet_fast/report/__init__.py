@@ -1,4 +1,4 @@
-"""The ledger of measurements and what is made of it: tables, plots, a page, comparisons and a gate."""
+"""The ledger of measurements and its reports: tables, plots, a page, comparisons and a gate."""
 
 from .command import add_parser
 from .ledger import Machine, Row, Run, case_name, here, read_runs, write_run
