@@ -14,13 +14,14 @@ export TORCH_CUDA_ARCH_LIST ?= $(or $(GPU_ARCH),8.0+PTX)
 
 CSRC := $(shell find csrc -type f)
 
-.PHONY: help test bench gpu lint clean
+.PHONY: help test bench gpu docs lint clean
 
 help:
 	@echo "make test    install into .venv and run every test that needs no GPU"
 	@echo "make bench   install into .venv and compare ours with eager and torch.compile on photographs (a GPU is tuned first)"
+	@echo "make docs    build the documentation site into site/"
 	@echo "make gpu     on a machine with a GPU: prove and measure every kernel (the current Python, no network)"
-	@echo "make lint    ruff"
+	@echo "make lint    ruff check, ruff format --check, and mypy on the package"
 	@echo "make clean   remove .venv and everything built"
 	@echo "PYTHON=python3.12 chooses the interpreter, RESNET_FAST_BUILD=none compiles nothing."
 
@@ -41,12 +42,18 @@ endif
 gpu:
 	$(PYTHON) benchmarks/gpu.py
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache resnet_fast/_build.json resnet_fast/_C.*.so resnet_fast/_cpu.*.so
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache resnet_fast/_build.json resnet_fast/_C.*.so resnet_fast/_cpu.*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf site
 
 $(VENV)/.python:
 	@echo "creating $(VENV) with $$($(PYTHON) --version)"
@@ -59,6 +66,11 @@ $(VENV)/.torch: $(VENV)/.python
 	@$(PIP) install "torch>=2.11"
 	@touch $@
 
+# The site is built from the sources: neither torch nor the package is installed for it.
+$(VENV)/.docs: $(VENV)/.python
+	@$(PIP) install "mkdocs-material>=9.5" "mkdocstrings[python]>=0.26" "ruff>=0.9"
+	@touch $@
+
 # One editable install for each set of extras; only what changed in csrc is compiled again.
 $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
 	@echo "installing resnet_fast[$*]; a C++ compiler compiles the CPU kernels, nvcc the CUDA kernels for $(TORCH_CUDA_ARCH_LIST)"
@@ -67,6 +79,7 @@ $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py
 	  print('CUDA kernels', get('extension'), get('why'), sep=': '); print('CPU kernels', get('cpu'), get('cpu_why'), sep=': ')"
 	@touch $@
 
-$(VENV)/.lint: $(VENV)/.python
-	@$(PIP) install "ruff>=0.9"
+# mypy reads torch's own types; nothing else that the package imports is needed.
+$(VENV)/.lint: $(VENV)/.torch
+	@$(PIP) install "ruff>=0.9" "mypy>=1.15"
 	@touch $@

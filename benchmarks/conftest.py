@@ -12,11 +12,10 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from resnet_fast.measure import Case, Outcome
-from resnet_fast.models import list_models
-from resnet_fast.providers import DTYPES, PROVIDERS
-from resnet_fast.report import Row, here, write_run
-from resnet_fast.report.ledger import RESULTS, measured_by
+from resnet_fast.bench.ledger import RESULTS, Row, here, measured_by, write_run
+from resnet_fast.bench.network import Case, Outcome
+from resnet_fast.bench.providers import DTYPES, PROVIDERS
+from resnet_fast.models.family import list_models
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FULL_MODELS = ("resnet18", "resnet50", "resnet152", "resnext50_32x4d", "wide_resnet50_2")

@@ -14,13 +14,16 @@ import torch
 from gpu_scale import Alive, Cases, Scale
 from torch import Tensor
 
-from resnet_fast import capture, testing
-from resnet_fast.diagnose import diagnose
-from resnet_fast.dispatch import Kernel, find, kernels
-from resnet_fast.measure_op import op_problems
-from resnet_fast.problem import ACROSS, Problem
-from resnet_fast.testing import Verdict, check_kernel, nasty_problems
-from resnet_fast.verify import ORACLE_IMAGES, verify
+from resnet_fast.bench.op import op_problems
+from resnet_fast.dispatch.problem import ACROSS, Problem
+from resnet_fast.dispatch.registry import Kernel, find, kernels
+from resnet_fast.runtime import cuda_graph
+from resnet_fast.testing import eager, rule, samples
+from resnet_fast.testing.check import check_kernel, oracle
+from resnet_fast.testing.diagnose import diagnose
+from resnet_fast.testing.full_size import ORACLE_IMAGES, verify
+from resnet_fast.testing.grids import nasty_problems
+from resnet_fast.testing.rule import Verdict
 
 
 def place(scale: Scale) -> tuple[str, tuple[int, int] | None]:
@@ -144,14 +147,14 @@ def special_values(kernel: Kernel, dtype: torch.dtype, scale: Scale) -> Cases:
 
 def nonfinite(kernel: Kernel, problem: Problem) -> dict:
     """Whether NaN and infinities come out where eager's do, or where float64's do: Winograd in eager spreads them."""
-    args = tuple(a.clone() if isinstance(a, Tensor) else a for a in testing.make_args(problem))
+    args = tuple(a.clone() if isinstance(a, Tensor) else a for a in samples.make_args(problem))
     spots = float("nan"), float("inf"), -float("inf")
     for spot, value in enumerate(spots):
         args[0][0, 0, spot % args[0].shape[2], -1 - spot % args[0].shape[3]] = value
     with torch.no_grad():
         got = outputs(kernel.fn(*args))
-    bars = testing.eager(problem.op, args), testing.oracle(problem.op, args)
-    same = [all(testing.same_nonfinite(g, b) for g, b in zip(got, bar, strict=True) if b.numel()) for bar in bars]
+    bars = eager.eager(problem.op, args), oracle(problem.op, args)
+    same = [all(rule.same_nonfinite(g, b) for g, b in zip(got, bar, strict=True) if b.numel()) for bar in bars]
     if any(same):
         return {"status": "right", "as": "eager" if same[0] else "float64"}
     lost = sum(int((b.cpu().isnan() & ~g.cpu().isnan()).sum()) for g, b in zip(got, bars[0], strict=True) if b.numel())
@@ -175,7 +178,7 @@ def captures(kernel: Kernel, dtype: torch.dtype, scale: Scale) -> Cases:
 
 def captured(kernel: Kernel, problem: Problem) -> dict:
     """Whether a replay on new data gives what a call on it gives."""
-    args, other = (testing.make_args(problem, seed) for seed in (0, 1))
+    args, other = (samples.make_args(problem, seed) for seed in (0, 1))
     with torch.no_grad():
         for _ in range(2):  # compiles, and lets cuDNN choose, outside the capture
             kernel.fn(*args)
@@ -190,7 +193,7 @@ def captured(kernel: Kernel, problem: Problem) -> dict:
 
 def in_a_thread(kernel: Kernel, problem: Problem) -> dict:
     """Whether a call may be the first that its thread makes of the GPU: with memory at hand, no other has given it a context."""
-    args = testing.make_args(problem)
+    args = samples.make_args(problem)
     with torch.no_grad():
         at_hand, wanted = kernel.fn(*args), outputs(kernel.fn(*args))
         del at_hand
@@ -204,8 +207,8 @@ def in_a_thread(kernel: Kernel, problem: Problem) -> dict:
 
 
 def alike(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...], problem: Problem, what: str) -> dict:
-    apart = max((testing.error(g, w.double()).max for g, w in zip(got, wanted, strict=True) if w.numel()), default=0.0)
-    if apart <= testing.FLOOR[problem.dtype]:
+    apart = max((rule.error(g, w.double()).max for g, w in zip(got, wanted, strict=True) if w.numel()), default=0.0)
+    if apart <= rule.FLOOR[problem.dtype]:
         return {"status": "right"}
     return {"status": "wrong", "reason": f"{what} by {apart:.3g}"}
 
@@ -214,7 +217,7 @@ def graph(run, device: str):
     """(replay, what it writes) of ``run`` as a CUDA graph; on a CPU, where there are none, ``run`` itself."""
     if device != "cuda":
         return run, run()
-    made, kept = capture.captured(run)
+    made, kept = cuda_graph.captured(run)
     return made.replay, kept
 
 
@@ -236,7 +239,7 @@ def same_shape(problem: Problem) -> bool:
 
 def in_a_row(kernel: Kernel, problem: Problem) -> dict:
     """Whether calls on one another's results need nobody to wait in between: a kernel may be started before the last is done."""
-    x, *rest = testing.make_args(problem)
+    x, *rest = samples.make_args(problem)
 
     def run(wait: bool) -> tuple[Tensor, ...]:
         made = (x,)

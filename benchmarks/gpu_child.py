@@ -89,7 +89,7 @@ def warm_up(scale: Scale) -> None:
     """Import every kernel, open the device and load cuDNN, so that no kernel is taken for hung while libraries load."""
     import torch
 
-    from resnet_fast.dispatch import kernels
+    from resnet_fast.dispatch.registry import kernels
 
     kernels()
     if scale.device == "cuda" and not torch.cuda.is_available():

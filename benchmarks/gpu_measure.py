@@ -15,18 +15,26 @@ import torch
 from gpu_check import graph, of_network, place
 from gpu_scale import Alive, Cases, Scale
 
-from resnet_fast import autotune, folded, info, plan_tuning, roofline, tables, testing
-from resnet_fast.dispatch import find
-from resnet_fast.fold import fold
-from resnet_fast.layers import across, layers
-from resnet_fast.measure import Case, known_ceilings, measure
-from resnet_fast.measure_op import TRAINING
-from resnet_fast.plan import plan
-from resnet_fast.problem import Problem
-from resnet_fast.program import once
-from resnet_fast.providers import DTYPES, PROVIDERS, example_input, fair, reference_model
-from resnet_fast.report.ledger import Machine, here
-from resnet_fast.timing import Timing, interleaved
+from resnet_fast.bench import folded
+from resnet_fast.bench.ledger import Machine, here
+from resnet_fast.bench.network import Case, known_ceilings, measure
+from resnet_fast.bench.op import TRAINING
+from resnet_fast.bench.providers import DTYPES, PROVIDERS, example_input, fair, reference_model
+from resnet_fast.dispatch import tables
+from resnet_fast.dispatch.problem import Problem
+from resnet_fast.dispatch.registry import find
+from resnet_fast.kernels.prepack import fold
+from resnet_fast.models.problems import across, layers
+from resnet_fast.planning.make import plan
+from resnet_fast.roofline import chips, cost
+from resnet_fast.roofline.floor import problem_floor
+from resnet_fast.testing import eager
+from resnet_fast.tuning import groups
+from resnet_fast.tuning import kernels as autotune
+from resnet_fast.tuning.call import once
+from resnet_fast.util import machine as util_machine
+from resnet_fast.util.machine import cpu_name
+from resnet_fast.util.timing import Timing, interleaved
 
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 CACHE = "compile_cache.bin"
@@ -70,9 +78,9 @@ def machine(device: str) -> Machine:
     try:
         return here(device)
     except (OSError, subprocess.CalledProcessError):
-        name = torch.cuda.get_device_name() if device == "cuda" else info.cpu_name()
+        name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        return Machine(name, device, now, "unknown", info.machine())
+        return Machine(name, device, now, "unknown", util_machine.machine())
 
 
 # ---------------------------------------------------------------- ceilings
@@ -157,8 +165,8 @@ def listed(scale: Scale, batch: int) -> dict[Problem, tuple[str, int]]:
     names: dict[Problem, str] = {}
     for layer in found:
         names.setdefault(replace(layer.problem, bn=False), layer.name)
-    limits = known_ceilings(scale.device) or roofline.ceilings("h200")  # only the order hangs on it
-    cost = {p: n * roofline.problem_floor(p, limits).seconds for p, n in count.items()}
+    limits = known_ceilings(scale.device) or chips.ceilings("h200")  # only the order hangs on it
+    cost = {p: n * problem_floor(p, limits).seconds for p, n in count.items()}
     return {p: (names[p], count[p]) for p in sorted(cost, key=cost.get, reverse=True)}
 
 
@@ -176,7 +184,7 @@ def layer(problem: Problem, name: str, count: int, proved: list[str], machine: a
     sets = autotune.argument_sets(problem, machine.cache_bytes)
     sets *= ceil(autotune.CALLS / len(sets))
     kernels = [k for k in map(find, dict.fromkeys([ATEN, *proved])) if k.reason(problem) is None]
-    calls: dict[str, list[Callable[[], object]]] = {"eager": [lambda a=a: testing.eager(problem.op, a) for a in sets]}
+    calls: dict[str, list[Callable[[], object]]] = {"eager": [lambda a=a: eager.eager(problem.op, a) for a in sets]}
     calls["folded"] = bar(sets, problem)
     calls |= {k.id: [once(k, problem, a) for a in sets] for k in kernels}
     runs, failed = {}, {}
@@ -192,8 +200,8 @@ def layer(problem: Problem, name: str, count: int, proved: list[str], machine: a
         graphs, reasons = machine.capture(runs)
         found = {id: Timing(tuple(s / len(sets) for s in t.seconds)) for id, t in machine.clock(graphs).items()}
     limits = known_ceilings(problem.device)
-    floor = limits and roofline.problem_floor(problem, limits)
-    step = roofline.problem_step(problem)
+    floor = limits and problem_floor(problem, limits)
+    step = cost.problem_step(problem)
     return {
         "status": "measured",
         "layer": name,
@@ -316,10 +324,10 @@ def key(problem: Problem) -> str:
 
 def at_stake(single: list, times: dict, best: dict, proved: list[str]) -> list[tuple[Problem, float]]:
     """(problem of a plan, microseconds to be gained by a proved kernel): beside torch's, and for a group beside its members one by one."""
-    limits = known_ceilings(single[0].problem.device) or roofline.ceilings("h200")
+    limits = known_ceilings(single[0].problem.device) or chips.ceilings("h200")
 
     def floor(problem: Problem) -> float:
-        return 1e6 * roofline.problem_floor(problem, limits).seconds
+        return 1e6 * problem_floor(problem, limits).seconds
 
     gains = []
     for layer in single:
@@ -353,7 +361,7 @@ def tuned_plan(case: Case, seconds: float, machine: autotune.Device, alive: Aliv
     x = example_input(case.batch, case.size, DTYPES[case.dtype], case.device)
     with fair():
         made = plan(reference_model(case.model, case.device), x, dtype=x.dtype, across=())
-        plan_tuning.choose_groups(made, x, machine, seconds, alive)
+        groups.choose_groups(made, x, machine, seconds, alive)
     return {"status": "tuned", "across": made.across, "notes": made.notes}
 
 

@@ -370,7 +370,7 @@ def write(found: Found, folder: Path, results: Path) -> list[Path]:
 
 
 def _write_ledger(rows: list[dict], machine: dict, results: Path) -> Path:
-    from resnet_fast.report.ledger import Machine, Row, write_run
+    from resnet_fast.bench.ledger import Machine, Row, write_run
 
     stamp = "".join(c for c in machine["date"][:19] if c.isdigit())
     name = "".join(c if c.isalnum() else "-" for c in machine["name"].lower())

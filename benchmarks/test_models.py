@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from resnet_fast.measure import Case, measure
-from resnet_fast.providers import provider
+from resnet_fast.bench.network import Case, measure
+from resnet_fast.bench.providers import provider
 
 
 def test_model(

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from resnet_fast.dispatch import find, kernels, named
-from resnet_fast.measure_op import BASELINES, measure_op, op_problems
-from resnet_fast.problem import Problem
-from resnet_fast.providers import DTYPES
+from resnet_fast.bench.op import BASELINES, measure_op, op_problems
+from resnet_fast.bench.providers import DTYPES
+from resnet_fast.dispatch.problem import Problem
+from resnet_fast.dispatch.registry import find, kernels, named
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

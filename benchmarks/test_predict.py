@@ -16,11 +16,11 @@ IMAGES = {"cpu": 48, "cuda": 4096}
 def jpegs(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Path:
     """A folder of photographs as JPEG files."""
     pytest.importorskip("skimage")
-    from resnet_fast import photos
+    from resnet_fast.data import samples
 
     folder = tmp_path_factory.mktemp("jpegs")
     count = IMAGES[pytestconfig.getoption("--device")]
-    for i, image in enumerate(photos.sample(count)):
+    for i, image in enumerate(samples.sample(count)):
         image.save(folder / f"{i:05}.jpg", quality=90)
     return folder
 

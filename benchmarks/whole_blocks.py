@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from itertools import product
 from math import ceil
 
-from resnet_fast.console import table
-from resnet_fast.layers import layers
-from resnet_fast.roofline import ceilings
+from resnet_fast.models.problems import layers
+from resnet_fast.roofline.chips import ceilings
+from resnet_fast.util.text import table
 
 # Of one SM of Hopper, as ``kernels.triton.heuristics`` has them: how many there are, bytes of shared memory for a block, FLOP and bytes a ns.
 SMS, SHARED, MMA, L2 = 132, 227 * 1024, 5980.0, 49.0

@@ -1,13 +1,12 @@
 """resnet_fast: ResNets at the speed the machine allows. A drop-in for torchvision's, fused kernels inside, eager PyTorch's answers."""
 
-from . import fused, ops
-from .accelerate import accelerate, accelerated, restore
-from .blocks import BasicBlock, Bottleneck
-from .checkpoint import load_checkpoint, save_checkpoint
-from .dispatch import kernel, use
-from .explain import explain
-from .models import (
-    ResNet,
+from . import ops
+from .analysis.explain import explain
+from .dispatch.registry import kernel, use
+from .live.accelerate import accelerate, accelerated, restore
+from .models.blocks import BasicBlock, Bottleneck
+from .models.checkpoint import load_checkpoint, save_checkpoint
+from .models.family import (
     create_model,
     list_models,
     resnet18,
@@ -21,7 +20,10 @@ from .models import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
-from .plan import load_plan, plan
+from .models.resnet import ResNet
+from .ops import across as fused
+from .ops import reference
+from .planning.make import load_plan, plan
 
 __version__ = "0.1.0"
 
@@ -40,6 +42,7 @@ __all__ = [
     "load_plan",
     "ops",
     "plan",
+    "reference",
     "resnet18",
     "resnet34",
     "resnet50",

@@ -9,7 +9,17 @@ import sys
 from typing import NoReturn
 
 # Command modules, in the order in which a user meets them; each has add_parser(subparsers) and imports what is heavy only when it runs.
-COMMANDS = ("listing", "info", "explain", "check", "bench", "predict.command", "tune", "report.command", "new_kernel")
+COMMANDS = (
+    "cli.list",
+    "cli.info",
+    "cli.explain",
+    "cli.check",
+    "cli.bench",
+    "cli.predict",
+    "cli.tune",
+    "cli.report",
+    "cli.new_kernel",
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     What the user got wrong, and what the machine refuses (a folder, a full disk), ends in one sentence and code 2, Ctrl-C in 130, a reader of
     the output that has seen enough (``| head``) in 1.
     """
-    from .dispatch import NotUsed
+    from .dispatch.registry import NotUsed
 
     command = "resnet_fast"
     try:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from resnet_fast import dispatch, kept
+from resnet_fast.dispatch import registry as dispatch
+from resnet_fast.live import network_program
 
 torch.set_num_threads(1)  # the machines that run this have few cores, and results must not depend on how many
 settings.register_profile(
@@ -49,14 +50,14 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> dict:
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes that kept programs ran on: which pass was kept, and in which pieces."""
-    ran, original = [], kept.Kept.__call__
+    ran, original = [], network_program.Kept.__call__
 
     def noted(self, x):
         out = original(self, x)
         ran.extend([tuple(x.shape)] if out is not None else [])
         return out
 
-    monkeypatch.setattr(kept.Kept, "__call__", noted)
+    monkeypatch.setattr(network_program.Kept, "__call__", noted)
     return ran
 
 

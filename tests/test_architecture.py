@@ -1,8 +1,9 @@
-"""The house keeps its shape: imports point down, each boundary has one file, importing starts nothing."""
+"""The house keeps its shape: a wing imports only the wings that its row names, and importing starts nothing."""
 
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from pathlib import Path
@@ -14,88 +15,130 @@ import torch._inductor
 ROOT = Path(__file__).parents[1] / "resnet_fast"
 FILES = sorted(ROOT.rglob("*.py"))
 
-# What the files of the core may import from the package when they are loaded (design: user → accelerate → blocks ← models;
-# blocks → path → ops → dispatch; kernels register themselves). Everything else stands above them and must not be in a circle.
-ONLY = {
-    "reference": set(),
-    "atomic": set(),
-    "problem": set(),
-    "_library": set(),
-    "fold": {"reference"},
-    "dispatch": {"problem"},
-    "tables": {"atomic", "problem"},
-    "ops": {"reference", "_library", "dispatch"},
-    "convolution": {"dispatch", "problem"},
-    "path": {"ops", "convolution"},
-    "blocks": {"path"},
-    "whole": {"dispatch", "fold"},
-    "models": {"blocks", "path", "whole"},
-    "layers": {"models", "problem"},
-    "checkpoint": {"atomic"},
-    "testing": {"reference", "dispatch", "layers", "problem"},
-    "kernels": {"dispatch", "problem", "fold", "reference"},
+# Each wing and the wings that it may import, at load and inside functions alike. ``cli`` may import all.
+MAY_IMPORT = {
+    "util": "",
+    "data": "",
+    "dispatch": "util",
+    "roofline": "dispatch",
+    "ops": "dispatch",
+    "graph": "dispatch util",
+    "kernels": "dispatch roofline ops",
+    "runtime": "kernels graph ops roofline dispatch util",
+    "testing": "ops dispatch",
+    "live": "runtime kernels graph ops dispatch util",
+    "models": "live graph dispatch util",
+    "tuning": "testing live runtime kernels graph dispatch util",
+    "planning": "tuning testing runtime graph dispatch util",
+    "analysis": "models testing live runtime kernels graph roofline dispatch util",
+    "bench": "analysis planning models testing live runtime kernels roofline dispatch data util",
+    "predict": "planning models data util",
+    "report": "bench models testing roofline dispatch util",
+    "cli": "analysis bench data dispatch graph kernels live models ops planning predict report roofline runtime testing "
+    "tuning util",
 }
 
 
 def module(path: Path) -> str:
+    """The dotted name of a file inside the package; "" for the package itself."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(part for part in parts if part != "__init__")
 
 
+def wing(path: Path) -> str:
+    """The first-level folder of a file; "" for the two files at the top."""
+    folder = path.relative_to(ROOT).parent
+    return folder.parts[0] if folder.parts else ""
+
+
+def nodes_run_at_load(tree: ast.Module) -> list[ast.AST]:
+    """Every node of a module except those inside functions and inside ``if TYPE_CHECKING``."""
+    inside = set()
+    for node in ast.walk(tree):
+        for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if for_types or isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            inside |= {id(inner) for inner in ast.walk(node)} - {id(node)}
+    return [node for node in ast.walk(tree) if id(node) not in inside]
+
+
+@functools.cache
 def imports(path: Path, *, at_load: bool) -> set[str]:
-    """Absolute names of what a file imports; ``at_load`` leaves out what its functions import when they are called."""
+    """Absolute names of what a file imports; ``at_load`` leaves out imports inside functions."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    inside = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.FunctionDef, ast.Lambda))
-        for inner in ast.walk(node)
-    }
     package = ("resnet_fast." + module(path)).rstrip(".").split(".")
     package = package if path.name == "__init__.py" else package[:-1]
     found = set()
-    for node in ast.walk(tree):
-        if at_load and id(node) in inside:
-            continue
+    for node in nodes_run_at_load(tree) if at_load else ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = (
-                ".".join([*package[: len(package) - node.level + 1], *filter(None, [node.module])])
-                if node.level
-                else node.module
-            )
+            above = package[: len(package) - node.level + 1]
+            base = ".".join([*above, *filter(None, [node.module])]) if node.level else node.module
             found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
     return found
 
 
-def own(path: Path, *, at_load: bool) -> set[str]:
-    """The first-level modules of this package among a file's imports."""
-    names = {name.split(".")[1] for name in imports(path, at_load=at_load) if name.startswith("resnet_fast.")}
-    return {name for name in names if (ROOT / f"{name}.py").is_file() or (ROOT / name).is_dir()}
+def file_of(name: str) -> Path | None:
+    """The file of this package that a dotted name is, or None."""
+    first, *rest = name.split(".")
+    place = ROOT.joinpath(*rest)
+    if first != "resnet_fast":
+        return None
+    if rest and place.with_suffix(".py").is_file():
+        return place.with_suffix(".py")
+    return place / "__init__.py" if rest and (place / "__init__.py").is_file() else None
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if module(path).split(".")[0] in ONLY], ids=module)
-def test_the_core_imports_down(path) -> None:
-    name = module(path).split(".")[0]
-    used = own(path, at_load=True) - {name}
-    assert used <= ONLY[name], (
-        f"{module(path)} may import {ONLY[name] or 'nothing of the package'}, not {used - ONLY[name]}"
-    )
+def own_files(path: Path, *, at_load: bool) -> set[Path]:
+    """The files of this package among a file's imports; ``from ..ops import reference`` is an import of that file alone."""
+    names = imports(path, at_load=at_load)
+    files = {name: file for name in names if (file := file_of(name))}
+    doors = {name for name, file in files.items() if file.name == "__init__.py"}
+    passed = {door for door in doors if inner_names(names, door) and inner_names(names, door) <= files.keys()}
+    return {file for name, file in files.items() if name not in passed}
 
 
-def test_no_circles() -> None:
-    """Modules of the first level form a tree of floors: take away what stands on nothing that is left, until all are gone."""
-    stands_on: dict[str, set[str]] = {}
-    for path in FILES:
-        name = module(path).split(".")[0]
-        if name not in ("", "__main__"):
-            stands_on.setdefault(name, set()).update(own(path, at_load=True) - {name})
-    while stands_on:
-        ready = [name for name, below in stands_on.items() if not below & stands_on.keys()]
-        assert ready, f"imports in a circle among {sorted(stands_on)}"
-        for name in ready:
-            del stands_on[name]
+def inner_names(names: set[str], door: str) -> set[str]:
+    return {name for name in names if name.rpartition(".")[0] == door}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if wing(path)], ids=module)
+def test_a_wing_imports_only_the_wings_in_its_row(path) -> None:
+    used = {wing(file) for file in own_files(path, at_load=False)} - {wing(path)}
+    allowed = set(MAY_IMPORT[wing(path)].split())
+    assert used <= allowed, f"{module(path)} imports {used - allowed}; {wing(path)} may import {allowed or 'no wing'}"
+
+
+def test_the_table_names_every_wing() -> None:
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    files = {path.name for path in ROOT.glob("*.py")}
+    assert folders == set(MAY_IMPORT)
+    assert files == {"__init__.py", "__main__.py"}, "a file belongs in a wing"
+
+
+def test_the_table_has_no_circle_and_few_levels() -> None:
+    below = {name: set(row.split()) for name, row in MAY_IMPORT.items()}
+    levels = 0
+    while below:
+        ready = {name for name, needs in below.items() if not needs & below.keys()}
+        assert ready, f"circle among {sorted(below)}"
+        below = {name: needs for name, needs in below.items() if name not in ready}
+        levels += 1
+    assert levels <= 11
+
+
+def test_no_file_is_in_a_circle_at_load() -> None:
+    below = {path: own_files(path, at_load=True) - {path} for path in FILES}
+    while below:
+        ready = {path for path, needs in below.items() if not needs & below.keys()}
+        assert ready, f"circle among {sorted(map(module, below))}"
+        below = {path: needs for path, needs in below.items() if path not in ready}
+
+
+def test_a_wing_begins_with_its_sentence() -> None:
+    for name in MAY_IMPORT:
+        doc = ast.get_docstring(ast.parse((ROOT / name / "__init__.py").read_text(encoding="utf-8")))
+        assert doc and doc.splitlines()[0].endswith("."), f"{name}/__init__.py: no sentence says what the wing holds"
 
 
 def users_of(prefix: str) -> set[str]:
@@ -117,7 +160,7 @@ def mentions(text: str) -> set[str]:
 
 
 def test_one_file_speaks_to_torch_library() -> None:
-    assert users_of("torch.library") | mentions("torch.library") == {"_library"}
+    assert users_of("torch.library") | mentions("torch.library") == {"ops.library"}
 
 
 def test_one_file_imports_the_extension() -> None:
@@ -125,7 +168,7 @@ def test_one_file_imports_the_extension() -> None:
 
 
 def test_the_reference_stands_on_torch_alone() -> None:
-    roots = {name.split(".")[0] for name in imports(ROOT / "reference.py", at_load=False)}
+    roots = {name.split(".")[0] for name in imports(ROOT / "ops" / "reference.py", at_load=False)}
     assert roots == {"__future__", "torch"}
 
 
@@ -137,11 +180,10 @@ def test_importing_the_package_needs_torch_alone() -> None:
         if path in reached:
             continue
         reached.add(path)
-        for name in own(path, at_load=True):
-            waiting.append(ROOT / f"{name}.py" if (ROOT / f"{name}.py").is_file() else ROOT / name / "__init__.py")
+        waiting += own_files(path, at_load=True)
         roots = {name.split(".")[0] for name in imports(path, at_load=True)}
         assert roots <= {"torch", "resnet_fast", *sys.stdlib_module_names}, f"{module(path)} imports {roots} at load"
-    assert ROOT / "ops.py" in reached
+    assert ROOT / "ops" / "conv.py" in reached
 
 
 DEVICE_CALLS = (
@@ -159,19 +201,11 @@ def test_nothing_happens_at_load() -> None:
     for path in FILES:
         if path.name == "__main__.py":
             continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        inside = {
-            id(inner)
-            for node in ast.walk(tree)
-            if isinstance(node, (ast.FunctionDef, ast.Lambda))
-            for inner in ast.walk(node)
-        }
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and id(node) not in inside:
+        for node in nodes_run_at_load(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                assert not called.startswith(DEVICE_CALLS) and called != "print", (
-                    f"{module(path)}:{node.lineno} calls {called} at load"
-                )
+                starts_something = called.startswith(DEVICE_CALLS) or called == "print"
+                assert not starts_something, f"{module(path)}:{node.lineno} calls {called} at load"
 
 
 BENCHMARKS = ROOT.parent / "benchmarks"
@@ -196,31 +230,23 @@ def test_torch_has_what_is_asked_of_it(path) -> None:
                 owner = getattr(owner, name)
 
 
-def test_no_exception_is_swallowed() -> None:
+@pytest.mark.parametrize("folder", ["dispatch", "ops", "live", "models", "kernels", "runtime"])
+def test_no_exception_is_swallowed(folder) -> None:
     """No bare and no broad except in what runs a model: what a kernel raises, the caller sees."""
-    for name in (
-        "reference",
-        "problem",
-        "dispatch",
-        "_library",
-        "ops",
-        "fold",
-        "path",
-        "blocks",
-        "models",
-        "kernels/aten",
-    ):
-        tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ExceptHandler):
-                assert node.type is not None and ast.unparse(node.type) not in ("Exception", "BaseException"), (
-                    f"{name}:{node.lineno}"
-                )
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ExceptHandler) and not raises_again(node):
+                caught = None if node.type is None else ast.unparse(node.type)
+                assert caught not in (None, "Exception", "BaseException"), f"{module(path)}:{node.lineno}"
+
+
+def raises_again(handler: ast.ExceptHandler) -> bool:
+    return any(isinstance(node, ast.Raise) and node.exc is None for node in ast.walk(handler))
 
 
 def test_the_cpu_library_that_was_built_runs() -> None:
     """Else all its tests would be skipped, and nothing be red."""
-    from resnet_fast.info import build
+    from resnet_fast.cli.info import build
     from resnet_fast.kernels import cpu
 
     if build().get("cpu") == "built":

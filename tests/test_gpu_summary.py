@@ -7,7 +7,7 @@ import json
 import pytest
 from gpu_summary import Found, decisions, layer_rows, summary, write
 
-from resnet_fast.report.ledger import read_run
+from resnet_fast.bench.ledger import read_run
 
 
 def rows_of(job: str, *cases: tuple[str, str]) -> list[dict]:

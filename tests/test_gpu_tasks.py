@@ -11,7 +11,8 @@ import torch
 from gpu_scale import REHEARSAL, Scale
 from gpu_summary import Found
 
-from resnet_fast import dispatch, testing
+from resnet_fast.dispatch import registry as dispatch
+from resnet_fast.testing import grids
 
 
 def test_every_task_exists() -> None:
@@ -63,7 +64,7 @@ def test_a_kernel_that_bakes_its_first_data_in_fails_its_replay(registry) -> Non
         memory.append(torch.relu(x + y)) if not memory else None
         return memory[0] if len(memory) < 2 else torch.relu(x + y)
 
-    problem = next(p for p in testing.nasty_problems("add_act") if p.x[1] == 8 and not p.gate)
+    problem = next(p for p in grids.nasty_problems("add_act") if p.x[1] == 8 and not p.gate)
     kernel = dispatch.kernel("experimental.bakes", op="add_act", supports=lambda p: None)
     kernel(bakes)
     found = dispatch.find("experimental.bakes")
@@ -85,7 +86,7 @@ def test_a_kernel_that_bakes_its_first_data_in_fails_its_replay(registry) -> Non
 
 def test_a_kernel_of_one_thread_is_wrong_in_another(registry) -> None:
     here = threading.get_ident()
-    problem = next(p for p in testing.nasty_problems("add_act") if p.x[1] == 8 and not p.gate)
+    problem = next(p for p in grids.nasty_problems("add_act") if p.x[1] == 8 and not p.gate)
     dispatch.kernel("experimental.one", op="add_act", supports=lambda p: None)(
         lambda x, y, gate, act: torch.relu(x + y) + float(threading.get_ident() != here)
     )
@@ -101,7 +102,7 @@ def test_a_kernel_that_starts_too_early_fails_in_a_row(registry) -> None:
         given.append(x)
         return torch.relu((x if len(given) <= gpu_check.CALLS else given[-2]) + y)
 
-    problem = next(p for p in testing.nasty_problems("add_act") if p.x[1] == 8 and not p.gate)
+    problem = next(p for p in grids.nasty_problems("add_act") if p.x[1] == 8 and not p.gate)
     dispatch.kernel("experimental.early", op="add_act", supports=lambda p: None)(early)
     row = gpu_check.in_a_row(dispatch.find("experimental.early"), problem)
     assert row["status"] == "wrong" and "4 calls in a row differs" in row["reason"]
@@ -131,7 +132,7 @@ MORE = Scale(**{**TINY.__dict__, "model": "resnet50", "size": 64, "batches": (2,
 
 def test_full_sizes_are_what_a_plan_asks_for() -> None:
     from resnet_fast import plan, resnet50
-    from resnet_fast.problem import ACROSS
+    from resnet_fast.dispatch.problem import ACROSS
 
     x = torch.randn(2, 3, 64, 64)
     asked = {
@@ -182,7 +183,7 @@ def test_tables_begin_with_what_is_most_at_stake_for_plans(registry, tmp_path) -
 
 
 def test_what_was_timed_and_checked_goes_into_the_table_and_is_not_measured_again(registry, tmp_path) -> None:
-    from resnet_fast import tables
+    from resnet_fast.dispatch import tables
 
     dispatch.kernel("experimental.fast", op="conv_bn_act", supports=lambda p: None)(
         dispatch.find("aten", "conv_bn_act").fn
@@ -221,12 +222,14 @@ def test_what_was_timed_and_checked_goes_into_the_table_and_is_not_measured_agai
 
 
 def test_a_tuned_plan_is_remembered_for_the_headline(tmp_path, monkeypatch) -> None:
-    from resnet_fast import plan, remembered, tables
-    from resnet_fast.dispatch import use
+    from resnet_fast import plan
+    from resnet_fast.dispatch import tables
+    from resnet_fast.dispatch.registry import use
+    from resnet_fast.tuning import group_table
 
     monkeypatch.setenv("RESNET_FAST_TABLES", str(tmp_path))
     monkeypatch.setattr(tables, "gpu_name", lambda device=None: "rehearsal")
-    monkeypatch.setattr(remembered, "DEVICE", "cpu")
+    monkeypatch.setattr(group_table, "DEVICE", "cpu")
     tables.load.cache_clear()
     small = Scale(**{**MORE.__dict__, "batches": (2,)})
 
@@ -241,7 +244,9 @@ def test_a_tuned_plan_is_remembered_for_the_headline(tmp_path, monkeypatch) -> N
     assert row["status"] == "tuned" and row["across"] == ("conv_pool:conv1",)
     case = gpu_measure.Case("infer", "resnet50", "fp32", 2, 64, "cpu")
     made: list = []
-    monkeypatch.setattr("resnet_fast.providers.plan", lambda *args, **how: made.append(plan(*args, **how)) or made[-1])
+    monkeypatch.setattr(
+        "resnet_fast.bench.providers.plan", lambda *args, **how: made.append(plan(*args, **how)) or made[-1]
+    )
     gpu_measure.network(case, ["eager-nchw", "ours-plan"], small, lambda text: None, tmp_path)
     assert made[0].across == ("conv_pool:conv1",)
     tables.load.cache_clear()
@@ -257,7 +262,7 @@ def test_environment_of_a_gpu(monkeypatch) -> None:
     """Pretended: a run that does not get this row ends."""
     from types import SimpleNamespace
 
-    from resnet_fast import tables
+    from resnet_fast.dispatch import tables
 
     def incompatible() -> None:
         raise RuntimeError("cuDNN version incompatibility: PyTorch was compiled against another")
@@ -293,7 +298,7 @@ def test_environment_names_the_machine() -> None:
 
 
 def test_a_network_by_everyone_and_one_that_is_wrong(monkeypatch, tmp_path) -> None:
-    from resnet_fast import providers
+    from resnet_fast.bench import providers
 
     broken = providers.Provider("ours", "broken", lambda *a: 1 / 0, ours=True)
     monkeypatch.setitem(gpu_measure.PROVIDERS, "ours", broken)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_fast.roofline import total
+from resnet_fast.analysis.network_floor import total
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import whole_blocks

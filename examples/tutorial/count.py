@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from resnet_fast.bench_kernel import fresh
-from resnet_fast.dispatch import load_file
-from resnet_fast.machine_code import MATRIX, main
-from resnet_fast.occupancy import occupancy
-from resnet_fast.problem import Problem
-from resnet_fast.roofline import problem_step
-from resnet_fast.testing import make_args
+from resnet_fast.analysis.launches import MATRIX, main
+from resnet_fast.cli.bench_kernel import fresh
+from resnet_fast.dispatch.problem import Problem
+from resnet_fast.dispatch.registry import load_file
+from resnet_fast.roofline.cost import problem_step
+from resnet_fast.roofline.occupancy import occupancy
+from resnet_fast.testing.samples import make_args
 
 HERE = Path(__file__).parent
 STEPS = sorted(HERE.glob("step*.py"))
@@ -87,7 +87,7 @@ def loaded_and_stored() -> dict[str, tuple[int, int]]:
 
 def compiled() -> dict[str, tuple[int, Code]]:
     """In a process that compiles: bytes that torch's ops move for the small problem, and the machine code for the batch."""
-    from resnet_fast.ahead import compile_call
+    from resnet_fast.analysis.aot import compile_call
 
     found = {}
     for step in STEPS:

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import fold, reference
-from ..dispatch import Problem, kernel
+from ..dispatch.registry import Problem, kernel
+from ..ops import reference
+from . import prepack
 
 
 def _everything(problem: Problem) -> str | None:
@@ -22,8 +23,8 @@ def _everything(problem: Problem) -> str | None:
 
 @kernel("aten.conv_bn_act", op="conv_bn_act", supports=_everything)
 def conv_bn_act(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
-    packs = onednn_takes(x, weight) and fold.packable(weight, scale, shift, mean, var)
-    pack = fold.packed(x, weight, scale, shift, mean, var, eps, stride, padding, dilation, groups) if packs else None
+    packs = onednn_takes(x, weight) and prepack.packable(weight, scale, shift, mean, var)
+    pack = prepack.packed(x, weight, scale, shift, mean, var, eps, stride, padding, dilation, groups) if packs else None
     if pack is not None:
         return _onednn(x, weight, *pack, residual, stride, padding, dilation, groups, act)
     if _normalises(x, scale, shift, mean, var):
@@ -32,14 +33,14 @@ def conv_bn_act(x, weight, scale, shift, residual, mean, var, eps, stride, paddi
         out = (
             out if out.stride() == z.stride() else out.as_strided(z.shape, z.stride())
         )  # of one pixel or channel: the same order
-    elif x.device.type == "cpu" and not fold.foldable(
+    elif x.device.type == "cpu" and not prepack.foldable(
         scale, shift, mean, var, eps
     ):  # on a GPU the host would have to wait
         return reference.conv_bn_act(
             x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
         )
     else:
-        folded, bias = fold.fold(weight, scale, shift, mean, var, eps)
+        folded, bias = prepack.fold(weight, scale, shift, mean, var, eps)
         out = F.conv2d(x, folded, bias, stride, padding, dilation, groups)
     if residual is not None:
         out += residual
@@ -110,7 +111,7 @@ def _cudnn_supports(problem: Problem) -> str | None:
 
 @kernel("aten.cudnn_fused", op="conv_bn_act", supports=_cudnn_supports)
 def cudnn_fused(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
-    folded, bias = fold.fold(weight, scale, shift, mean, var, eps)
+    folded, bias = prepack.fold(weight, scale, shift, mean, var, eps)
     if residual is None:
         return torch.cudnn_convolution_relu(x, folded, bias, stride, padding, dilation, groups)
     return torch.cudnn_convolution_add_relu(x, folded, residual, 1.0, bias, stride, padding, dilation, groups)

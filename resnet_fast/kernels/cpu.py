@@ -20,9 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import fold
-from ..dispatch import Problem, kernel
-from . import aten
+from ..dispatch.registry import Problem, kernel
+from . import aten, prepack
 
 BUILD = "pip install --force-reinstall --no-deps -v . (in the source folder, with a C++ compiler)"
 PACKAGE = Path(__file__).parents[1]
@@ -95,7 +94,7 @@ class Form:
     ``in_place`` and it can, or None for an input that it cannot take, which ``aten`` then computes.
     """
 
-    make: fold.Make
+    make: prepack.Make
     run: Callable[[Tensor, Tensor, Tensor, Tensor | None, torch.Size, tuple, bool, bool], Tensor | None]
     supports: Callable[[Problem], str | None]
     why: str
@@ -215,9 +214,9 @@ FORMS = {
 def _from_packs(
     form: Form, x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
 ) -> Tensor:
-    packs = fold.packable(weight, scale, shift, mean, var)
+    packs = prepack.packable(weight, scale, shift, mean, var)
     pack = (
-        fold.packed(x, weight, scale, shift, mean, var, eps, stride, padding, dilation, groups, form.make)
+        prepack.packed(x, weight, scale, shift, mean, var, eps, stride, padding, dilation, groups, form.make)
         if packs
         else None
     )

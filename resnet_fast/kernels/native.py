@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..dispatch import Problem, kernel
+from ..dispatch.registry import Problem, kernel
 from .aten import nhwc
 
 BUILD = "RESNET_FAST_BUILD=cuda pip install --force-reinstall --no-deps -v . (in the source folder)"
@@ -31,7 +31,7 @@ SOURCES = (str(RECORD),) if RECORD.is_file() else ()
 @functools.cache
 def extension() -> ModuleType:
     """The extension: ``kernels()`` names its kernels, ``attributes(name)`` tells their registers and occupancy."""
-    from .. import _C
+    from .. import _C  # type: ignore[attr-defined]  # compiled by setup.py
 
     return _C
 

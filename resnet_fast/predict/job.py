@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..console import DTYPES, counted, device_or_error
+from ..data.decode import MAX_PIXELS, Preset
+from ..data.files import Item, walk
+from ..data.loader import Loader
+from ..util.machine import DTYPES, device_or_error
+from ..util.text import counted
 from . import journal, output, weights
-from .decode import MAX_PIXELS, Preset
-from .files import Item, walk
 from .journal import Journal
-from .loader import Loader
 from .network import Network
 from .progress import Progress
 from .ranks import Ranks
@@ -69,7 +70,8 @@ class Job:
         for item in walk(self.args.inputs):
             name = os.fsencode(item.name)
             digest.update(name + b"\0")
-            if item.index % self.ranks.world == self.ranks.rank:
+            rank = item.index % self.ranks.world
+            if rank == self.ranks.rank:
                 yield item
         self.files_digest = digest.hexdigest()
 
@@ -124,8 +126,10 @@ def _default_workers(device: torch.device, ranks: Ranks) -> int:
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
-    divisor = 1 if device.type == "cuda" else 4
-    return max(1, cores // ranks.local_world // divisor)
+    share = cores // ranks.local_world
+    if device.type != "cuda":
+        share //= 4
+    return max(1, share)
 
 
 def _summary(inputs: list[str]) -> str:
@@ -133,8 +137,9 @@ def _summary(inputs: list[str]) -> str:
     text = " ".join(inputs)
     if len(text) <= 200:
         return text
-    digest = hashlib.sha256(os.fsencode(text)).hexdigest()
-    return f"{len(inputs)} arguments, SHA-256 {digest}"
+    digest = hashlib.sha256()
+    digest.update(os.fsencode(text))
+    return f"{len(inputs)} arguments, SHA-256 {digest.hexdigest()}"
 
 
 # ---------------------------------------------------------------- to the terminal

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .files import Item
+from ..data.files import Item
 
 _MAGIC = b'{"resnet_fast": "predict"'
 
@@ -107,7 +107,8 @@ class Journal:
         for line in self._file:
             start = end
             end += len(line)
-            yield _parse(line) or {}, start, end
+            record = _parse(line) or {}
+            yield record, start, end
         yield None, end, end
 
     def _count(self, files: int, failed: int) -> None:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..plan import plan
-from ..planning import Plan
+from ..planning.make import plan
+from ..planning.plan import Plan
 
 
 class Seconds(NamedTuple):
@@ -153,6 +153,7 @@ class _CudaClock:
         self._events.append(event)
 
     def seconds(self) -> Seconds:
+        """Return the times between the events, which must have completed."""
         start, transferred, computed = self._events
         transfer = start.elapsed_time(transferred) / 1e3
         compute = transferred.elapsed_time(computed) / 1e3

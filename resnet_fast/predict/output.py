@@ -121,11 +121,14 @@ def _csv(rows: Iterable[Row], file: BinaryIO, features: bool) -> None:
 
 
 def _csv_header(row: Row, features: bool) -> list[str]:
-    if features:
-        return ["path", *(f"f{i}" for i in range(len(row.features)))]
     header = ["path"]
+    if features:
+        header += [f"f{i}" for i in range(len(row.features))]
+        return header
     for i in range(1, len(row.classes) + 1):
-        header += [f"class_{i}", f"label_{i}", f"probability_{i}"]
+        header.append(f"class_{i}")
+        header.append(f"label_{i}")
+        header.append(f"probability_{i}")
     return header
 
 
@@ -148,6 +151,7 @@ def _json_lines(rows: Iterable[Row], features: bool) -> Iterator[bytes]:
 
 
 def _top(row: Row) -> list[dict]:
+    """Return an object for each of the top classes."""
     return [
         {"class": index, "label": label, "probability": p}
         for index, label, p in zip(row.classes, row.labels, row.probabilities, strict=True)
@@ -165,7 +169,10 @@ def _json(rows: Iterable[Row], file: BinaryIO, features: bool) -> None:
         file.write(separator + line)
         separator = b",\n"
     is_empty = separator == b"[\n"
-    file.write(b"[]\n" if is_empty else b"\n]\n")
+    if is_empty:
+        file.write(b"[]\n")
+    else:
+        file.write(b"\n]\n")
 
 
 # ---------------------------------------------------------------- Parquet

@@ -8,8 +8,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from ..console import counted
-from .files import Item
+from ..data.files import Item
+from ..util.text import counted
 
 STAGES = ("decode", "transfer", "compute")
 MOST_NAMED = 20  # failed files named on the terminal; all of them are in OUT.failed.csv
@@ -54,12 +54,15 @@ class Progress:
             self._update_bar(len(items))
 
     def _update_bar(self, files: int) -> None:
+        """Add the files to the bar, and name the slowest stage beside it."""
         shares = self._shares()
         slowest = max(shares, key=shares.get)
-        self._bar.set_postfix_str(f"{slowest} binds {shares[slowest]:.0%}", refresh=False)
+        share = shares[slowest]
+        self._bar.set_postfix_str(f"{slowest} binds {share:.0%}", refresh=False)
         self._bar.update(files)
 
     def _add_failure(self, item: Item, error: str) -> None:
+        """Count a failed file; name it if not too many were named."""
         self.failed += 1
         self._named += 1
         if self._named < MOST_NAMED:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
-from .files import Item
-from .loader import Loader
+from ..data.files import Item
+from ..data.loader import Loader
 from .network import Answer, Network
 from .progress import Progress
 
@@ -59,17 +59,19 @@ def run(loader: Loader, network: Network, sink: Sink, progress: Progress) -> boo
 
 def _finish(batch: _Started, sink: Sink, progress: Progress) -> None:
     """Wait for the batch's answer, write its rows and count it."""
-    if batch.answer is None:
+    answer = batch.answer
+    if answer is None:
         rows = [{} for _ in batch.items]
         transfer = compute = 0.0
     else:
-        rows = batch.answer.rows()
-        transfer, compute = batch.answer.seconds()
+        rows = answer.rows()
+        transfer, compute = answer.seconds()
     for index, error in enumerate(batch.errors):
         if error is not None:
             rows[index] = {"error": error}
+    seconds = (batch.waited, transfer, compute)
     sink.write(batch.items, rows)
-    progress.add(batch.items, rows, (batch.waited, transfer, compute))
+    progress.add(batch.items, rows, seconds)
 
 
 @contextmanager

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..checkpoint import _clean, _read, _unwrap, load_checkpoint
-from ..models import create_model, list_models
-from ..photos import MEAN, STD
+from ..data.samples import MEAN, STD
+from ..models.checkpoint import _clean, _read, _unwrap, load_checkpoint
+from ..models.family import create_model, list_models
 
 
 @dataclass(frozen=True)

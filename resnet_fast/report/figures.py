@@ -8,12 +8,13 @@ from functools import partial
 
 import torch
 
-from ..layers import layers
-from ..models import list_models
-from ..providers import DTYPES, PROVIDERS
-from ..roofline import Ceilings, ceilings, problem_floor
-from ..testing import FACTOR, GRADIENT_FACTOR
-from .ledger import Row, Run, newest, parse_case
+from ..bench.ledger import Row, Run, newest, parse_case
+from ..bench.providers import DTYPES, PROVIDERS
+from ..models.family import list_models
+from ..models.problems import layers
+from ..roofline.chips import Ceilings, ceilings
+from ..roofline.floor import problem_floor
+from ..testing.rule import FACTOR, GRADIENT_FACTOR
 from .plots import Plot, Theme, colour, label_ends, log_scale, scientific_scale, short, slug
 from .summary import BASE, Key, best_ours, groups, in_main_size
 from .tables import in_order, rate, spaced

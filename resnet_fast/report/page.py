@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from .ledger import Run, newest
+from ..bench.ledger import Run, newest
 from .plots import Plot
 from .tables import Table, device_runs, mean_lines, model_tables, op_tables, regression_table
 

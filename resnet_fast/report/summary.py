@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..console import counted
-from .ledger import Machine, Row, Run, newest, parse_case
+from ..bench.ledger import Machine, Row, Run, newest, parse_case
+from ..util.text import counted
 
 # Each ratio of a headline, with its baselines: the ratio is over the fastest of them.
 BASELINES = {"vs_eager": ("eager",), "vs_compile": ("compile", "compile-best"), "vs_cudnn": ("folded",)}

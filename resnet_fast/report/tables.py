@@ -7,9 +7,9 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..console import counted
-from ..providers import PROVIDERS
-from .ledger import Row, Run, newest, parse_case
+from ..bench.ledger import Row, Run, newest, parse_case
+from ..bench.providers import PROVIDERS
+from ..util.text import counted
 from .summary import (
     BASE,
     BASELINES,

@@ -10,8 +10,9 @@ Time it:   python -m resnet_fast bench --kernel my_kernel.py
 import triton
 import triton.language as tl
 
-from resnet_fast import kernel, reference
-from resnet_fast.kernels.triton import launch
+from ... import kernel
+from ...ops import reference
+from ..triton import launch
 
 
 @triton.jit

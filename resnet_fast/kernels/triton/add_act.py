@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...dispatch import kernel
+from ...dispatch.registry import kernel
 from . import launch
 from .epilogue import activate, masked
 from .heuristics import rows_config

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...dispatch import kernel
+from ...dispatch.registry import kernel
 from . import launch
 from .epilogue import activate
 from .heuristics import RowsConfig, merge_config, rows_config

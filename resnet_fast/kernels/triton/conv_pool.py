@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...dispatch import Problem, kernel
+from ...dispatch.registry import Problem, kernel
 from . import launch
 from .dependent import begin
 from .epilogue import activate

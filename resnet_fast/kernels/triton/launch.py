@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...dispatch import Problem
+from ...dispatch.registry import Problem
 
 INTERPRETED = triton.knobs.runtime.interpret
 if INTERPRETED:

@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import product
 from math import ceil
 
-from ...dispatch import Problem
+from ...dispatch.registry import Problem
 from . import heuristics
 from .heuristics import chip
 

@@ -1,0 +1,52 @@
+"""``explain``: which kernel runs each layer, why, and why a layer runs as plain modules."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from ..dispatch.registry import record
+from ..live.eligibility import why_plain
+from ..models.blocks import BasicBlock, Bottleneck, why_plain_block
+from ..runtime.explanation import Explanation, Line, timed
+
+
+def explain(model: nn.Module, example: Tensor) -> Explanation:
+    """Run one forward of a copy of ``model`` on ``example`` and say for each convolution and batch norm what ran it and why.
+
+    The copy keeps the model's statistics as they are; its hooks run once. Accepts a plan too, which knows its own steps.
+    """
+    steps = getattr(model, "explain", None)
+    if steps is not None:
+        return steps(example)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"explain: model: got {type(model).__name__}, expected an nn.Module or a plan")
+    twin = copy.deepcopy(model)
+    owners = {id(p): name.rpartition(".")[0] for name, p in twin.named_parameters(remove_duplicate=False)}
+    with record() as choices, torch.no_grad():
+        twin(example)
+    lines = [timed(Line(owners.get(c.tensor, "(add)"), c.problem.op, c.kernel, c.why, c.problem)) for c in choices]
+    return Explanation(lines + _plain_lines(twin, example, {line.module for line in lines}))
+
+
+def _plain_lines(model: nn.Module, example: Tensor, fused: set[str]) -> list[Line]:
+    """The blocks and lone convolutions that no op ran, with the path rule's sentence."""
+    lines, inside = [], []
+    for name, m in model.named_modules():
+        if any(name.startswith(prefix) for prefix in inside):
+            continue
+        if isinstance(m, (BasicBlock, Bottleneck)):
+            inside.append(f"{name}.")
+            reason = why_plain_block(m, example)
+            if reason is not None or type(m).forward not in (BasicBlock.forward, Bottleneck.forward):
+                lines.append(Line(name, "plain", "torch modules", reason or "a subclass overrides forward"))
+        elif isinstance(m, nn.Conv2d) and name not in fused and not _training_pair(name, fused):
+            lines.append(Line(name, "plain", "torch module", why_plain(example, [m]) or "not part of a fused block"))
+    return lines
+
+
+def _training_pair(name: str, fused: set[str]) -> bool:
+    """Whether the convolution's batch norm ran fused: in training the convolution itself is torch's."""
+    return name.replace("conv", "bn") in fused

@@ -1,0 +1,1 @@
+"""Networks and kernels beside every alternative, judged first, timed together, written into the ledger."""

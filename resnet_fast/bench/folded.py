@@ -1,0 +1,136 @@
+"""The bar: a ResNet with batch norm folded away, run by oneDNN, or by cuDNN in a CUDA graph: none of it ours.
+
+A peer to be measured against, made as fast as these libraries go, so it takes liberties that ``aten`` does not: weights
+are a snapshot, oneDNN's fused ReLU turns NaN into 0, the projection's bias moves into the block's last convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.prepack import fold
+from ..runtime.cuda_graph import captured
+
+Conv = Callable[[Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A convolution with folded weight and bias; geometry: stride, padding, dilation, groups; act: "relu" or "none"."""
+
+    weight: Tensor
+    bias: Tensor | None
+    geometry: tuple
+    act: str
+
+
+def onednn(conv: Folded) -> Conv:
+    """oneDNN's packed convolution with bias, in-place residual add and ReLU fused; packed for its first input."""
+    stride, padding, dilation, groups = conv.geometry
+    geometry = padding, stride, dilation, groups  # in oneDNN's order
+    packed: list[Tensor] = []
+    mkldnn = torch.ops.mkldnn
+
+    def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if not packed:
+            packed.append(mkldnn._reorder_convolution_weight(conv.weight.contiguous(), *geometry, x.shape))
+        if residual is None:
+            return mkldnn._convolution_pointwise(x, packed[0], conv.bias, *geometry, conv.act, [], "")
+        return mkldnn._convolution_pointwise_.binary(
+            residual, x, packed[0], conv.bias, *geometry, "add", None, conv.act, [], ""
+        )
+
+    return run
+
+
+def cudnn(conv: Folded) -> Conv:
+    """cuDNN's convolution with bias, residual add and ReLU in one call; one by one without ReLU, and where it has no such kernel."""
+    fused = conv.act == "relu"
+
+    def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        nonlocal fused
+        if fused:
+            try:
+                return _cudnn_fused(conv, x, residual)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # of the three channels of a stem, say: one layer is no reason to lose the bar
+                fused = False
+        out = F.conv2d(x, conv.weight, conv.bias, *conv.geometry)
+        out = out if residual is None else out.add_(residual)
+        return out.relu_() if conv.act == "relu" else out
+
+    return run
+
+
+def _cudnn_fused(conv: Folded, x: Tensor, residual: Tensor | None) -> Tensor:
+    if residual is None:
+        return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, *conv.geometry)
+    return torch.cudnn_convolution_add_relu(x, conv.weight, residual, 1.0, conv.bias, *conv.geometry)
+
+
+class FoldedNet:
+    """A torchvision-shaped ResNet in eval mode as a flat program of fused convolutions; x: [N, 3, H, W] → logits.
+
+    ``make`` turns a :class:`Folded` into a callable, so that one topology serves every library.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, make: Callable[[Folded], Conv]) -> None:
+        self.stem = make(Folded(*_weights(model.conv1, model.bn1, dtype), "relu"))
+        stages = (model.layer1, model.layer2, model.layer3, model.layer4)
+        self.blocks = [_block(block, dtype, make) for stage in stages for block in stage]
+        self.fc = model.fc.weight.detach().to(dtype), model.fc.bias.detach().to(dtype)
+
+    @torch.inference_mode()
+    def __call__(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(self.stem(x.contiguous(memory_format=torch.channels_last), None), 3, 2, 1)
+        for projection, inner, last in self.blocks:
+            y = x
+            for conv in inner:
+                y = conv(y, None)
+            x = last(y, x if projection is None else projection(x, None))
+        return F.linear(F.adaptive_avg_pool2d(x, 1).flatten(1), *self.fc)
+
+
+def _block(
+    block: nn.Module, dtype: torch.dtype, make: Callable[[Folded], Conv]
+) -> tuple[Conv | None, list[Conv], Conv]:
+    pairs = [(getattr(block, f"conv{i}"), getattr(block, f"bn{i}")) for i in (1, 2, 3) if hasattr(block, f"conv{i}")]
+    inner = [make(Folded(*_weights(*pair, dtype), "relu")) for pair in pairs[:-1]]
+    weight, bias, geometry = _weights(*pairs[-1], dtype)
+    if block.downsample is None:
+        return None, inner, make(Folded(weight, bias, geometry, "relu"))
+    other, moved, other_geometry = _weights(*block.downsample, dtype)
+    projection = make(Folded(other, None, other_geometry, "none"))
+    return projection, inner, make(Folded(weight, bias + moved, geometry, "relu"))
+
+
+def _weights(conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple]:
+    parameters = (t.detach() for t in (conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var))
+    weight, bias = fold(*parameters, bn.eps)
+    geometry = conv.stride, conv.padding, conv.dilation, conv.groups
+    return weight.to(dtype).contiguous(memory_format=torch.channels_last), bias.to(dtype), geometry
+
+
+def graphed(run: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:
+    """``run`` as one CUDA graph over a static channels_last input; the copy into it is part of each call."""
+    static = example.clone(memory_format=torch.channels_last)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run(static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph, out = captured(lambda: run(static))
+
+    def replay(x: Tensor) -> Tensor:
+        static.copy_(x)
+        graph.replay()
+        return out
+
+    return replay

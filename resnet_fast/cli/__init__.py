@@ -1,0 +1,1 @@
+"""One file for each command: its options, its words; what it does is done elsewhere."""

@@ -1,0 +1,1 @@
+"""Image files to batches of pixels: walk, decode, load; sample photographs. Knows no network."""

@@ -1,0 +1,210 @@
+"""Measured choices: one JSON file for each GPU model, written by ``autotune``, read by ``dispatch``.
+
+A file is ``{"gpu": name, "entries": {problem key: entry}, "graph": {…}, "measured": {problem key: {kernel: record}},
+"networks": {…}}``, the last kept by ``remembered``.
+An entry keeps kernel, time_us, aten_us, spread, error, eager_error, versions and the normalised source hash of its
+kernel; ``entries`` holds for ordinary calls (host and device time), ``graph`` for what runs inside a CUDA graph (device
+time), ``measured`` is what tuning found for every candidate. An entry counts only while kernel source and versions are
+those it was verified with; ``stale`` tells why not. Files are looked for first in ``RESNET_FAST_TABLES`` (default
+``~/.cache/resnet_fast``), then beside this one.
+"""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import functools
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...util.files import replacing
+from ..problem import Problem
+
+SHIPPED = Path(__file__).parent
+SECTIONS = ("entries", "graph", "measured", "networks")
+
+
+def user_folder() -> Path:
+    """Where this user's own measurements live."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("RESNET_FAST_TABLES") or Path(cache) / "resnet_fast")
+
+
+def gpu_name(device: int | None = None) -> str:
+    """The GPU model as the driver names it, for example "NVIDIA H200"."""
+    return torch.cuda.get_device_name(device)
+
+
+def file_name(gpu: str) -> str:
+    return gpu.lower().replace(" ", "-").replace("/", "-") + ".json"
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read(path: Path, gpu: str) -> dict[str, dict[str, Any]]:
+    """The sections of one file, empty where there is none; a file that cannot be used is ignored with a warning."""
+    empty: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    if not path.is_file():
+        return empty
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["gpu"] != gpu:
+            raise ValueError(f"it holds measurements of {data['gpu']}, not of {gpu}")
+        return {section: dict(data.get(section, {})) for section in SECTIONS}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(
+            f"table {path} is ignored: {error!r}; delete it, or measure again with `python -m resnet_fast tune`",
+            stacklevel=2,
+        )
+        return empty
+
+
+@functools.cache
+def load(gpu: str) -> tuple[dict[str, dict[str, Any]], ...]:
+    """The sections of the user's own file and of the shipped one, in this order; cached until ``update`` writes."""
+    return tuple(read(folder / file_name(gpu), gpu) for folder in (user_folder(), SHIPPED))
+
+
+def lookup(problem: Problem, *, graph: bool = False) -> dict[str, Any] | None:
+    """The entry that may be used for this problem on the current GPU, or None."""
+    return next((entry for entry in _entries(problem, graph) if stale(entry) is None), None)
+
+
+def why_not(problem: Problem, *, graph: bool = False) -> str | None:
+    """Why the entry that exists for this problem is not used, or None if there is none or it is."""
+    found = list(_entries(problem, graph))
+    return None if lookup(problem, graph=graph) or not found else stale(found[0])
+
+
+def _entries(problem: Problem, graph: bool) -> Iterator[dict[str, Any]]:
+    for sections in load(gpu_name()):
+        entry = sections["graph" if graph else "entries"].get(problem.key)
+        if entry is not None:
+            yield entry
+
+
+def records(problem: Problem) -> dict[str, dict[str, Any]]:
+    """Kernel → what the current GPU's tables say of it on this problem, as far as it was measured as it is now."""
+    found: dict[str, dict[str, Any]] = {}
+    for sections in reversed(load(gpu_name())):
+        found |= sections["measured"].get(problem.key, {})
+    return {kernel: record for kernel, record in found.items() if stale({"kernel": kernel, **record}) is None}
+
+
+def tell(record: dict[str, Any]) -> str:
+    """One record in words."""
+    if record["status"] != "right":
+        return f"{record['status'].upper()}: {record['reason']}"
+    call, device = (f"{record[name]:.1f}" if name in record else "not" for name in ("time_us", "device_us"))
+    return f"{call} µs a call, {device} in a graph; error {record['error']:.2g}, eager's {record['eager_error']:.2g}"
+
+
+def stale(entry: dict[str, Any]) -> str | None:
+    """Why an entry must be verified again before use, or None if it stands."""
+    from ..registry import find  # a table names kernels; only a check needs the registry
+
+    try:
+        kernel = find(entry["kernel"])
+    except LookupError as error:
+        return str(error)
+    if entry["source"] != source_hash(kernel.sources):
+        return f"the source of {entry['kernel']} changed since it was measured"
+    if entry["versions"] != versions():
+        return (
+            f"{entry['kernel']} was verified with {_spell(entry['versions'])}, this is {_spell(versions())}: "
+            "verify it again with `python -m resnet_fast tune`"
+        )
+    return None
+
+
+def _spell(found: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """What a measurement depends on besides the GPU and the source."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "none"
+    return {"torch": torch.__version__, "triton": triton, "driver": _driver() if torch.cuda.is_available() else "none"}
+
+
+def _driver() -> str:
+    """The CUDA version that the driver implements, for example "13000"; torch does not tell it. The library is in this process already."""
+    library = ctypes.CDLL("nvcuda" if os.name == "nt" else "libcuda.so.1")
+    version = ctypes.c_int()
+    error = library.cuDriverGetVersion(ctypes.byref(version))
+    if error:
+        raise RuntimeError(f"cuDriverGetVersion: CUDA error {error}")
+    return str(version.value)
+
+
+@functools.cache
+def source_hash(sources: tuple[str, ...]) -> str:
+    """Hash of source files without comments, docstrings and layout, so that prose does not void a measurement.
+
+    Of the build's record what it says of the CPU kernels is left out: they are no part of what runs on a GPU.
+    """
+    digest = hashlib.sha256()
+    for source in sorted(sources):
+        text = Path(source).read_text(encoding="utf-8")
+        if source.endswith(".py"):
+            tree = ast.parse(text)
+            for node in ast.walk(tree):
+                body = getattr(node, "body", None)
+                if (
+                    isinstance(body, list)
+                    and body
+                    and isinstance(body[0], ast.Expr)
+                    and isinstance(body[0].value, ast.Constant)
+                ):
+                    body.pop(0)
+            text = ast.dump(tree)
+        elif source.endswith("_build.json"):
+            text = json.dumps({key: value for key, value in json.loads(text).items() if not key.startswith("cpu")})
+        digest.update(text.encode())
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- writing
+
+
+def update(gpu: str, edit: Callable[[dict[str, dict[str, Any]]], None], folder: Path | None = None) -> Path:
+    """Let ``edit`` change the sections of a GPU's file in ``folder`` (default: the user's), and write it whole.
+
+    Under a lock between reading and writing, so two processes lose none of each other's entries; replaced in one step,
+    so a reader sees the old file or the new one, and a kill leaves the old one.
+    """
+    path = (folder or user_folder()) / file_name(gpu)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.with_suffix(".lock")):
+        sections = read(path, gpu)
+        edit(sections)
+        text = json.dumps({"gpu": gpu, **sections}, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        with replacing(path) as part:
+            part.write_text(text + "\n", encoding="utf-8")
+    load.cache_clear()
+    return path
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """An advisory lock that the system drops when its holder dies."""
+    import fcntl  # POSIX only, as are the GPUs that get tuned
+
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,235 @@
+"""A schedule bound to live modules: the guard that says whether it still describes them, and the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..graph.facts import function, touched
+from ..graph.ir import Attribute, Schedule, Step, Value, names, references
+from .eligibility import uses_batch_statistics, why_plain
+from .guards import Part
+from .step import batch_norm_act, conv_bn_act
+
+
+class Program:
+    """One module's schedule for one mode over the module objects it was traced with; without a schedule it only
+    knows their make.
+    """
+
+    def __init__(self, owner: nn.Module, schedule: Schedule | None, training: bool) -> None:
+        self.own = Part(owner, training)
+        self.schedule = schedule if schedule is not None and schedule.fused else None
+        self.inlined: list[tuple[nn.Module, Part]] = []
+        if self.schedule is None:
+            return
+        paths = [path for path in schedule.inlined if path]
+        self.inlined = [(m, Part(m, training)) for m in map(owner.get_submodule, paths)]
+        skipped = [owner.get_submodule(path) for path in schedule.skipped]
+        self.biased = [m for m in skipped if m._parameters.get("bias") is not None and isinstance(m, nn.Conv2d)]
+        self.skipped = [m for m in skipped if m not in self.biased]
+        slots: dict[str, int] = {}
+        for name in (*schedule.inputs, *(s.output for s in schedule.steps)):
+            slots[name] = len(slots)
+        self.size, self.inputs = len(slots), len(schedule.inputs)
+        self.output = _getter(schedule.output, slots, owner)
+        self.steps = [
+            (_bind(step, slots, owner), slots[step.output], dead)
+            for step, dead in zip(schedule.steps, _deaths(schedule, slots), strict=True)
+        ]
+
+    def changed(self, owner: nn.Module) -> bool:
+        """Whether the modules are no longer made as they were when they were traced."""
+        return not self.own.holds(owner) or any(not part.holds(m) for m, part in self.inlined)
+
+    def why_plain(self, args: tuple) -> str | None:
+        """Why the class's forward must run on these arguments, or None."""
+        if self.schedule is None:
+            return "there is nothing to fuse"
+        if len(args) != self.inputs:
+            return f"it was called with {len(args)} inputs, not {self.inputs}"
+        return (
+            why_plain(args[0], self.skipped)
+            or next(filter(None, map(_why_plain_biased, self.biased)), None)
+            or next((f"a {type(m).__name__} has hooks" for m, _ in self.inlined if touched(m)), None)
+            or next((f"an input is a {type(a).__name__}" for a in args[1:] if type(a) is not Tensor), None)
+        )
+
+    def __call__(self, *args: Tensor) -> Any:
+        values: list[Any] = [*args, *[None] * (self.size - self.inputs)]
+        del args
+        for run, out, dead in self.steps:
+            values[out] = run(values)
+            for slot in dead:
+                values[slot] = None
+        return self.output(values)
+
+
+def _why_plain_biased(conv: nn.Conv2d) -> str | None:
+    """The path rule for a convolution with a bias, which becomes part of the batch norm's mean."""
+    if type(conv) is not nn.Conv2d or touched(conv):
+        return "a Conv2d was replaced or has hooks"
+    if any(type(p) not in (nn.Parameter, Tensor) for p in conv._parameters.values()):
+        return "a Conv2d's weight or bias is pruned, parametrised or a tensor subclass"
+    return None
+
+
+def _deaths(schedule: Schedule, slots: dict[str, int]) -> list[list[int]]:
+    """For each step the slots that nothing reads after it: they are emptied, so that memory is freed when eager
+    frees it.
+    """
+    last = {name: i for i, step in enumerate(schedule.steps) for name in (step.output, *references(step))}
+    kept = set(names(schedule.output))
+    deaths: list[list[int]] = [[] for _ in schedule.steps]
+    for name, i in last.items():
+        if name not in kept:
+            deaths[i].append(slots[name])
+    return deaths
+
+
+# ---------------------------------------------------------------- steps as callables over the list of values
+
+
+def _getter(structure: Any, slots: dict[str, int], owner: nn.Module) -> Callable[[list], Any]:
+    """A function that fills the nested structure from the values and the owner's live attributes."""
+    if isinstance(structure, Value):
+        return itemgetter(slots[structure.name])
+    if isinstance(structure, Attribute):
+        path, _, name = structure.path.rpartition(".")
+        holder = owner.get_submodule(path)
+        return lambda values: getattr(holder, name)
+    if isinstance(structure, (tuple, list)):
+        parts = [_getter(part, slots, owner) for part in structure]
+        kind = type(structure)
+        return lambda values: kind([part(values) for part in parts])
+    if isinstance(structure, dict):
+        entries = [(key, _getter(part, slots, owner)) for key, part in structure.items()]
+        mapping = type(structure)
+        return lambda values: mapping([(key, part(values)) for key, part in entries])
+    if isinstance(structure, slice):
+        bounds = _getter((structure.start, structure.stop, structure.step), slots, owner)
+        return lambda values: slice(*bounds(values))
+    return lambda values: structure
+
+
+def _bind(step: Step, slots: dict[str, int], owner: nn.Module) -> Callable[[list], Any]:
+    """The step as a function of the list of values."""
+    if step.op == "conv_bn_act":
+        return _bind_conv(step, slots, owner)
+    if step.op == "add_act":
+        return _bind_add(step, slots)
+    call = owner.get_submodule(step.target) if step.op == "module" else function(step.target)
+    if len(step.args) == 1 and isinstance(step.args[0], Value) and not step.kwargs:
+        only = slots[step.args[0].name]
+        return lambda values: call(values[only])
+    args, kwargs = _getter(step.args, slots, owner), _getter(step.kwargs, slots, owner)
+    return lambda values: call(*args(values), **kwargs(values))
+
+
+def _bind_conv(step: Step, slots: dict[str, int], owner: nn.Module) -> Callable[[list], Tensor]:
+    conv, bn = (owner.get_submodule(path) for path in step.modules[:2])
+    x_slot, act = slots[step.args[0].name], step.act
+    fused = conv_bn_act if conv.bias is None else _biased_conv_bn_act
+    if step.residual is None:
+        return lambda values: fused(conv, bn, values[x_slot], None, act)
+    residual_slot, fitting = slots[step.residual.name], {}
+
+    def run(values: list) -> Tensor:
+        x, residual = values[x_slot], values[residual_slot]
+        if type(residual) is Tensor and residual.dtype is _result_dtype(x):
+            key = x.shape, residual.shape
+            if key not in fitting:
+                fitting[key] = residual.shape == output_shape(conv, x)
+            if fitting[key]:
+                return fused(conv, bn, x, residual, act)
+        out = fused(conv, bn, x, None, "none") + residual  # an addition that broadcasts or promotes is torch's
+        return torch.relu(out) if act == "relu" else out
+
+    return run
+
+
+def _biased_conv_bn_act(conv: nn.Conv2d, bn: nn.Module, x: Tensor, residual: Tensor | None, act: str) -> Tensor:
+    """As ``path.conv_bn_act``; BN(z + b) with statistics μ is BN(z) with statistics μ − b."""
+    if uses_batch_statistics(bn):
+        return batch_norm_act(bn, conv._conv_forward(x, own_strides(conv.weight), conv.bias), residual, act)
+    return ops.conv_bn_act(
+        x,
+        conv.weight,
+        bn.weight,
+        bn.bias,
+        residual,
+        mean=bn.running_mean - conv.bias,
+        var=bn.running_var,
+        eps=bn.eps,
+        stride=conv.stride,
+        padding=conv.padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        act=act,
+    )
+
+
+def own_strides(t: Tensor) -> Tensor:
+    """The tensor through a flat view: the gradient of an NHWC convolution then has its strides; callers ``view`` it."""
+    return t.reshape(-1).view(t.shape) if t.requires_grad and t.is_contiguous() else t
+
+
+def _result_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def output_shape(conv: nn.Conv2d, x: Tensor) -> tuple[int, ...]:
+    """The shape of ``conv(x)``."""
+    sizes = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, p, d, k, s in zip(
+            x.shape[2:], conv.padding, conv.dilation, conv.kernel_size, conv.stride, strict=True
+        )
+    ]
+    return (x.shape[0], conv.out_channels, *sizes)
+
+
+def _bind_add(step: Step, slots: dict[str, int]) -> Callable[[list], Any]:
+    """``ops.add_act`` where shapes and dtypes are what it takes, torch's own operations elsewhere (broadcasts,
+    sums of sizes).
+    """
+    x_slot, y_slot = (slots[v.name] for v in step.args)
+    gate_slot, act = slots[step.gate.name] if step.gate else None, step.act
+
+    def run(values: list) -> Any:
+        x, y = values[x_slot], values[y_slot]
+        gate = None if gate_slot is None else values[gate_slot]
+        if gate is not None:
+            x, gate = (gate, x) if _is_gate(x, gate) else (x, _unexpanded(gate))
+        if _are_images(x, y) and (gate is None or _is_gate(gate, x)):
+            return ops.add_act(x, y, gate, act=act)
+        out = (x if gate is None else x * gate) + y
+        return torch.relu(out) if act == "relu" else out
+
+    return run
+
+
+def _are_images(x: Any, y: Any) -> bool:
+    return type(x) is Tensor and type(y) is Tensor and x.dim() == 4 and x.shape == y.shape and x.dtype == y.dtype
+
+
+def _unexpanded(gate: Any) -> Any:
+    """One factor for each image and channel, if the gate was expanded to all pixels."""
+    expanded = type(gate) is Tensor and gate.dim() == 4 and gate.stride()[2:] == (0, 0)
+    return gate[:, :, :1, :1] if expanded else gate
+
+
+def _is_gate(gate: Any, x: Any) -> bool:
+    return (
+        type(gate) is Tensor
+        and type(x) is Tensor
+        and x.dim() == 4
+        and gate.dtype == x.dtype
+        and gate.shape == (x.shape[0], x.shape[1], 1, 1)
+    )

@@ -1,0 +1,1 @@
+"""The family: rows of data, residual blocks, torchvision's names; checkpoints; each model's problems."""

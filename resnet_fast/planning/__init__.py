@@ -1,0 +1,1 @@
+"""A network as a snapshot to deploy: made, run, saved, compared, tuned."""

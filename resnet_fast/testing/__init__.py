@@ -1,0 +1,1 @@
+"""How a kernel is judged: error rule, oracle, inputs, grids, diagnosis."""

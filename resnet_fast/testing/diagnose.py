@@ -1,0 +1,121 @@
+"""Where a wrong kernel is wrong: which elements of its output, in the words of the mistakes that kernels usually have."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dispatch.problem import Problem
+from ..dispatch.registry import Kernel
+from . import check, rule, samples
+
+
+def diagnose(kernel: Kernel, problem: Problem, seed: int = 0) -> str:
+    """Run the kernel once more in poisoned memory and say which elements are wrong and what that points to."""
+    args = _telling(problem, samples.make_args(problem, seed))
+    with check.poisoned(), torch.no_grad():
+        outputs = kernel.fn(*args)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    found = [
+        locate(got.cpu(), exact, problem)
+        for got, exact in zip(outputs, check.oracle(problem.op, args), strict=True)
+        if exact.numel()
+    ]
+    return (
+        "; ".join(f"output {i}: {text}" for i, text in enumerate(found) if text)
+        or "right this time: the error moves, so suspect a race"
+    )
+
+
+def _telling(problem: Problem, args: tuple) -> tuple:
+    """The grid's zero and tiny scales would hide wrong channels here: give every channel a scale that shows."""
+    if problem.op != "conv_bn_act":
+        return args
+    x, weight, scale, *rest = args
+    return x, weight, scale.abs() + 0.5, *rest
+
+
+def locate(got: Tensor, exact: Tensor, problem: Problem) -> str | None:
+    """One sentence about the wrong elements of one output, or None if there are none.
+
+    An element is wrong if it is NaN where the oracle is not, or off by more than sixteen roundings of the largest value.
+    """
+    if got.shape != exact.shape:
+        return f"its shape is {list(got.shape)}, expected {list(exact.shape)}"
+    low = got.double()
+    off = (low - exact).abs() > 16 * rule.FLOOR[got.dtype] * exact[exact.isfinite()].abs().max()
+    unwritten = low.isnan() & ~exact.isnan()
+    wrong = off | unwritten
+    if not wrong.any():
+        return None
+    count = f"{int(wrong.sum())} of {wrong.numel()} elements are wrong"
+    if unwritten.any():
+        share = "all" if bool((wrong == unwritten).all()) else str(int(unwritten.sum()))
+        count += f", {share} of them NaN (memory was poisoned: never written, or read where nobody wrote)"
+    return f"{count}: {_pattern(wrong, low, exact, problem)}"
+
+
+def _pattern(wrong: Tensor, got: Tensor, exact: Tensor, problem: Problem) -> str:
+    if wrong.dim() == 4:
+        return _pattern_images(wrong, got, exact, problem)
+    channels = wrong.any(0) if wrong.dim() == 2 else wrong
+    return f"channels {_ranges(channels.flatten())}: a reduction's partials or its divisor"
+
+
+def _pattern_images(wrong: Tensor, got: Tensor, exact: Tensor, problem: Problem) -> str:
+    channels, pixels = wrong.any(0).flatten(1).any(1), wrong.any(1).flatten()
+    where = f"channels {_ranges(channels)} of {len(channels)}, pixels {_ranges(pixels)} of {len(pixels)} in NHWC order"
+    if not channels.all() and channels[-1] and _one_run(channels):
+        return f"{where}: the tail of the filter tile"
+    if not pixels.all() and pixels[-1] and _one_run(pixels):
+        return f"{where}: the tail of the pixel tile"
+    border = _border(wrong.any(1))
+    if border:
+        return f"{where}: only {border} next to the border: a padding mask, or the offset of a tap"
+    if not channels.all():
+        return f"{where}: some channels only: the affine, the groups, or a swizzle"
+    if not pixels.all():
+        return f"{where}: some pixels only: the pixel → (n, h, w) coordinates, or the residual's stride"
+    return f"{where}: {_magnitude(got, exact, problem)}"
+
+
+def _magnitude(got: Tensor, exact: Tensor, problem: Problem) -> str:
+    """Everything is wrong: by how much tells which part of the formula is missing."""
+    if problem.act == "relu" and bool((got < 0).any()):
+        return "there are negative results after a ReLU: the activation is missing"
+    ratio = (got * exact).sum() / exact.square().sum()
+    if (got - ratio * exact).square().sum() < 1e-4 * exact.square().sum():
+        return f"everywhere by the same factor {ratio:.4g}: a scale, eps or a divisor"
+    residual = "the residual, " if problem.residual else ""
+    return f"everywhere: {residual}swapped taps, a remainder of K (C·R·S), or the affine"
+
+
+def _border(wrong: Tensor) -> str | None:
+    """ "the first row" and the like, if nothing but the outermost rows and columns is wrong."""
+    inner = wrong[:, 1:-1, 1:-1]
+    if inner.numel() == 0 or inner.any():
+        return None
+    sides = {
+        "the first row": wrong[:, 0, 1:-1],
+        "the last row": wrong[:, -1, 1:-1],
+        "the first column": wrong[:, 1:-1, 0],
+        "the last column": wrong[:, 1:-1, -1],
+    }
+    return ", ".join(name for name, side in sides.items() if side.any()) or "the corners"
+
+
+def _one_run(flags: Tensor) -> bool:
+    return int((flags[1:] != flags[:-1]).sum()) == 1
+
+
+def _ranges(flags: Tensor, most: int = 4) -> str:
+    """ "0–63, 128" of the indices that are set."""
+    index = flags.nonzero().flatten().tolist()
+    runs: list[list[int]] = []
+    for i in index:
+        if runs and runs[-1][1] == i - 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    text = ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in runs[:most])
+    return text + (f" and {len(runs) - most} more runs" if len(runs) > most else "")

@@ -1,0 +1,1 @@
+"""Measured choice: which kernel for a problem, which groups for a network; written into the table."""

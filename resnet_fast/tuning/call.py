@@ -1,0 +1,48 @@
+"""One call of a kernel on a problem's arguments, as a plan or a training step makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..dispatch.problem import Problem
+from ..dispatch.registry import Kernel
+from ..graph.ir import Step, Value
+from ..graph.weights import Filter
+from ..kernels.prepack import fold
+from ..live.step import one_by_one, track
+from ..runtime.bind import _bind_cudnn, _bind_torch
+
+
+def once(chosen: Kernel, problem: Problem, args: tuple) -> Callable[[], Any]:
+    """One call of a kernel on a problem's arguments as it is in use.
+
+    Torch's convolutions on folded weights as a plan binds them, folded before; a training step's batch norm with its running statistics.
+    """
+    if problem.op == "bn_act":
+        return _training_norm(chosen, *args)
+    if problem.op != "conv_bn_act" or problem.bn or not chosen.id.startswith("aten."):
+        return lambda: chosen.fn(*args)
+    x, weight, scale, shift, residual, mean, var, eps, *geometry, act = args
+    f = Filter(*fold(weight, scale, shift, mean, var, eps), tuple(geometry))
+    step = Step("conv_bn_act", "", "", (Value("x"),), residual=None if residual is None else Value("residual"), act=act)
+    run = _bind_cudnn(f, step) if chosen.id == "aten.cudnn_fused" else _bind_torch(f, step, False)
+    return lambda: run({"x": x, "residual": residual})
+
+
+def _training_norm(
+    chosen: Kernel, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, act: str
+) -> Callable[[], Tensor]:
+    bn = nn.BatchNorm2d(len(weight), eps, device=x.device, dtype=weight.dtype)
+    bn.weight, bn.bias = nn.Parameter(weight), nn.Parameter(bias)
+    if chosen.id.startswith("aten."):
+        return lambda: one_by_one(bn, x, residual, act)
+
+    def run() -> Tensor:
+        y, mean, var = chosen.fn(x, weight, bias, residual, eps, act)
+        track(bn, mean, var, x.numel() // x.shape[1])
+        return y
+
+    return run
