@@ -1,10 +1,11 @@
-"""Benchmarks as pytest-benchmark suites: what is measured together is timed together, in interleaved rounds.
+"""Options and fixtures of the pytest-benchmark suites; all variants of a case are timed together, interleaved.
 
 ``pytest benchmarks/`` measures a small default; options widen it (``--help``). ``--benchmark-*`` work as usual.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict
 
@@ -25,25 +26,32 @@ SCALING = {
 }
 
 
+# ---------------------------------------------------------------- options
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("resnet_fast")
+    add = parser.getgroup("resnet_fast").addoption
+    add("--device", choices=("cpu", "cuda"), default=DEVICE, help=f"default here: {DEVICE}")
+    add("--models", type=words, help="comma-separated architectures (default resnet50; ops: resnet18)")
+    add("--batches", type=numbers, help="(default 1; on cuda 1,256)")
+    add("--sizes", type=numbers, default=[224], help="(default 224)")
+    add("--dtypes", type=words, help=f"of {', '.join(DTYPES)} (default fp32; on cuda bf16)")
+    add("--modes", type=words, help="infer, train (default infer; with --full both)")
+    add("--providers", type=words, help="ids, or kernel:ID (default: all that are installed)")
+    add("--kernels", type=words, help="op level: these kernels only, ids or files of your own")
+    add("--full", action="store_true", help="models, batches, dtypes and modes of the published tables")
+    add("--scaling", choices=SCALING, help="a curve over batch, image size or depth instead of the table")
+    add("--cold", action="store_true", help="also cold starts, each in a fresh process")
+    add("--seconds", type=float, default=20.0, help="timing at most this long a case (default %(default)s)")
+    add("--ledger", nargs="?", const="", metavar="FILE", help=f"write the rows into {RESULTS}/ or FILE")
 
-    def words(text: str) -> list[str]:
-        return text.split(",")
 
-    group.addoption("--device", choices=("cpu", "cuda"), default=DEVICE, help=f"default here: {DEVICE}")
-    group.addoption("--models", type=words, help="comma-separated architectures (default resnet50; ops: resnet18)")
-    group.addoption("--batches", type=lambda text: [int(b) for b in text.split(",")], help="(default 1; on cuda 1,256)")
-    group.addoption("--sizes", type=lambda text: [int(s) for s in text.split(",")], default=[224], help="(default 224)")
-    group.addoption("--dtypes", type=words, help=f"of {', '.join(DTYPES)} (default fp32; on cuda bf16)")
-    group.addoption("--modes", type=words, help="infer, train (default infer; with --full both)")
-    group.addoption("--providers", type=words, help="ids, or kernel:ID (default: all that are installed)")
-    group.addoption("--kernels", type=words, help="op level: these kernels only, ids or files of your own")
-    group.addoption("--full", action="store_true", help="models, batches, dtypes and modes of the published tables")
-    group.addoption("--scaling", choices=SCALING, help="a curve over batch, image size or depth instead of the table")
-    group.addoption("--cold", action="store_true", help="also cold starts, each in a fresh process")
-    group.addoption("--seconds", type=float, default=20.0, help="timing at most this long a case (default %(default)s)")
-    group.addoption("--ledger", nargs="?", const="", metavar="FILE", help=f"write the rows into {RESULTS}/ or FILE")
+def words(text: str) -> list[str]:
+    return text.split(",")
+
+
+def numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
 
 
 def default_batches(device: str, full: bool) -> list[int]:
@@ -59,47 +67,50 @@ def default_dtypes(device: str, full: bool) -> list[str]:
 
 
 def model_cases(config: pytest.Config) -> list[Case]:
-    """The cases that the options ask for."""
-    get = config.getoption
-    device, full = get("--device"), get("--full")
-    models = get("--models") or (FULL_MODELS if full else ["resnet50"])
-    batches = get("--batches") or default_batches(device, full)
-    dtypes = get("--dtypes") or default_dtypes(device, full)
-    modes = get("--modes") or (["infer", "train"] if full else ["infer"])
-    sizes = get("--sizes")
-    curve = get("--scaling")
+    """Return the cases that the options ask for."""
+    option = config.getoption
+    device = option("--device")
+    full = option("--full")
+    models = option("--models") or (FULL_MODELS if full else ["resnet50"])
+    batches = option("--batches") or default_batches(device, full)
+    dtypes = option("--dtypes") or default_dtypes(device, full)
+    modes = option("--modes") or (["infer", "train"] if full else ["infer"])
+    sizes = option("--sizes")
+    curve = option("--scaling")
     if curve == "depth":
         models = SCALING["depth"]
     elif curve == "batch":
         batches = SCALING["batch"][device]
     elif curve == "size":
         sizes = SCALING["size"][device]
-    unknown = [m for m in models if m not in list_models()]
+    unknown = [model for model in models if model not in list_models()]
     if unknown:
         raise pytest.UsageError(f"--models: unknown {', '.join(unknown)}; known: {', '.join(list_models())}")
-    return [
-        Case(mode, model, dtype, batch, size, device)
-        for mode in modes
-        for model in models
-        for dtype in dtypes
-        for size in sizes
-        for batch in batches
-    ]
+    combinations = itertools.product(modes, models, dtypes, sizes, batches)
+    return [Case(mode, model, dtype, batch, size, device) for mode, model, dtype, size, batch in combinations]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if {"case", "provider_id"} <= set(metafunc.fixturenames):
-        ids = metafunc.config.getoption("--providers") or list(PROVIDERS)
-        pairs = [(case, id) for case in model_cases(metafunc.config) for id in ids]
-        metafunc.parametrize(("case", "provider_id"), pairs, ids=[f"{case.name}-{id}" for case, id in pairs])
+    """Run tests with the parameters ``case`` and ``provider_id`` for every case and provider."""
+    if not {"case", "provider_id"} <= set(metafunc.fixturenames):
+        return
+    config = metafunc.config
+    providers = config.getoption("--providers") or list(PROVIDERS)
+    cases = model_cases(config)
+    pairs = list(itertools.product(cases, providers))
+    ids = [f"{case.name}-{provider_id}" for case, provider_id in pairs]
+    metafunc.parametrize(("case", "provider_id"), pairs, ids=ids)
 
 
-class Replay:
-    """A clock that stands still but for the rounds it is told.
+# ---------------------------------------------------------------- measuring
 
-    pytest-benchmark times one function from its first round to its last, so a drift of the machine between two tests
-    would be read as a difference. Here all variants of a group are timed in interleaved rounds first; each test then
-    plays its own rounds back through this clock, and statistics, JSON, groups and comparisons are pytest-benchmark's.
+
+class ReplayClock:
+    """A clock that advances only by the recorded durations of rounds.
+
+    pytest-benchmark times one function from its first round to its last, so it would read a drift of the machine
+    between two tests as a difference. Here all variants of a group are timed first, in interleaved rounds. Each test
+    then replays its own rounds through this clock; statistics, JSON, groups and comparisons are pytest-benchmark's.
     """
 
     now = 0.0
@@ -111,39 +122,45 @@ class Replay:
         self.now += seconds
 
 
-CLOCK = Replay()
+CLOCK = ReplayClock()
 ROWS = pytest.StashKey[list[Row]]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    replayed = pytest.mark.benchmark(timer=CLOCK)
     for item in items:
-        if "report" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+        fixtures = getattr(item, "fixturenames", ())
+        if "report" in fixtures:
+            item.add_marker(replayed)
 
 
 @pytest.fixture(scope="session")
 def machine(pytestconfig: pytest.Config):
-    return here(pytestconfig.getoption("--device"))
+    device = pytestconfig.getoption("--device")
+    return here(device)
 
 
 @pytest.fixture(scope="session")
 def outcomes() -> dict[object, dict[str, Outcome]]:
-    """What was measured already, by case or problem."""
+    """Outcomes measured so far, by case or problem."""
     return {}
 
 
 @pytest.fixture
 def together(request: pytest.FixtureRequest, outcomes) -> Callable:
-    """``together(key, member, measure)``: the outcomes of a case, measured at its first test for all collected.
+    """``together(key, member, measure)``: the outcomes of a case, measured once, for all collected members.
 
-    ``key`` and ``member`` name two parameters of the test; ``measure(value of key, [values of member])`` runs once.
+    ``key`` and ``member`` name two parameters of the test. The first test of a case calls
+    ``measure(value of key, [values of member])``.
     """
 
     def get(key: str, member: str, measure: Callable) -> dict[str, Outcome]:
         value = request.node.callspec.params[key]
         if value not in outcomes:
-            others = [item.callspec.params for item in request.session.items if item.function is request.function]
-            outcomes[value] = measure(value, [params[member] for params in others if params[key] == value])
+            tests = [item for item in request.session.items if item.function is request.function]
+            parameters = [test.callspec.params for test in tests]
+            members = [params[member] for params in parameters if params[key] == value]
+            outcomes[value] = measure(value, members)
         return outcomes[value]
 
     return get
@@ -151,15 +168,15 @@ def together(request: pytest.FixtureRequest, outcomes) -> Callable:
 
 @pytest.fixture
 def rounds(pytestconfig: pytest.Config) -> int:
-    """At most this many rounds; one under --benchmark-disable, which asks only whether everything runs."""
+    """The maximal number of rounds; one under --benchmark-disable, which only checks that everything runs."""
     return 1 if pytestconfig.getoption("benchmark_disable") else 60
 
 
 @pytest.fixture
 def report(benchmark, machine, pytestconfig: pytest.Config) -> Callable[[Outcome, str], None]:
-    """Report an outcome as this test's benchmark; skip it, or fail it if its check was red."""
+    """``report(outcome, group)``: replay an outcome as this test's benchmark; skip it, or fail if its check failed."""
 
-    def play(outcome: Outcome, group: str) -> None:
+    def replay(outcome: Outcome, group: str) -> None:
         if outcome.skipped is not None:
             benchmark.skipped = True
             pytest.skip(outcome.skipped)
@@ -167,22 +184,35 @@ def report(benchmark, machine, pytestconfig: pytest.Config) -> Callable[[Outcome
             benchmark.skipped = True
             pytest.fail(f"not reported, its check is red: {outcome.wrong}", pytrace=False)
         benchmark.group = group
-        benchmark.extra_info.update(asdict(outcome.row), machine=machine.name, commit=machine.commit, **machine.facts)
-        pytestconfig.stash.setdefault(ROWS, []).append(outcome.row)
-        seconds = iter(outcome.timing.seconds)
-        benchmark.pedantic(lambda: CLOCK.advance(next(seconds)), rounds=len(outcome.timing.seconds))
+        benchmark.extra_info.update(
+            asdict(outcome.row),
+            machine=machine.name,
+            commit=machine.commit,
+            **machine.facts,
+        )
+        rows = pytestconfig.stash.setdefault(ROWS, [])
+        rows.append(outcome.row)
+        durations = outcome.timing.seconds
+        remaining = iter(durations)
+        benchmark.pedantic(lambda: CLOCK.advance(next(remaining)), rounds=len(durations))
 
-    return play
+    return replay
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    machine_info["resnet_fast"] = here(config.getoption("--device")).facts
+    device = config.getoption("--device")
+    machine_info["resnet_fast"] = here(device).facts
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    path, rows = session.config.getoption("--ledger"), session.config.stash.get(ROWS, [])
-    if path is not None and rows:
-        machine = here(session.config.getoption("--device"))
-        machine.facts["command"] = measured_by(["pytest", *session.config.invocation_params.args], "--ledger")
-        written = write_run(rows, machine, path or None)
-        session.config.get_terminal_writer().line(f"\nledger: {written}")
+    """Write the ledger if it was asked for."""
+    config = session.config
+    path = config.getoption("--ledger")
+    rows = config.stash.get(ROWS, [])
+    if path is None or not rows:
+        return
+    machine = here(config.getoption("--device"))
+    command = ["pytest", *config.invocation_params.args]
+    machine.facts["command"] = measured_by(command, "--ledger")
+    written = write_run(rows, machine, path or None)
+    config.get_terminal_writer().line(f"\nledger: {written}")

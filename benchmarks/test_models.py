@@ -1,4 +1,4 @@
-"""Networks: model × infer/train × batch × dtype × provider, one group for each case."""
+"""Networks: model × infer/train × batch × dtype × provider, a group for each case."""
 
 from __future__ import annotations
 
@@ -11,13 +11,24 @@ from resnet_fast.bench.providers import provider
 
 
 def test_model(
-    case: Case, provider_id: str, together: Callable, rounds: int, report: Callable, pytestconfig: pytest.Config
+    case: Case,
+    provider_id: str,
+    together: Callable,
+    rounds: int,
+    report: Callable,
+    pytestconfig: pytest.Config,
 ) -> None:
-    get = pytestconfig.getoption
+    option = pytestconfig.getoption
 
-    def all_providers(case: Case, ids: list[str]) -> dict:
+    def measure_all(case: Case, ids: list[str]) -> dict:
+        providers = [provider(id) for id in ids]
         return measure(
-            case, [provider(id) for id in ids], max_seconds=get("--seconds"), max_rounds=rounds, cold=get("--cold")
+            case,
+            providers,
+            max_seconds=option("--seconds"),
+            max_rounds=rounds,
+            cold=option("--cold"),
         )
 
-    report(together("case", "provider_id", all_providers)[provider_id], case.name)
+    outcomes = together("case", "provider_id", measure_all)
+    report(outcomes[provider_id], case.name)

@@ -1,4 +1,4 @@
-"""``predict``: classes or features of photographs, from files and folders to a table; sharded by torchrun."""
+"""``predict``: top-k classes or features of image files and folders, as lines or a table; sharded by torchrun."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ them in order."""
 
 
 def add_parser(commands) -> None:
+    """Add the command and its options."""
     p = commands.add_parser("predict", help="classes or features of image files", description=_DESCRIPTION)
     p.add_argument("inputs", nargs="+", metavar="FILE|DIR", help="images, and folders of images")
     p.add_argument("--out", type=Path, metavar="OUT", help="table to write: .csv, .json, .jsonl or .parquet")
@@ -57,6 +58,7 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run the command; return the exit code."""
     if importlib.util.find_spec("PIL") is None:
         raise ImportError("images are decoded by Pillow: pip install pillow")
     if os.name != "posix":
@@ -69,20 +71,23 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"no images in {' '.join(args.inputs)} (suffixes: {' '.join(sorted(SUFFIXES))})")
     _check_output(args, ranks)
     job = Job(args, ranks)
-    return to_terminal(job) if args.out is None else to_file(job, args.out)
+    if args.out is None:
+        return to_terminal(job)
+    return to_file(job, args.out)
 
 
 def _check_output(args: argparse.Namespace, ranks: Ranks) -> None:
-    """Refuse before the work what would be refused after it."""
+    """Raise ValueError for an output that would fail only after all the work."""
     from ..predict.output import writer
 
     if args.out is None:
         if args.features or ranks.world > 1:
-            asked = "--features" if args.features else "torchrun"
-            raise ValueError(f"{asked} needs --out OUT.csv, .json, .jsonl or .parquet")
+            cause = "--features" if args.features else "torchrun"
+            raise ValueError(f"{cause} needs --out OUT.csv, .json, .jsonl or .parquet")
         return
     writer(args.out)
-    if args.out.exists() and not args.overwrite and not ranks.part(args.out).exists():
+    can_resume = ranks.part(args.out).exists()
+    if args.out.exists() and not args.overwrite and not can_resume:
         raise ValueError(f"--out {args.out} exists; --overwrite replaces it")
     others = set(ranks.leftovers(args.out)) - set(ranks.parts(args.out))
     if others:

@@ -1,4 +1,4 @@
-"""Which files, in which order: a streaming walk, the same for every rank and run, that never leaves a folder."""
+"""The walk over image files: a streamed list in a fixed order, the same for every rank and run."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-# Those that people keep photographs in; HEIC is among them so that its files are reported, not silently left out.
+# Suffixes of photographs. Pillow cannot read HEIC, but such files are reported instead of being left out silently.
 SUFFIXES = frozenset(
     ("avif bmp dib gif heic heif ico j2k jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp").split()
 )
 
 
 class Item(NamedTuple):
-    """One file: its place in the walk, the name to report, the path to open, why it must not be opened (or None)."""
+    """One file: its index in the walk, the name to report, the path to open, and why not to open it (or None)."""
 
     index: int
     name: str
@@ -22,28 +22,32 @@ class Item(NamedTuple):
 
 
 def walk(arguments: Sequence[str]) -> Iterator[Item]:
-    """The files of the arguments in order; a folder's by name, those with an image suffix that are not hidden.
+    """Yield the files of the arguments in order; of a folder, by name, those with an image suffix that are not hidden.
 
-    Memory: the names of the folders on the way down. Symbolic links to files inside the folder are followed, to folders
-    not (what they show is met at its own place); a link that leaves the folder is an Item with an error. A file named
-    as an argument is always taken.
+    Only the names of the current folder and its parents are in memory. Symbolic links to files inside the folder are
+    followed, links to folders inside it are not (the walk reaches these folders anyway). A link that leads out of the
+    folder becomes an Item with an error. A file that is itself an argument is always taken.
     """
     index = 0
     for argument in arguments:
-        for name, path, error in _folder(argument) if os.path.isdir(argument) else [(argument, argument, None)]:
+        entries = _folder(argument) if os.path.isdir(argument) else [(argument, argument, None)]
+        for name, path, error in entries:
             yield Item(index, name, path, error)
             index += 1
 
 
 def _folder(root: str) -> Iterator[tuple[str, str, str | None]]:
+    """Yield (name, path, error) of the images below ``root``, depth first."""
     top = os.path.realpath(root)
     stack: list[tuple[str, list[str], set[str], set[str]]] = []
 
     def enter(folder: str) -> Iterator[tuple[str, str, str]]:
         try:
-            stack.append((folder, *_listing(folder)))
+            listing = _listing(folder)
         except OSError as error:
             yield folder, folder, f"cannot list this folder: {error.strerror}"
+        else:
+            stack.append((folder, *listing))
 
     yield from enter(root)
     while stack:
@@ -62,7 +66,7 @@ def _folder(root: str) -> Iterator[tuple[str, str, str | None]]:
 
 
 def _listing(folder: str) -> tuple[list[str], set[str], set[str]]:
-    """(names in reverse order, which are folders, which are links)."""
+    """Return (names in reverse order, which of them are folders, which are links)."""
     names: list[str] = []
     folders: set[str] = set()
     links: set[str] = set()
@@ -82,15 +86,18 @@ def _listing(folder: str) -> tuple[list[str], set[str], set[str]]:
 
 
 def _link(path: str, top: str) -> Iterator[tuple[str, str, str | None]]:
+    """Yield the file that a symbolic link names, or the reason to refuse it; nothing for a folder inside ``top``."""
     target = os.path.realpath(path)
     inside = os.path.commonpath([top, target]) == top
     if os.path.isdir(target):
         if not inside:
             yield path, path, "refused: a link to a folder outside"
     elif is_image(path):
-        yield path, target, None if inside else "refused: a link out of the folder"
+        error = None if inside else "refused: a link out of the folder"
+        yield path, target, error
 
 
 def is_image(name: str) -> bool:
-    """Whether the suffix is that of an image."""
-    return name.rpartition(".")[2].lower() in SUFFIXES
+    """Return whether the suffix is an image format's."""
+    suffix = name.rpartition(".")[2]
+    return suffix.lower() in SUFFIXES

@@ -1,8 +1,9 @@
-"""Decoded batches in the files' order, from worker processes through shared memory, with bounded look-ahead.
+"""Loader: batches of decoded images in the files' order, from worker processes through shared memory.
 
-A ring of a few batches in shared memory; the n-th file of a batch is decoded into its n-th row, so nothing is collated.
-A thread hands out one file at a time and collects. A worker that dies (a codec's segmentation fault, the kernel's
-out-of-memory killer) is replaced; if a second one dies on the same file, that file has failed.
+The look-ahead is bounded by a ring of a few batches in shared memory. A worker decodes the n-th file of a batch into
+the batch's n-th row, so nothing is collated. A thread sends files to the workers one at a time and collects answers.
+A worker that dies (a codec's segmentation fault, the kernel's out-of-memory killer) is replaced; a file that kills two
+workers has failed.
 """
 
 from __future__ import annotations
@@ -29,11 +30,14 @@ from . import decode
 from .files import Item
 
 DEPTH = 3  # batches in the ring: one at the device, one ready, one being filled
-AHEAD = 2  # files given to a worker at a time, so that it need not wait for the next
+AHEAD = 2  # files queued at a worker, so that it need not wait for the next one
 
 
 class Batch(NamedTuple):
-    """``pixels``, uint8 [n, crop, crop, 3], is valid until the next batch is asked for; a failed row holds anything."""
+    """Items, their errors and their pixels.
+
+    ``pixels``, uint8 [n, crop, crop, 3], is valid until the next batch is requested. A failed file's row is undefined.
+    """
 
     items: list[Item]
     errors: list[str | None]
@@ -41,21 +45,27 @@ class Batch(NamedTuple):
 
 
 @dataclass
-class _Filling:
-    """A batch on its way: its place in the ring, and how many of its rows are still with the workers."""
+class _PendingBatch:
+    """A batch being filled: its index in the ring, and how many of its rows the workers have not answered yet."""
 
-    place: int
+    ring_index: int
     items: list[Item] = field(default_factory=list)
     errors: list[str | None] = field(default_factory=list)
-    left: int = 0
+    unanswered: int = 0
     full: bool = False
 
 
 @dataclass
 class _Task:
-    filling: _Filling
+    """One file to decode into one row; ``deaths`` counts the workers that died on it."""
+
+    batch: _PendingBatch
     row: int
     deaths: int = 0
+
+    def finish(self, error: str | None) -> None:
+        self.batch.errors[self.row] = error
+        self.batch.unanswered -= 1
 
 
 @dataclass(eq=False)
@@ -67,25 +77,26 @@ class _Worker:
 
 
 class Loader:
-    """Iterate over it for :class:`Batch` es; close it when done (it is a context manager).
+    """Iterable of :class:`Batch`; a context manager that ends the workers.
 
-    Raises RuntimeError if a worker cannot start; what ``items`` raises is raised here.
+    Raises RuntimeError if a worker cannot start. Errors that ``items`` raises are raised by the iteration.
     """
 
     def __init__(self, items: Iterable[Item], preset: decode.Preset, batch: int, workers: int) -> None:
         self._items = iter(items)
+        self._items_ended = False
         self._preset = preset
         self._batch = batch
-        descriptor = _shared_memory(DEPTH * batch * 3 * preset.crop**2)
-        self._descriptor = descriptor
-        ring = torch.frombuffer(mmap.mmap(descriptor, 0), dtype=torch.uint8)
-        self._ring = ring.view(DEPTH, batch, preset.crop, preset.crop, 3)
+        size = preset.crop
+        self._descriptor = _shared_memory(DEPTH * batch * 3 * size**2)
+        memory = mmap.mmap(self._descriptor, 0)
+        pixels = torch.frombuffer(memory, dtype=torch.uint8)
+        self._ring = pixels.view(DEPTH, batch, size, size, 3)
         self._free = deque(range(DEPTH))
-        self._open: deque[_Filling] = deque()
-        self._again: deque[_Task] = deque()
-        self._ended = False
-        self._out: SimpleQueue[_Filling | BaseException | None] = SimpleQueue()
-        self._bell, self._ring_bell = Pipe(duplex=False)
+        self._pending: deque[_PendingBatch] = deque()
+        self._retries: deque[_Task] = deque()
+        self._out: SimpleQueue[_PendingBatch | BaseException | None] = SimpleQueue()
+        self._wakeup_receiver, self._wakeup_sender = Pipe(duplex=False)
         self._workers = [self._start() for _ in range(workers)]
         self._thread = threading.Thread(target=self._run, name="resnet_fast.predict.loader", daemon=True)
         self._thread.start()
@@ -97,23 +108,27 @@ class Loader:
         self.close()
 
     def __iter__(self) -> Iterator[Batch]:
-        while (ready := self._out.get()) is not None:
+        while True:
+            ready = self._out.get()
+            if ready is None:
+                return
             if isinstance(ready, BaseException):
                 raise ready
-            yield Batch(ready.items, ready.errors, self._ring[ready.place, : len(ready.items)])
-            self._free.append(ready.place)
-            self._ring_bell.send_bytes(b"free")
+            pixels = self._ring[ready.ring_index, : len(ready.items)]
+            yield Batch(ready.items, ready.errors, pixels)
+            self._free.append(ready.ring_index)
+            self._wakeup_sender.send_bytes(b"free")
 
     def close(self) -> None:
-        """End the thread and the workers; what they were decoding is dropped."""
-        self._ring_bell.send_bytes(b"stop")
+        """End the thread and the workers; drop what they were decoding."""
+        self._wakeup_sender.send_bytes(b"stop")
         self._thread.join()
         for worker in self._workers:
             worker.process.kill()
             worker.process.wait()
             worker.connection.close()
-        self._bell.close()
-        self._ring_bell.close()
+        self._wakeup_receiver.close()
+        self._wakeup_sender.close()
         os.close(self._descriptor)
 
     # ------------------------------------------------------------ the thread
@@ -122,110 +137,129 @@ class Loader:
         try:
             while True:
                 self._feed()
-                while self._open and self._open[0].full and not self._open[0].left:
-                    self._out.put(self._open.popleft())
-                if self._ended and not self._open:
+                self._put_out_complete_batches()
+                if self._items_ended and not self._pending:
                     self._out.put(None)
                     return
                 if not self._collect():
                     return
-        except BaseException as error:  # it belongs to whoever iterates
+        except BaseException as error:  # raised again by the iteration
             self._out.put(error)
 
+    def _put_out_complete_batches(self) -> None:
+        while self._pending:
+            first = self._pending[0]
+            if not first.full or first.unanswered:
+                return
+            self._out.put(self._pending.popleft())
+
     def _feed(self) -> None:
-        """Give work to every worker that has room, the least busy first."""
-        for room in range(AHEAD):
-            for worker in [w for w in self._workers if len(w.tasks) <= room]:
-                task = self._again.popleft() if self._again else self._next()
+        """Give a task to every worker that has room, the least busy first."""
+        for queued in range(AHEAD):
+            with_room = [worker for worker in self._workers if len(worker.tasks) <= queued]
+            for worker in with_room:
+                task = self._retries.popleft() if self._retries else self._next_task()
                 if task is None:
                     return
-                slot = task.filling.place * self._batch + task.row
-                try:
-                    worker.connection.send((slot, task.filling.items[task.row].path))
-                except (BrokenPipeError, ConnectionResetError):
-                    self._again.append(task)
-                    self._bury(worker)
-                else:
-                    worker.tasks.append(task)
+                self._send(task, worker)
 
-    def _next(self) -> _Task | None:
-        """The next file that is to be decoded, with its place in a batch; None if there is none or the ring is full."""
-        while not self._ended:
-            filling = self._open[-1] if self._open and not self._open[-1].full else None
-            if filling is None:
-                if not self._free:
-                    return None
-                filling = _Filling(self._free.popleft())
-                self._open.append(filling)
+    def _send(self, task: _Task, worker: _Worker) -> None:
+        slot = task.batch.ring_index * self._batch + task.row
+        item = task.batch.items[task.row]
+        try:
+            worker.connection.send((slot, item.path))
+        except (BrokenPipeError, ConnectionResetError):
+            self._retries.append(task)
+            self._replace(worker)
+        else:
+            worker.tasks.append(task)
+
+    def _next_task(self) -> _Task | None:
+        """Return the next file to decode and its row; None if there is none or the ring is full."""
+        while not self._items_ended:
+            batch = self._batch_to_fill()
+            if batch is None:
+                return None
             item = next(self._items, None)
             if item is None:
-                self._ended = filling.full = True
-                if not filling.items:
-                    self._open.remove(filling)
+                self._items_ended = batch.full = True
+                if not batch.items:
+                    self._pending.remove(batch)
                 return None
-            filling.items.append(item)
-            filling.errors.append(item.error)
-            filling.full = len(filling.items) == self._batch
+            batch.items.append(item)
+            batch.errors.append(item.error)
+            batch.full = len(batch.items) == self._batch
             if item.error is None:
-                filling.left += 1
-                return _Task(filling, len(filling.items) - 1)
+                batch.unanswered += 1
+                return _Task(batch, len(batch.items) - 1)
         return None
 
+    def _batch_to_fill(self) -> _PendingBatch | None:
+        """Return the last pending batch, or a new one if that is full; None if the ring has no place for it."""
+        if self._pending and not self._pending[-1].full:
+            return self._pending[-1]
+        if not self._free:
+            return None
+        batch = _PendingBatch(self._free.popleft())
+        self._pending.append(batch)
+        return batch
+
     def _collect(self) -> bool:
-        """Wait for an answer, a death or the bell; False when the bell says stop."""
-        for source in wait([self._bell, *(w.connection for w in self._workers)]):
-            if source is self._bell:
-                if self._bell.recv_bytes() == b"stop":
+        """Wait for an answer, a worker's death or a wake-up; return False if the wake-up says stop."""
+        connections = [worker.connection for worker in self._workers]
+        for source in wait([self._wakeup_receiver, *connections]):
+            if source is self._wakeup_receiver:
+                if source.recv_bytes() == b"stop":
                     return False
                 continue
-            worker = next(w for w in self._workers if w.connection is source)
+            worker = next(worker for worker in self._workers if worker.connection is source)
             try:
                 answer = source.recv()
             except (EOFError, ConnectionResetError):
-                self._bury(worker)
+                self._replace(worker)
                 continue
             if answer == "ready":
                 worker.ready = True
                 continue
-            task = worker.tasks.popleft()
-            task.filling.errors[task.row] = answer[1]
-            task.filling.left -= 1
+            _, error = answer
+            worker.tasks.popleft().finish(error)
         return True
 
-    def _bury(self, worker: _Worker) -> None:
-        """Replace a dead worker; the file that it was decoding gets a second chance, then the blame."""
+    def _replace(self, worker: _Worker) -> None:
+        """Start a new worker for a dead one; the file that it was decoding is retried once, then it has failed."""
         status = worker.process.wait()
         worker.connection.close()
         if not worker.ready:
             raise RuntimeError(f"a decoding process did not start (code {status}); what it said is above")
         if worker.tasks:
-            worker.tasks[0].deaths += 1
-            if worker.tasks[0].deaths == 2:
-                task = worker.tasks.popleft()
+            suspect = worker.tasks[0]
+            suspect.deaths += 1
+            if suspect.deaths == 2:
+                worker.tasks.popleft()
                 how = f"signal {signal.Signals(-status).name}" if status < 0 else f"code {status}"
-                task.filling.errors[task.row] = f"decoding it ended the process ({how}) twice"
-                task.filling.left -= 1
-        self._again.extend(worker.tasks)
-        self._workers[self._workers.index(worker)] = self._start()
+                suspect.finish(f"decoding it ended the process ({how}) twice")
+        self._retries.extend(worker.tasks)
+        index = self._workers.index(worker)
+        self._workers[index] = self._start()
 
     def _start(self) -> _Worker:
-        mine, its = Pipe()
-        descriptors = its.fileno(), self._descriptor
-        # A session of its own: Ctrl-C reaches the parent only. A safe path: this folder must not shadow other modules.
+        parent_end, worker_end = Pipe()
+        descriptors = worker_end.fileno(), self._descriptor
+        preset = json.dumps(asdict(self._preset))
         process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", decode.__file__, *map(str, descriptors), json.dumps(asdict(self._preset))],
+            [sys.executable, "-W", "ignore", decode.__file__, *map(str, descriptors), preset],
             pass_fds=descriptors,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            start_new_session=True,
-            env={**os.environ, "PYTHONSAFEPATH": "1"},
+            start_new_session=True,  # Ctrl-C reaches only the parent
+            env={**os.environ, "PYTHONSAFEPATH": "1"},  # files of this folder must not shadow other modules
         )
-        its.close()
-        return _Worker(process, mine)
+        worker_end.close()
+        return _Worker(process, parent_end)
 
 
 def _shared_memory(size: int) -> int:
-    """A descriptor of that many bytes, shared and unnamed; a container's small /dev/shm does not limit it."""
+    """Return a descriptor of ``size`` bytes of unnamed shared memory, independent of a container's small /dev/shm."""
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("resnet_fast")
     else:

@@ -1,5 +1,5 @@
-"""``python -m resnet_fast predict``: class predictions or features for files and folders of photographs.
+"""Photographs in, classes or features out: resumable, sharded.
 
-files (what to read) → loader, decode (worker processes) → network (device) → journal (append-only, resumable) → output
-(tables); run is the loop through them, job what one rank does, command the options.
+The pipeline: data.files (what to read) → data.loader, data.decode (worker processes) → network (the device) → journal
+(append-only record) → output (tables). ``run`` is the loop through it, ``job`` one rank's work.
 """

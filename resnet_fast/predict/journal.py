@@ -1,8 +1,8 @@
-"""The append-only record of a run: a JSON line for each file, in the walk's order; where a killed run is gone on with.
+"""The append-only record of a run: a JSON line for each file, in the walk's order, from which a killed run resumes.
 
 Line 1 holds the settings; then {"i", "name", and "class", "p" | "features" | "error"}; last {"done": count, "files":
-digest}. Lines reach the operating system batch by batch, so a kill costs at most the batches under way; a line that it
-tore, or that a power cut filled with zeros, is cut off when the record is opened again.
+digest}. Lines are flushed to the operating system batch by batch, so a kill loses at most the batches in progress. A
+line that the kill tore, or that a power cut filled with zeros, is cut off when the record is opened again.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ _MAGIC = b'{"resnet_fast": "predict"'
 
 
 class Journal:
-    """Begin the record at ``path`` or go on with it; close it when done (it is a context manager).
+    """Create the record at ``path`` or continue it; a context manager that closes the file.
 
-    ``kept`` and ``failed`` count what an earlier run left. Raises ValueError if the record was begun with other
-    settings, is none, or is being written by another process.
+    ``recorded`` and ``failed`` count the files of an earlier run. Raises ValueError if the record was begun with other
+    settings, the file is not a record, or another process is writing it.
     """
 
     def __init__(self, path: Path, settings: dict) -> None:
-        self.path, self.kept, self.failed = path, 0, 0
-        self._done: dict = {}  # the last line of a record that was complete, and where it begins
-        self._end = 0
+        self.path = path
+        self.recorded = 0
+        self.failed = 0
+        self._last_line: dict = {}  # of a record that was complete
+        self._last_line_start = 0
         self._file = open(path, "a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -48,101 +50,134 @@ class Journal:
         self._file.close()
 
     def _begin(self, settings: dict) -> None:
+        """Write the settings into a new record, or compare them with those of an existing one."""
         self._file.seek(0)
         first = self._file.readline()
         header = _parse(first)
-        torn = not first.endswith(b"\n") and (first.startswith(_MAGIC) or _MAGIC.startswith(first))
-        if torn:
-            self._file.truncate(0)  # or nothing there yet
+        is_ours = first.startswith(_MAGIC)
+        is_torn = not first.endswith(b"\n") and (is_ours or _MAGIC.startswith(first))
+        if is_torn:  # or still empty
+            self._file.truncate(0)
             self._append([settings])
-        elif header is None or not first.startswith(_MAGIC):
+            return
+        if header is None or not is_ours:
             raise ValueError(f"{self.path} is in the way: it is not a record of this program")
-        elif header != settings:
-            keys = [key for key in {**header, **settings} if header.get(key) != settings.get(key)]
-            other = ", ".join(f"{key} {header.get(key)!r} → {settings.get(key)!r}" for key in keys)
+        if header != settings:
+            difference = _difference(header, settings)
             raise ValueError(
-                f"{self.path} was begun with other settings ({other}): go on with those, or delete it to start anew"
+                f"{self.path} was begun with other settings ({difference}): go on with those, "
+                "or delete it to start anew"
             )
 
     def resume(self, items: Iterator[Item], batch: int) -> Iterator[Item]:
-        """The items still to be done; what the record holds from there on is cut off.
+        """Return the items still to do, and cut off the record where it no longer matches them.
 
-        Records count while their names are the walk's, in whole batches: the rest then falls into the batches of an
-        uninterrupted run and gives the same bits.
+        Lines count while their names are the walk's, in whole batches: the remaining files then form the same batches
+        as in an uninterrupted run and give the same bits.
         """
-        self._file.seek(0)
-        keep = position = len(self._file.readline())
-        pending: list[Item] = []  # recorded, but not yet a whole batch
-        failed = 0
-        for line in itertools.chain(self._file, [b""]):
-            position += len(line)
-            record = _parse(line) or {}
+        partial: list[Item] = []  # recorded after the last whole batch
+        partial_failed = 0
+        batch_end = self._settings_end()
+        for record, start, end in self._lines(batch_end):
             item = next(items, None)
             if item is None:
-                if not line or record.get("done") == self.kept + len(pending):
-                    self._end, self._done = position - len(line), record
-                    self.kept, self.failed = self.kept + len(pending), self.failed + failed
-                    return iter(())
+                if record is not None and record.get("done") != self.recorded + len(partial):
+                    break
+                self._count(len(partial), partial_failed)
+                self._last_line = record or {}
+                self._last_line_start = start
+                return iter(())
+            partial.append(item)
+            if record is None or (record.get("i"), record.get("name")) != (item.index, item.name):
                 break
-            pending.append(item)
-            if (record.get("i"), record.get("name")) != (item.index, item.name):
-                break
-            failed += "error" in record
-            if len(pending) == batch:
-                keep, self.kept, self.failed = position, self.kept + batch, self.failed + failed
-                pending, failed = [], 0
-        self._file.truncate(keep)
-        return itertools.chain(pending, items)
+            partial_failed += "error" in record
+            if len(partial) == batch:
+                self._count(batch, partial_failed)
+                partial, partial_failed = [], 0
+                batch_end = end
+        self._file.truncate(batch_end)
+        return itertools.chain(partial, items)
+
+    def _settings_end(self) -> int:
+        self._file.seek(0)
+        return len(self._file.readline())
+
+    def _lines(self, end: int) -> Iterator[tuple[dict | None, int, int]]:
+        """Yield (record, start, end) for each line from byte ``end`` on, {} for a torn one; last (None, end, end)."""
+        for line in self._file:
+            start = end
+            end += len(line)
+            record = _parse(line) or {}
+            yield record, start, end
+        yield None, end, end
+
+    def _count(self, files: int, failed: int) -> None:
+        self.recorded += files
+        self.failed += failed
 
     def write(self, items: Iterable[Item], rows: Iterable[dict]) -> None:
         """Append one row for each item."""
-        self._append({"i": item.index, "name": item.name, **row} for item, row in zip(items, rows, strict=True))
+        pairs = zip(items, rows, strict=True)
+        self._append({"i": item.index, "name": item.name, **row} for item, row in pairs)
 
     def finish(self, count: int, files: str) -> None:
-        """Say that all ``count`` files are recorded, kept ones included, and bring everything to the disk.
+        """Mark the record complete with ``count`` files, those of earlier runs included, and sync it to disk.
 
-        ``files`` is a digest of what the walk found, all ranks' shares: records of different walks do not fit together.
+        ``files`` is a digest of all names of the walk, for all ranks: records of different walks must not be merged.
         """
-        last = {"done": count, "files": files}
-        if self._done != last:
-            if self._done:
-                self._file.truncate(self._end)
-            self._append([last])
+        last_line = {"done": count, "files": files}
+        if self._last_line != last_line:
+            if self._last_line:
+                self._file.truncate(self._last_line_start)
+            self._append([last_line])
         os.fsync(self._file.fileno())
 
     def _append(self, records: Iterable[dict]) -> None:
-        self._file.write(b"".join(json.dumps(record).encode() + b"\n" for record in records))
+        lines = (json.dumps(record).encode() + b"\n" for record in records)
+        self._file.write(b"".join(lines))
         self._file.flush()
 
 
+def _difference(header: dict, settings: dict) -> str:
+    """Return the settings that differ, as "size 32 → 64, …"."""
+    keys = {**header, **settings}
+    changed = [key for key in keys if header.get(key) != settings.get(key)]
+    changes = (f"{key} {header.get(key)!r} → {settings.get(key)!r}" for key in changed)
+    return ", ".join(changes)
+
+
 def is_done(path: Path) -> bool:
-    """Whether the record at ``path`` exists and is complete."""
+    """Return whether the record at ``path`` exists and is complete."""
     return "done" in _last(path)
 
 
 def _last(path: Path) -> dict:
-    """The last line, if it is there, whole and as short as that of a complete record."""
+    """Return the last line if it is whole and as short as a complete record's; else an empty dict."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, os.path.getsize(path) - 256))
             lines = file.read().splitlines(keepends=True)
     except FileNotFoundError:
         return {}
-    return _parse(lines[-1]) or {} if lines else {}
+    if not lines:
+        return {}
+    return _parse(lines[-1]) or {}
 
 
 def merged(paths: list[Path]) -> Iterator[dict]:
-    """The records of all ranks in the walk's order: file i is the record of rank i mod len(paths).
+    """Return the records of all ranks in the walk's order: file i is in the record of rank i mod len(paths).
 
     Raises ValueError if the ranks did not see the same files.
     """
-    if len({_last(path)["files"] for path in paths}) > 1:
+    digests = {_last(path)["files"] for path in paths}
+    if len(digests) > 1:
         raise ValueError(
             f"{', '.join(map(str, paths))} do not fit together: the files changed between their walks; "
             "run all ranks again"
         )
-    streams = itertools.cycle([_records(path) for path in paths])
-    return itertools.takewhile(lambda record: record is not None, (next(stream, None) for stream in streams))
+    ranks = itertools.cycle([_records(path) for path in paths])
+    records = (next(rank, None) for rank in ranks)
+    return itertools.takewhile(lambda record: record is not None, records)
 
 
 def _records(path: Path) -> Iterator[dict]:
@@ -156,7 +191,7 @@ def _records(path: Path) -> Iterator[dict]:
 
 
 def _parse(line: bytes) -> dict | None:
-    """The line's object; None if it is torn."""
+    """Return the line's object; None if the line is torn."""
     if not line.endswith(b"\n"):
         return None
     try:

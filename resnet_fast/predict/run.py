@@ -1,4 +1,4 @@
-"""The loop: decoded batches to the device, answers to the sink; stopped without losing an answer."""
+"""The prediction loop: decoded batches to the device, rows to the sink; a signal stops it after the current batch."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from .progress import Progress
 
 
 class Sink(Protocol):
-    """Where rows go."""
+    """Destination of rows."""
 
     def write(self, items: Iterable[Item], rows: Iterable[dict]) -> None: ...
 
 
-class _UnderWay(NamedTuple):
+class _Started(NamedTuple):
+    """A batch that the device computes; ``answer`` is None if no file of it was decoded."""
+
     items: list[Item]
     errors: list[str | None]
     answer: Answer | None
@@ -30,14 +32,14 @@ class _UnderWay(NamedTuple):
 
 
 def run(loader: Loader, network: Network, sink: Sink, progress: Progress) -> bool:
-    """Answer for every batch of the loader; returns False if Ctrl-C or SIGTERM stopped it, after the batch under way.
+    """Predict for every batch of the loader; return False if Ctrl-C or SIGTERM stopped it after the current batch.
 
-    While CUDA computes one batch the host hands over the next and writes the one before.
+    On CUDA the device computes one batch while the host starts the next and writes the previous one.
     """
     lag = 1 if network.device.type == "cuda" else 0
-    queue: deque[_UnderWay] = deque()
+    started: deque[_Started] = deque()
     batches = iter(loader)
-    with _stoppable(progress.say) as stopped:
+    with _stop_signals(progress.say) as stopped:
         batch = None
         while not stopped.is_set():
             start = time.perf_counter()
@@ -45,29 +47,36 @@ def run(loader: Loader, network: Network, sink: Sink, progress: Progress) -> boo
             if batch is None:
                 break
             waited = time.perf_counter() - start
-            alive = None in batch.errors
-            queue.append(_UnderWay(batch.items, batch.errors, network.start(batch.pixels) if alive else None, waited))
-            if len(queue) > lag:
-                _finish(queue.popleft(), sink, progress)
-        while queue:
-            _finish(queue.popleft(), sink, progress)
+            any_decoded = None in batch.errors
+            answer = network.start(batch.pixels) if any_decoded else None
+            started.append(_Started(batch.items, batch.errors, answer, waited))
+            if len(started) > lag:
+                _finish(started.popleft(), sink, progress)
+        while started:
+            _finish(started.popleft(), sink, progress)
         return batch is None
 
 
-def _finish(batch: _UnderWay, sink: Sink, progress: Progress) -> None:
-    rows: list[dict] = [{} for _ in batch.items]
-    transfer = compute = 0.0
-    if batch.answer is not None:
-        rows = batch.answer.rows()
-        transfer, compute = batch.answer.seconds()
-    rows = [row if error is None else {"error": error} for row, error in zip(rows, batch.errors, strict=True)]
+def _finish(batch: _Started, sink: Sink, progress: Progress) -> None:
+    """Wait for the batch's answer, write its rows and count it."""
+    answer = batch.answer
+    if answer is None:
+        rows = [{} for _ in batch.items]
+        transfer = compute = 0.0
+    else:
+        rows = answer.rows()
+        transfer, compute = answer.seconds()
+    for index, error in enumerate(batch.errors):
+        if error is not None:
+            rows[index] = {"error": error}
+    seconds = (batch.waited, transfer, compute)
     sink.write(batch.items, rows)
-    progress.add(batch.items, rows, (batch.waited, transfer, compute))
+    progress.add(batch.items, rows, seconds)
 
 
 @contextmanager
-def _stoppable(say: Callable[[str], None]) -> Iterator[threading.Event]:
-    """The event that the first Ctrl-C or SIGTERM sets; a second one interrupts at once."""
+def _stop_signals(say: Callable[[str], None]) -> Iterator[threading.Event]:
+    """Yield an event that the first Ctrl-C or SIGTERM sets; a second one interrupts at once."""
     stopped = threading.Event()
 
     def stop(number: int, frame: object) -> None:
@@ -76,9 +85,10 @@ def _stoppable(say: Callable[[str], None]) -> Iterator[threading.Event]:
         stopped.set()
         say("stopping after this batch; once more stops at once")
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield stopped
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

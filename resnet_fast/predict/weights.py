@@ -1,4 +1,4 @@
-"""Which weights: a file, torchvision's enum or random ones; and the preset and category names that belong to them."""
+"""Weights from a file, torchvision or a seed, with the preset and category names that belong to them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..models.family import create_model, list_models
 
 @dataclass(frozen=True)
 class Weights:
-    """A model in eval mode; how its input is made: sizes in pixels, mean and std of RGB in [0, 1]; its categories."""
+    """A model in eval mode, its preset (sizes in pixels, mean and std of RGB in [0, 1]) and its category names."""
 
     model: nn.Module
     resize: int = 256
@@ -29,18 +29,20 @@ class Weights:
     categories: list[str] | None = None
 
     def digest(self) -> str:
-        """SHA-256 of names and bytes of the state: what tells one set of weights from another."""
+        """Return the SHA-256 of the state's names and bytes; it identifies a set of weights."""
         total = hashlib.sha256()
         for name, value in self.model.state_dict().items():
             total.update(name.encode())
-            total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            value = value.detach().cpu().contiguous()
+            as_bytes = value.flatten().view(torch.uint8)
+            total.update(as_bytes.numpy())
         return total.hexdigest()
 
 
 def load(name: str, weights: str | None, random: bool) -> Weights:
-    """The architecture ``name`` with weights from a file or torchvision's enum (None: "DEFAULT"), or random ones.
+    """Return architecture ``name`` with weights from a file or torchvision's enum (None: "DEFAULT"), or random ones.
 
-    Raises ValueError, with what else could be done, if there are none to be had.
+    Raises ValueError, naming the alternatives, if the weights are not available.
     """
     if random:
         with torch.random.fork_rng(devices=[]):
@@ -64,41 +66,43 @@ def _from_torchvision(name: str, weights: str | None) -> Weights:
         raise ValueError(f"--weights {weights}: neither a file nor one of {', '.join(entries)}")
     entry = entries[weights or "DEFAULT"]
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # torch.hub tells of its download where our results go
+        with contextlib.redirect_stdout(sys.stderr):  # torch.hub reports its download on stdout, where our results go
             model = create_model(name, weights=entry).eval()
-    except OSError as error:  # no network, no space; its cause is what the network said
-        raise ValueError(
-            f"no weights for {name}: {entry.url} could not be fetched ({error.__cause__}); {instead}"
-        ) from error
+    except OSError as error:  # no network or no space; its cause is the network's message
+        reason = f"{entry.url} could not be fetched ({error.__cause__})"
+        raise ValueError(f"no weights for {name}: {reason}; {instead}") from error
     preset = entry.transforms()
     return Weights(
         model,
-        preset.resize_size[0],
-        preset.crop_size[0],
-        tuple(preset.mean),
-        tuple(preset.std),
-        entry.meta["categories"],
+        resize=preset.resize_size[0],
+        crop=preset.crop_size[0],
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+        categories=entry.meta["categories"],
     )
 
 
 def _from_file(name: str, path: str) -> Weights:
     try:
-        found = _read(Path(path), weights_only=True)
+        content = _read(Path(path), weights_only=True)
     except (ImportError, OSError):
         raise
-    except Exception as error:  # a foreign file makes torch's safe unpickler raise anything
+    except Exception as error:  # torch's safe unpickler raises anything for a foreign file
         raise ValueError(
             f"--weights {path}: not a checkpoint of tensors that can be read safely ({type(error).__name__})"
         ) from error
-    state = _clean(_unwrap(found))
-    classes = {"num_classes": len(state["fc.weight"])} if "fc.weight" in state else {}
-    return Weights(load_checkpoint(create_model(name, **classes), state).eval())
+    state = _clean(_unwrap(content))
+    options = {"num_classes": len(state["fc.weight"])} if "fc.weight" in state else {}
+    model = create_model(name, **options)
+    return Weights(load_checkpoint(model, state).eval())
 
 
 def read_labels(path: str) -> list[str]:
-    """Names by class number: one a line, a JSON list, or a JSON object {"0": name, …}; or [id, name] pairs.
+    """Return class names by class number, from one of these forms.
 
-    Raises FileNotFoundError if it is not there, ValueError if an object's keys are not the class numbers, or for what is none of these.
+    Lines; a JSON list; or a JSON object {"0": name, …}. In JSON a name may be an [id, name] pair. Raises
+    FileNotFoundError if there is no such file, and ValueError for another form or if an object's keys are not the class
+    numbers.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"--labels {path}: there is no such file")
@@ -106,16 +110,24 @@ def read_labels(path: str) -> list[str]:
         text = Path(path).read_text(encoding="utf-8")
         if text.lstrip()[:1] not in ("[", "{"):
             return text.splitlines()
-        found = json.loads(text)
-    except ValueError as error:  # of the decoder's or of JSON's
+        content = json.loads(text)
+    except ValueError as error:  # the decoder's or JSON's
         raise ValueError(f"--labels {path}: neither lines in UTF-8 nor JSON: {error}") from error
-    if isinstance(found, dict):
-        if sorted(found) != sorted(map(str, range(len(found)))):
-            raise ValueError(f"--labels {path}: the keys are not the class numbers 0 to {len(found) - 1}")
-        found = [found[str(i)] for i in range(len(found))]
-    names = [name[-1] if isinstance(name, list) and name else name for name in found]
-    if not all(isinstance(name, str) for name in names):
-        raise ValueError(
-            f"--labels {path}: got {next(name for name in names if not isinstance(name, str))!r}, expected names or [id, name] pairs"
-        )
-    return names
+    if isinstance(content, dict):
+        content = _by_class_number(content, path)
+    return [_label(entry, path) for entry in content]
+
+
+def _by_class_number(labels: dict, path: str) -> list:
+    numbers = [str(i) for i in range(len(labels))]
+    if sorted(labels) != sorted(numbers):
+        raise ValueError(f"--labels {path}: the keys are not the class numbers 0 to {len(labels) - 1}")
+    return [labels[number] for number in numbers]
+
+
+def _label(entry: object, path: str) -> str:
+    """Return the name in an entry: the entry itself, or the last element of a pair."""
+    name = entry[-1] if isinstance(entry, list) and entry else entry
+    if not isinstance(name, str):
+        raise ValueError(f"--labels {path}: got {name!r}, expected names or [id, name] pairs")
+    return name

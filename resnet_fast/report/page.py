@@ -1,4 +1,4 @@
-"""Where the report goes: README between its markers, and one HTML file that holds everything."""
+"""The report's outputs: README sections between markers, and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -12,53 +12,71 @@ from ..bench.ledger import Run, newest
 from .plots import Plot
 from .tables import Table, device_runs, mean_lines, model_tables, op_tables, regression_table
 
-COLUMNS = 6  # as many cases side by side as a README page shows without scrolling
+COLUMNS = 6  # cases that fit side by side into a README without scrolling
 README_PLOTS = ("bars", "layers", "roofline", "curve")
 
 
 def fill(text: str, sections: dict[str, Callable[[], str]]) -> str:
-    """Replace what stands between ``<!-- report:begin NAME -->`` and ``<!-- report:end NAME -->``, for each such pair.
+    """Replace the text between each ``<!-- report:begin NAME -->`` and ``<!-- report:end NAME -->`` by section NAME.
 
-    Raises ValueError for a NAME that there is no section for, and for a begin without its end.
+    Raises ValueError for an unknown NAME and for markers that do not pair.
     """
-    begins, ends = (re.findall(rf"<!-- report:{edge} (\S+) -->", text) for edge in ("begin", "end"))
+    begins = re.findall(r"<!-- report:begin (\S+) -->", text)
+    ends = re.findall(r"<!-- report:end (\S+) -->", text)
     if begins != ends:
         raise ValueError(f"report markers do not pair: begin {', '.join(begins)}; end {', '.join(ends)}")
     for name in begins:
         if name not in sections:
             raise ValueError(f"report marker {name!r} is unknown; known: {', '.join(sections)}")
-        begin, end = (f"<!-- report:{edge} {name} -->" for edge in ("begin", "end"))
-        start = text.index(begin) + len(begin)
-        text = f"{text[:start]}\n{sections[name]()}\n{text[text.index(end) :]}"
+        before, begin, rest = text.partition(f"<!-- report:begin {name} -->")
+        _, end, after = rest.partition(f"<!-- report:end {name} -->")
+        text = f"{before}{begin}\n{sections[name]()}\n{end}{after}"
     return text
 
 
 def sections(runs: list[Run], pictures: list[Plot], folder: str) -> dict[str, Callable[[], str]]:
-    """What README's markers can ask for: ``cpu``, ``gpu``, ``ops`` and ``plots`` (pictures in ``folder``)."""
+    """Return the sections for README's markers: ``cpu``, ``gpu``, ``ops`` and ``plots`` (pictures in ``folder``)."""
+    cpu_runs = device_runs(runs, "cpu")
+    gpu_runs = device_runs(runs, "cuda")
+    shown = [plot for plot in pictures if plot.name.startswith(README_PLOTS)]
     return {
-        "cpu": lambda: _networks(device_runs(runs, "cpu"), "No CPU measurement is in the ledger yet."),
-        "gpu": lambda: _networks(device_runs(runs, "cuda"), "No GPU measurement is in the ledger yet."),
+        "cpu": lambda: _networks(cpu_runs, "No CPU measurement is in the ledger yet."),
+        "gpu": lambda: _networks(gpu_runs, "No GPU measurement is in the ledger yet."),
         "ops": lambda: _tables(op_tables(runs)) or "No measurement of single ops is in the ledger yet.",
-        "plots": lambda: "\n".join(_picture(plot, folder) for plot in pictures if plot.name.startswith(README_PLOTS)),
+        "plots": lambda: "\n".join(_picture(plot, folder) for plot in shown),
     }
 
 
-def _networks(runs: list[Run], nothing: str) -> str:
+def _networks(runs: list[Run], if_none: str) -> str:
+    """Return the tables of networks, means, regressions and the commands that measured them; ``if_none`` if empty."""
     tables = model_tables(runs, COLUMNS)
     if not tables:
-        return nothing
+        return if_none
     worse = regression_table(runs)
-    parts = [_tables(tables), *mean_lines(runs), worse.markdown() if worse.rows else f"{worse.heading}."]
-    shown = dict.fromkeys(
-        run.machine.facts.get("command") for run, rows in newest(runs).values() if rows[0].level == "model"
-    )
-    return "\n\n".join(
-        [*parts, *(f"Regenerate: `{command} && python -m resnet_fast report`." for command in shown if command)]
-    )
+    if worse.rows:
+        regressions = worse.markdown()
+    else:
+        regressions = f"{worse.heading}."
+    paragraphs = [_tables(tables), *mean_lines(runs), regressions]
+    for command in _commands(runs):
+        paragraphs.append(f"Regenerate: `{command} && python -m resnet_fast report`.")
+    return "\n\n".join(paragraphs)
+
+
+def _commands(runs: list[Run]) -> list[str]:
+    """Return the distinct commands that measured the newest networks, where they are known."""
+    commands: dict[str, None] = {}
+    for run, rows in newest(runs).values():
+        command = run.machine.facts.get("command")
+        if rows[0].level == "model" and command:
+            commands[command] = None
+    return list(commands)
 
 
 def _tables(tables: list[Table]) -> str:
-    return "\n\n".join(table.markdown() for table in tables)
+    """Return the tables in Markdown."""
+    texts = [table.markdown() for table in tables]
+    return "\n\n".join(texts)
 
 
 def _picture(plot: Plot, folder: str) -> str:
@@ -86,33 +104,52 @@ nav a { margin-right: 1rem; color: inherit; }
 
 
 def page(runs: list[Run], pictures: list[Plot], folder: Path) -> str:
-    """One HTML file with every table and picture inside, for light and dark."""
+    """Return one HTML file with every table, and the plots in ``folder`` embedded, for light and dark."""
     worse = regression_table(runs)
-    means = "".join(f"<p>{html.escape(line)}</p>" for line in mean_lines(runs))
+    means = "".join(_paragraph(line) for line in mean_lines(runs))
+    if worse.rows:
+        regressions = worse.html()
+    else:
+        regressions = _paragraph(f"{worse.heading}.")
     parts = {
-        "Summary": means + (worse.html() if worse.rows else f"<p>{html.escape(worse.heading)}.</p>"),
+        "Summary": means + regressions,
         "Networks": "\n".join(table.html() for table in model_tables(runs)),
         "Single ops": "\n".join(table.html() for table in op_tables(runs)),
         "Plots": "\n".join(_figure(plot, folder) for plot in pictures),
     }
-    filled = {name: body for name, body in parts.items() if body}
-    links = "".join(f'<a href="#{name.split()[0].lower()}">{name}</a>' for name in filled)
-    body = "\n".join(f'<h2 id="{name.split()[0].lower()}">{name}</h2>\n{part}' for name, part in filled.items())
+    links = []
+    body = []
+    for name, content in parts.items():
+        if content:
+            anchor = name.split()[0].lower()
+            links.append(f'<a href="#{anchor}">{name}</a>')
+            body.append(f'<h2 id="{anchor}">{name}</h2>\n{content}')
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>resnet_fast: measurements</title>\n'
         f'<meta name="viewport" content="width=device-width">\n<style>{STYLE}</style></head>\n'
-        f"<body><h1>resnet_fast: measurements</h1>\n<nav>{links}</nav>\n{body}\n</body></html>\n"
+        f"<body><h1>resnet_fast: measurements</h1>\n<nav>{''.join(links)}</nav>\n"
+        + "\n".join(body)
+        + "\n</body></html>\n"
     )
+
+
+def _paragraph(text: str) -> str:
+    escaped = html.escape(text)
+    return f"<p>{escaped}</p>"
 
 
 def _figure(plot: Plot, folder: Path) -> str:
-    def data(theme: str) -> str:
-        encoded = base64.b64encode((folder / f"{plot.name}-{theme}.png").read_bytes()).decode()
-        return f"data:image/png;base64,{encoded}"
-
+    light = _data_url(folder / f"{plot.name}-light.png")
+    dark = _data_url(folder / f"{plot.name}-dark.png")
     caption = html.escape(plot.caption)
     return (
-        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{data("dark")}">'
-        f'<img alt="{caption}" src="{data("light")}" loading="lazy"></picture>'
+        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img alt="{caption}" src="{light}" loading="lazy"></picture>'
         f"<figcaption>{caption}</figcaption></figure>"
     )
+
+
+def _data_url(path: Path) -> str:
+    content = path.read_bytes()
+    encoded = base64.b64encode(content).decode()
+    return f"data:image/png;base64,{encoded}"

@@ -1,4 +1,4 @@
-"""Decoded batches: in order, whatever ends first; bounded look-ahead; a damaged file or dead worker costs that file."""
+"""The loader: batches in order, bounded look-ahead; a damaged file or a dead worker costs only that file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL import Image  # noqa: E402
 from resnet_fast.data import decode, loader  # noqa: E402
 from resnet_fast.data.decode import Preset  # noqa: E402
 from resnet_fast.data.files import Item  # noqa: E402
-from resnet_fast.data.loader import DEPTH, Loader  # noqa: E402
+from resnet_fast.data.loader import DEPTH, Batch, Loader  # noqa: E402
 
 PRESET = Preset(resize=16, crop=16)
 
@@ -25,85 +25,132 @@ PRESET = Preset(resize=16, crop=16)
 @pytest.fixture
 def shades(tmp_path) -> list[Item]:
     """33 images, the n-th of shade n; every fifth is large, so that it takes longer."""
+    items = []
     for i in range(33):
-        Image.new("RGB", (900, 900) if i % 5 == 0 else (16, 16), (i, i, i)).save(tmp_path / f"{i:02}.png")
-    return [Item(i, path.name, str(path)) for i, path in enumerate(sorted(tmp_path.iterdir()))]
+        path = tmp_path / f"{i:02}.png"
+        size = (900, 900) if i % 5 == 0 else (16, 16)
+        Image.new("RGB", size, (i, i, i)).save(path)
+        items.append(Item(i, path.name, str(path)))
+    return items
 
 
-def read(items, batch: int, workers: int) -> list[tuple[list[Item], list[str | None], torch.Tensor]]:
+def read(items, batch: int, workers: int) -> list[Batch]:
+    """Return all batches, with their own copies of the pixels."""
+    found = []
     with Loader(items, PRESET, batch, workers) as batches:
-        return [(b.items, b.errors, b.pixels.clone()) for b in batches]
+        for batch in batches:
+            found.append(batch._replace(pixels=batch.pixels.clone()))
+    return found
+
+
+def all_items(batches: list[Batch]) -> list[Item]:
+    return list(itertools.chain.from_iterable(batch.items for batch in batches))
+
+
+def all_errors(batches: list[Batch]) -> list[str | None]:
+    return list(itertools.chain.from_iterable(batch.errors for batch in batches))
+
+
+def shade(row: torch.Tensor) -> int:
+    """Return the one value of an image's pixels."""
+    (value,) = row.unique().tolist()
+    return value
 
 
 def misbehaving(tmp_path: Path, body: str) -> str:
-    """A worker script whose ``load`` first runs ``body`` on (path)."""
+    """Write a worker script that runs ``body`` on (path) before each ``load``; return its path."""
     script = tmp_path / "worker.py"
-    script.write_text(
-        f"import os, sys\nsys.path.insert(0, {str(Path(decode.__file__).parent)!r})\nimport decode\n"
-        "original = decode.load\ndef load(path, preset):\n"
-        + "".join(f"    {line}\n" for line in body.splitlines())
-        + "    return original(path, preset)\ndecode.load = load\ndecode.main(*sys.argv[1:])\n"
-    )
+    folder = str(Path(decode.__file__).parent)
+    lines = [
+        "import os, sys",
+        f"sys.path.insert(0, {folder!r})",
+        "import decode",
+        "original = decode.load",
+        "def load(path, preset):",
+        *(f"    {line}" for line in body.splitlines()),
+        "    return original(path, preset)",
+        "decode.load = load",
+        "decode.main(*sys.argv[1:])",
+    ]
+    script.write_text("\n".join(lines) + "\n")
     return str(script)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("batch", [1, 8, 33, 40])
 def test_every_row_is_its_file_in_order(shades, batch, workers):
+    whole, rest = divmod(33, batch)
+    sizes = [batch] * whole
+    if rest:
+        sizes.append(rest)
+
     found = read(shades, batch, workers)
-    assert [len(items) for items, _, _ in found] == [batch] * (33 // batch) + [33 % batch] * (33 % batch > 0)
-    assert [item for items, _, _ in found for item in items] == shades
-    pixels = torch.cat([pixels for _, _, pixels in found])
-    assert pixels.shape == (33, 16, 16, 3) and pixels.dtype == torch.uint8
-    assert torch.equal(pixels, torch.arange(33, dtype=torch.uint8).view(-1, 1, 1, 1).expand_as(pixels))
+
+    assert [len(batch.items) for batch in found] == sizes
+    assert all_items(found) == shades
+    pixels = torch.cat([batch.pixels for batch in found])
+    assert pixels.shape == (33, 16, 16, 3)
+    assert pixels.dtype == torch.uint8
+    expected = torch.arange(33, dtype=torch.uint8).view(-1, 1, 1, 1)
+    assert torch.equal(pixels, expected.expand_as(pixels))
 
 
-def test_nothing_to_do():
+def test_no_files_give_no_batches():
     assert read([], 4, 2) == []
 
 
 def test_damaged_files_and_refused_items_keep_their_rows(shades):
     Path(shades[3].path).write_bytes(b"no image")
-    shades[5] = shades[5]._replace(error="refused")
-    shades[8:16] = [item._replace(error="refused") for item in shades[8:16]]
+    expected: list[str | None] = [None] * 33
+    expected[3] = "not an image that Pillow can read"
+    for i in (5, *range(8, 16)):
+        shades[i] = shades[i]._replace(error="refused")
+        expected[i] = "refused"
+
     found = read(shades, 8, 2)
-    errors = [error for _, errors, _ in found for error in errors]
-    assert errors == [
-        "not an image that Pillow can read" if i == 3 else "refused" if i == 5 or 8 <= i < 16 else None
-        for i in range(33)
-    ]
-    assert found[0][2][7].unique().tolist() == [7] and found[3][2][0].unique().tolist() == [24]
+
+    assert all_errors(found) == expected
+    assert shade(found[0].pixels[7]) == 7
+    assert shade(found[3].pixels[0]) == 24
 
 
 def test_look_ahead_is_bounded_by_the_ring(shades):
     taken = []
     endless = (shades[taken.append(i) or i % 33] for i in itertools.count())
     with Loader(endless, PRESET, 4, 2) as batches:
-        for done, _ in enumerate(itertools.islice(batches, 10)):
+        first_ten = itertools.islice(batches, 10)
+        for done, _ in enumerate(first_ten):
             time.sleep(0.02)  # let the workers run as far ahead as they may
             assert len(taken) <= 4 * (done + DEPTH)
 
 
 def test_close_does_not_wait_for_an_endless_stream(shades):
-    batches = Loader(itertools.cycle(shades), PRESET, 4, 2)
+    endless = itertools.cycle(shades)
+    batches = Loader(endless, PRESET, 4, 2)
     next(iter(batches))
-    groups = {os.getpgid(worker.process.pid) for worker in batches._workers}
+    processes = [worker.process for worker in batches._workers]
+    groups = {os.getpgid(process.pid) for process in processes}
     assert os.getpgid(0) not in groups  # so that Ctrl-C does not reach them
+
     batches.close()
-    assert all(worker.process.returncode is not None for worker in batches._workers)
+
+    assert all(process.returncode is not None for process in processes)
 
 
-def test_a_file_that_kills_its_worker_twice_has_failed(shades, tmp_path, monkeypatch):
+def test_file_that_kills_its_worker_twice_has_failed(shades, tmp_path, monkeypatch):
     script = misbehaving(tmp_path, "if path.endswith('07.png'): os.kill(os.getpid(), 11)")
     monkeypatch.setattr(loader.decode, "__file__", script)
+    expected: list[str | None] = [None] * 33
+    expected[7] = "decoding it ended the process (signal SIGSEGV) twice"
+
     found = read(shades, 8, 2)
-    rows = [row for items, errors, _ in found for row in zip(items, errors, strict=True)]
-    failed = {item.name: error for item, error in rows if error}
-    assert failed == {"07.png": "decoding it ended the process (signal SIGSEGV) twice"}
-    assert [pixels[0, 0, 0, 0].item() for _, _, pixels in found] == [0, 8, 16, 24, 32]
+
+    assert all_items(found) == shades
+    assert all_errors(found) == expected
+    assert [shade(batch.pixels[0]) for batch in found] == [0, 8, 16, 24, 32]
 
 
-def test_a_worker_killed_from_outside_costs_nothing(shades, tmp_path, monkeypatch):
+def test_worker_killed_from_outside_costs_nothing(shades, tmp_path, monkeypatch):
     marker = tmp_path / "killed"
     script = misbehaving(
         tmp_path,
@@ -111,21 +158,24 @@ def test_a_worker_killed_from_outside_costs_nothing(shades, tmp_path, monkeypatc
         f"    open({str(marker)!r}, 'w').close(); os.kill(os.getpid(), 9)",
     )
     monkeypatch.setattr(loader.decode, "__file__", script)
+
     found = read(shades, 8, 2)
+
     assert marker.exists()
-    assert all(error is None for _, errors, _ in found for error in errors)
-    assert found[0][2][7].unique().tolist() == [7]
+    assert all_errors(found) == [None] * 33
+    assert shade(found[0].pixels[7]) == 7
 
 
 def test_workers_that_cannot_start_are_an_error(shades, tmp_path, monkeypatch, capfd):
-    (tmp_path / "worker.py").write_text("import no_such_module")
-    monkeypatch.setattr(loader.decode, "__file__", str(tmp_path / "worker.py"))
+    script = tmp_path / "worker.py"
+    script.write_text("import no_such_module")
+    monkeypatch.setattr(loader.decode, "__file__", str(script))
     with pytest.raises(RuntimeError, match="did not start"):
         read(shades, 8, 2)
     assert "no_such_module" in capfd.readouterr().err
 
 
-def test_what_the_stream_raises_arrives(shades):
+def test_error_of_the_stream_is_raised_by_the_loader(shades):
     def broken():
         yield shades[0]
         raise OSError("the walk broke")
@@ -137,4 +187,7 @@ def test_what_the_stream_raises_arrives(shades):
 def test_workers_import_no_torch(shades, tmp_path, monkeypatch):
     script = misbehaving(tmp_path, "assert 'torch' not in sys.modules and 'numpy' not in sys.modules")
     monkeypatch.setattr(loader.decode, "__file__", script)
-    assert read(shades[:3], 4, 1)[0][1] == [None] * 3
+
+    (batch,) = read(shades[:3], 4, 1)
+
+    assert batch.errors == [None] * 3

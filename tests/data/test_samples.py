@@ -1,4 +1,4 @@
-"""The sample photographs: real, deterministic, normalised as ImageNet's."""
+"""Sample photographs: real, the same in every call, normalised as for ImageNet."""
 
 from __future__ import annotations
 
@@ -14,22 +14,33 @@ if importlib.util.find_spec("skimage") is None and importlib.util.find_spec("skl
 from resnet_fast.data import samples  # noqa: E402
 
 
-def test_more_photos_than_there_are_are_windows_of_them():
+def test_further_photographs_are_windows_of_the_installed_ones():
     count = len(samples.files())
-    first, again = samples.sample(count + 3), samples.sample(count + 3)
-    assert [image.mode for image in first] == ["RGB"] * (count + 3)
-    assert [image.tobytes() for image in first] == [image.tobytes() for image in again]
-    assert first[count].size != first[0].size
+
+    images = samples.sample(count + 3)
+    again = samples.sample(count + 3)
+
+    assert {image.mode for image in images} == {"RGB"}
+    assert len(images) == count + 3
+    assert images[count].size != images[0].size
+    pixels = [image.tobytes() for image in images]
+    assert pixels == [image.tobytes() for image in again]
+
+
+def test_sample_returns_no_more_than_asked_for():
     assert len(samples.sample(2)) == 2
 
 
-def test_batch_is_what_torchvisions_transforms_give():
+def test_batch_equals_torchvisions_transforms():
     presets = pytest.importorskip("torchvision.transforms._presets")
     transform = presets.ImageClassification(crop_size=56, resize_size=64)
-    assert torch.equal(samples.batch(3, 56), torch.stack([transform(image) for image in samples.sample(3)]))
+    images = samples.sample(3)
+    expected = torch.stack([transform(image) for image in images])
+    assert torch.equal(samples.batch(3, 56), expected)
 
 
-def test_without_a_package_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(samples, "PHOTOS", {"no_such_package": ("data", ("a.png",))})
+def test_missing_package_is_named(monkeypatch):
+    packages = {"no_such_package": ("data", ("a.png",))}
+    monkeypatch.setattr(samples, "PHOTOS", packages)
     with pytest.raises(ImportError, match="pip install scikit-image"):
         samples.sample(1)
