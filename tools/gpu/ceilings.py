@@ -14,7 +14,8 @@ from resnet_fast.bench.ledger import Machine, here
 from resnet_fast.bench.network import known_ceilings
 from resnet_fast.dispatch import tables
 from resnet_fast.tuning import kernels
-from resnet_fast.util import machine
+from resnet_fast.util.machine import cpu_name
+from resnet_fast.util.machine import machine as machine_facts
 from resnet_fast.util.timing import interleaved
 
 from .check import graph
@@ -63,9 +64,9 @@ def machine(device: str) -> Machine:
     try:
         return here(device)
     except (OSError, subprocess.CalledProcessError):
-        name = torch.cuda.get_device_name() if device == "cuda" else machine.cpu_name()
+        name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        return Machine(name, device, now, "unknown", machine.machine())
+        return Machine(name, device, now, "unknown", machine_facts())
 
 
 # ---------------------------------------------------------------- ceilings

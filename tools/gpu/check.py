@@ -19,8 +19,8 @@ from resnet_fast.bench.op import op_problems
 from resnet_fast.dispatch.problem import ACROSS, Problem
 from resnet_fast.dispatch.registry import Kernel, find, kernels
 from resnet_fast.runtime import cuda_graph
-from resnet_fast.testing import check, eager, rule, samples
-from resnet_fast.testing.check import check_kernel
+from resnet_fast.testing import eager, rule, samples
+from resnet_fast.testing.check import check_kernel, oracle
 from resnet_fast.testing.diagnose import diagnose
 from resnet_fast.testing.full_size import ORACLE_IMAGES, verify
 from resnet_fast.testing.grids import nasty_problems
@@ -239,7 +239,7 @@ def nonfinite(kernel: Kernel, problem: Problem) -> dict:
     with torch.no_grad():
         got = outputs(kernel.fn(*args))
     by_eager = eager.eager(problem.op, args)
-    by_oracle = check.oracle(problem.op, args)
+    by_oracle = oracle(problem.op, args)
     if same_nonfinite(got, by_eager):
         return {"status": "right", "as": "eager"}
     if same_nonfinite(got, by_oracle):

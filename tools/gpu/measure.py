@@ -18,7 +18,8 @@ from resnet_fast.dispatch.problem import Problem
 from resnet_fast.dispatch.registry import find
 from resnet_fast.kernels.prepack import fold
 from resnet_fast.models.problems import layers
-from resnet_fast.roofline import chips, cost, floor
+from resnet_fast.roofline import chips, cost
+from resnet_fast.roofline.floor import problem_floor
 from resnet_fast.testing import eager
 from resnet_fast.tuning import kernels
 from resnet_fast.tuning.call import once
@@ -72,7 +73,7 @@ def distinct_layers(scale: Scale, batch: int) -> dict[Problem, tuple[str, int]]:
     limits = known_ceilings(scale.device) or chips.ceilings("h200")  # only the order depends on it
 
     def floor(problem: Problem) -> float:
-        return count[problem] * floor.problem_floor(problem, limits).seconds
+        return count[problem] * problem_floor(problem, limits).seconds
 
     dearest_first = sorted(count, key=floor, reverse=True)
     return {problem: (names[problem], count[problem]) for problem in dearest_first}
@@ -97,7 +98,7 @@ def layer(
     for id, total in totals.items():
         timings[id] = Timing(tuple(seconds / len(arguments) for seconds in total.seconds))
     limits = known_ceilings(problem.device)
-    floor = limits and floor.problem_floor(problem, limits)
+    floor = limits and problem_floor(problem, limits)
     step = cost.problem_step(problem)
     return {
         "status": "measured",
