@@ -24,7 +24,7 @@ from resnet_fast.console import table
 from resnet_fast.layers import layers
 from resnet_fast.roofline import ceilings
 
-# Of one SM of Hopper, as ``kernels.triton.heuristics`` has them: how many there are, bytes of shared memory for a block, FLOP and bytes a ns.
+# Of one SM of Hopper, as ``kernels.triton.gemm_config`` has them: how many there are, bytes of shared memory for a block, FLOP and bytes a ns.
 SMS, SHARED, MMA, L2 = 132, 227 * 1024, 5980.0, 49.0
 _ROWS, _STAGES, _DEPTH = 64, 2, 64  # of a matrix instruction; operands under way, and their channels
 _ITEM = 2

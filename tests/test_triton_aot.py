@@ -17,7 +17,7 @@ from triton_ahead import TENSOR, Cubin, ahead, cubins
 from triton_shapes import gemm
 
 from resnet_fast.dispatch import find
-from resnet_fast.kernels.triton.heuristics import CHIPS, gemm_config
+from resnet_fast.kernels.triton.gemm_config import CHIPS, gemm_config
 from resnet_fast.layers import across, layers
 from resnet_fast.problem import Problem
 

@@ -17,7 +17,7 @@ from triton_interpreter import run_lane
 
 from resnet_fast.dispatch import find
 from resnet_fast.kernels.triton import pointwise_pair_tma, tail_config, tma_config
-from resnet_fast.kernels.triton.heuristics import CHIPS, Gemm, gemm_config, predicted_ns
+from resnet_fast.kernels.triton.gemm_config import CHIPS, Gemm, gemm_config, predicted_ns
 from resnet_fast.kernels.triton.tail_config import MIDDLES, Tail, TailConfig, tail
 from resnet_fast.problem import Problem
 

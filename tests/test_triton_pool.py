@@ -15,7 +15,7 @@ from triton_shapes import head_of, stem_of
 
 from resnet_fast.dispatch import find
 from resnet_fast.kernels.triton import pool_config
-from resnet_fast.kernels.triton.heuristics import CHIPS
+from resnet_fast.kernels.triton.gemm_config import CHIPS
 from resnet_fast.kernels.triton.pool_config import SLOTS, HeadConfig, StemConfig
 from resnet_fast.problem import Problem
 

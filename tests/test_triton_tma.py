@@ -17,7 +17,7 @@ from triton_shapes import gemm
 
 from resnet_fast.dispatch import find
 from resnet_fast.kernels.triton import conv_tma, tma_config
-from resnet_fast.kernels.triton.heuristics import CHIPS, Gemm
+from resnet_fast.kernels.triton.gemm_config import CHIPS, Gemm
 from resnet_fast.kernels.triton.tma_config import TileConfig, Window
 from resnet_fast.problem import Problem
 from resnet_fast.testing import model_problems

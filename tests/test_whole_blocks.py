@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_no_candidate(monkeypatch) -> None:
 
 
 def test_the_rates_are_the_heuristics_own() -> None:
-    chips = pytest.importorskip("resnet_fast.kernels.triton.heuristics").CHIPS
+    chips = pytest.importorskip("resnet_fast.kernels.triton.gemm_config").CHIPS
     on = chips[9, 0]
     assert (on.sms, on.shared, on.mma, on.l2) == (
         whole_blocks.SMS,

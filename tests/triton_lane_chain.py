@@ -10,7 +10,7 @@ import triton_interpreter
 
 from resnet_fast.dispatch import find
 from resnet_fast.kernels.triton import conv_tail, launch, pointwise_pair, pointwise_pair_tma
-from resnet_fast.kernels.triton.heuristics import Gemm, GemmConfig
+from resnet_fast.kernels.triton.gemm_config import Gemm, GemmConfig
 from resnet_fast.kernels.triton.tail_config import TailConfig
 from resnet_fast.kernels.triton.tail_config import tail as tail_of
 from resnet_fast.kernels.triton.tma_config import TileConfig

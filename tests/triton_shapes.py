@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from resnet_fast.kernels.triton.heuristics import Gemm
+from resnet_fast.kernels.triton.gemm_config import Gemm
 from resnet_fast.kernels.triton.pool_config import Head, Stem
 from resnet_fast.problem import Problem
 

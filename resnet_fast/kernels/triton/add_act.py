@@ -20,7 +20,7 @@ from torch import Tensor
 from ...dispatch import kernel
 from . import launch
 from .epilogue import activate, masked
-from .heuristics import rows_config
+from .gemm_config import rows_config
 
 BLOCK = 2048  # elements: two 16-byte loads in flight for each thread and 16-bit tensor
 

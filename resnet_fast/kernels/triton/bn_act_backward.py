@@ -21,7 +21,7 @@ from torch import Tensor
 from ...dispatch import kernel
 from . import launch
 from .epilogue import masked
-from .heuristics import RowsConfig, merge_config, rows_config
+from .gemm_config import RowsConfig, merge_config, rows_config
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from ...dispatch import Problem, kernel
 from . import launch
-from .dependent import begin
+from .dependent_launch import begin
 from .epilogue import finish
-from .heuristics import Gemm, GemmConfig, gemm_config, span, steps
+from .gemm_config import Gemm, GemmConfig, gemm_config, span, steps
 from .split_k import add_partials, partials, store_partial
 
 
@@ -233,7 +233,7 @@ def supports(problem: Problem) -> str | None:
     op="conv_bn_act",
     supports=supports,
     available=launch.available,
-    sources=launch.sources("dependent", "epilogue", "split_k"),
+    sources=launch.sources("dependent_launch", "epilogue", "split_k"),
 )
 def conv(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
     k, _, r, s = weight.shape

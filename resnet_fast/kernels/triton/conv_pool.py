@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ...dispatch import Problem, kernel
 from . import launch
-from .dependent import begin
+from .dependent_launch import begin
 from .epilogue import activate
 from .pool_config import Stem, StemConfig, stem_config
 
@@ -388,7 +388,7 @@ def supports(problem: Problem) -> str | None:
     op="conv_pool",
     supports=supports,
     available=launch.available,
-    sources=launch.sources("dependent", "epilogue", "pool_config"),
+    sources=launch.sources("dependent_launch", "epilogue", "pool_config"),
 )
 def conv_pool(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, std: Tensor | None) -> Tensor:
     k, _, r, s = weight.shape

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ...dispatch import Problem, kernel
 from . import launch
-from .dependent import begin
+from .dependent_launch import begin
 from .epilogue import activate
 from .tail_config import MIDDLES, Tail, TailConfig, padded, tail, tail_config, tail_configs
 
@@ -153,7 +153,7 @@ def supports(problem: Problem) -> str | None:
     op="conv_tail",
     supports=supports,
     available=launch.available,
-    sources=launch.sources("dependent", "epilogue", "tail_config"),
+    sources=launch.sources("dependent_launch", "epilogue", "tail_config"),
 )
 def conv_tail(x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape

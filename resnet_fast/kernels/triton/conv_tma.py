@@ -26,9 +26,9 @@ from torch import Tensor
 
 from ...dispatch import Problem, kernel
 from . import launch, tma
-from .dependent import begin
+from .dependent_launch import begin
 from .epilogue import affine
-from .heuristics import Gemm
+from .gemm_config import Gemm
 from .tma_config import TileConfig, Window, config, grid, tiles
 
 LEAST_CHANNELS = 16  # one step of the matrix units
@@ -151,7 +151,7 @@ def supports(problem: Problem) -> str | None:
     op="conv_bn_act",
     supports=supports,
     available=launch.available,
-    sources=launch.sources("dependent", "epilogue", "tma", "tma_config"),
+    sources=launch.sources("dependent_launch", "epilogue", "tma", "tma_config"),
 )
 def conv_tma(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
     geometry = stride, padding, dilation

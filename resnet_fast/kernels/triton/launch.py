@@ -18,7 +18,7 @@ from ...dispatch import Problem
 
 INTERPRETED = triton.knobs.runtime.interpret
 if INTERPRETED:
-    from .interpreter import mend
+    from .interpreter_fixes import mend
 
     mend()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -33,7 +33,7 @@ DEPENDENT = (9, 0)  # the first GPUs with programmatic dependent launch
 
 def sources(*names: str) -> tuple[str, ...]:
     """Files beside this one that a kernel is made of; this one and the heuristics always count."""
-    return tuple(str(Path(__file__).with_name(f"{name}.py")) for name in ("launch", "heuristics", *names))
+    return tuple(str(Path(__file__).with_name(f"{name}.py")) for name in ("launch", "gemm_config", *names))
 
 
 def available() -> str | None:
@@ -77,7 +77,7 @@ def capability(x: Tensor) -> tuple[int, int] | None:
 
 
 def options(x: Tensor) -> dict[str, bool]:
-    """The compile options of a kernel that starts with ``dependent.begin(PDL)``, launched where ``x`` is."""
+    """The compile options of a kernel that starts with ``dependent_launch.begin(PDL)``, launched where ``x`` is."""
     return (
         {**OPTIONS, "PDL": True, "launch_pdl": True}
         if (capability(x) or (0, 0)) >= DEPENDENT

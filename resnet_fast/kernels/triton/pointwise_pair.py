@@ -23,9 +23,9 @@ from torch import Tensor
 
 from ...dispatch import Problem, kernel
 from . import launch
-from .dependent import begin
+from .dependent_launch import begin
 from .epilogue import finish
-from .heuristics import Gemm, GemmConfig, gemm_config
+from .gemm_config import Gemm, GemmConfig, gemm_config
 from .split_k import add_partials, partials, store_partial
 
 
@@ -98,7 +98,7 @@ def supports(problem: Problem) -> str | None:
     op="pointwise_pair",
     supports=supports,
     available=launch.available,
-    sources=launch.sources("dependent", "epilogue", "split_k"),
+    sources=launch.sources("dependent_launch", "epilogue", "split_k"),
 )
 def pointwise_pair(x, weight, x2, weight2, bias, stride2) -> Tensor:
     n, c, h, w = x.shape

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from ...dispatch import Problem, kernel
 from . import launch, pointwise_pair, tma
-from .dependent import begin
+from .dependent_launch import begin
 from .epilogue import activate
-from .heuristics import Gemm
+from .gemm_config import Gemm
 from .tma_config import TileConfig, Window, config, grid, tiles
 
 _SHARES = (64, 32, 16)  # channels of an input that a trip can take
@@ -102,7 +102,7 @@ def supports(problem: Problem) -> str | None:
     op="pointwise_pair",
     supports=supports,
     available=launch.available,
-    sources=launch.sources("dependent", "epilogue", "tma", "tma_config"),
+    sources=launch.sources("dependent_launch", "epilogue", "tma", "tma_config"),
 )
 def pointwise_pair_tma(x, weight, x2, weight2, bias, stride2) -> Tensor:
     return run(

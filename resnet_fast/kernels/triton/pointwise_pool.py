@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ...dispatch import Problem, kernel
 from . import launch
-from .dependent import begin
+from .dependent_launch import begin
 from .epilogue import activate
 from .pool_config import SLOTS, Head, HeadConfig, head_config
 
@@ -156,7 +156,7 @@ def supports(problem: Problem) -> str | None:
     op="pointwise_pool",
     supports=supports,
     available=launch.available,
-    sources=launch.sources("dependent", "epilogue", "pool_config"),
+    sources=launch.sources("dependent_launch", "epilogue", "pool_config"),
 )
 def pointwise_pool(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     n, c, h, w = x.shape

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from ...dispatch import Problem, kernel
 from . import launch, tma
-from .dependent import begin
+from .dependent_launch import begin
 from .epilogue import affine
-from .heuristics import Gemm
+from .gemm_config import Gemm
 from .tma_config import TileConfig, Window, config, grid, tiles
 
 
@@ -108,7 +108,7 @@ def supports(problem: Problem) -> str | None:
     op="conv_bn_act",
     supports=supports,
     available=launch.available,
-    sources=launch.sources("dependent", "epilogue", "tma", "tma_config"),
+    sources=launch.sources("dependent_launch", "epilogue", "tma", "tma_config"),
 )
 def pointwise_tma(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
     n, c, h, w = x.shape

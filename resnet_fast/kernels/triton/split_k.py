@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .dependent import begin
+from .dependent_launch import begin
 from .epilogue import finish
 
 
