@@ -14,8 +14,9 @@ from triton_shapes import gemm
 from resnet_fast import use
 from resnet_fast.blocks import Bottleneck
 from resnet_fast.dispatch import find
-from resnet_fast.kernels.triton import bn_act, bn_act_backward, conv, gemm_config, launch, pointwise
-from resnet_fast.kernels.triton.gemm_config import GemmConfig, MergeConfig, RowsConfig
+from resnet_fast.kernels.triton import bn_act, bn_act_backward, conv, launch, pointwise
+from resnet_fast.kernels.triton.gemm_config import Gemm, GemmConfig, gemm_config
+from resnet_fast.kernels.triton.rows_config import MergeConfig, RowsConfig
 from resnet_fast.problem import Problem
 from resnet_fast.testing import assert_rule, check_kernel, eager, make_args, nasty_problems, oracle, same_nonfinite
 
@@ -333,7 +334,7 @@ def test_the_host_asks_for_the_config_of_its_problem(monkeypatch: pytest.MonkeyP
     """
     asked = []
 
-    def note(g: gemm_config.Gemm, config: Callable = gemm_config.gemm_config) -> GemmConfig:
+    def note(g: Gemm, config: Callable = gemm_config) -> GemmConfig:
         asked.append(g)
         return config(g)
 

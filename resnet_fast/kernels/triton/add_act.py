@@ -20,7 +20,7 @@ from torch import Tensor
 from ...dispatch import kernel
 from . import launch
 from .epilogue import activate, masked
-from .gemm_config import rows_config
+from .rows_config import rows_config
 
 BLOCK = 2048  # elements: two 16-byte loads in flight for each thread and 16-bit tensor
 
@@ -84,7 +84,7 @@ def _gated_backward(
     op="add_act",
     supports=launch.declines,
     available=launch.available,
-    sources=launch.sources("epilogue"),
+    sources=launch.sources("epilogue", "rows_config"),
 )
 def add_act(x, y, gate, act) -> Tensor:
     out = launch.result_like(*(t for t in (x, y, gate) if t is not None))
@@ -115,7 +115,7 @@ def add_act(x, y, gate, act) -> Tensor:
     op="add_act_backward",
     supports=launch.declines,
     available=launch.available,
-    sources=launch.sources("epilogue"),
+    sources=launch.sources("epilogue", "rows_config"),
 )
 def add_act_backward(dout, out, x, gate, act) -> tuple[Tensor, Tensor, Tensor]:
     relu, dy = act == "relu", torch.empty_like(out)

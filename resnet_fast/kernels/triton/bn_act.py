@@ -21,7 +21,7 @@ from torch import Tensor
 from ...dispatch import kernel
 from . import launch
 from .epilogue import activate
-from .gemm_config import RowsConfig, merge_config, rows_config
+from .rows_config import RowsConfig, merge_config, rows_config
 
 
 @triton.jit
@@ -137,7 +137,7 @@ def _normalise(
     op="bn_act",
     supports=launch.declines,
     available=launch.available,
-    sources=launch.sources("epilogue"),
+    sources=launch.sources("epilogue", "rows_config"),
 )
 def bn_act(x, weight, bias, residual, eps, act) -> tuple[Tensor, Tensor, Tensor]:
     c = x.shape[1]

@@ -21,7 +21,7 @@ from torch import Tensor
 from ...dispatch import kernel
 from . import launch
 from .epilogue import masked
-from .gemm_config import RowsConfig, merge_config, rows_config
+from .rows_config import RowsConfig, merge_config, rows_config
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -127,7 +127,7 @@ def _dx(
     op="bn_act_backward",
     supports=launch.declines,
     available=launch.available,
-    sources=launch.sources("epilogue"),
+    sources=launch.sources("epilogue", "rows_config"),
 )
 def bn_act_backward(dy, x, y, weight, mean, var, eps, act, residual) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     c = x.shape[1]

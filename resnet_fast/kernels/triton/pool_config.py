@@ -61,16 +61,16 @@ def head_ns(h: Head, c: HeadConfig) -> float:
     blocks = ceil(h.images / c.images) * ceil(h.filters / c.block_n)
     threads = 32 * c.num_warps
     resident = max(
-        1, min(on.shared_sm // (c.shared(h.itemsize) + gemm_config._KIB), 65536 // (head_registers(c) * threads))
+        1, min(on.shared_sm // (c.shared(h.itemsize) + gemm_config.KIB), 65536 // (head_registers(c) * threads))
     )
     rate = on.mma if h.itemsize == 2 else on.fma
     products = c.block_m * c.block_n * (c.block_k * ceil(h.channels / c.block_k) + SLOTS)
     loaded = ((c.block_m + c.block_n) * h.channels + c.block_m * c.block_n) * h.itemsize
     trips = ceil(h.channels / c.block_k)
-    chunk = max(2 * products / rate, loaded / on.l2) + trips * gemm_config._TRIP_NS / resident
+    chunk = max(2 * products / rate, loaded / on.l2) + trips * gemm_config.TRIP_NS / resident
     per_sm = ceil(blocks / on.sms)
     # Each chunk's first operands and residual come from DRAM while only the SM's other blocks work.
-    waiting = gemm_config._FILL_NS * ceil(per_sm / resident)
+    waiting = gemm_config.FILL_NS * ceil(per_sm / resident)
     return ceil(c.images * h.pixels / c.block_m) * (per_sm * chunk + waiting)
 
 
@@ -142,12 +142,12 @@ class Stem:
     @property
     def span(self) -> int:
         """Elements of an image row that a slot reads, for its even and its odd column."""
-        return max(16, gemm_config._power_of_two((self.pad + self.s + 2) * self.channels))
+        return max(16, gemm_config.power_of_two((self.pad + self.s + 2) * self.channels))
 
     @property
     def taps(self) -> int:
         """Rows of the filter where all are one product."""
-        return gemm_config._power_of_two(self.r)
+        return gemm_config.power_of_two(self.r)
 
     def tiles(self, block_m: int) -> int:
         """Tiles over the columns of all images: each has one slot of the tile before."""
@@ -177,7 +177,7 @@ def stem_ns(s: Stem, c: StemConfig) -> float:
     """Predicted nanoseconds: waves × (filters + rows of the convolution × (matrix units, shared by an SM's blocks, + maxima))."""
     on = chip(s.capability)
     blocks = ceil(s.filters / c.block_n) * ceil(s.pooled[0] / c.rows) * s.tiles(c.block_m)
-    resident = max(1, min(on.shared_sm // (c.shared(s) + gemm_config._KIB), 65536 // (128 * 32 * c.num_warps)))
+    resident = max(1, min(on.shared_sm // (c.shared(s) + gemm_config.KIB), 65536 // (128 * 32 * c.num_warps)))
     rate = on.mma if s.itemsize == 2 else on.fma
     depth = s.span * (s.taps if c.resident else s.r)
     row = 2 * c.block_m * 2 * c.block_n * depth / rate

@@ -76,7 +76,7 @@ def tail(problem: Problem) -> Tail:
 
 def padded(channels: int) -> int:
     """The block that holds so many channels: a power of two that a matrix instruction takes."""
-    return max(16, gemm_config._power_of_two(channels))
+    return max(16, gemm_config.power_of_two(channels))
 
 
 def shared(g: Tail, c: TailConfig) -> int:
@@ -87,7 +87,7 @@ def shared(g: Tail, c: TailConfig) -> int:
     second = c.num_stages * c.block_n * (g.columns + c.block_m * (not g.projected))
     if g.projected:
         second += c.block_m * padded(g.projected)
-    if gemm_config._tensor_memory(g):
+    if gemm_config.uses_tensor_memory(g):
         second += c.block_m * g.middle
     return (max(first, second) + c.block_m * c.block_n) * g.itemsize
 
@@ -115,11 +115,11 @@ def predicted_ns(g: Tail, c: TailConfig) -> float:
     second = max(
         2 * c.block_m * c.block_n * g.columns / rate, c.block_n * (g.columns + 2 * c.block_m) * g.itemsize / on.l2
     )
-    block = 9 * ceil(g.channels / c.block_k) * (first + gemm_config._TRIP_NS) + ceil(g.wide / c.block_n) * (
-        second + 2 * gemm_config._TRIP_NS
+    block = 9 * ceil(g.channels / c.block_k) * (first + gemm_config.TRIP_NS) + ceil(g.wide / c.block_n) * (
+        second + 2 * gemm_config.TRIP_NS
     )
     per_sm = ceil(ceil(g.m / c.block_m) / on.sms)
-    return per_sm * block + ceil(per_sm / c.blocks) * 2 * gemm_config._FILL_NS
+    return per_sm * block + ceil(per_sm / c.blocks) * 2 * gemm_config.FILL_NS
 
 
 @lru_cache(maxsize=4096)
@@ -129,12 +129,12 @@ def tail_configs(g: Tail) -> tuple[TailConfig, ...]:
     fitting = []
     for sizes in _tiles(g):
         c = TailConfig(*sizes)
-        if shared(g, c) + gemm_config._KIB <= on.shared and registers(g, c) <= 255:
+        if shared(g, c) + gemm_config.KIB <= on.shared and registers(g, c) <= 255:
             threads, blocks = 32 * c.num_warps, 1
             if g.itemsize == 2:  # float32 only spills under a cap
                 # 15 registers more than the least: a cap that ptxas reaches without contortions.
                 by_registers = 65536 // (threads * (registers(g, c) + 15))
-                blocks = min(on.shared_sm // (shared(g, c) + 2 * gemm_config._KIB), by_registers, 4)
+                blocks = min(on.shared_sm // (shared(g, c) + 2 * gemm_config.KIB), by_registers, 4)
             fitting.append(TailConfig(*sizes, max(1, blocks)))
     return tuple(sorted(fitting, key=lambda c: (predicted_ns(g, c), -c.block_m * c.block_n, -c.block_k, -c.num_stages)))
 
@@ -149,7 +149,7 @@ def _tiles(g: Tail) -> Iterator[tuple[int, int, int, int, int]]:
     rows = (64, 128, 256) if half else (32, 64)  # wgmma's and tcgen05's tiles have 64 rows
     columns, depths = ((32, 64, 128), (32, 64)) if half else ((32,), (16, 32))
     for block_m, block_n, block_k in product(
-        rows, gemm_config._useful(columns, g.wide), gemm_config._useful(depths, g.channels)
+        rows, gemm_config.useful_sizes(columns, g.wide), gemm_config.useful_sizes(depths, g.channels)
     ):
         num_warps = 4 if half and block_m == 64 else 8
         for num_stages in (2, 3, 4):

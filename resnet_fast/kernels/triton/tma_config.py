@@ -121,7 +121,7 @@ def predicted_ns(g: Gemm, window: Window, c: TileConfig) -> float:
     trip = max(2 * c.pixels * max(64, c.filters) * c.channels / rate, loaded / on.l2, fed / _SHARED_RATE)
     out = c.pixels * c.filters * g.itemsize * (1 + g.residual) / on.l2
     exposed = _LATENCY_NS * (c.skips and g.taps > 1) + _LATENCY_NS * (g.residual and not c.resident)
-    return fullest * (trips * (trip + gemm_config._TRIP_NS) + out + exposed / c.blocks) + gemm_config._FILL_NS
+    return fullest * (trips * (trip + gemm_config.TRIP_NS) + out + exposed / c.blocks) + gemm_config.FILL_NS
 
 
 @lru_cache(maxsize=4096)
@@ -135,8 +135,8 @@ def configs(
     on = chip(g.capability)
     fitting = []
     for c in _candidates(g, window, resident, depths):
-        blocks = min(on.shared_sm // (shared(g, c) + 2 * gemm_config._KIB), 65536 // (registers(g, c) * c.threads), 4)
-        if blocks >= 1 and shared(g, c) + gemm_config._KIB <= on.shared and registers(g, c) <= 255:
+        blocks = min(on.shared_sm // (shared(g, c) + 2 * gemm_config.KIB), 65536 // (registers(g, c) * c.threads), 4)
+        if blocks >= 1 and shared(g, c) + gemm_config.KIB <= on.shared and registers(g, c) <= 255:
             fitting.append(TileConfig(*_fields(c), blocks))
 
     def rank(c: TileConfig) -> tuple:
@@ -159,7 +159,7 @@ def _candidates(g: Gemm, window: Window, resident: bool, depths: tuple[int, ...]
     largest = 256 if half and g.capability is not None and g.capability[0] == 9 else 128 if half else 64
     for pixels in (size for size in (32, 64, 128, 256) if size <= largest):
         box = _box(pixels, window)
-        for filters in gemm_config._useful(tuple(size for size in (64, 128, 256) if size <= largest), g.n):
+        for filters in gemm_config.useful_sizes(tuple(size for size in (64, 128, 256) if size <= largest), g.n):
             num_warps = 8 if pixels * filters > (64 * 128 if half else 32 * 64) else 4
             for channels in depths:
                 # Only the kernel with a resident form reads past the last channel, where it finds zeros.
@@ -168,7 +168,7 @@ def _candidates(g: Gemm, window: Window, resident: bool, depths: tuple[int, ...]
                 for num_stages in (2, 3, 4, 5):
                     yield TileConfig(box, filters, channels, False, num_warps, num_stages)
             if half and resident and g.channels <= MOST_RESIDENT:
-                channels = max(16, gemm_config._power_of_two(g.channels))
+                channels = max(16, gemm_config.power_of_two(g.channels))
                 for num_stages in (2, 3, 4):
                     yield TileConfig(box, filters, channels, True, num_warps, num_stages)
 
