@@ -4,7 +4,7 @@ Importing this package imports triton and registers all of them.
 
 - ``launch``: shared by every launch. ``dependent_launch``: the first statement of every convolution.
 - ``epilogue``, ``split_k``: device code that several kernels end in. ``tma``: the same for tensor descriptors.
-- ``*_config``: description of a problem → config, pure functions. ``gemm_config``: products by pointers, and the chips.
+- ``*_config``: description of a problem → config, as pure functions. ``gemm_config``: products by pointers, chips.
   ``tma_config``: products by descriptors. ``tail_config``: ``conv_tail``. ``pool_config``: kernels that end in a pooling.
   ``rows_config``: passes over rows of channels.
 - ``interpreter_fixes``: fixes for Triton's interpreter.
