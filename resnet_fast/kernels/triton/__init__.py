@@ -5,7 +5,7 @@ Importing this package imports triton and registers all of them.
 - ``launch``: shared by every launch. ``dependent_launch``: the first statement of every convolution.
 - ``epilogue``, ``split_k``: device code that several kernels end in. ``tma``: the same for tensor descriptors.
 - ``*_config``: description of a problem → config, as pure functions. ``gemm_config``: products by pointers, chips.
-  ``tma_config``: products by descriptors. ``tail_config``: ``conv_tail``. ``pool_config``: kernels that end in a pooling.
+  ``tma_config``: products by descriptors. ``tail_config``: ``conv_tail``. ``pool_config``: kernels that pool.
   ``rows_config``: passes over rows of channels.
 - ``interpreter_fixes``: fixes for Triton's interpreter.
 - The others hold one kernel each.
