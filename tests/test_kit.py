@@ -111,27 +111,15 @@ def test_without_a_compiler_it_says_so(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.skipif(host_gpu.compiler() is None, reason="needs a g++ that knows _Float16 (12 or later)")
 def test_the_cuda_template_is_right(tmp_path, registry):
-    """The template itself, its header and its binding, compiled for the CPU: threads one after the other, against float64."""
+    """The template, its header and its binding, compiled for the CPU: threads one after the other, against float64."""
     from torch.utils import cpp_extension
 
     file = new_kernel.write("on_cpu", "cuda", tmp_path)
     library = tmp_path / f"on_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = [runtime.INCLUDE, host_gpu.EMULATION, sysconfig.get_path("include"), *cpp_extension.include_paths()]
-    subprocess.run(
-        [
-            host_gpu.compiler(),
-            *host_gpu.FLAGS,
-            "-DTORCH_EXTENSION_NAME=on_cpu",
-            "-shared",
-            *(f"-I{folder}" for folder in includes),
-            "-x",
-            "c++",
-            file,
-            "-o",
-            library,
-        ],
-        check=True,
-    )
+    binding = ["-DTORCH_EXTENSION_NAME=on_cpu", "-shared", *(f"-I{folder}" for folder in includes)]
+    source = ["-x", "c++", file, "-o", library]
+    subprocess.run([host_gpu.compiler(), *host_gpu.FLAGS, *binding, *source], check=True)
     spec = importlib.util.spec_from_file_location("on_cpu", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -66,7 +66,7 @@ IMAGES = {"x", "y", "out", "residual", "partials", "dout", "dy", "dx", "dz", "g"
 
 
 def sound(cubin: Cubin, capability: tuple[int, int]) -> None:
-    """What holds for every launch: nothing spilled, shared memory within the chip's limit, 64-bit offsets into images."""
+    """Holds for every launch: nothing spilled, shared memory within the chip's limit, 64-bit offsets into images."""
     assert cubin.stack == 0 and not cubin.count("STL|LDL"), f"{cubin.name} spills {cubin.stack} bytes"
     assert cubin.shared <= CHIPS[capability].shared, f"{cubin.name} wants {cubin.shared} bytes of shared memory"
     narrow = IMAGES & cubin.narrow
@@ -120,14 +120,17 @@ def test_convolutions_overlap_with_the_kernel_before_and_touch_nothing_until_it_
         "triton.pointwise_pair_tma",
     ],
 )
-def test_ops_across_convolutions_do_so_too(kernel: str) -> None:
+def test_ops_across_convolutions_overlap_with_the_kernel_before(kernel: str) -> None:
     groups = across(layers("resnet50", 256, 224, torch.bfloat16, "cuda", (9, 0)))
     for cubin in cubins(kernel, next(group.problem for group in groups if group.problem.op == find(kernel).op)):
         waits_first(cubin, (9, 0))
 
 
 def waits_first(cubin: Cubin, capability: tuple[int, int]) -> None:
-    """griddepcontrol.wait is ACQBULK in SASS, launch_dependents PREEXIT; instructions are in the order of first appearance."""
+    """The kernel waits before its first access to memory.
+
+    griddepcontrol.wait is ACQBULK in SASS, launch_dependents PREEXIT; instructions are in order of first appearance.
+    """
     order = [re.sub(r"\..*", "", one) for one in cubin.instructions]
     memory = min(order.index(one) for one in ("LDG", "LDGSTS", "UTMALDG", "UTMASTG", "STG") if one in order)
     if capability < (9, 0):

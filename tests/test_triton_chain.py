@@ -1,4 +1,4 @@
-"""``pointwise_pair`` and ``conv_tail`` without a GPU: configs as a pure function, what they decline, their machine code."""
+"""``pointwise_pair`` and ``conv_tail`` without a GPU: their configs, what they decline, their machine code."""
 
 from __future__ import annotations
 

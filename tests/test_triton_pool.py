@@ -1,7 +1,8 @@
-"""The kernels that end in a pooling without a GPU: their configs as pure functions, what they decline, their machine code."""
+"""The kernels that end in a pooling, without a GPU: their configs, what they decline, their machine code."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -100,9 +101,7 @@ def stem(
 
 @pytest.mark.parametrize("at", CHIPS, ids=lambda c: f"sm_{c[0]}{c[1]}")
 def test_every_stem_fits_its_chip(at: tuple[int, int]) -> None:
-    for batch, dtype, channels in (
-        (batch, dtype, c) for batch in (1, 256) for dtype in (torch.bfloat16, torch.float32) for c in (3, 4)
-    ):
+    for batch, dtype, channels in itertools.product((1, 256), (torch.bfloat16, torch.float32), (3, 4)):
         s = stem_of(stem(batch, at, dtype, x=(batch, channels, 224, 224), weight=(64, channels, 7, 7)))
         assert {c.rows for c in pool_config.stem_configs(s)} == set(range(1, 57))
         assert all(c.shared(s) <= CHIPS[at].shared for c in pool_config.stem_configs(s))
@@ -216,7 +215,7 @@ STEMS += [(HOPPER, torch.float16, False), ((8, 0), torch.float32, False), (HOPPE
 @ahead
 @pytest.mark.parametrize("at, dtype, bytes", STEMS, ids=str)
 def test_stem(at: tuple[int, int], dtype: torch.dtype, bytes: bool) -> None:
-    """Patches come by asynchronous copies, at 16 bits eight bytes at a time, filters from shared memory where they stay there."""
+    """Patches come by asynchronous copies, at 16 bits eight bytes at a time; resident filters from shared memory."""
     problem = stem(8, at, dtype, bytes=bytes)
     (cubin,) = cubins("triton.conv_pool", problem)
     sound(cubin, at)

@@ -1,4 +1,4 @@
-"""The kernels on tensor descriptors without a GPU: their tiles as a pure function, what they decline, their machine code."""
+"""The kernels on tensor descriptors, without a GPU: their tiles, what they decline, their machine code."""
 
 from __future__ import annotations
 

@@ -53,8 +53,7 @@ def test_nasty_grid(id: str, problem: Problem) -> None:
     assert verdict.ok, verdict.reason
 
 
-# ---------------------------------------------------------------- configs the small problems would not get by
-# themselves
+# ---------------------------------------------------------------- configs that the small problems do not get
 
 
 def problem(x, weight, dtype=torch.float16, **rest) -> Problem:

@@ -67,7 +67,7 @@ def test_nasty_grid(op: str, least: int, dtype: torch.dtype) -> None:
         right(case)
 
 
-# ---------------------------------------------------------------- configs the small problems would not get by themselves
+# ---------------------------------------------------------------- configs that the small problems do not get
 
 # GemmConfig(block_m, block_n, block_k, split_k, warps, stages)
 PAIRS = {
@@ -155,8 +155,9 @@ def test_boxes_by_themselves() -> None:
     ids=["pair", "tail", "projected"],
 )
 def test_nan_and_infinity_pass_as_eager_has_them(case: Problem) -> None:
-    """In every tensor, at its first and last element; what lies outside of one image is not its neighbour's. (A tap that is
-    not finite meets the padding's zeros in an implicit GEMM, cuDNN's too, but in the middle of the filter.)
+    """In every tensor, at its first and last element; padding never reads the neighbouring image.
+
+    A tap that is not finite meets the padding's zeros in an implicit GEMM, cuDNN's too, but in its middle.
     """
     for value in (float("nan"), float("inf"), -float("inf")):
         args = make_args(case)
@@ -206,7 +207,7 @@ def test_results_are_nhwc_also_where_one_pixel_is_both() -> None:
 
 
 def test_the_host_asks_for_the_config_of_its_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shapes that a kernel asks a config for are the ones its Problem says, so that tuner and plan speak of what runs."""
+    """A kernel asks a config for the shapes that its Problem states: tuner and plan describe what runs."""
     asked = []
 
     def noting(config):

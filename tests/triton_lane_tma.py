@@ -1,6 +1,6 @@
 """The interpreter lane of the kernels on tensor descriptors; ``test_triton_tma.py`` runs it.
 
-The interpreter reads and writes descriptors as their definition says: zero outside on either side, nothing written there.
+The interpreter reads and writes descriptors by their definition: zero outside on either side, nothing written there.
 """
 
 from __future__ import annotations
