@@ -1,6 +1,7 @@
 """The kit: what ``new-kernel`` writes works as it is, and a broken file says what is wrong."""
 
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -65,7 +66,7 @@ NVCC = pytest.mark.skipif(runtime.missing() is not None, reason=f"{runtime.missi
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """Builds of one test alone."""
+    """A cache of builds for one test."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
 
 
@@ -124,7 +125,8 @@ def test_the_cuda_template_is_right(tmp_path, registry):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     kernel = runtime.register(module, file, lambda: None, device="cpu")
-    grid = [p for dtype in runtime.DTYPES for p in nasty_problems("conv_bn_act", dtype) if kernel.reason(p) is None]
+    problems = itertools.chain.from_iterable(nasty_problems("conv_bn_act", dtype) for dtype in runtime.DTYPES)
+    grid = [problem for problem in problems if kernel.reason(problem) is None]
     assert len(grid) == 33
     for problem in grid:
         assert check_kernel(kernel, problem).ok, problem.key

@@ -6,6 +6,7 @@ the chip's limit, 16-byte loads, 64-bit offsets into whole tensors.
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -54,7 +55,8 @@ def conv(name: str, capability: tuple[int, int], dtype: torch.dtype = torch.bflo
 
 
 # Every generation on a 3×3 and a 1×1 with residual; what is special elsewhere, on the generation it is special for.
-CASES = [(name, capability, {}) for capability in TENSOR for name in ("layer1 conv3", "layer2 conv2")]
+EVERYWHERE = itertools.product(TENSOR, ("layer1 conv3", "layer2 conv2"))
+CASES = [(name, capability, {}) for capability, name in EVERYWHERE]
 CASES += [(name, (9, 0), {}) for name in ("stem 7×7", "layer3 conv1", "layer3 downsample", "layer2 grouped")]
 CASES += [(name, (9, 0), {"batch": 1}) for name in ("layer4 conv2", "layer4 conv3")]
 CASES += [("layer4 conv2", (8, 0), {"dtype": torch.float16, "batch": 1})]

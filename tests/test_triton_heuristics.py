@@ -1,4 +1,4 @@
-"""Problem → config and problem → refusal: plain functions, tested as such; nothing is compiled, no device asked."""
+"""Configs and refusals of the Triton kernels as pure functions: nothing is compiled, no device is asked."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize("sentence", REFUSALS)
 @pytest.mark.parametrize("id", ["triton.conv", "triton.pointwise"])
-def test_what_a_kernel_cannot_do_it_says(id: str, sentence: str) -> None:
+def test_a_declined_problem_names_the_reason(id: str, sentence: str) -> None:
     assert find(id).supports(nhwc()) is None
     assert sentence in find(id).supports(nhwc(**REFUSALS[sentence]))
 

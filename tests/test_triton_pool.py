@@ -48,9 +48,11 @@ def head(
 
 @pytest.mark.parametrize("at", CHIPS, ids=lambda c: f"sm_{c[0]}{c[1]}")
 def test_every_head_fits_its_chip(at: tuple[int, int]) -> None:
-    for batch, dtype in ((batch, dtype) for batch in (1, 8, 37, 256) for dtype in (torch.bfloat16, torch.float32)):
-        for c in pool_config.head_configs(h := head_of(head(batch, at, dtype))):
-            assert c.shared(h.itemsize) <= CHIPS[at].shared and 1 <= c.images <= min(batch, SLOTS)
+    for batch, dtype in itertools.product((1, 8, 37, 256), (torch.bfloat16, torch.float32)):
+        h = head_of(head(batch, at, dtype))
+        for c in pool_config.head_configs(h):
+            assert c.shared(h.itemsize) <= CHIPS[at].shared
+            assert 1 <= c.images <= min(batch, SLOTS)
 
 
 def test_the_best_head_is_pure_and_wastes_few_rows() -> None:
@@ -151,7 +153,7 @@ def test_the_stems_time_counts_waves_and_rows() -> None:
         ("triton.pointwise_pool", head(), "need compute capability 8.0, this GPU has 7.5", {"capability": (7, 5)}),
     ],
 )
-def test_what_a_kernel_cannot_do_it_says(id: str, problem: Problem, sentence: str, changes: dict) -> None:
+def test_a_declined_problem_names_the_reason(id: str, problem: Problem, sentence: str, changes: dict) -> None:
     assert find(id).supports(problem) is None
     assert sentence in find(id).supports(replace(problem, **changes))
 
@@ -166,8 +168,9 @@ def sound(cubin: Cubin, at: tuple[int, int]) -> None:
     assert not {"x", "residual", "out"} & cubin.narrow, f"32-bit offsets into {cubin.narrow}"
 
 
-HEADS = [(at, {"batch": batch}) for at in TENSOR for batch in (1, 8)] + [(HOPPER, {"batch": 256})]
+HEADS = [(at, {"batch": batch}) for at, batch in itertools.product(TENSOR, (1, 8))]
 HEADS += [
+    (HOPPER, {"batch": 256}),
     (HOPPER, {"dtype": torch.float16, "x": (8, 512, 10, 10)}),
     (HOPPER, {"x": (8, 200, 7, 7), "weight": (104, 200, 1, 1)}),
 ]
@@ -208,7 +211,7 @@ def test_a_float32_head_is_multiplied_in_float32(at: tuple[int, int]) -> None:
     assert cubin.count("FFMA") and not cubin.count("HMMA|HGMMA|UTC")  # no TF32 behind anyone's back
 
 
-STEMS = [(at, torch.bfloat16, bytes) for at in TENSOR for bytes in (False, True)]
+STEMS = [(at, torch.bfloat16, bytes) for at, bytes in itertools.product(TENSOR, (False, True))]
 STEMS += [(HOPPER, torch.float16, False), ((8, 0), torch.float32, False), (HOPPER, torch.float32, False)]
 
 

@@ -96,7 +96,7 @@ CONV = {
     ),
     "the next image begins where the last row ends": (problem((4, 16, 2, 2), (64, 16, 3, 3)), streamed((1, 2, 2))),
 }
-CASES = [(id, name) for id, cases in (("triton.pointwise_tma", POINTWISE), ("triton.conv_tma", CONV)) for name in cases]
+CASES = [("triton.pointwise_tma", name) for name in POINTWISE] + [("triton.conv_tma", name) for name in CONV]
 
 
 @pytest.mark.parametrize("id, name", CASES)
