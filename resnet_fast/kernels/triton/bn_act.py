@@ -98,11 +98,10 @@ def _merge_statistics(
         count = tl.where(p < partials, tl.minimum(M - p * rows, rows), 0).to(tl.float32)
         total = tl.sum(count, axis=0)
         # The partials' mean is weighted by their rows; their M2 grows by what each is off it.
-        at = p[:, None] * C + c[None, :]
-        part = tl.load(means + at, mask=inside, other=0.0)
+        part = tl.load(means + p[:, None] * C + c[None, :], mask=inside, other=0.0)
         weight = count / tl.maximum(total, 1.0)
         mid = tl.sum(part * weight[:, None], axis=0)
-        spread = tl.load(m2s + at, mask=inside, other=0.0)
+        spread = tl.load(m2s + p[:, None] * C + c[None, :], mask=inside, other=0.0)
         off = part - mid[None, :]
         tile_m2 = tl.sum(spread + off * count[:, None] * off, axis=0)
         n, mean, m2 = chan(n, mean, m2, total, mid, tile_m2)
@@ -142,8 +141,7 @@ def _normalise(
     z = off * s[None, :] + t[None, :]
     if residual is not None:
         z += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    z = activate(z, RELU).to(y.dtype.element_ty)
-    tl.store(y + at, z, mask=inside)
+    tl.store(y + at, activate(z, RELU).to(y.dtype.element_ty), mask=inside)
 
 
 @kernel(

@@ -84,9 +84,8 @@ def _merge_sums(
     for i in tl.range(trips, num_stages=STAGES):
         p = i * BLOCK_P + tl.arange(0, BLOCK_P)
         inside = (p < partials)[:, None] & (c < C)[None, :]
-        at = p[:, None] * C + c[None, :]
-        total += tl.sum(tl.load(sums + at, mask=inside, other=0.0), axis=0)
-        product += tl.sum(tl.load(products + at, mask=inside, other=0.0), axis=0)
+        total += tl.sum(tl.load(sums + p[:, None] * C + c[None, :], mask=inside, other=0.0), axis=0)
+        product += tl.sum(tl.load(products + p[:, None] * C + c[None, :], mask=inside, other=0.0), axis=0)
     tl.store(dbias + c, total, mask=c < C)
     rstd = tl.rsqrt(tl.load(var + c, mask=c < C, other=1.0) + eps)
     tl.store(dweight + c, product * rstd, mask=c < C)

@@ -54,5 +54,4 @@ def finish(acc, scale, shift, mean, var, eps, residual, out, m, k, M, K: tl.cons
     z = acc * s[None, :] + t[None, :]
     if residual is not None:
         z += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    z = activate(z, RELU).to(out.dtype.element_ty)
-    tl.store(out + at, z, mask=inside)
+    tl.store(out + at, activate(z, RELU).to(out.dtype.element_ty), mask=inside)
