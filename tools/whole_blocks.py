@@ -29,7 +29,7 @@ from resnet_fast.models.problems import layers
 from resnet_fast.roofline.chips import ceilings
 from resnet_fast.util.text import table
 
-# Hopper as ``kernels.triton.heuristics`` has it: number of SMs; of one SM bytes of shared memory for a block, FLOP and
+# Hopper as ``kernels.triton.gemm_config`` has it: number of SMs; of one SM bytes of shared memory for a block, FLOP and
 # bytes from L2 a nanosecond.
 SMS, SHARED, MMA, L2 = 132, 227 * 1024, 5980.0, 49.0
 _ROWS, _STAGES, _DEPTH = 64, 2, 64  # of a matrix instruction; operands in flight, and their channels

@@ -1,6 +1,7 @@
-"""What each step of the tutorial costs without a clock: bytes, counted in Triton's interpreter; machine code, compiled for an H200.
+"""Cost of each step of the tutorial, without a clock: bytes in Triton's interpreter, machine code for an H200.
 
-``python examples/tutorial/count.py`` prints the two tables of the page, ``--write`` puts them there. It takes half a minute.
+``python examples/tutorial/count.py`` prints the two tables of the page, ``--write`` puts them there. It takes half a
+minute.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from resnet_fast.testing.samples import make_args
 HERE = Path(__file__).parent
 STEPS = sorted(HERE.glob("step*.py"))
 PAGE = HERE / "README.md"
-# layer3.1.conv3 of ResNet-50 at batch 256; bytes are counted on two images of 128², 128 pixels, which all tiles of all steps divide.
+# layer3.1.conv3 of ResNet-50 at batch 256. Bytes are counted on two images of 8², 128 pixels, which all tiles of all
+# steps divide.
 PROBLEM = Problem(
     "conv_bn_act",
     "cuda",
@@ -40,7 +42,7 @@ SMALL = replace(PROBLEM, x=(2, 256, 8, 8))
 
 @dataclass(frozen=True)
 class Moved:
-    """Bytes for 128 pixels: what the step's own blocks load and store, and what torch's ops around it read and write."""
+    """Bytes for 128 pixels: loaded and stored by the step's own blocks, moved by torch's ops around it."""
 
     loaded: int
     stored: int
@@ -49,7 +51,10 @@ class Moved:
 
 @dataclass(frozen=True)
 class Code:
-    """Launches (and how many are torch's), and of the step's own kernel: matrix and all instructions, registers, KiB, warps of an SM."""
+    """Launches (and how many are torch's), and facts of the step's own kernel.
+
+    Those are its matrix and all instructions, registers a thread, KiB of shared memory and occupancy of an SM.
+    """
 
     launches: int
     torchs: int
@@ -65,28 +70,33 @@ def loaded_and_stored() -> dict[str, tuple[int, int]]:
     from triton.runtime.interpreter import InterpreterBuilder
 
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-    bytes = [0, 0]
+    loaded = stored = 0
+
+    def moved(pointers, mask) -> int:
+        return int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
 
     def counted_load(self, pointers, mask, *rest):
-        bytes[0] += int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
+        nonlocal loaded
+        loaded += moved(pointers, mask)
         return load(self, pointers, mask, *rest)
 
     def counted_store(self, pointers, value, mask, *rest):
-        bytes[1] += int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
+        nonlocal stored
+        stored += moved(pointers, mask)
         return store(self, pointers, value, mask, *rest)
 
     InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = counted_load, counted_store
     found = {}
     for step in STEPS:
         (kernel,) = load_file(step)
-        bytes[:] = 0, 0
+        loaded = stored = 0
         kernel.fn(*make_args(replace(SMALL, device="cpu", capability=None)))
-        found[step.stem] = bytes[0], bytes[1]
+        found[step.stem] = loaded, stored
     return found
 
 
 def compiled() -> dict[str, tuple[int, Code]]:
-    """In a process that compiles: bytes that torch's ops move for the small problem, and the machine code for the batch."""
+    """In a process that compiles: bytes that torch's ops move for the small problem, machine code for the batch."""
     from resnet_fast.analysis.aot import compile_call
 
     found = {}
@@ -110,24 +120,26 @@ def compiled() -> dict[str, tuple[int, Code]]:
 
 
 def moved_table(rows: dict[str, Moved]) -> str:
+    """Markdown table of the bytes of each step."""
     lines = ["| step | its blocks load | store | torch's ops move | together |", "|---|---:|---:|---:|---:|"]
-    lines += [
-        f"| {name} | {_mega(row.loaded)} | {_mega(row.stored)} | {_mega(row.torch)} | {_mega(row.loaded + row.stored + row.torch)} |"
-        for name, row in rows.items()
-    ]
-    return "\n".join([*lines, f"| *floor: each operand once* | | | | {_mega(problem_step(SMALL).bytes)} |"])
+    for name, row in rows.items():
+        together = row.loaded + row.stored + row.torch
+        columns = [_mega(row.loaded), _mega(row.stored), _mega(row.torch), _mega(together)]
+        lines.append(f"| {name} | {' | '.join(columns)} |")
+    floor = _mega(problem_step(SMALL).bytes)
+    return "\n".join([*lines, f"| *floor: each operand once* | | | | {floor} |"])
 
 
 def code_table(rows: dict[str, Code]) -> str:
+    """Markdown table of the machine code of each step."""
     lines = [
         "| step | launches | of torch's | matrix instructions | instructions | registers | shared | occupancy |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    lines += [
-        f"| {name} | {row.launches} | {row.torchs} | {row.matrix} | {row.instructions} | {row.registers} | {row.shared} KiB | "
-        f"{row.occupancy:.0%} |"
-        for name, row in rows.items()
-    ]
+    for name, row in rows.items():
+        counts = row.launches, row.torchs, row.matrix, row.instructions, row.registers
+        columns = [*map(str, counts), f"{row.shared} KiB", f"{row.occupancy:.0%}"]
+        lines.append(f"| {name} | {' | '.join(columns)} |")
     return "\n".join(lines)
 
 
@@ -136,14 +148,15 @@ def _mega(n: int) -> str:
 
 
 def tables() -> dict[str, str]:
-    """Marker → table, as they are now."""
-    code, bytes = fresh(False, compiled), fresh(True, loaded_and_stored)
-    rows = {name: Moved(*pair, code[name][0]) for name, pair in bytes.items()}
-    return {"moved": moved_table(rows), "code": code_table({name: row for name, (_, row) in code.items()})}
+    """Marker → table, counted now."""
+    code, moved = fresh(False, compiled), fresh(True, loaded_and_stored)
+    moved_rows = {name: Moved(*pair, code[name][0]) for name, pair in moved.items()}
+    code_rows = {name: row for name, (_, row) in code.items()}
+    return {"moved": moved_table(moved_rows), "code": code_table(code_rows)}
 
 
 def section(page: str, name: str) -> str:
-    """What stands between the page's markers of that name."""
+    """The text between the page's markers of that name."""
     return page.split(f"<!-- {name}:begin -->\n")[1].split(f"\n<!-- {name}:end -->")[0]
 
 

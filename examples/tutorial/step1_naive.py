@@ -1,4 +1,4 @@
-"""Step 1, naive: a 1×1 convolution as Σ_c x[m, c] · w[k, c], one block for each pixel and 256 filters; torch does the rest.
+"""Step 1, naive: a 1×1 convolution, one block for each pixel and 256 filters; torch does the rest.
 
     conv[m, k] = Σ_c x[m, c] · w[k, c]          m: pixels of an NHWC tensor; then torch's batch norm, add and ReLU
 
@@ -27,7 +27,7 @@ def _naive(x, w, conv, C, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TRIPS
 
 
 def supports(problem):
-    """None, or the sentence that says why this problem is not for this kernel."""
+    """Why this kernel does not take the problem, or None."""
     if not problem.pointwise or problem.groups != 1 or problem.stride != (1, 1):
         return "it takes only 1×1 convolutions of stride 1, without padding or groups"
     if 0 in problem.x:

@@ -56,7 +56,7 @@ def _fused(
 
 
 def supports(problem):
-    """None, or the sentence that says why this problem is not for this kernel."""
+    """Why this kernel does not take the problem, or None."""
     if not problem.pointwise or problem.groups != 1 or problem.stride != (1, 1):
         return "it takes only 1×1 convolutions of stride 1, without padding or groups"
     if 0 in problem.x:

@@ -1,4 +1,4 @@
-"""Step 4, shaped: larger tiles by problem, a deeper pipeline, no masks in the loop, filter tiles side by side in the grid.
+"""Step 4, shaped: larger tiles by problem, a deeper pipeline, no masks in the loop, filter tiles as neighbours.
 
     out[m, k] = act(s[k] · Σ_c x[m, c] · w[k, c] + t[k] + residual[m, k])       s = γ/√(σ²+ε), t = β − μ·s
 
@@ -34,14 +34,15 @@ def _shaped(
     tiles_n: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     m = (tl.program_id(0) // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)  # neighbours in the grid share pixels
     k = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # What lies beyond the end reads the last row instead of nothing: no mask, and the store leaves it out.
+    # A row beyond the end reads the last one instead: no mask here, and the store leaves it out.
     x_row = x + tl.minimum(m, M - 1).to(tl.int64) * C
     w_row = w + tl.minimum(k, K - 1) * C
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i in range(tl.cdiv(C, BLOCK_K)):
         c = i * BLOCK_K + tl.arange(0, BLOCK_K)
         if C % BLOCK_K == 0:
-            a, b = tl.load(x_row[:, None] + c[None, :]), tl.load(w_row[None, :] + c[:, None])
+            a = tl.load(x_row[:, None] + c[None, :])
+            b = tl.load(w_row[None, :] + c[:, None])
         else:
             a = tl.load(x_row[:, None] + c[None, :], mask=(c < C)[None, :], other=0.0)
             b = tl.load(w_row[None, :] + c[:, None], mask=(c < C)[:, None], other=0.0)
@@ -62,7 +63,7 @@ def _shaped(
 
 
 def supports(problem):
-    """None, or the sentence that says why this problem is not for this kernel."""
+    """Why this kernel does not take the problem, or None."""
     if not problem.pointwise or problem.groups != 1 or problem.stride != (1, 1):
         return "it takes only 1×1 convolutions of stride 1, without padding or groups"
     if 0 in problem.x:
@@ -71,7 +72,7 @@ def supports(problem):
 
 
 def tile(k, c, itemsize):
-    """Block sizes over pixels, filters and channels, and warps: as large as registers allow, no wider than the problem."""
+    """Block sizes over pixels, filters and channels, and warps: as large as registers and the problem allow."""
     if itemsize == 4:  # float32 runs on the FMA units, where a large tile only spills
         return 64, min(64, max(16, triton.next_power_of_2(k))), 32, 4
     wide = min(128, max(16, triton.next_power_of_2(k)))

@@ -1,8 +1,8 @@
 """Run an interpreter lane: Triton kernels on their grid, run by Triton's interpreter on the CPU, against float64.
 
-TRITON_INTERPRET=1 decides when Triton is first imported, and then nothing in that process compiles any more; so the lanes'
-tests, ``kernels/triton/lane*.py``, run in a pytest of their own, started by the test file of the same kernels. To run some
-of them alone: ``TRITON_INTERPRET=1 pytest tests/kernels/triton/lane.py -k bn_act``.
+TRITON_INTERPRET=1 decides when Triton is first imported, and then nothing in that process compiles any more; so the
+lanes' tests, ``kernels/triton/lane*.py``, run in a pytest of their own, started by the test file of the same
+kernels. To run some of them alone: ``TRITON_INTERPRET=1 pytest tests/kernels/triton/lane.py -k bn_act``.
 """
 
 from __future__ import annotations

@@ -1,33 +1,25 @@
-"""What the Triton kernels must see in a problem, said a second time: the tests of their predictions start here, those of the kernels end here."""
+"""Descriptions that configs start from, by a problem: written independently of the kernels, which must agree."""
 
 from __future__ import annotations
 
 from resnet_fast.dispatch.problem import Problem
-from resnet_fast.kernels.triton.heuristics import Gemm
+from resnet_fast.kernels.triton.gemm_config import Gemm
 from resnet_fast.kernels.triton.pool_config import Head, Stem
 
 
 def gemm(problem: Problem) -> Gemm:
     """The matrix product that a ``conv_bn_act`` problem is."""
+    n, c = problem.x[:2]
     oh, ow = problem.out_hw
     k, _, r, s = problem.weight
-    return Gemm(
-        problem.x[0] * oh * ow,
-        k,
-        problem.x[1],
-        r * s,
-        problem.groups,
-        problem.dtype.itemsize,
-        problem.residual is not None,
-        problem.capability,
-    )
+    residual = problem.residual is not None
+    return Gemm(n * oh * ow, k, c, r * s, problem.groups, problem.dtype.itemsize, residual, problem.capability)
 
 
 def stem_of(problem: Problem) -> Stem:
     """The stem that a ``conv_pool`` problem is."""
-    return Stem(
-        *problem.x, *(problem.weight[i] for i in (0, 2, 3)), problem.dtype.itemsize, problem.bytes, problem.capability
-    )
+    k, _, r, s = problem.weight
+    return Stem(*problem.x, k, r, s, problem.dtype.itemsize, problem.bytes, problem.capability)
 
 
 def head_of(problem: Problem) -> Head:

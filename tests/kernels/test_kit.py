@@ -1,6 +1,7 @@
 """The kit: what ``new-kernel`` writes works as it is, and a broken file says what is wrong."""
 
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -67,7 +68,7 @@ NVCC = pytest.mark.skipif(jit.missing() is not None, reason=f"{jit.missing()}")
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """Builds of one test alone."""
+    """A cache of builds for one test."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
 
 
@@ -113,32 +114,21 @@ def test_without_a_compiler_it_says_so(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.skipif(host_gpu.compiler() is None, reason="needs a g++ that knows _Float16 (12 or later)")
 def test_the_cuda_template_is_right(tmp_path, registry):
-    """The template itself, its header and its binding, compiled for the CPU: threads one after the other, against float64."""
+    """The template, its header and its binding, compiled for the CPU: threads one after the other, against float64."""
     from torch.utils import cpp_extension
 
     file = new_kernel.write("on_cpu", "cuda", tmp_path)
     library = tmp_path / f"on_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = [jit.INCLUDE, host_gpu.EMULATION, sysconfig.get_path("include"), *cpp_extension.include_paths()]
-    subprocess.run(
-        [
-            host_gpu.compiler(),
-            *host_gpu.FLAGS,
-            "-DTORCH_EXTENSION_NAME=on_cpu",
-            "-shared",
-            *(f"-I{folder}" for folder in includes),
-            "-x",
-            "c++",
-            file,
-            "-o",
-            library,
-        ],
-        check=True,
-    )
+    binding = ["-DTORCH_EXTENSION_NAME=on_cpu", "-shared", *(f"-I{folder}" for folder in includes)]
+    source = ["-x", "c++", file, "-o", library]
+    subprocess.run([host_gpu.compiler(), *host_gpu.FLAGS, *binding, *source], check=True)
     spec = importlib.util.spec_from_file_location("on_cpu", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     kernel = jit.register(module, file, lambda: None, device="cpu")
-    grid = [p for dtype in jit.DTYPES for p in nasty_problems("conv_bn_act", dtype) if kernel.reason(p) is None]
+    problems = itertools.chain.from_iterable(nasty_problems("conv_bn_act", dtype) for dtype in jit.DTYPES)
+    grid = [problem for problem in problems if kernel.reason(problem) is None]
     assert len(grid) == 33
     for problem in grid:
         assert check_kernel(kernel, problem).ok, problem.key

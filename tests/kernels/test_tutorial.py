@@ -1,4 +1,4 @@
-"""The tutorial: every step is right on the problem grid, and what its page counts is what is there."""
+"""The tutorial: every step is right on the problem grid, and the counts on its page are up to date."""
 
 from __future__ import annotations
 
@@ -31,23 +31,13 @@ def count():
 
 
 def test_every_step_is_right() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "resnet_fast",
-        "check",
-        "--dtype",
-        "float32",
-        "--dtype",
-        "bfloat16",
-        "--kernel",
-        *map(str, STEPS),
-    ]
+    command = [sys.executable, "-m", "resnet_fast", "check", "--dtype", "float32", "--dtype", "bfloat16", "--kernel"]
+    command += map(str, STEPS)
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0 and "88 checks on cpu, 0 wrong" in done.stdout, done.stdout + done.stderr
 
 
-def test_the_page_counts_what_is_there(count) -> None:
+def test_counts_on_the_page_are_up_to_date(count) -> None:
     found = count.tables()
     assert count.section(PAGE, "moved") == found["moved"]
     if triton.__version__.startswith("3.9."):  # the version that the page names

@@ -109,7 +109,7 @@ def test_without_room_there_is_no_kernel(monkeypatch) -> None:
 
 
 def test_the_rates_are_the_heuristics_own() -> None:
-    chips = pytest.importorskip("resnet_fast.kernels.triton.heuristics").CHIPS
+    chips = pytest.importorskip("resnet_fast.kernels.triton.gemm_config").CHIPS
     hopper = chips[9, 0]
     assert hopper.sms == whole_blocks.SMS
     assert hopper.shared == whole_blocks.SHARED

@@ -1,4 +1,4 @@
-"""my_kernel: a 1×1 convolution as a matrix product over pixels, the simplest form that is right. Make it fast from here.
+"""my_kernel: a 1×1 convolution as a matrix product over pixels, in the simplest correct form. Make it fast from here.
 
     out[m, k] = act(s[k] · Σ_c x[m, c] · w[k, c] + t[k] + residual[m, k])        m: pixels of an NHWC tensor
 
@@ -34,12 +34,15 @@ def _my_kernel(
 ):
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # In registers: one float32 sum for each pixel and filter of the tile.
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i in range(TRIPS):
+        # Load BLOCK_K channels and multiply; what is outside of the tensors is zero.
         c = i * BLOCK_K + tl.arange(0, BLOCK_K)
         a = tl.load(x + m.to(tl.int64)[:, None] * C + c[None, :], mask=(m < M)[:, None] & (c < C)[None, :], other=0.0)
         b = tl.load(w + k[None, :] * C + c[:, None], mask=(k < K)[None, :] & (c < C)[:, None], other=0.0)
         acc = tl.dot(a, b, acc, input_precision="ieee")
+    # Epilogue: affine, residual, activation; then one store.
     inside = (m < M)[:, None] & (k < K)[None, :]
     at = m.to(tl.int64)[:, None] * K + k[None, :]
     z = acc * tl.load(s + k, mask=k < K, other=0.0)[None, :] + tl.load(t + k, mask=k < K, other=0.0)[None, :]
@@ -51,7 +54,7 @@ def _my_kernel(
 
 
 def supports(problem):
-    """None, or the sentence that says why this problem is not for this kernel."""
+    """Why this kernel does not take the problem, or None."""
     if not problem.pointwise or problem.groups != 1 or problem.stride != (1, 1):
         return "it takes only 1×1 convolutions of stride 1, without padding or groups"
     if 0 in problem.x:

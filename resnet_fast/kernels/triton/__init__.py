@@ -1,10 +1,15 @@
-"""Triton kernels, portable ones by pointers (sm_80 and later) and ``*_tma`` by tensor descriptors (sm_90 and later);
-importing this package imports triton and registers them all.
+"""Triton kernels, by pointers (sm_80 and later) and ``*_tma`` by tensor descriptors (sm_90 and later).
 
-``launch``: what every launch shares. ``heuristics``: problem → config, a pure function. ``dependent``: how the
-convolutions begin; ``epilogue`` and ``split_k``: device code that several kernels end in. ``tma`` and ``tma_config``: the
-same for descriptors. ``tail_config``: configs of ``conv_tail``; ``pool_config``: of the kernels that end in a pooling.
-``interpreter``: Triton's interpreter, mended. The rest is one idea a file.
+Importing this package imports triton and registers all of them.
+
+- ``launch``: shared by every launch. ``dependent_launch``: the first statement of every convolution.
+- ``epilogue``, ``split_k``: device code that several kernels end in. ``tma``: the same for tensor descriptors.
+- ``*_config``: description of a problem → config, as pure functions. ``gemm_config``: products by pointers, chips.
+  ``tma_config``: products by descriptors. ``tail_config``: ``conv_tail``. ``pool_config``: kernels that pool.
+  ``rows_config``: passes over rows of channels.
+- ``interpreter_fixes``: fixes for Triton's interpreter.
+- The others hold one kernel each.
+
 Each kernel was checked in the interpreter and compiled ahead of time for sm_80 to sm_120; no GPU has run one yet.
 """
 

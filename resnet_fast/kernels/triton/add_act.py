@@ -20,7 +20,7 @@ from torch import Tensor
 from ...dispatch.registry import kernel
 from . import launch
 from .epilogue import activate, masked
-from .heuristics import rows_config
+from .rows_config import rows_config
 
 BLOCK = 2048  # elements: two 16-byte loads in flight for each thread and 16-bit tensor
 
@@ -33,16 +33,21 @@ def _add_act(x, y, gate, out, size, blocks, C: tl.constexpr, RELU: tl.constexpr,
     at = first + tl.arange(0, BLOCK)
     inside = at < size
     base = image * size
+    # Load, in float32 in registers: x times its channel's gate, plus y.
     z = tl.load(x + base + at, mask=inside, other=0.0).to(tl.float32)
     if gate is not None:
         c = ((tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)) % C
-        z = z * tl.load(gate + image * C + c).to(tl.float32)
+        factor = tl.load(gate + image * C + c).to(tl.float32)
+        z = z * factor
     z += tl.load(y + base + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + base + at, activate(z, RELU).to(out.dtype.element_ty), mask=inside)
+    # Epilogue and store.
+    z = activate(z, RELU).to(out.dtype.element_ty)
+    tl.store(out + base + at, z, mask=inside)
 
 
 @triton.jit
 def _mask(dout, out, dy, size, RELU: tl.constexpr, BLOCK: tl.constexpr):
+    """dy = dout · [out > 0] of one block of elements."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     g = masked(dout, out, at, inside, RELU)
@@ -67,15 +72,20 @@ def _gated_backward(
 ):
     """One tile of pixels × channels of one image: dy, dx and the tile's share of dgate."""
     blocks_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    tile, c = tl.program_id(0) // blocks_c, (tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
-    image, row = (tile // tiles).to(tl.int64), tile % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile = tl.program_id(0) // blocks_c
+    c = (tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    image = (tile // tiles).to(tl.int64)
+    row = tile % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = (row < pixels)[:, None] & (c < C)[None, :]
     at = (image * pixels + row)[:, None] * C + c[None, :]
+    # The gradient before the activation, [BLOCK_M, BLOCK_C] in registers, serves all three results.
     g = masked(dout, out, at, inside, RELU)
     factor = tl.load(gate + image * C + c, mask=c < C, other=0.0).to(tl.float32)
     tl.store(dy + at, g.to(dy.dtype.element_ty), mask=inside)
     tl.store(dx + at, (g * factor[None, :]).to(dx.dtype.element_ty), mask=inside)
-    share = tl.sum(g * tl.load(x + at, mask=inside, other=0.0).to(tl.float32), axis=0)
+    # The tile's share of dgate; the partials are added in a fixed order by the caller.
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    share = tl.sum(g * value, axis=0)
     tl.store(partials + tile.to(tl.int64) * C + c, share, mask=c < C)
 
 
@@ -84,7 +94,7 @@ def _gated_backward(
     op="add_act",
     supports=launch.declines,
     available=launch.available,
-    sources=launch.sources("epilogue"),
+    sources=launch.sources("epilogue", "rows_config"),
 )
 def add_act(x, y, gate, act) -> Tensor:
     out = launch.result_like(*(t for t in (x, y, gate) if t is not None))
@@ -115,21 +125,23 @@ def add_act(x, y, gate, act) -> Tensor:
     op="add_act_backward",
     supports=launch.declines,
     available=launch.available,
-    sources=launch.sources("epilogue"),
+    sources=launch.sources("epilogue", "rows_config"),
 )
 def add_act_backward(dout, out, x, gate, act) -> tuple[Tensor, Tensor, Tensor]:
-    relu, dy = act == "relu", torch.empty_like(out)
+    relu = act == "relu"
+    dy = torch.empty_like(out)
+    size = out.numel()
     if gate is None:
-        if out.numel():
-            _mask[(triton.cdiv(out.numel(), BLOCK),)](
-                dout, out, dy, out.numel(), RELU=relu, BLOCK=BLOCK, num_warps=4, num_stages=1, **launch.OPTIONS
-            )
+        if size:
+            grid = (triton.cdiv(size, BLOCK),)
+            _mask[grid](dout, out, dy, size, RELU=relu, BLOCK=BLOCK, num_warps=4, num_stages=1, **launch.OPTIONS)
         return dy, dout.new_empty(0), dout.new_empty(0)
     n, c, h, w = out.shape
     config = rows_config(h * w, c, out.itemsize, launch.capability(out))
     tiles = triton.cdiv(h * w, config.block_m)
-    dx, partials = torch.empty_like(out), torch.empty(n, tiles, c, dtype=torch.float32, device=out.device)
-    if out.numel():
+    dx = torch.empty_like(out)
+    partials = torch.empty(n, tiles, c, dtype=torch.float32, device=out.device)
+    if size:
         grid = (n * tiles * triton.cdiv(c, config.block_c),)
         _gated_backward[grid](
             dout,

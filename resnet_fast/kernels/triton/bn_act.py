@@ -21,7 +21,7 @@ from torch import Tensor
 from ...dispatch.registry import kernel
 from . import launch
 from .epilogue import activate
-from .heuristics import RowsConfig, merge_config, rows_config
+from .rows_config import RowsConfig, merge_config, rows_config
 
 
 @triton.jit
@@ -51,18 +51,24 @@ def _statistics(
 ):
     """Mean and M2 of x − pivot over trips · BLOCK_M rows into means[block, c], m2s[block, c]."""
     blocks_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    block, c = tl.program_id(0) // blocks_c, (tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    block = tl.program_id(0) // blocks_c
+    c = (tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
     base = pivot(first, c, C)
+    # In registers: rows seen so far, and for each channel their mean and M2.
     n, mean, m2 = 0.0, tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     for i in tl.range(trips, num_stages=STAGES):
         m = (block * trips + i) * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = (m < M)[:, None] & (c < C)[None, :]
-        value = tl.load(x + m.to(tl.int64)[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        # Load a tile, minus the pivot.
+        at = m.to(tl.int64)[:, None] * C + c[None, :]
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         value = tl.where(inside, value - base[None, :], 0.0)
+        # Two passes over the tile in registers: its mean, then its M2. Then Chan's rule.
         rows = tl.sum((m < M).to(tl.float32), axis=0)
         tile_mean = tl.sum(value, axis=0) / tl.maximum(rows, 1.0)
         off = tl.where(inside, value - tile_mean[None, :], 0.0)
-        n, mean, m2 = chan(n, mean, m2, rows, tile_mean, tl.sum(off * off, axis=0))
+        tile_m2 = tl.sum(off * off, axis=0)
+        n, mean, m2 = chan(n, mean, m2, rows, tile_mean, tile_m2)
     tl.store(means + block * C + c, mean, mask=c < C)
     tl.store(m2s + block * C + c, m2, mask=c < C)
 
@@ -91,11 +97,14 @@ def _merge_statistics(
         inside = (p < partials)[:, None] & (c < C)[None, :]
         count = tl.where(p < partials, tl.minimum(M - p * rows, rows), 0).to(tl.float32)
         total = tl.sum(count, axis=0)
+        # The partials' mean is weighted by their rows; their M2 grows by what each is off it.
         part = tl.load(means + p[:, None] * C + c[None, :], mask=inside, other=0.0)
-        mid = tl.sum(part * (count / tl.maximum(total, 1.0))[:, None], axis=0)
+        weight = count / tl.maximum(total, 1.0)
+        mid = tl.sum(part * weight[:, None], axis=0)
         spread = tl.load(m2s + p[:, None] * C + c[None, :], mask=inside, other=0.0)
         off = part - mid[None, :]
-        n, mean, m2 = chan(n, mean, m2, total, mid, tl.sum(spread + off * count[:, None] * off, axis=0))
+        tile_m2 = tl.sum(spread + off * count[:, None] * off, axis=0)
+        n, mean, m2 = chan(n, mean, m2, total, mid, tile_m2)
     tl.store(mean_out + c, pivot(first, c, C) + mean, mask=c < C)
     tl.store(var_out + c, m2 / M, mask=c < C)
 
@@ -116,17 +125,20 @@ def _normalise(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """y of one tile of rows × channels."""
     blocks_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     m = (tl.program_id(0) // blocks_c) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = (tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (m < M)[:, None] & (c < C)[None, :]
     at = m.to(tl.int64)[:, None] * C + c[None, :]
+    # Four vectors in registers, formed once for the tile's rows.
     rstd = tl.rsqrt(tl.load(var + c, mask=c < C, other=1.0) + eps)
     s = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32) * rstd
     t = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
     mid = tl.load(mean + c, mask=c < C, other=0.0)
     # (x − μ)·s and not x·s − μ·s: the two large products would cancel where |μ| ≫ σ.
-    z = (tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - mid[None, :]) * s[None, :] + t[None, :]
+    off = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - mid[None, :]
+    z = off * s[None, :] + t[None, :]
     if residual is not None:
         z += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + at, activate(z, RELU).to(y.dtype.element_ty), mask=inside)
@@ -137,14 +149,15 @@ def _normalise(
     op="bn_act",
     supports=launch.declines,
     available=launch.available,
-    sources=launch.sources("epilogue"),
+    sources=launch.sources("epilogue", "rows_config"),
 )
 def bn_act(x, weight, bias, residual, eps, act) -> tuple[Tensor, Tensor, Tensor]:
     c = x.shape[1]
     m = x.numel() // max(c, 1)
     y = launch.result_like(x)
     if m == 0:
-        return y, *(torch.full((c,), torch.nan, dtype=torch.float32, device=x.device) for _ in range(2))
+        mean, var = torch.full((2, c), torch.nan, dtype=torch.float32, device=x.device)
+        return y, mean, var
     config = rows_config(m, c, x.itemsize, launch.capability(x))
     mean, var = statistics(x, m, config)
     grid = (triton.cdiv(m, config.block_m) * triton.cdiv(c, config.block_c),)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ...dispatch.registry import kernel
 from . import launch
 from .epilogue import masked
-from .heuristics import RowsConfig, merge_config, rows_config
+from .rows_config import RowsConfig, merge_config, rows_config
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -41,10 +41,12 @@ def _partial_sums(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Σ dz, Σ dz·(x − μ) of trips · BLOCK_M rows into sums[block, c], products[block, c]; dz itself if it is wanted."""
+    """Σ dz, Σ dz·(x − μ) of trips · BLOCK_M rows into sums[block, c], products[block, c]; dz itself unless None."""
     blocks_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    block, c = tl.program_id(0) // blocks_c, (tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    block = tl.program_id(0) // blocks_c
+    c = (tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
     mid = tl.load(mean + c, mask=c < C, other=0.0)
+    # In registers: both sums of each channel.
     total, product = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     for i in tl.range(trips, num_stages=STAGES):
         m = (block * trips + i) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -53,7 +55,8 @@ def _partial_sums(
         g = masked(dy, y, at, inside, RELU)
         if dz is not None:
             tl.store(dz + at, g.to(dz.dtype.element_ty), mask=inside)
-        off = tl.where(inside, tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - mid[None, :], 0.0)
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        off = tl.where(inside, value - mid[None, :], 0.0)
         total += tl.sum(g, axis=0)
         product += tl.sum(g * off, axis=0)
     tl.store(sums + block * C + c, total, mask=c < C)
@@ -84,7 +87,8 @@ def _merge_sums(
         total += tl.sum(tl.load(sums + p[:, None] * C + c[None, :], mask=inside, other=0.0), axis=0)
         product += tl.sum(tl.load(products + p[:, None] * C + c[None, :], mask=inside, other=0.0), axis=0)
     tl.store(dbias + c, total, mask=c < C)
-    tl.store(dweight + c, product * tl.rsqrt(tl.load(var + c, mask=c < C, other=1.0) + eps), mask=c < C)
+    rstd = tl.rsqrt(tl.load(var + c, mask=c < C, other=1.0) + eps)
+    tl.store(dweight + c, product * rstd, mask=c < C)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -127,23 +131,25 @@ def _dx(
     op="bn_act_backward",
     supports=launch.declines,
     available=launch.available,
-    sources=launch.sources("epilogue"),
+    sources=launch.sources("epilogue", "rows_config"),
 )
 def bn_act_backward(dy, x, y, weight, mean, var, eps, act, residual) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     c = x.shape[1]
     m = x.numel() // max(c, 1)
-    dx, own = torch.empty_like(x), launch.nhwc(y)
-    dz = torch.empty_like(own) if residual else None
+    dx = torch.empty_like(x)
+    y_nhwc = launch.nhwc(y)
+    dz = torch.empty_like(y_nhwc) if residual else None
     dbias, dweight = torch.zeros(2, c, dtype=torch.float32, device=x.device)
     if m:
         dy, mean, var = launch.nhwc(dy), mean.contiguous(), var.contiguous()
-        config, relu = rows_config(m, c, x.itemsize, launch.capability(x)), act == "relu"
-        _sums(dy, x, own, mean, var, eps, dz, dbias, dweight, m, relu, config)
+        config = rows_config(m, c, x.itemsize, launch.capability(x))
+        relu = act == "relu"
+        _sums(dy, x, y_nhwc, mean, var, eps, dz, dbias, dweight, m, relu, config)
         g, relu = (dz, False) if residual else (dy, relu)
         grid = (triton.cdiv(m, config.block_m) * triton.cdiv(c, config.block_c),)
         _dx[grid](
             g,
-            own,
+            y_nhwc,
             x,
             weight.contiguous(),
             mean,
@@ -163,7 +169,7 @@ def bn_act_backward(dy, x, y, weight, mean, var, eps, act, residual) -> tuple[Te
         )
     if dz is None:
         dz = x.new_empty(0)
-    elif own is not y:  # the residual's gradient has y's strides
+    elif y_nhwc is not y:  # the residual's gradient has y's strides
         dz = torch.empty_like(y).copy_(dz)
     return dx, dweight.to(weight.dtype), dbias.to(weight.dtype), dz
 
@@ -182,7 +188,7 @@ def _sums(
     relu: bool,
     config: RowsConfig,
 ) -> None:
-    """Fill dβ and dγ (float32 [C]), and dz if it is wanted."""
+    """Fill dβ and dγ (float32 [C]), and dz unless it is None."""
     c = x.shape[1]
     sums, products = torch.empty(2, config.partials, c, dtype=torch.float32, device=x.device)
     grid = (config.partials * triton.cdiv(c, config.block_c),)

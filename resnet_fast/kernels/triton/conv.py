@@ -8,11 +8,12 @@ filters and walks taps × channels; nothing is unfolded in memory, padding is a 
 neighbours in the grid, so blocks that share pixels run together.
 
 Two ways along K. Usually one tap at a time, BLOCK_K channels a trip: an address is then one add from the pixel's
-first. With at most eight channels (the stem) taps and channels are one axis, for a block of channels would be mostly
-empty: the stem's 147 products take 160 and not 49 · 16.
-Groups: a tile of filters may span several; it walks the channels of all groups it touches, with zero weights where
-filter and channel belong to different groups; a tile that meets a NaN or infinity is done again group by group. So
-ResNeXt's groups of 4 to 64 channels run on the matrix units, at BLOCK_N / (filters a group) times the least work.
+first. With at most eight channels (the stem) taps and channels are one axis (FLAT), for a block of channels would be
+mostly empty: the stem's 147 products take 160 and not 49 · 16.
+
+Groups: a tile of filters may span several; it walks the channels of all groups it touches (SPAN), with zero weights
+where filter and channel belong to different groups; a tile that meets a NaN or infinity is done again group by group.
+So ResNeXt's groups of 4 to 64 channels run on the matrix units, at BLOCK_N / (filters a group) times the least work.
 
 Floor: (N·H·W·C + K·R·S·C/groups + N·H'·W'·K·(1 + residual)) · itemsize bytes and 2·N·H'·W'·K·R·S·C/groups FLOP; each
 tap re-reads its pixels from L2 (or L1), R·S times the input.
@@ -27,22 +28,22 @@ from torch import Tensor
 
 from ...dispatch.registry import Problem, kernel
 from . import launch
-from .dependent import begin
+from .dependent_launch import begin
 from .epilogue import finish
-from .heuristics import Gemm, GemmConfig, gemm_config, span, steps
+from .gemm_config import Gemm, GemmConfig, gemm_config, span, steps
 from .split_k import add_partials, partials, store_partial
 
 
 @triton.jit
 def _filters(w_row, k, tap, c, valid, C: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr):
-    """Weights [BLOCK_K, BLOCK_N] of one tap, channels ``c``; zero where not valid or where a filter does not see a
-    channel.
-    """
+    """Weights [BLOCK_K, BLOCK_N] of one tap, channels ``c``; zero where not valid or of another group."""
     if GROUPS == 1:
-        at, seen = w_row[None, :] + (tap * C + c)[:, None], valid[:, None]
+        at = w_row[None, :] + (tap * C + c)[:, None]
+        seen = valid[:, None]
     else:
-        own = c[:, None] - (k // (K // GROUPS) * (C // GROUPS))[None, :]
-        at, seen = w_row[None, :] + tap * (C // GROUPS) + own, (own >= 0) & (own < C // GROUPS) & valid[:, None]
+        own = c[:, None] - (k // (K // GROUPS) * (C // GROUPS))[None, :]  # the channel's place in the filter's group
+        at = w_row[None, :] + tap * (C // GROUPS) + own
+        seen = (own >= 0) & (own < C // GROUPS) & valid[:, None]
     return tl.load(at, mask=seen, other=0.0)
 
 
@@ -76,21 +77,26 @@ def _products(
 ):
     """Σ x·w over this block's share of taps × channels, for channels in [low, high): float32 [BLOCK_M, BLOCK_N]."""
     blocks_c: tl.constexpr = (SPAN + BLOCK_K - 1) // BLOCK_K
+    # In registers: one sum for each pixel and filter.
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i in range(trips):
         step = split * trips + i
         if FLAT:
+            # Taps and channels as one axis: each product has its own pixel.
             q = step * BLOCK_K + tl.arange(0, BLOCK_K)
             tap, c, valid = q // C, q % C, q < R * S * C
             r, s = tap // S, tap % S
             ih, iw = top[:, None] + (r * DH)[None, :], left[:, None] + (s * DW)[None, :]
         else:
+            # One tap: each row of the tile has one pixel.
             tap, c = step // blocks_c, step % blocks_c * BLOCK_K + tl.arange(0, BLOCK_K)
             valid = (c < SPAN) & (tap * SPAN + c < R * S * SPAN)
             c += first_c
             valid = valid & (c >= low) & (c < high)
             r, s = tap // S, tap % S
             ih, iw = (top + r * DH)[:, None], (left + s * DW)[:, None]
+
+        # Load. Padding is masked; where no trip reaches past the channels or taps (EXACT), filters need no mask.
         inside = (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
         pixels = x_row[:, None] + ((r * DH * W + s * DW) * C + c)[None, :]
         if EXACT:
@@ -99,6 +105,7 @@ def _products(
         else:
             a = tl.load(pixels, mask=inside & valid[None, :], other=0.0)
             b = _filters(w_row, filt, tap, c, valid, C, K, GROUPS)
+        # Product.
         acc = tl.dot(a, b, acc, input_precision="ieee")
     return acc
 
@@ -141,18 +148,23 @@ def _conv(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """One tile of pixels × filters; ``split`` is this block's share of the tile's K range."""
     begin(PDL)
     tiles_n = tl.cdiv(K, BLOCK_N)
     split = tl.program_id(1)
     m = (tl.program_id(0) // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_k = (tl.program_id(0) % tiles_n) * BLOCK_N
     k = first_k + tl.arange(0, BLOCK_N)
-    # Rows and filters beyond the end read the last one instead; finish() does not store them.
+
+    # Each pixel's first tap (top, left) and its address. Rows and filters beyond the end read the last one instead;
+    # finish() does not store them.
     row, filt = tl.minimum(m, M - 1), tl.minimum(k, K - 1)
     image, pixel = row // (OH * OW), row % (OH * OW)
     top, left = pixel // OW * SH - PH, pixel % OW * SW - PW
     x_row = x + (image.to(tl.int64) * H * W + top * W + left) * C
     w_row = w + filt * (R * S * (C // GROUPS))
+
+    # Product, over the channels of every group that the tile touches.
     first_c = first_k // (K // GROUPS) * (C // GROUPS)
     acc = _products(
         x_row,
@@ -215,6 +227,8 @@ def _conv(
                     BLOCK_K,
                 )
                 acc = tl.where((filt // (K // GROUPS) * (C // GROUPS) == low)[None, :], own, acc)
+
+    # Epilogue and store.
     if SPLIT == 1:
         finish(acc, scale, shift, mean, var, eps, residual, out, m, k, M, K, RELU)
     else:
@@ -233,15 +247,14 @@ def supports(problem: Problem) -> str | None:
     op="conv_bn_act",
     supports=supports,
     available=launch.available,
-    sources=launch.sources("dependent", "epilogue", "split_k"),
+    sources=launch.sources("dependent_launch", "epilogue", "split_k"),
 )
 def conv(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
     k, _, r, s = weight.shape
-    oh, ow = (
-        (size + 2 * p - d * (f - 1) - 1) // st + 1
-        for size, p, d, f, st in zip(x.shape[2:], padding, dilation, (r, s), stride, strict=True)
-    )
-    g = Gemm(x.shape[0] * oh * ow, k, x.shape[1], r * s, groups, x.itemsize, residual is not None, launch.capability(x))
+    n, c, h, w = x.shape
+    oh = (h + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1
+    ow = (w + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1
+    g = Gemm(n * oh * ow, k, c, r * s, groups, x.itemsize, residual is not None, launch.capability(x))
     geometry = stride, padding, dilation
     return run(x, weight, (scale, shift, mean, var, eps), residual, geometry, act, (oh, ow), g, gemm_config(g))
 
@@ -266,7 +279,6 @@ def run(
     target = out if split == 1 else partials(split, g.m, g.n, x)
     (sh, sw), (ph, pw), (dh, dw) = geometry
     trips = triton.cdiv(steps(g, config.block_n, config.block_k), split)
-    # Then no trip reaches past the channels or the taps, and the filters need no mask.
     exact = not g.flat and g.groups == 1 and trips * split * config.block_k == g.k
     grid = (triton.cdiv(g.m, config.block_m) * triton.cdiv(g.n, config.block_n), split)
     _conv[grid](

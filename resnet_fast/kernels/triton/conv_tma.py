@@ -20,15 +20,17 @@ sm_90 kernels.
 
 from __future__ import annotations
 
+from itertools import product
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...dispatch.registry import Problem, kernel
 from . import launch, tma
-from .dependent import begin
+from .dependent_launch import begin
 from .epilogue import affine
-from .heuristics import Gemm
+from .gemm_config import Gemm
 from .tma_config import TileConfig, Window, config, grid, tiles
 
 LEAST_CHANNELS = 16  # one step of the matrix units
@@ -59,6 +61,7 @@ def _products(
 ):
     """Σ w·x over taps × channels for the box of pixels from (n, p, q) on: float32 [BLOCK_N, BLOCK_M]."""
     blocks_c: tl.constexpr = C // BLOCK_K
+    # Accumulators filters × pixels, as ``tma`` says why; operands pass through shared memory.
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if SKIPS:  # the taps [r0, r1) × [s0, s1) of these pixels fall inside the image
         r0, s0 = tl.cdiv(tl.maximum(PH - p * STRIDE, 0), DH), tl.cdiv(tl.maximum(PW - q * STRIDE, 0), DW)
@@ -69,6 +72,7 @@ def _products(
     else:
         r0, s0, across, trips = 0, 0, S, R * S * blocks_c
     for i in range(trips):
+        # Load: a tap's pixels are one box of x at shifted coordinates.
         tap, c = i // blocks_c, i % blocks_c * BLOCK_K
         r, s = r0 + tap // across, s0 + tap % across
         down, right = r * DH - PH, s * DW - PW
@@ -77,6 +81,7 @@ def _products(
         else:
             pixels = x.load([n, p + (down >> 1), down & 1, q + (right >> 1), (right & 1) * C + c])
         weights = w.load([k, (r * S + s) * C + c])
+        # Product.
         acc = tl.dot(weights, pixels.reshape(BLOCK_M, BLOCK_K).T, acc, input_precision="ieee")
     return acc
 
@@ -116,6 +121,7 @@ def _conv(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Tiles of a box of pixels × filters: every ``step``-th of ``count`` from this block's number on."""
     begin(PDL)
     tiles_n: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     BLOCK_M: tl.constexpr = NB * HB * WB
@@ -123,6 +129,8 @@ def _conv(
         box, k = tile // tiles_n, tile % tiles_n * BLOCK_N
         q, p, n = box % tiles_w * WB, box // tiles_w % tiles_h * HB, box // (tiles_w * tiles_h) * NB
         acc = _products(x, w, n, p, q, k, H, W, C, R, S, STRIDE, PH, PW, DH, DW, SKIPS, BLOCK_M, BLOCK_N, BLOCK_K)
+
+        # Epilogue and store, pixels × filters.
         filters = k + tl.arange(0, BLOCK_N)
         s, t = affine(scale, shift, mean, var, eps, filters, filters < K)
         if residual is not None:
@@ -151,7 +159,7 @@ def supports(problem: Problem) -> str | None:
     op="conv_bn_act",
     supports=supports,
     available=launch.available,
-    sources=launch.sources("dependent", "epilogue", "tma", "tma_config"),
+    sources=launch.sources("dependent_launch", "epilogue", "tma", "tma_config"),
 )
 def conv_tma(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
     geometry = stride, padding, dilation
@@ -160,12 +168,18 @@ def conv_tma(x, weight, scale, shift, residual, mean, var, eps, stride, padding,
 
 def window(x: tuple[int, ...], weight: tuple[int, ...], geometry: tuple) -> Window:
     """The result's images, rows and columns, and the share of taps inside, of an input and filter of these shapes."""
-    out, inside = [], 1.0
-    for size, taps, stride, padding, dilation in zip(x[2:], weight[2:], *geometry, strict=True):
-        out.append((size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1)
-        places = (p * stride - padding + r * dilation for p in range(out[-1]) for r in range(taps))
-        inside *= sum(0 <= place < size for place in places) / (out[-1] * taps)
-    return Window(x[0], *out, inside)
+    (_, _, h, w), (_, _, r, s) = x, weight
+    stride, padding, dilation = geometry
+    rows, rows_inside = _side(h, r, stride[0], padding[0], dilation[0])
+    columns, columns_inside = _side(w, s, stride[1], padding[1], dilation[1])
+    return Window(x[0], rows, columns, rows_inside * columns_inside)
+
+
+def _side(size: int, taps: int, stride: int, padding: int, dilation: int) -> tuple[int, float]:
+    """The result's size along one side, and the share of its taps that falls inside the image."""
+    out = (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+    places = (p * stride - padding + r * dilation for p, r in product(range(out), range(taps)))
+    return out, sum(0 <= place < size for place in places) / (out * taps)
 
 
 def run(
@@ -177,8 +191,9 @@ def run(
     act: str,
     tile: TileConfig | None = None,
 ) -> Tensor:
-    """The convolution with a given tile, which is what a tuner tries, or with the predicted best; ``geometry`` is
-    (stride, padding, dilation).
+    """The convolution with a given tile, which is what a tuner tries, or with the predicted best.
+
+    ``geometry`` is (stride, padding, dilation).
     """
     (n, c, h, w), (k, _, r, s) = x.shape, weight.shape
     seen = window(tuple(x.shape), tuple(weight.shape), geometry)

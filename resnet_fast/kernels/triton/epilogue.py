@@ -1,4 +1,4 @@
-"""The one epilogue of every convolution: act(acc·s + t + residual) in float32, rounded once; the activation's rules.
+"""Epilogue of every convolution, act(acc·s + t + residual) in float32, rounded once; and the activation's rules.
 
 The per-channel affine is formed here from batch norm's four vectors, so that 53 batch norms cost no launches of their
 own and an edited weight or statistic is never missed.
@@ -10,8 +10,10 @@ import triton.language as tl
 
 @triton.jit
 def affine(scale, shift, mean, var, eps, k, in_k):
-    """Per-channel (s, t): given as (scale, shift) if ``mean`` is None, else s = γ/√(σ²+ε), t = β − μ·s; where ``scale``
-    is None, folded weights hold it and s is 1.
+    """Per-channel (s, t), float32 in registers.
+
+    Given as (scale, shift) if ``mean`` is None, else s = γ/√(σ²+ε), t = β − μ·s. Where ``scale`` is None, folded
+    weights contain it and s is 1.
     """
     if scale is None:
         s = tl.full(k.shape, 1.0, tl.float32)
@@ -37,13 +39,14 @@ def masked(dout, out, at, inside, RELU: tl.constexpr):
     """The gradient before the activation, dout · [out > 0], in float32; a NaN in out lets it through, as in torch."""
     g = tl.load(dout + at, mask=inside, other=0.0).to(tl.float32)
     if RELU:
-        g = tl.where(tl.load(out + at, mask=inside, other=0.0).to(tl.float32) <= 0.0, 0.0, g)
+        result = tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.where(result <= 0.0, 0.0, g)
     return g
 
 
 @triton.jit
 def finish(acc, scale, shift, mean, var, eps, residual, out, m, k, M, K: tl.constexpr, RELU: tl.constexpr):
-    """Store act(acc·s + t + residual) for those rows ``m`` and channels ``k`` that lie in an NHWC result [M, K]."""
+    """Store act(acc·s + t + residual) at rows ``m``, channels ``k``, those inside an NHWC result [M, K]."""
     in_k = k < K
     s, t = affine(scale, shift, mean, var, eps, k, in_k)
     inside = (m < M)[:, None] & in_k[None, :]

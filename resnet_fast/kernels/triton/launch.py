@@ -1,4 +1,4 @@
-"""What every Triton launch shares: where it can run, what it declines, result layouts, compile options."""
+"""Shared by every Triton launch: where it can run, what it declines, layouts of results, compile options."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ...dispatch.registry import Problem
 
 INTERPRETED = triton.knobs.runtime.interpret
 if INTERPRETED:
-    from .interpreter import mend
+    from .interpreter_fixes import install
 
-    mend()
+    install()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Device code counts rows (pixels) and the offsets inside one image in 32 bits; offsets of whole tensors are 64-bit. The
 # margin is what a block may count past the last row: under 2²⁴ for any tensor that fits a GPU.
@@ -28,12 +28,12 @@ INDEX_LIMIT = 2**31 - 2**24
 # FP fusion (a·b+c rounded once) is off so that the GPU rounds as the interpreter does; Triton's own default is about
 # to change. The matrix instructions are not touched by it, and the pointwise arithmetic hides behind memory.
 OPTIONS = {"enable_fp_fusion": False}
-DEPENDENT = (9, 0)  # the first GPUs with programmatic dependent launch
+DEPENDENT_LAUNCH = (9, 0)  # the first compute capability with programmatic dependent launch
 
 
 def sources(*names: str) -> tuple[str, ...]:
-    """Files beside this one that a kernel is made of; this one and the heuristics always count."""
-    return tuple(str(Path(__file__).with_name(f"{name}.py")) for name in ("launch", "heuristics", *names))
+    """Paths of the files beside this one that a kernel depends on; this one and the table of chips always count."""
+    return tuple(str(Path(__file__).with_name(f"{name}.py")) for name in ("launch", "gemm_config", *names))
 
 
 def available() -> str | None:
@@ -44,14 +44,19 @@ def available() -> str | None:
         return "there is no CUDA device, and TRITON_INTERPRET=1 was not set before triton was imported"
     if not (os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")):
         return "Triton builds its launchers with a C compiler, and neither CC nor clang nor gcc is to be found"
-    places = [sysconfig.get_path("include"), *(os.environ.get(name, "") for name in ("CPATH", "C_INCLUDE_PATH"))]
-    if not any(Path(place, "Python.h").is_file() for place in os.pathsep.join(places).split(os.pathsep)):
-        return f"Triton builds its launchers against Python.h, which is not in {places[0]}: install Python's headers (python3-dev)"
+    include = sysconfig.get_path("include")
+    listed = [include, os.environ.get("CPATH", ""), os.environ.get("C_INCLUDE_PATH", "")]
+    folders = os.pathsep.join(listed).split(os.pathsep)
+    if not any(Path(folder, "Python.h").is_file() for folder in folders):
+        return (
+            f"Triton builds its launchers against Python.h, which is not in {include}: "
+            "install Python's headers (python3-dev)"
+        )
     return None
 
 
 def declines(problem: Problem) -> str | None:
-    """What no Triton kernel here takes: other dtypes, devices before sm_80, layouts other than NHWC."""
+    """Why no Triton kernel takes the problem (dtype, device before sm_80, layout, size), or None."""
     if problem.dtype not in DTYPES:
         return f"the Triton kernels take float32, float16 and bfloat16, not {str(problem.dtype).removeprefix('torch.')}"
     if problem.device != "cuda" and not INTERPRETED:
@@ -59,14 +64,24 @@ def declines(problem: Problem) -> str | None:
     if problem.capability is not None and problem.capability < (8, 0):
         have = ".".join(map(str, problem.capability))
         return f"the Triton kernels need compute capability 8.0, this GPU has {have}"
+    return nhwc_or_why(problem) or _too_large(problem)
+
+
+def nhwc_or_why(problem: Problem) -> str | None:
+    """Why the problem's tensors are not all NHWC, or None."""
     if problem.layout != "nhwc":
         return f"the Triton kernels want NHWC (channels_last), the input is {problem.layout}"
     if problem.residual not in (None, "nhwc"):
         return f"the Triton kernels want every tensor in NHWC (channels_last), the second one is {problem.residual}"
+    return None
+
+
+def _too_large(problem: Problem) -> str | None:
     n, c, *hw = problem.x
     rows = n * max(prod(hw), prod(problem.out_hw))
     image = c * prod(size + 2 * p for size, p in zip(hw, problem.padding, strict=True))
-    if max(rows, image, prod(problem.weight or (0,))) > INDEX_LIMIT:
+    filters = prod(problem.weight or (0,))
+    if max(rows, image, filters) > INDEX_LIMIT:
         return "more than 2³¹ pixels, or an image or filter of more than 2³¹ elements: their indices are 32-bit"
     return None
 
@@ -77,12 +92,10 @@ def capability(x: Tensor) -> tuple[int, int] | None:
 
 
 def options(x: Tensor) -> dict[str, bool]:
-    """The compile options of a kernel that starts with ``dependent.begin(PDL)``, launched where ``x`` is."""
-    return (
-        {**OPTIONS, "PDL": True, "launch_pdl": True}
-        if (capability(x) or (0, 0)) >= DEPENDENT
-        else {**OPTIONS, "PDL": False}
-    )
+    """The compile options of a kernel that starts with ``dependent_launch.begin(PDL)``, launched where ``x`` is."""
+    if (capability(x) or (0, 0)) >= DEPENDENT_LAUNCH:
+        return {**OPTIONS, "PDL": True, "launch_pdl": True}
+    return {**OPTIONS, "PDL": False}
 
 
 _capability = functools.cache(torch.cuda.get_device_capability)
@@ -105,24 +118,24 @@ def result_like(*inputs: Tensor) -> Tensor:
 
 
 def dense_vectors(vectors: tuple) -> tuple:
-    """(scale, shift, mean, var, eps) with the per-channel vectors free of gaps."""
+    """(scale, shift, mean, var, eps) with contiguous per-channel vectors."""
     return tuple(v.contiguous() if isinstance(v, Tensor) else v for v in vectors)
 
 
 def conv_result(x: Tensor, weight: Tensor, out_hw: tuple[int, int]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Empty NHWC memory for a convolution's result, and what to do once it is filled, for the strides of ``F.conv2d``.
+    """NHWC memory for a convolution's result, and a function that gives the filled result ``F.conv2d``'s strides.
 
-    That is nothing, except where one channel or one pixel makes ``x`` NCHW as well and torch answers in NCHW.
+    It changes nothing, except where one channel or one pixel makes ``x`` NCHW as well and torch answers in NCHW.
     """
     shape = x.shape[0], weight.shape[0], *out_hw
     answers_nhwc = _reads_nhwc(x) or _reads_nhwc(weight)
     one_order = shape[1] == 1 or prod(out_hw) == 1  # NHWC and NCHW are the same memory
     strides = torch.channels_last if answers_nhwc or not one_order else torch.contiguous_format
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=strides)
-    return out, _as_is if answers_nhwc else Tensor.contiguous
+    return out, _unchanged if answers_nhwc else Tensor.contiguous
 
 
-def _as_is(t: Tensor) -> Tensor:
+def _unchanged(t: Tensor) -> Tensor:
     return t
 
 

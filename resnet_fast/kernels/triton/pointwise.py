@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ...dispatch.registry import Problem, kernel
 from . import launch
-from .dependent import begin
+from .dependent_launch import begin
 from .epilogue import finish
-from .heuristics import Gemm, GemmConfig, gemm_config
+from .gemm_config import Gemm, GemmConfig, gemm_config
 from .split_k import add_partials, partials, store_partial
 
 
@@ -55,20 +55,26 @@ def _pointwise(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """One tile of pixels × filters; ``split`` is this block's share of the tile's channels."""
     begin(PDL)
     tiles_n = tl.cdiv(K, BLOCK_N)
     split = tl.program_id(1)
     m = (tl.program_id(0) // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rows and filters beyond the end read the last one instead, unmasked; finish() does not store them.
+
+    # Where each pixel and filter begins. Rows and filters beyond the end read the last one, unmasked; finish() does not
+    # store them.
     row = tl.minimum(m, M - 1)
     if SH != 1 or SW != 1:
         image, pixel = row // (OH * OW), row % (OH * OW)
         row = image.to(tl.int64) * H * W + (pixel // OW) * SH * W + (pixel % OW) * SW
     x_row = x + row.to(tl.int64) * C
     w_row = w + tl.minimum(k, K - 1) * C
+
+    # In registers: one sum for each pixel and filter.
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i in range(trips):
+        # Load BLOCK_K channels; where they divide evenly (EXACT) without a mask.
         c = (split * trips + i) * BLOCK_K + tl.arange(0, BLOCK_K)
         if EXACT:
             a = tl.load(x_row[:, None] + c[None, :])
@@ -76,7 +82,10 @@ def _pointwise(
         else:
             a = tl.load(x_row[:, None] + c[None, :], mask=(c < C)[None, :], other=0.0)
             b = tl.load(w_row[None, :] + c[:, None], mask=(c < C)[:, None], other=0.0)
+        # Product.
         acc = tl.dot(a, b, acc, input_precision="ieee")
+
+    # Epilogue and store.
     if SPLIT == 1:
         finish(acc, scale, shift, mean, var, eps, residual, out, m, k, M, K, RELU)
     else:
@@ -95,7 +104,7 @@ def supports(problem: Problem) -> str | None:
     op="conv_bn_act",
     supports=supports,
     available=launch.available,
-    sources=launch.sources("dependent", "epilogue", "split_k"),
+    sources=launch.sources("dependent_launch", "epilogue", "split_k"),
 )
 def pointwise(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
     n, c, h, w = x.shape

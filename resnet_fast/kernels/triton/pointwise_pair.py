@@ -23,9 +23,9 @@ from torch import Tensor
 
 from ...dispatch.registry import Problem, kernel
 from . import launch
-from .dependent import begin
+from .dependent_launch import begin
 from .epilogue import finish
-from .heuristics import Gemm, GemmConfig, gemm_config
+from .gemm_config import Gemm, GemmConfig, gemm_config
 from .split_k import add_partials, partials, store_partial
 
 
@@ -55,18 +55,23 @@ def _pointwise_pair(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """One tile of pixels × filters; ``split`` is this block's share of both inputs' channels."""
     begin(PDL)
     tiles_n = tl.cdiv(K, BLOCK_N)
     split = tl.program_id(1)
     m = (tl.program_id(0) // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rows and filters beyond the end read the last one instead; finish() does not store them.
+
+    # Each pixel's row in x and in x2. Rows and filters beyond the end read the last one; finish() does not store them.
     row, filt = tl.minimum(m, M - 1), tl.minimum(k, K - 1)
     image, pixel = row // (H * W), row % (H * W)
     row2 = image.to(tl.int64) * H2 * W2 + (pixel // W) * SH * W2 + (pixel % W) * SW
+
+    # In registers: one sum for each pixel and filter, of both products.
     first_trips: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i in range(trips):
+        # Load BLOCK_K channels, first of x and w, then of x2 and w2.
         step = split * trips + i
         first = step < first_trips
         c = tl.where(first, step, step - first_trips) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -75,11 +80,16 @@ def _pointwise_pair(
         pixels = tl.where(first, x, x2) + (tl.where(first, row, row2) * channels)[:, None] + c[None, :]
         filters = tl.where(first, w, w2) + (filt * channels)[None, :] + c[:, None]
         if EXACT:
-            a, b = tl.load(pixels), tl.load(filters)
+            a = tl.load(pixels)
+            b = tl.load(filters)
         else:
             valid = c < channels
-            a, b = tl.load(pixels, mask=valid[None, :], other=0.0), tl.load(filters, mask=valid[:, None], other=0.0)
+            a = tl.load(pixels, mask=valid[None, :], other=0.0)
+            b = tl.load(filters, mask=valid[:, None], other=0.0)
+        # Product.
         acc = tl.dot(a, b, acc, input_precision="ieee")
+
+    # Epilogue and store.
     if SPLIT == 1:
         finish(acc, None, bias, None, None, 0.0, None, out, m, k, M, K, True)
     else:
@@ -88,7 +98,8 @@ def _pointwise_pair(
 
 def supports(problem: Problem) -> str | None:
     """Everything in NHWC."""
-    if max(prod(problem.second or ()), *map(prod, problem.chain)) > launch.INDEX_LIMIT:
+    second_side = prod(problem.second or ()), *map(prod, problem.chain)
+    if max(second_side) > launch.INDEX_LIMIT:
         return "an image or filter of more than 2³¹ pixels or elements on the second side: their indices are 32-bit"
     return launch.declines(problem)
 
@@ -98,7 +109,7 @@ def supports(problem: Problem) -> str | None:
     op="pointwise_pair",
     supports=supports,
     available=launch.available,
-    sources=launch.sources("dependent", "epilogue", "split_k"),
+    sources=launch.sources("dependent_launch", "epilogue", "split_k"),
 )
 def pointwise_pair(x, weight, x2, weight2, bias, stride2) -> Tensor:
     n, c, h, w = x.shape

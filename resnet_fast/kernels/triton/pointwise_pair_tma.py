@@ -2,11 +2,12 @@
 
     out[n, p, q, k] = relu(Σ_c x[n, p, q, c] · w[k, c] + Σ_c x2[n, p·S, q·S, c] · w2[k, c] + b[k])
 
-x: NHWC [N, H, W, C], x2: NHWC, of stride S = 1 or 2, w: [K, C], w2: [K, C2], b: float32 [K], out: NHWC; 16-bit. As many
-blocks as run at once, each walking tiles: a box of images × rows × columns, which TMA loads from either input as one (x2
-at stride 2 as [N, H, 2, W, 2·C2], of which it takes the even rows and the first C2 channels), times filters. Each trip of
-the one loop takes a share of the channels of *both* inputs, the same part of each: the pipeline fills once, nothing is
-chosen inside it, and both pairs of operands are wgmma's from shared memory.
+x: NHWC [N, H, W, C], x2: NHWC, of stride S = 1 or 2, w: [K, C], w2: [K, C2], b: float32 [K], out: NHWC; 16-bit. As
+many blocks as run at once, each walking tiles: a box of images × rows × columns, which TMA loads from either input as
+one (x2 at stride 2 as [N, H, 2, W, 2·C2], of which it takes the even rows and the first C2 channels), times filters.
+Each trip of the one loop takes a share of the channels of *both* inputs, the same part of each: the pipeline fills
+once, nothing is chosen inside it, and both pairs of operands are wgmma's from shared memory.
+
 Floor: (M·(C + C2) + K·(C + C2) + M·K) · itemsize bytes, M = N·H·W, and 2·M·K·(C + C2) FLOP. ResNet-50's layer2 (256
 images, 28², 128 + 256 → 512, bf16) on an H200: 84 µs by memory, 100 by its matrix units. Predicted with L2 → SM and
 barriers too, over the four stages 662 µs (layer1 to layer4 163, 179, 163, 155) against 751 by pointers (210, 203, 175,
@@ -23,9 +24,9 @@ from torch import Tensor
 
 from ...dispatch.registry import Problem, kernel
 from . import launch, pointwise_pair, tma
-from .dependent import begin
+from .dependent_launch import begin
 from .epilogue import activate
-from .heuristics import Gemm
+from .gemm_config import Gemm
 from .tma_config import TileConfig, Window, config, grid, tiles
 
 _SHARES = (64, 32, 16)  # channels of an input that a trip can take
@@ -54,14 +55,18 @@ def _pointwise_pair_tma(
     BLOCK_K2: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Tiles of a box of pixels × filters: every ``step``-th of ``count`` from this block's number on."""
     begin(PDL)
     tiles_n: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     BLOCK_M: tl.constexpr = NB * HB * WB
     for tile in tl.range(tl.program_id(0), count, step, flatten=True):
         box, k = tile // tiles_n, tile % tiles_n * BLOCK_N
         q, p, n = box % tiles_w * WB, box // tiles_w % tiles_h * HB, box // (tiles_w * tiles_h) * NB
+
+        # Accumulators filters × pixels, as ``tma`` says why; operands pass through shared memory.
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for i in range(TRIPS):
+            # Load a share of both inputs' channels, then both products into the same sums.
             c, c2 = i * BLOCK_K, i * BLOCK_K2
             pixels = x.load([n, p, q, c]).reshape(BLOCK_M, BLOCK_K)
             if STRIDE == 1:
@@ -70,15 +75,22 @@ def _pointwise_pair_tma(
                 pixels2 = x2.load([n, p, 0, q, c2]).reshape(BLOCK_M, BLOCK_K2)
             acc = tl.dot(w.load([k, c]), pixels.T, acc)
             acc = tl.dot(w2.load([k, c2]), pixels2.T, acc)
+
+        # Epilogue and store, pixels × filters.
         filters = k + tl.arange(0, BLOCK_N)
         z = activate((acc + tl.load(bias + filters, mask=filters < K, other=0.0)[:, None]).T, True)
         out.store([n, p, q, k], z.to(out.dtype).reshape(NB, HB, WB, BLOCK_N))
 
 
 def shares(channels: int, channels2: int) -> dict[int, tuple[int, int]]:
-    """Channels that a trip takes in all → of each input: as large a part of the one as of the other, whole parts."""
-    parts = [(a, channels2 * a // channels) for a in _SHARES if channels % a == 0 and channels2 * a % channels == 0]
-    return {a + b: (a, b) for a, b in parts if b in _SHARES}
+    """Channels that a trip takes in all → (of the first input, of the second), the same whole part of each."""
+    found = {}
+    for first in _SHARES:
+        second = channels2 * first // channels
+        divides = channels % first == 0 and channels2 * first % channels == 0
+        if divides and second in _SHARES:
+            found[first + second] = first, second
+    return found
 
 
 def supports(problem: Problem) -> str | None:
@@ -89,11 +101,13 @@ def supports(problem: Problem) -> str | None:
     if problem.stride not in ((1, 1), (2, 2)):
         return "its descriptors step by 1 or by 2 in both directions, this stride is {}×{}".format(*problem.stride)
     if problem.stride == (2, 2) and any(size % 2 for size in problem.second):
-        return "with stride 2 it sees rows and columns in pairs, and of {}×{} one has no partner".format(
-            *problem.second
-        )
+        h, w = problem.second
+        return f"with stride 2 it sees rows and columns in pairs, and of {h}×{w} one has no partner"
     if not shares(channels, channels2):
-        return f"it takes both inputs' channels in shares of 16, 32 or 64, the same part of each, of {channels} and {channels2} it cannot"
+        return (
+            "it takes both inputs' channels in shares of 16, 32 or 64, the same part of each, "
+            f"of {channels} and {channels2} it cannot"
+        )
     return tma.declines(problem) or pointwise_pair.supports(problem)
 
 
@@ -102,12 +116,11 @@ def supports(problem: Problem) -> str | None:
     op="pointwise_pair",
     supports=supports,
     available=launch.available,
-    sources=launch.sources("dependent", "epilogue", "tma", "tma_config"),
+    sources=launch.sources("dependent_launch", "epilogue", "tma", "tma_config"),
 )
 def pointwise_pair_tma(x, weight, x2, weight2, bias, stride2) -> Tensor:
-    return run(
-        x, weight, x2, weight2, bias, stride2, *product_of(x.shape, weight2.shape, x.itemsize, launch.capability(x))
-    )
+    g, window = product_of(x.shape, weight2.shape, x.itemsize, launch.capability(x))
+    return run(x, weight, x2, weight2, bias, stride2, g, window)
 
 
 def product_of(

@@ -1,4 +1,4 @@
-"""1×1 convolution + bias + residual + ReLU + mean over the image: the network's head, whose activations stay on the chip.
+"""The head: 1×1 convolution + bias + residual + ReLU + mean over the image; the activations stay on the chip.
 
     out[n, k] = 1/(H·W) · Σ_p relu(Σ_c x[n, p, c] · w[k, c] + bias[k] + residual[n, p, k])
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ...dispatch.registry import Problem, kernel
 from . import launch
-from .dependent import begin
+from .dependent_launch import begin
 from .epilogue import activate
 from .pool_config import SLOTS, Head, HeadConfig, head_config
 
@@ -54,8 +54,9 @@ def _sums(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Σ of the activations of each image from row ``first`` on, or of image ``only`` where ALONE: [BLOCK_N, SLOTS]."""
+    """Σ of each image's activations from row ``first`` on, of image ``only`` where ALONE: float32 [BLOCK_N, SLOTS]."""
     dtype: tl.constexpr = x.dtype.element_ty
+    # In registers: one sum for each filter and image of the block.
     sums = tl.zeros((BLOCK_N, SLOTS), tl.float32)
     for chunk in range(chunks):
         local = chunk * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -63,8 +64,11 @@ def _sums(
         # Rows past the last image read the last row instead; they belong to a slot that is not stored.
         row = tl.minimum(first + local, N * P - 1).to(tl.int64)
         x_row = x + row * C
-        # On its way while the products are taken.
+
+        # Load the residual first: it is on its way while the products are taken.
         r = tl.load(residual + row[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
+
+        # Product: filters × pixels.
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for i in range(trips):
             c = i * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -75,11 +79,13 @@ def _sums(
                 a = tl.load(w_row[:, None] + c[None, :], mask=(c < C)[None, :], other=0.0)
                 b = tl.load(x_row[None, :] + c[:, None], mask=(c < C)[:, None], other=0.0)
             acc = tl.dot(a, b, acc, input_precision="ieee")
+
+        # Epilogue, then the second product adds the activations up image by image.
         z = activate(acc + t[:, None] + r.T.to(tl.float32), True).to(dtype)
         if ALONE:
             z = tl.where((image == only)[None, :], z, 0.0).to(dtype)
-        whose = (image[:, None] == tl.arange(0, SLOTS)[None, :]).to(tl.float32).to(dtype)
-        sums = tl.dot(z, whose, sums, input_precision="ieee")
+        membership = (image[:, None] == tl.arange(0, SLOTS)[None, :]).to(tl.float32).to(dtype)
+        sums = tl.dot(z, membership, sums, input_precision="ieee")
     return sums
 
 
@@ -104,6 +110,7 @@ def _pointwise_pool(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Means of ``images`` images of ``P`` pixels × a block of filters."""
     begin(PDL)
     tiles_n = tl.cdiv(K, BLOCK_N)
     group = tl.program_id(0) // tiles_n
@@ -114,7 +121,9 @@ def _pointwise_pool(
     sums = _sums(
         x, w_row, t, residual, first, k, 0, N, P, chunks, trips, C, K, False, EXACT, SLOTS, BLOCK_M, BLOCK_N, BLOCK_K
     )
-    # Triton 3.6 cannot lay out the maximum of a maximum along another axis of what comes out of tensor memory; of all, it can.
+
+    # 0 · NaN is NaN: where one came out, each image alone. Triton 3.6 cannot lay out the maximum of a maximum along
+    # another axis of what comes out of tensor memory; of all axes it can.
     if tl.max(tl.max((sums != sums).to(tl.int32), axis=1), axis=None) > 0:
         for image in range(images):
             own = _sums(
@@ -139,6 +148,8 @@ def _pointwise_pool(
                 BLOCK_K,
             )
             sums = tl.where((slot == image)[None, :], own, sums)
+
+    # Store the means.
     n = group * images + slot
     inside = (k < K)[:, None] & ((slot < images) & (n < N))[None, :]
     tl.store(out + n.to(tl.int64)[None, :] * K + k[:, None], (sums / P).to(out.dtype.element_ty), mask=inside)
@@ -156,7 +167,7 @@ def supports(problem: Problem) -> str | None:
     op="pointwise_pool",
     supports=supports,
     available=launch.available,
-    sources=launch.sources("dependent", "epilogue", "pool_config"),
+    sources=launch.sources("dependent_launch", "epilogue", "pool_config"),
 )
 def pointwise_pool(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     n, c, h, w = x.shape

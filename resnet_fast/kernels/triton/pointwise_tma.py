@@ -23,9 +23,9 @@ from torch import Tensor
 
 from ...dispatch.registry import Problem, kernel
 from . import launch, tma
-from .dependent import begin
+from .dependent_launch import begin
 from .epilogue import affine
-from .heuristics import Gemm
+from .gemm_config import Gemm
 from .tma_config import TileConfig, Window, config, grid, tiles
 
 
@@ -50,13 +50,16 @@ def _streamed(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Tiles of pixels × filters, every ``step``-th of ``count``; both operands pass through shared memory."""
     begin(PDL)
     tiles_n: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     for tile in tl.range(tl.program_id(0), count, step, flatten=True):
         m, k = tile // tiles_n * BLOCK_M, tile % tiles_n * BLOCK_N
+        # Load and product. Accumulators filters × pixels, as ``tma`` says why.
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for c in range(0, C, BLOCK_K):
             acc = tl.dot(w.load([k, c]), x.load([m, c]).T, acc, input_precision="ieee")
+        # Epilogue and store, pixels × filters.
         filters = k + tl.arange(0, BLOCK_N)
         s, t = affine(scale, shift, mean, var, eps, filters, filters < K)
         z = tma.finish_tile(acc, s, t, residual.load([m, k]) if residual is not None else None, RELU)
@@ -84,12 +87,15 @@ def _resident(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Tiles of pixels, every ``step``-th of ``count``; the block's filters stay in shared memory."""
     begin(PDL)
+    # Filters and their affine, once for all tiles.
     k = tl.program_id(1) * BLOCK_N
     filters = k + tl.arange(0, BLOCK_N)
     s, t = affine(scale, shift, mean, var, eps, filters, filters < K)
     weights = w.load([k, 0])
     for tile in tl.range(tl.program_id(0), count, step, num_stages=STAGES):
+        # Load pixels and product, all channels in one trip; then epilogue and store.
         m = tile * BLOCK_M
         acc = tl.dot(weights, x.load([m, 0]).T, input_precision="ieee")
         z = tma.finish_tile(acc, s, t, residual.load([m, k]) if residual is not None else None, RELU)
@@ -108,7 +114,7 @@ def supports(problem: Problem) -> str | None:
     op="conv_bn_act",
     supports=supports,
     available=launch.available,
-    sources=launch.sources("dependent", "epilogue", "tma", "tma_config"),
+    sources=launch.sources("dependent_launch", "epilogue", "tma", "tma_config"),
 )
 def pointwise_tma(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
     n, c, h, w = x.shape

@@ -1,8 +1,8 @@
 """Split-K: when a problem has too few tiles to fill the GPU, several blocks share one tile's K range.
 
-Each writes its float32 partial sum [split, M, K] and this kernel adds them in a fixed order and runs the epilogue: no
-atomics, so two runs agree bit for bit. Costs 4·M·K·(split + split) bytes (mostly in L2) and one launch; the heuristic
-weighs that against the idle SMs.
+Each writes its float32 partial sum [split, M, K]; this kernel adds them in a fixed order and runs the epilogue: no
+atomics, so two runs agree bit for bit. It costs 4·M·K·(split + split) bytes (mostly in L2) and one launch;
+``gemm_config`` weighs that against the idle SMs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .dependent import begin
+from .dependent_launch import begin
 from .epilogue import finish
 
 
@@ -42,6 +42,7 @@ def _add_partials(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """The sum of all partials of one tile, in registers, and its epilogue."""
     begin(PDL)
     tiles_k = tl.cdiv(K, BLOCK_K)
     m = (tl.program_id(0) // tiles_k) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -1,12 +1,12 @@
-"""What the kernels on tensor descriptors share: what they decline, descriptors of dense tensors, their epilogue.
+"""Shared by the kernels on tensor descriptors: what they decline, descriptors of dense tensors, their epilogue.
 
-A tensor descriptor is a tensor's shape and strides in a launch's arguments; with it Hopper's and later GPUs' copy unit
-(TMA) moves a whole tile between memory and shared memory for one instruction: no addresses, no masks, no registers.
-What lies outside of the tensor, on either side of any dimension, is read as zero and never written. In return every
-stride and address is a multiple of 16 bytes.
+A tensor descriptor is a tensor's shape and strides in a launch's arguments; with it the copy unit of Hopper and later
+GPUs (TMA) moves a whole tile between memory and shared memory for one instruction: no addresses, no masks, no
+registers. What is outside of the tensor, on either side of any dimension, is read as zero and never written. In return
+every stride and address is a multiple of 16 bytes.
 
-The products are taken filters × pixels, dot(w, xᵀ): wgmma then reads both operands from shared memory as TMA laid them
-down, an affine by filter is four values a thread, and the results are turned on their way out (stmatrix). 128 × 128 of
+The products are taken filters × pixels, dot(w, xᵀ): wgmma then reads both operands from shared memory as TMA wrote
+them, an affine by filter is four values a thread, and the results are turned on their way out (stmatrix). 128 × 128 of
 them take some 100 registers where pixels × filters take 212 (ptxas, sm_90a).
 """
 
@@ -25,7 +25,7 @@ ALIGNMENT = 16  # bytes, of every address and stride but the last
 
 
 def declines(problem: Problem) -> str | None:
-    """What no kernel on descriptors takes: GPUs before sm_90, groups, pixels that do not start at 16 bytes."""
+    """Why no kernel on descriptors takes the problem (GPU before sm_90, groups, pixels not of 16 bytes), or None."""
     if problem.capability is not None and problem.capability < (9, 0):
         have = ".".join(map(str, problem.capability))
         return f"tensor descriptors (TMA) need compute capability 9.0, this GPU has {have}"
@@ -38,7 +38,7 @@ def declines(problem: Problem) -> str | None:
 
 
 def dense(t: Tensor | None) -> Tensor | None:
-    """``t`` in dense NHWC that starts at 16 bytes: itself but for filters in another layout and odd slices."""
+    """``t`` in dense, 16-byte aligned NHWC: itself but for filters in another layout and odd slices."""
     t = launch.nhwc(t)
     return t if t is None or t.data_ptr() % ALIGNMENT == 0 else t.clone()
 
@@ -55,7 +55,7 @@ def descriptor(t: Tensor | None, shape: tuple[int, ...], block: tuple[int, ...])
 
 @triton.jit
 def finish_tile(acc, s, t, residual, RELU: tl.constexpr):
-    """act(acc·s + t + residual) in float32, pixels × filters, of products that lie filters × pixels."""
+    """act(acc·s + t + residual) in float32, pixels × filters, of products filters × pixels."""
     z = (acc * s[:, None] + t[:, None]).T
     if residual is not None:
         z += residual.to(tl.float32)

@@ -11,7 +11,7 @@ import triton_interpreter
 from resnet_fast.dispatch.problem import Problem
 from resnet_fast.dispatch.registry import find
 from resnet_fast.kernels.triton import conv_tail, launch, pointwise_pair, pointwise_pair_tma
-from resnet_fast.kernels.triton.heuristics import Gemm, GemmConfig
+from resnet_fast.kernels.triton.gemm_config import Gemm, GemmConfig
 from resnet_fast.kernels.triton.tail_config import TailConfig
 from resnet_fast.kernels.triton.tail_config import tail as tail_of
 from resnet_fast.kernels.triton.tma_config import TileConfig
@@ -70,7 +70,7 @@ def test_nasty_grid(op: str, least: int, dtype: torch.dtype) -> None:
         right(case)
 
 
-# ---------------------------------------------------------------- configs the small problems would not get by themselves
+# ---------------------------------------------------------------- configs that the small problems do not get
 
 # GemmConfig(block_m, block_n, block_k, split_k, warps, stages)
 PAIRS = {
@@ -158,8 +158,9 @@ def test_boxes_by_themselves() -> None:
     ids=["pair", "tail", "projected"],
 )
 def test_nan_and_infinity_pass_as_eager_has_them(case: Problem) -> None:
-    """In every tensor, at its first and last element; what lies outside of one image is not its neighbour's. (A tap that is
-    not finite meets the padding's zeros in an implicit GEMM, cuDNN's too, but in the middle of the filter.)
+    """In every tensor, at its first and last element; padding never reads the neighbouring image.
+
+    A tap that is not finite meets the padding's zeros in an implicit GEMM, cuDNN's too, but in its middle.
     """
     for value in (float("nan"), float("inf"), -float("inf")):
         args = make_args(case)
@@ -209,7 +210,7 @@ def test_results_are_nhwc_also_where_one_pixel_is_both() -> None:
 
 
 def test_the_host_asks_for_the_config_of_its_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shapes that a kernel asks a config for are the ones its Problem says, so that tuner and plan speak of what runs."""
+    """A kernel asks a config for the shapes that its Problem states: tuner and plan describe what runs."""
     asked = []
 
     def noting(config):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -24,8 +25,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def grid(op: str) -> list:
-    cases = [problem for dtype in DTYPES for problem in nasty_problems(op, dtype) if problem.layout == "nhwc"]
-    return [pytest.param(problem, id=problem.key) for problem in cases]
+    problems = itertools.chain.from_iterable(nasty_problems(op, dtype) for dtype in DTYPES)
+    return [pytest.param(problem, id=problem.key) for problem in problems if problem.layout == "nhwc"]
 
 
 # ---------------------------------------------------------------- the head

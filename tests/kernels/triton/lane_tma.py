@@ -1,6 +1,6 @@
 """The interpreter lane of the kernels on tensor descriptors; ``test_triton_tma.py`` runs it.
 
-The interpreter reads and writes descriptors as their definition says: zero outside on either side, nothing written there.
+The interpreter reads and writes descriptors by their definition: zero outside on either side, nothing written there.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ CONV = {
     ),
     "the next image begins where the last row ends": (problem((4, 16, 2, 2), (64, 16, 3, 3)), streamed((1, 2, 2))),
 }
-CASES = [(id, name) for id, cases in (("triton.pointwise_tma", POINTWISE), ("triton.conv_tma", CONV)) for name in cases]
+CASES = [("triton.pointwise_tma", name) for name in POINTWISE] + [("triton.conv_tma", name) for name in CONV]
 
 
 @pytest.mark.parametrize("id, name", CASES)

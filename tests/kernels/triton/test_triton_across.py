@@ -1,8 +1,9 @@
-"""``pointwise_pair`` and ``conv_tail`` without a GPU: configs as a pure function, what they decline, their machine code."""
+"""``pointwise_pair`` and ``conv_tail`` without a GPU: their configs, what they decline, their machine code."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from triton_interpreter import run_lane
 from resnet_fast.dispatch.problem import Problem
 from resnet_fast.dispatch.registry import find
 from resnet_fast.kernels.triton import pointwise_pair_tma, tail_config, tma_config
-from resnet_fast.kernels.triton.heuristics import CHIPS, Gemm, gemm_config, predicted_ns
+from resnet_fast.kernels.triton.gemm_config import CHIPS, Gemm, gemm_config, predicted_ns
 from resnet_fast.kernels.triton.tail_config import MIDDLES, Tail, TailConfig, tail
 
 HOPPER = (9, 0)
@@ -82,7 +83,8 @@ def bottleneck(name: str, at: tuple[int, int] = HOPPER, dtype: torch.dtype = tor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_config_fits_its_chip(dtype: torch.dtype, at: tuple[int, int]) -> None:
     on = CHIPS[at]
-    for g in (tail(bottleneck(name, at, dtype, batch)) for name in TAILS for batch in (1, 256)):
+    for name, batch in itertools.product(TAILS, (1, 256)):
+        g = tail(bottleneck(name, at, dtype, batch))
         configs = tail_config.tail_configs(g)
         assert configs or dtype == torch.float32 and g.next == 256 and on.shared < 100 * 1024
         for c in configs:
@@ -94,14 +96,13 @@ def test_every_config_fits_its_chip(dtype: torch.dtype, at: tuple[int, int]) -> 
 
 
 def test_the_answer_is_pure_and_the_best_predicted() -> None:
-    shapes = [tail(bottleneck(name, batch=batch)) for name in TAILS for batch in (1, 37, 256)]
+    shapes = [tail(bottleneck(name, batch=batch)) for name, batch in itertools.product(TAILS, (1, 37, 256))]
     before = [tail_config.tail_config(g) for g in shapes]
     tail_config.tail_configs.cache_clear()
     assert [tail_config.tail_config(g) for g in reversed(shapes)] == before[::-1]
     for g, c in zip(shapes, before, strict=True):
-        assert tail_config.predicted_ns(g, c) == min(
-            tail_config.predicted_ns(g, o) for o in tail_config.tail_configs(g)
-        )
+        best = min(tail_config.predicted_ns(g, other) for other in tail_config.tail_configs(g))
+        assert tail_config.predicted_ns(g, c) == best
 
 
 def test_weights_are_shared_by_more_pixels_where_there_are_many() -> None:
@@ -145,7 +146,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize("sentence, changes", REFUSALS)
-def test_what_a_kernel_cannot_do_it_says(sentence: str, changes: dict) -> None:
+def test_a_declined_problem_names_the_reason(sentence: str, changes: dict) -> None:
     for problem in (pair("layer1"), bottleneck("layer1")):
         kernel = find(f"triton.{problem.op}")
         assert kernel.supports(problem) is None

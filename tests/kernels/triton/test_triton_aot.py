@@ -6,6 +6,7 @@ the chip's limit, 16-byte loads, 64-bit offsets into whole tensors.
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -18,7 +19,7 @@ from triton_shapes import gemm
 
 from resnet_fast.dispatch.problem import Problem
 from resnet_fast.dispatch.registry import find
-from resnet_fast.kernels.triton.heuristics import CHIPS, gemm_config
+from resnet_fast.kernels.triton.gemm_config import CHIPS, gemm_config
 from resnet_fast.models.problems import across, layers
 
 pytestmark = ahead
@@ -54,7 +55,8 @@ def conv(name: str, capability: tuple[int, int], dtype: torch.dtype = torch.bflo
 
 
 # Every generation on a 3×3 and a 1×1 with residual; what is special elsewhere, on the generation it is special for.
-CASES = [(name, capability, {}) for capability in TENSOR for name in ("layer1 conv3", "layer2 conv2")]
+EVERYWHERE = itertools.product(TENSOR, ("layer1 conv3", "layer2 conv2"))
+CASES = [(name, capability, {}) for capability, name in EVERYWHERE]
 CASES += [(name, (9, 0), {}) for name in ("stem 7×7", "layer3 conv1", "layer3 downsample", "layer2 grouped")]
 CASES += [(name, (9, 0), {"batch": 1}) for name in ("layer4 conv2", "layer4 conv3")]
 CASES += [("layer4 conv2", (8, 0), {"dtype": torch.float16, "batch": 1})]
@@ -66,7 +68,7 @@ IMAGES = {"x", "y", "out", "residual", "partials", "dout", "dy", "dx", "dz", "g"
 
 
 def sound(cubin: Cubin, capability: tuple[int, int]) -> None:
-    """What holds for every launch: nothing spilled, shared memory within the chip's limit, 64-bit offsets into images."""
+    """Holds for every launch: nothing spilled, shared memory within the chip's limit, 64-bit offsets into images."""
     assert cubin.stack == 0 and not cubin.count("STL|LDL"), f"{cubin.name} spills {cubin.stack} bytes"
     assert cubin.shared <= CHIPS[capability].shared, f"{cubin.name} wants {cubin.shared} bytes of shared memory"
     narrow = IMAGES & cubin.narrow
@@ -120,14 +122,17 @@ def test_convolutions_overlap_with_the_kernel_before_and_touch_nothing_until_it_
         "triton.pointwise_pair_tma",
     ],
 )
-def test_ops_across_convolutions_do_so_too(kernel: str) -> None:
+def test_ops_across_convolutions_overlap_with_the_kernel_before(kernel: str) -> None:
     groups = across(layers("resnet50", 256, 224, torch.bfloat16, "cuda", (9, 0)))
     for cubin in cubins(kernel, next(group.problem for group in groups if group.problem.op == find(kernel).op)):
         waits_first(cubin, (9, 0))
 
 
 def waits_first(cubin: Cubin, capability: tuple[int, int]) -> None:
-    """griddepcontrol.wait is ACQBULK in SASS, launch_dependents PREEXIT; instructions are in the order of first appearance."""
+    """The kernel waits before its first access to memory.
+
+    griddepcontrol.wait is ACQBULK in SASS, launch_dependents PREEXIT; instructions are in order of first appearance.
+    """
     order = [re.sub(r"\..*", "", one) for one in cubin.instructions]
     memory = min(order.index(one) for one in ("LDG", "LDGSTS", "UTMALDG", "UTMASTG", "STG") if one in order)
     if capability < (9, 0):

@@ -1,4 +1,4 @@
-"""Problem → config and problem → refusal: plain functions, tested as such; nothing is compiled, no device asked."""
+"""Configs and refusals of the Triton kernels as pure functions: nothing is compiled, no device is asked."""
 
 from __future__ import annotations
 
@@ -17,8 +17,19 @@ from triton_shapes import gemm
 
 from resnet_fast.dispatch.problem import Problem
 from resnet_fast.dispatch.registry import find, kernels
-from resnet_fast.kernels.triton import heuristics, launch
-from resnet_fast.kernels.triton.heuristics import CHIPS, Gemm, chip, gemm_config, gemm_configs, predicted_ns
+from resnet_fast.kernels.triton import launch
+from resnet_fast.kernels.triton.gemm_config import (
+    CHIPS,
+    Gemm,
+    GemmConfig,
+    chip,
+    gemm_config,
+    gemm_configs,
+    predicted_ns,
+    registers,
+    span,
+)
+from resnet_fast.kernels.triton.rows_config import merge_config, rows_config
 from resnet_fast.models.problems import model_problems
 
 MODELS = ("resnet50", "resnext50_32x4d")
@@ -38,7 +49,7 @@ def test_every_config_fits_its_chip(model: str, dtype: torch.dtype, capability: 
             g = gemm(problem)
             for c in gemm_configs(g):
                 assert c.shared(g.itemsize) <= chip(capability).shared
-                assert heuristics.registers(g, c) <= 255
+                assert registers(g, c) <= 255
                 assert c.num_warps in (4, 8) and min(c.block_m, c.block_n, c.block_k) >= 16
                 assert all(size & (size - 1) == 0 for size in (c.block_m, c.block_n, c.block_k))
 
@@ -76,7 +87,7 @@ def test_the_best_predicted_config_is_taken() -> None:
 
 def test_waves_count() -> None:
     """One tile more than fills every SM evenly costs a whole round; tiles within a round cost nothing."""
-    c = heuristics.GemmConfig(128, 128, 64, 1, 8, 4)
+    c = GemmConfig(128, 128, 64, 1, 8, 4)
     sms = CHIPS[9, 0].sms
     full, over, under = (
         predicted_ns(Gemm(128 * tiles, 128, 1024, capability=(9, 0)), c) for tiles in (sms, sms + 1, sms - 9)
@@ -120,16 +131,16 @@ def test_span_covers_every_channel_a_tile_needs(per_group: int, filters: int, gr
     tiles = [(first, min(first + block, g.n) - 1) for first in range(0, g.n, block)]
     for first, last in tiles:
         needed = (last // filters + 1) * per_group - first // filters * per_group
-        assert needed <= heuristics.span(g, block) <= g.channels
+        assert needed <= span(g, block) <= g.channels
 
 
 @given(m=st.integers(1, 10**7), channels=sizes, itemsize=st.sampled_from([2, 4]), at=st.sampled_from([None, *CHIPS]))
 def test_reducing_blocks_cover_every_row_once_and_none_is_idle(m: int, channels: int, itemsize: int, at) -> None:
-    c = heuristics.rows_config(m, channels, itemsize, at)
+    c = rows_config(m, channels, itemsize, at)
     rows = c.trips * c.block_m
     assert (c.partials - 1) * rows < m <= c.partials * rows
     assert c.block_m * c.block_c * itemsize <= 8 * 1024
-    merge = heuristics.merge_config(c.partials, channels)
+    merge = merge_config(c.partials, channels)
     assert (merge.trips - 1) * merge.rows < c.partials <= merge.trips * merge.rows
 
 
@@ -165,7 +176,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize("sentence", REFUSALS)
 @pytest.mark.parametrize("id", ["triton.conv", "triton.pointwise"])
-def test_what_a_kernel_cannot_do_it_says(id: str, sentence: str) -> None:
+def test_a_declined_problem_names_the_reason(id: str, sentence: str) -> None:
     assert find(id).supports(nhwc()) is None
     assert sentence in find(id).supports(nhwc(**REFUSALS[sentence]))
 

@@ -1,7 +1,8 @@
-"""The kernels that end in a pooling without a GPU: their configs as pure functions, what they decline, their machine code."""
+"""The kernels that end in a pooling, without a GPU: their configs, what they decline, their machine code."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ from triton_shapes import head_of, stem_of
 from resnet_fast.dispatch.problem import Problem
 from resnet_fast.dispatch.registry import find
 from resnet_fast.kernels.triton import pool_config
-from resnet_fast.kernels.triton.heuristics import CHIPS
+from resnet_fast.kernels.triton.gemm_config import CHIPS
 from resnet_fast.kernels.triton.pool_config import SLOTS, HeadConfig, StemConfig
 
 HOPPER = (9, 0)
@@ -47,9 +48,11 @@ def head(
 
 @pytest.mark.parametrize("at", CHIPS, ids=lambda c: f"sm_{c[0]}{c[1]}")
 def test_every_head_fits_its_chip(at: tuple[int, int]) -> None:
-    for batch, dtype in ((batch, dtype) for batch in (1, 8, 37, 256) for dtype in (torch.bfloat16, torch.float32)):
-        for c in pool_config.head_configs(h := head_of(head(batch, at, dtype))):
-            assert c.shared(h.itemsize) <= CHIPS[at].shared and 1 <= c.images <= min(batch, SLOTS)
+    for batch, dtype in itertools.product((1, 8, 37, 256), (torch.bfloat16, torch.float32)):
+        h = head_of(head(batch, at, dtype))
+        for c in pool_config.head_configs(h):
+            assert c.shared(h.itemsize) <= CHIPS[at].shared
+            assert 1 <= c.images <= min(batch, SLOTS)
 
 
 def test_the_best_head_is_pure_and_wastes_few_rows() -> None:
@@ -100,9 +103,7 @@ def stem(
 
 @pytest.mark.parametrize("at", CHIPS, ids=lambda c: f"sm_{c[0]}{c[1]}")
 def test_every_stem_fits_its_chip(at: tuple[int, int]) -> None:
-    for batch, dtype, channels in (
-        (batch, dtype, c) for batch in (1, 256) for dtype in (torch.bfloat16, torch.float32) for c in (3, 4)
-    ):
+    for batch, dtype, channels in itertools.product((1, 256), (torch.bfloat16, torch.float32), (3, 4)):
         s = stem_of(stem(batch, at, dtype, x=(batch, channels, 224, 224), weight=(64, channels, 7, 7)))
         assert {c.rows for c in pool_config.stem_configs(s)} == set(range(1, 57))
         assert all(c.shared(s) <= CHIPS[at].shared for c in pool_config.stem_configs(s))
@@ -152,7 +153,7 @@ def test_the_stems_time_counts_waves_and_rows() -> None:
         ("triton.pointwise_pool", head(), "need compute capability 8.0, this GPU has 7.5", {"capability": (7, 5)}),
     ],
 )
-def test_what_a_kernel_cannot_do_it_says(id: str, problem: Problem, sentence: str, changes: dict) -> None:
+def test_a_declined_problem_names_the_reason(id: str, problem: Problem, sentence: str, changes: dict) -> None:
     assert find(id).supports(problem) is None
     assert sentence in find(id).supports(replace(problem, **changes))
 
@@ -167,8 +168,9 @@ def sound(cubin: Cubin, at: tuple[int, int]) -> None:
     assert not {"x", "residual", "out"} & cubin.narrow, f"32-bit offsets into {cubin.narrow}"
 
 
-HEADS = [(at, {"batch": batch}) for at in TENSOR for batch in (1, 8)] + [(HOPPER, {"batch": 256})]
+HEADS = [(at, {"batch": batch}) for at, batch in itertools.product(TENSOR, (1, 8))]
 HEADS += [
+    (HOPPER, {"batch": 256}),
     (HOPPER, {"dtype": torch.float16, "x": (8, 512, 10, 10)}),
     (HOPPER, {"x": (8, 200, 7, 7), "weight": (104, 200, 1, 1)}),
 ]
@@ -209,14 +211,14 @@ def test_a_float32_head_is_multiplied_in_float32(at: tuple[int, int]) -> None:
     assert cubin.count("FFMA") and not cubin.count("HMMA|HGMMA|UTC")  # no TF32 behind anyone's back
 
 
-STEMS = [(at, torch.bfloat16, bytes) for at in TENSOR for bytes in (False, True)]
+STEMS = [(at, torch.bfloat16, bytes) for at, bytes in itertools.product(TENSOR, (False, True))]
 STEMS += [(HOPPER, torch.float16, False), ((8, 0), torch.float32, False), (HOPPER, torch.float32, False)]
 
 
 @ahead
 @pytest.mark.parametrize("at, dtype, bytes", STEMS, ids=str)
 def test_stem(at: tuple[int, int], dtype: torch.dtype, bytes: bool) -> None:
-    """Patches come by asynchronous copies, at 16 bits eight bytes at a time, filters from shared memory where they stay there."""
+    """Patches come by asynchronous copies, at 16 bits eight bytes at a time; resident filters from shared memory."""
     problem = stem(8, at, dtype, bytes=bytes)
     (cubin,) = cubins("triton.conv_pool", problem)
     sound(cubin, at)

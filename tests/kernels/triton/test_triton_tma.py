@@ -1,8 +1,9 @@
-"""The kernels on tensor descriptors without a GPU: their tiles as a pure function, what they decline, their machine code."""
+"""The kernels on tensor descriptors, without a GPU: their tiles, what they decline, their machine code."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from math import prod
 
 import pytest
@@ -18,7 +19,7 @@ from triton_shapes import gemm
 from resnet_fast.dispatch.problem import Problem
 from resnet_fast.dispatch.registry import find
 from resnet_fast.kernels.triton import conv_tma, tma_config
-from resnet_fast.kernels.triton.heuristics import CHIPS, Gemm
+from resnet_fast.kernels.triton.gemm_config import CHIPS, Gemm
 from resnet_fast.kernels.triton.tma_config import TileConfig, Window
 from resnet_fast.models.problems import model_problems
 
@@ -53,7 +54,7 @@ def resnet(at: tuple[int, int], batch: int, dtype: torch.dtype = torch.bfloat16)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_tile_fits_its_chip(dtype: torch.dtype, at: tuple[int, int]) -> None:
     on = CHIPS[at]
-    for p in (p for batch in (1, 37, 256) for p in resnet(at, batch, dtype)):
+    for p in itertools.chain.from_iterable(resnet(at, batch, dtype) for batch in (1, 37, 256)):
         (window, resident), g = window_of(p), gemm(p)
         for c in tma_config.configs(g, window, resident):
             assert c.blocks * (tma_config.shared(g, c) + 1024) <= on.shared_sm and tma_config.shared(g, c) < on.shared
@@ -140,7 +141,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize("ids, sentence, changes", REFUSALS)
-def test_what_a_kernel_cannot_do_it_says(ids: tuple[str, ...], sentence: str, changes: dict) -> None:
+def test_a_declined_problem_names_the_reason(ids: tuple[str, ...], sentence: str, changes: dict) -> None:
     for id in ids:
         assert find(id).supports(taken()) is None
         assert sentence in find(id).supports(taken(**changes))
@@ -158,10 +159,9 @@ def test_float32_has_other_sixteen_bytes() -> None:
 @pytest.mark.parametrize("at", [*CHIPS_WITH_TMA, None], ids=str)
 def test_a_convolution_takes_all_its_channels(at: tuple[int, int] | None) -> None:
     """1×1 too: conv_tma takes whole blocks of channels only, and 112 are not one and a half."""
-    for channels, size in ((c, size) for c in (48, 80, 112, 144, 240) for size in (7, 14, 28)):
-        for found in tma_config.configs(
-            Gemm(size * size, 64, channels, itemsize=2, capability=at), Window(1, size, size)
-        ):
+    for channels, size in itertools.product((48, 80, 112, 144, 240), (7, 14, 28)):
+        g = Gemm(size * size, 64, channels, itemsize=2, capability=at)
+        for found in tma_config.configs(g, Window(1, size, size)):
             assert channels % found.channels == 0, found
 
 
@@ -203,11 +203,8 @@ LAYERS = {
     "layer3 downsample": {"x": (512, 28), "weight": (1024, 512, 1), "stride": 2},
 }
 CODE = [(name, HOPPER) for name in LAYERS]
-CODE += [
-    (name, at)
-    for at in CHIPS_WITH_TMA[1:]
-    for name in ("layer1 conv3", "layer3 conv1", "layer2 conv2", "layer2 strided")
-]
+AFTER_HOPPER = ("layer1 conv3", "layer3 conv1", "layer2 conv2", "layer2 strided")
+CODE += [(name, at) for at, name in itertools.product(CHIPS_WITH_TMA[1:], AFTER_HOPPER)]
 
 
 def loads_boxes(p: Problem) -> str:

@@ -1,5 +1,4 @@
-"""Three faults of Triton's interpreter (3.6 and 3.9) mended, so that TRITON_INTERPRET=1 tells the truth about these
-kernels.
+"""Fixes for three faults of Triton's interpreter (3.6 and 3.9), without which TRITON_INTERPRET=1 gives wrong results.
 
 ``tl.dot`` multiplies the bit patterns of bfloat16 as integers; float32 → bfloat16 truncates where the GPU rounds to
 nearest even; on Triton 3.6 with NumPy 2.4 a run-time loop bound raises TypeError. Only the interpreter is touched,
@@ -26,25 +25,29 @@ def _round(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), 0x7FC0, nearest).astype(np.uint16)
 
 
-def mend() -> None:
-    """Replace the three faulty pieces; called once, when the kernels are imported under TRITON_INTERPRET=1."""
-    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
-    patch_tensor = interpreter._patch_lang_tensor
+def install() -> None:
+    """Replace the three faulty functions; called once, when the kernels are imported under TRITON_INTERPRET=1."""
+    original_cast, original_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+    original_patch = interpreter._patch_lang_tensor
 
     def cast_impl(self, src, dst_type):
-        pair = src.dtype.scalar, dst_type.scalar
-        if pair == (tl.float32, tl.bfloat16):
+        conversion = src.dtype.scalar, dst_type.scalar
+        if conversion == (tl.float32, tl.bfloat16):
             return TensorHandle(_round(src.data), tl.bfloat16)
-        if pair == (tl.bfloat16, tl.float32):
+        if conversion == (tl.bfloat16, tl.float32):
             return TensorHandle(_widen(src.data), tl.float32)
-        return cast(self, src, dst_type)
+        return original_cast(self, src, dst_type)
+
+    def widened(operand):
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        return TensorHandle(_widen(operand.data), tl.float32)
 
     def create_dot(self, a, b, *rest):
-        wide = [TensorHandle(_widen(t.data), tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b)]
-        return dot(self, *wide, *rest)
+        return original_dot(self, widened(a), widened(b), *rest)
 
     def patch_lang_tensor(tensor, scope):
-        patch_tensor(tensor, scope)
+        original_patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot
