@@ -10,9 +10,8 @@ Time it:   python -m resnet_fast bench --kernel my_kernel.py
 import triton
 import triton.language as tl
 
-from ... import kernel
-from ...ops import reference
-from ..triton import launch
+from resnet_fast import kernel, reference
+from resnet_fast.kernels.triton import launch
 
 
 @triton.jit
