@@ -63,17 +63,6 @@ struct GateBackwardArgs {
   Act act;
 };
 
-// weight [K, C, R, S] with any strides (in elements); folded is dense channels_last (K, R, S, C in memory).
-struct FoldArgs {
-  const void* weight;
-  void* folded;
-  void* bias;
-  AffineArgs bn;
-  int64_t k, c, r, s;
-  int64_t stride_k, stride_c, stride_r, stride_s;
-  DType weight_dtype, out_dtype;
-};
-
 // conv and pointwise: everything dense, activations NHWC, weight KRSC (channels_last). Pixels of x and of out each
 // fewer than 2^31 - 128, elements any number.
 struct ConvArgs {

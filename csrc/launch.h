@@ -13,7 +13,6 @@ cudaError_t add_act_backward(const BinaryArgs&, cudaStream_t);
 cudaError_t add_act_gate(const GateArgs&, cudaStream_t);
 int64_t add_act_gate_backward_workspace(const GateBackwardArgs&);  // floats that `partial` must hold
 cudaError_t add_act_gate_backward(const GateBackwardArgs&, cudaStream_t);
-cudaError_t fold_bn(const FoldArgs&, cudaStream_t);
 cudaError_t pointwise(const ConvArgs&, cudaStream_t);  // R = S = 1, no padding
 cudaError_t pointwise_hopper(const ConvArgs&, cudaStream_t);  // strides to 8, 16-bit, C and K multiples of 8, sm_90a
 // The sum of two such convolutions with one result: out, residual, affine and activation are the first one's.

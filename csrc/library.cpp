@@ -113,29 +113,6 @@ resnet_fast::AffineArgs bn_args(const char* op, int64_t k, const Tensor& gamma, 
   return args;
 }
 
-std::tuple<Tensor, Tensor> fold_bn(const Tensor& weight, const Tensor& gamma, const Tensor& beta, const Tensor& mean,
-                                   const Tensor& var, double eps, std::optional<ScalarType> out_dtype) {
-  constexpr const char* op = "fold_bn";
-  RF_CHECK(weight.dim() == 4, op, ": got weight of shape ", shape(weight), ", expected [K, C, R, S]");
-  const ScalarType to = out_dtype.value_or(weight.scalar_type());
-  const int64_t k = weight.size(0), c = weight.size(1), r = weight.size(2), s = weight.size(3);
-  const DType weight_type = float_type(op, "weight", weight.scalar_type()), out_type = float_type(op, "out", to);
-  RF_CHECK(weight_type == DType::f32 || weight_type == out_type, op, ": got weight of dtype ",
-           name(weight.scalar_type()), " and out ", name(to), ", expected the same unless weight is Float");
-  RF_CHECK(c * r * s <= INT32_MAX, op, ": got a filter of ", c * r * s, " elements, expected fewer than 2^31");
-  const auto bn = bn_args(op, k, gamma, beta, mean, var, eps);
-  check_device(op, {&weight, &gamma, &beta, &mean, &var});
-  Tensor folded = empty_strided({k, c, r, s}, {c * r * s, 1, s * c, c}, to, weight);
-  Tensor bias = empty_strided({k}, {1}, to, weight);
-  // A dimension of one element may carry any stride; zero keeps it from spoiling 128-bit access.
-  const auto stride = [&](int64_t dim) { return weight.size(dim) == 1 ? 0 : weight.stride(dim); };
-  const resnet_fast::FoldArgs args{weight.const_data_ptr(), folded.mutable_data_ptr(), bias.mutable_data_ptr(), bn,
-                                   k, c, r, s, stride(0), c == 1 ? 1 : stride(1), stride(2), stride(3), weight_type,
-                                   out_type};
-  launch_on(op, weight, resnet_fast::fold_bn, args);
-  return {folded, bias};
-}
-
 // Per-channel scale and shift, or with mean and var the four batch norm vectors, as epilogues take them.
 resnet_fast::AffineArgs affine_args(const char* op, int64_t k, const Tensor& scale, const Tensor& shift,
                                     const Maybe& mean, const Maybe& var, double eps) {
@@ -407,8 +384,6 @@ STABLE_TORCH_LIBRARY(resnet_fast_native, m) {
   m.def("add_act(Tensor x, Tensor y, Tensor? gate, bool relu) -> Tensor");
   m.def("add_act_backward(Tensor dout, Tensor out, bool relu) -> Tensor");
   m.def("add_act_gate_backward(Tensor dout, Tensor out, Tensor x, Tensor gate, bool relu) -> (Tensor, Tensor, Tensor)");
-  m.def("fold_bn(Tensor weight, Tensor gamma, Tensor beta, Tensor mean, Tensor var, float eps, ScalarType? "
-        "out=None) -> (Tensor, Tensor)");
   m.def("conv" CONV ", int[2] padding, int[2] dilation, bool relu) -> Tensor");
   m.def("pointwise" CONV ", bool relu) -> Tensor");
   m.def("pointwise_hopper" CONV ", bool relu) -> Tensor");
@@ -428,7 +403,6 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fast_native, CompositeExplicitAutograd, m) {
   m.impl("add_act", TORCH_BOX(&add_act));
   m.impl("add_act_backward", TORCH_BOX(&add_act_backward));
   m.impl("add_act_gate_backward", TORCH_BOX(&add_act_gate_backward));
-  m.impl("fold_bn", TORCH_BOX(&fold_bn));
   m.impl("conv", TORCH_BOX(&conv));
   m.impl("pointwise", TORCH_BOX(&pointwise));
   m.impl("pointwise_hopper", TORCH_BOX(&pointwise_hopper));

@@ -67,14 +67,4 @@ RF_HD GateTile gate_tile(const GateGrid& grid, int64_t block_x, int64_t block_y,
           smaller((split + 1) * grid.share, pixels)};
 }
 
-// Offset of weight[k, c, r, s] for the i-th element of one filter counted in channels_last order (r, s, c).
-struct FilterIndex {
-  int64_t c, r, s;
-};
-
-RF_HD FilterIndex filter_index(uint32_t i, uint32_t channels, uint32_t width) {
-  const uint32_t tap = i / channels;
-  return {int64_t(i % channels), int64_t(tap / width), int64_t(tap % width)};
-}
-
 }  // namespace resnet_fast

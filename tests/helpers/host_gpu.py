@@ -370,26 +370,6 @@ class HostGpu:
             )
             return dy.clone(), dx.clone(), dgate.clone()
 
-    def fold_bn(self, weight, gamma, beta, mean, var, eps, out: torch.dtype) -> tuple[Tensor, Tensor]:
-        with self._call():
-            folded, bias = self._allocate(tuple(weight.shape), out), self._allocate((weight.shape[0],), out)
-            vectors = [self._put(v) for v in (gamma, beta, mean, var)]
-            shape, strides = ((ctypes.c_int64 * 4)(*sizes) for sizes in (weight.shape, weight.stride()))
-            self._launch(
-                "host_fold",
-                self._put(weight, weight.stride()),
-                folded,
-                bias,
-                (ctypes.c_void_p * 4)(*(v.data_ptr() for v in vectors)),
-                float(eps),
-                DTYPES[gamma.dtype],
-                shape,
-                strides,
-                DTYPES[weight.dtype],
-                DTYPES[out],
-            )
-            return folded.clone(), bias.clone()
-
 
 def _images(x: Tensor) -> tuple:
     n, c, h, w = x.shape

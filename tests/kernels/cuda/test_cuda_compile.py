@@ -18,7 +18,8 @@ import pytest
 CSRC = Path(__file__).resolve().parents[3] / "csrc"
 HOPPER = "arch=compute_90a,code=sm_90a"
 CONVOLUTIONS = {"conv", "pointwise"}
-# Of each: warp-group products in a pass of the main loop, or of all loops; how often it waits for some; what else it is made of.
+# For each: warp-group products in a pass of the main loop, or of all loops; how often it waits for some; other
+# instructions that it must have.
 ON_HOPPER = {
     "conv_hopper": ({4}, {2, 3}, {"UTMASTG", "USETMAXREG"}),
     "conv_tail_hopper": ({44, 48}, {3}, {"UTMASTG"}),
@@ -159,7 +160,7 @@ def test_hopper_kernels_are_tensor_copies_and_warp_group_products(compiled, file
         assert "UTMALDG" in text and "SYNCS.PHASECHK.TRANS64.TRYWAIT" in text, name
         assert {i for *_, parts in ON_HOPPER.values() for i in parts if i in text} == made_of, name
         assert re.search(r"\b(LDSM\.16\.M88|LDGSTS|LDL|STL)\b", text) is None, name
-        # Launched as dependents: griddepcontrol.wait comes before any access to global memory, launch_dependents after it.
+        # Launched as dependents: griddepcontrol.wait comes before any access to global memory, launch_dependents after.
         assert (
             text.index("ACQBULK") < text.index("PREEXIT") < re.search(r"\b(UTMALDG|UTMASTG|LDG|STG)\b", text).start()
         ), name
@@ -183,9 +184,9 @@ def test_groups_that_work_together_start_a_tile_before_the_last_one_has_left(com
 
 
 def test_a_cluster_neither_divides_between_products_nor_asks_for_memory_after_them(compiled) -> None:
-    """A division is a hundred clocks and more, a step of the depth is 128; affines and the residual are another way to memory.
+    """A division takes over a hundred clocks, a step of the depth 128; affines and the residual would be more loads.
 
-    What other blocks have added up is asked for at once, and used when all of it is on its way.
+    The sums of other blocks are loaded at once, and used when all loads are under way.
     """
     for name, text in sass(compiled("conv_cluster_hopper")[1], "sm_90a").items():
         assert "MUFU.RCP" not in text[text.index("HGMMA") : text.rindex("WARPGROUP.DEPBAR")], name
@@ -219,14 +220,13 @@ def test_vector_kernels_move_128_bits(compiled, file: str, arch: str) -> None:
     wide = {name: text for name, text in sass(compiled(file)[1], arch).items() if re.search(r"Li[48]E", name)}
     assert wide
     for name, text in wide.items():
-        if converts(name):
-            continue
         assert "LDG.E.128" in text, name
         assert "STG.E.128" in text or is_reduction(name), name
 
 
-# Of batch norm's kernels: loads of 128 bits, in 16-bit types, that are under way together: of one tensor, or of the residual too; of
-# dy and x, with y besides. Two blocks of 256 threads have then 64 kB and more on their way, where DRAM's latency wants 26 all the time.
+# For batch norm's kernels: loads of 128 bits, in 16-bit types, that are under way together: of one tensor, or of the
+# residual too; of dy and x, and of y too. Two blocks of 256 threads then have 64 kB and more under way; DRAM's latency
+# needs 26 kB.
 TOGETHER = {"moments": 8, "normalise": 8, "gradient_sums": 9, "gradient": 9}
 
 
@@ -248,8 +248,3 @@ def test_batch_norm_has_its_loads_under_way_before_it_uses_the_first(compiled, a
 def is_reduction(name: str) -> bool:
     """First passes of batch norm: they write a few partial sums a block."""
     return "moments_kernel" in name or "gradient_sums_kernel" in name
-
-
-def converts(name: str) -> bool:
-    """fold_bn between widths: a vector is 128 bits on one side only."""
-    return "fold_bn_kernelIf" in name and "fold_bn_kernelIff" not in name

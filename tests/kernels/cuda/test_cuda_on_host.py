@@ -287,20 +287,3 @@ def test_residual_add_passes_nan_and_infinity(gpu: host_gpu.HostGpu, dtype: torc
     for got, low in zip(gpu.add_act_backward(*args), reference.add_act_backward(*args), strict=True):
         assert rule.same_nonfinite(got, low)
         assert torch.equal(got.nan_to_num() == 0, low.nan_to_num() == 0)
-
-
-@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-@pytest.mark.parametrize(
-    "dtype, out", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.float16)]
-)
-def test_fold(gpu: host_gpu.HostGpu, dtype: torch.dtype, out: torch.dtype, layout: torch.memory_format) -> None:
-    for shape in [(5, 3, 7, 7), (64, 8, 3, 3), (9, 64, 1, 1)]:
-        weight = torch.randn(shape, dtype=dtype).to(memory_format=layout)
-        gamma, beta, mean = torch.randn(3, shape[0])
-        var = torch.rand(shape[0]) + 0.1
-        folded, bias = gpu.fold_bn(weight, gamma, beta, mean, var, 1e-3, out)
-        scale = gamma.double() / (var.double() + 1e-3).sqrt()
-        exact = weight.double() * scale.view(-1, 1, 1, 1), beta.double() - mean.double() * scale
-        for got, true in zip((folded, bias), exact, strict=True):
-            assert got.dtype == out
-            assert_rule(got, true.to(out), true)

@@ -121,12 +121,4 @@ int host_gate_backward(const void* dout, const void* out, const void* x, const v
   return add_act_gate_backward({dout, out, x, gate, dx, dy, dgate, partial, images, pixels, channels, DType(dtype),
                                 Act(relu)}, nullptr);
 }
-
-int host_fold(const void* weight, void* folded, void* bias, const void* const* bn, float eps, int bn_dtype,
-              const int64_t* sizes, const int64_t* strides, int weight_dtype, int out_dtype) {
-  AffineArgs a;
-  a.gamma = bn[0], a.beta = bn[1], a.mean = bn[2], a.var = bn[3], a.eps = eps, a.dtype = DType(bn_dtype);
-  return fold_bn({weight, folded, bias, a, sizes[0], sizes[1], sizes[2], sizes[3], strides[0], strides[1], strides[2],
-                  strides[3], DType(weight_dtype), DType(out_dtype)}, nullptr);
-}
 }
