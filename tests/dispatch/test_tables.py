@@ -1,4 +1,4 @@
-"""The files of measured choices: written whole or not at all, by several processes, and never believed when they cannot be used."""
+"""The tables of measured choices: atomic writes, several processes, and unusable files, which are ignored."""
 
 from __future__ import annotations
 

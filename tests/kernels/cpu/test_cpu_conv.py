@@ -1,4 +1,4 @@
-"""The CPU's convolution against float64: sizes, borders, every number of rows and blocks, epilogues, in place, NaN, threads, AVX2's copy."""
+"""The CPU's convolution against float64: sizes, borders, rows and blocks, epilogues, in place, NaN, threads, AVX2."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ DTYPES = pytest.mark.parametrize(
     ],
     ids=["f32", "bf16"],
 )
-# n, c, h, w, k, size, stride, padding. 1×1: one pixel; odd sizes; rows that are copied, for their length, the stride, the padding
-# or an odd number of channels; several blocks of rows read where they are (a block is 512 KB), copied, and copied across images; more
-# panels than threads, fewer rows; several runs of a sum.
+# n, c, h, w, k, size, stride, padding. 1×1: one pixel; odd sizes; rows that are copied, for their length, the stride,
+# the padding or an odd number of channels; several blocks of rows read in place (a block is 512 KB), copied, and copied
+# across images; more panels than threads, fewer rows; several runs of a sum.
 POINTWISE = [
     (1, 16, 1, 1, 32, 1, 1, 0),
     (1, 64, 7, 7, 64, 1, 1, 0),
@@ -54,8 +54,8 @@ POINTWISE = [
     (2, 19, 4, 5, 32, 1, 1, 0),
     (1, 1, 5, 4, 32, 1, 1, 0),
 ]
-# Others: stems, of odd rows; one pixel, nothing but borders; every size, stride and padding, also larger than the filters; oblong filters;
-# several runs of a sum; several blocks.
+# Others: stems, of odd rows; one pixel, nothing but borders; every size, stride and padding, also larger than the
+# filters; oblong filters; several runs of a sum; several blocks.
 WIDER = [
     (1, 3, 33, 47, 64, 7, 2, 3),
     (3, 3, 47, 33, 32, 7, 2, 3),
@@ -201,7 +201,7 @@ def test_nan_and_infinity_as_eager(dtype: torch.dtype) -> None:
 )
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_a_copy_brings_too_much_leaks_nowhere(shape: tuple, dtype: torch.dtype, value: float) -> None:
-    """One pixel after the other is not finite, at the borders, within, the tensor's last: exactly the outputs that see it are not."""
+    """A pixel that is not finite, at a border, inside or the last: exactly the outputs that read it are not finite."""
     x, weight, bias, _ = inputs(*shape, dtype)
     n, _, h, w = x.shape
     for row, column in {(i, j) for i in (0, 1, h // 2, h - 1) for j in (0, 1, w // 2, w - 2, w - 1)}:
@@ -320,14 +320,14 @@ def test_weight_that_does_not_fit_is_refused(shape: tuple[int, ...]) -> None:
         ops.conv_filters(torch.zeros(shape))
 
 
-# ---------------------------------------------------------------- the copies that no op chooses on a processor with AVX-512 BF16
+# ---------------------------------------------------------------- copies that no op chooses on a CPU with AVX-512 BF16
 
 DRIVER = """
 #include SOURCE
-extern "C" void run(const float* x, const float* filters, const float* bias, const float* residual, float* out, const int64_t* size,
-                    bool relu, int64_t first, int64_t last, int64_t k0, int64_t k1) {
-  const resnet_fast::cpu::ConvArgs args{x, filters, bias, residual, out, size[0], size[1], size[2], size[3], size[4], size[5], size[6], size[7],
-                                        size[8], size[9], size[10], false, relu};
+extern "C" void run(const float* x, const float* filters, const float* bias, const float* residual, float* out,
+                    const int64_t* size, bool relu, int64_t first, int64_t last, int64_t k0, int64_t k1) {
+  const resnet_fast::cpu::ConvArgs args{x, filters, bias, residual, out, size[0], size[1], size[2], size[3], size[4],
+                                        size[5], size[6], size[7], size[8], size[9], size[10], false, relu};
   float* scratch = new float[resnet_fast::cpu::conv_scratch(args, last - first)];
   resnet_fast::cpu::COPY.conv(args, first, last, k0, k1, scratch);
   delete[] scratch;

@@ -1,4 +1,4 @@
-"""What csrc/cpu concludes about the machine, on machines that are not here: its headers, compiled for the host and asked."""
+"""What csrc/cpu concludes about other machines than this one: its headers, compiled for the host."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_this_processor_is_what_the_system_says_of_it(host, monkeypatch) -> None
 
 # ---------------------------------------------------------------- blocks for threads
 
-# Rows at batch 1, panels of AVX-512, rows that the cache holds: ResNet-50's convolutions, of Winograd's tiles the last four.
+# Rows at batch 1, panels of AVX-512, rows that the cache holds: ResNet-50's convolutions; the last four are Winograd's.
 LAYERS = [
     (12544, 2, 891),
     (3136, 2, 2048),
@@ -194,7 +194,7 @@ def test_one_and_two_threads_share_as_they_did_when_they_were_measured(host, bat
     ],
 )
 def test_many_threads_have_about_equal_shares(host, batch: int, threads: int, least: float) -> None:
-    """By the model of a block's work, layer by layer; of the last two of Winograd's at batch 1 there is not enough to go around."""
+    """By the model of a block's work, layer by layer; Winograd's last two at batch 1 have too little work to share."""
     for rows, panels, most in LAYERS[:-2] if batch == 1 else LAYERS:
         rows *= batch
         balance = (

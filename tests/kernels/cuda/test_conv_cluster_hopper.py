@@ -1,4 +1,4 @@
-"""conv_cluster_hopper, convolutions of few pixels whose depth a cluster of blocks shares, run on the CPU thread by thread."""
+"""conv_cluster_hopper: convolutions of few pixels; a cluster of blocks shares the depth. Emulated on the CPU."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def problem(n, c, h, w, k, r=3, stride=1, dtype=torch.float16, act="relu", **mor
     )
 
 
-# One pixel and several tiles of them; tails in pixels, channels and filters; depths of one slice, of fewer slices than a cluster
-# has blocks and of more than fit in flight; strides, dilation, filters that are no square, padding that is no half of them.
+# One pixel and several tiles of them; tails in pixels, channels and filters; depths of one slice, of fewer slices than
+# a cluster has blocks and of more than fit in flight; strides, dilation, oblong filters, odd padding.
 PROBLEMS = [
     problem(1, 8, 1, 1, 8, 1),
     problem(1, 64, 7, 7, 64),
@@ -86,7 +86,7 @@ def test_numerics(gpu: host_gpu.HostGpu, dtype: torch.dtype, processors: int) ->
     ids=["3×3", "1×1", "one tile"],
 )
 def test_never_depends_on_the_order_of_threads(gpu: host_gpu.HostGpu, one: Problem) -> None:
-    """A missing barrier of the block or the cluster, or a slot filled or read too soon, lets it show; sums are added in one order."""
+    """A missing barrier of block or cluster, or a slot used too soon, would show; sums are added in one order."""
     args = make_args(one)
     results = []
     for seed in range(8):

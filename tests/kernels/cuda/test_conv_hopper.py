@@ -1,4 +1,4 @@
-"""conv_hopper, the 3×3 convolution for Hopper that loads its halo once, run on the CPU; test_csrc_host checks its geometry."""
+"""conv_hopper, the 3×3 convolution for Hopper that loads its halo once. Emulated on the CPU."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def problem(n, c, h, w, k, dtype=torch.float16, act="relu", stride=1, **more) ->
     )
 
 
-# Each width of products, with 64 filters and with 128; batches, rows, channels and filters with tails and without; several
-# slices of channels, several tiles of filters; images of one pixel, one row, one column, and up to the widest row.
+# Each width of products, with 64 filters and with 128; batches, rows, channels and filters with tails and without;
+# several slices of channels, several tiles of filters; images of one pixel, one row, one column, and the widest row.
 PROBLEMS = [
     problem(1, 8, 1, 1, 8),
     problem(3, 16, 1, 9, 24, act="none"),
@@ -98,7 +98,7 @@ def test_numerics(gpu: host_gpu.HostGpu, dtype: torch.dtype, processors: int) ->
     ids=["128 filters", "64 filters", "64 filters that stay", "128 filters, stride 2", "64 filters, stride 2"],
 )
 def test_never_depends_on_the_order_of_threads(gpu: host_gpu.HostGpu, one: Problem) -> None:
-    """A missing barrier, wait or fence lets it show: early copies if a slot is refilled, late ones if it is read, too soon."""
+    """A missing barrier, wait or fence would show: early copies if a slot is refilled, late ones if read, too soon."""
     args = make_args(one)
     results = []
     for seed in range(9):
@@ -112,7 +112,7 @@ def test_never_depends_on_the_order_of_threads(gpu: host_gpu.HostGpu, one: Probl
 @pytest.mark.parametrize("k, stride", [(64, 1), (72, 1), (64, 2), (72, 2)])
 @DTYPES
 def test_passes_nan_and_infinity(gpu: host_gpu.HostGpu, dtype: torch.dtype, k: int, stride: int) -> None:
-    """NaN survives the ReLU, and neither spreads beyond its 3×3 neighbours: not over a row's end, not into another image."""
+    """NaN survives the ReLU; neither spreads beyond its 3×3 neighbours, over a row's end, or into another image."""
     x = torch.randn(5, 24, 7, 7, dtype=dtype).to(memory_format=torch.channels_last)
     weight = (torch.randn(k, 24, 3, 3, dtype=dtype) / 10).to(memory_format=torch.channels_last)
     x[0, 1, 0, 0], x[1, 3, 6, 6], x[2, 5, 3, 6], x[3, 7, 0, 3] = (float(v) for v in ("nan", "inf", "-inf", "nan"))

@@ -1,4 +1,4 @@
-"""conv_tail_hopper, a bottleneck's tail and the next one's first convolution for Hopper, run on the CPU thread by thread."""
+"""conv_tail_hopper: a bottleneck's tail and the next one's first convolution for Hopper. Emulated on the CPU."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def problem(n, c, h, w, middle, wide, after, projected=0, dtype=torch.float16) -
     )
 
 
-# The three tails of a ResNet-50's first stage; each group of channels with a tail; one pixel, one row, one column; tiles that
-# the image cuts, and an odd number of them.
+# The three tails of a ResNet-50's first stage; each group of channels with a tail; one pixel, one row, one column;
+# tiles that the image cuts, and an odd number of them.
 PROBLEMS = [
     problem(2, 64, 9, 17, 64, 256, 64),
     problem(1, 64, 24, 8, 64, 256, 128),
@@ -78,7 +78,7 @@ def test_numerics(gpu: host_gpu.HostGpu, dtype: torch.dtype, processors: int) ->
 
 @IDS
 def test_never_depends_on_the_order_of_threads(gpu: host_gpu.HostGpu, one: Problem) -> None:
-    """A missing barrier, wait or fence lets it show: early copies if a slot is refilled, late ones if it is read, too soon."""
+    """A missing barrier, wait or fence would show: early copies if a slot is refilled, late ones if read, too soon."""
     args = make_args(replace(one, x=(2, one.x[1], 16, 24)))
     results = []
     for seed in range(9):
@@ -92,7 +92,7 @@ def test_never_depends_on_the_order_of_threads(gpu: host_gpu.HostGpu, one: Probl
 @pytest.mark.parametrize("projected", [0, 24])
 @DTYPES
 def test_passes_nan_and_infinity(gpu: host_gpu.HostGpu, dtype: torch.dtype, projected: int) -> None:
-    """NaN survives every ReLU, and reaches the pixels and channels that eager's reaches, though all channels have tails."""
+    """NaN survives every ReLU and reaches the same pixels and channels as in eager, though all channels have tails."""
     x, two, bias2, three, bias3, residual, projection, one, bias1 = make_args(
         problem(3, 24, 9, 10, 40, 72, 24, projected, dtype)
     )

@@ -1,5 +1,6 @@
-"""The kernels made for Hopper, run on the CPU thread by thread: tensor copies, barriers and warp-group products are emulated
-from the PTX ISA, and land as late (or as early) as it allows.
+"""The kernels for Hopper, emulated on the CPU thread by thread.
+
+Tensor copies, barriers and warp-group products follow the PTX ISA, and land as late (or as early) as it allows.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ TWO = {"stride": (2, 2)}
 
 
 def problems(dtype: torch.dtype) -> list[Problem]:
-    """Tails in pixels, channels and filters, one slice and many, each of the five tiles, strides; and of the nasty grid what it takes."""
+    """Tails in pixels, channels and filters, one slice and many, each of five tiles, strides; and the nasty grid."""
     several = [
         problem(1, 8, 5, 7, 8, dtype=dtype),
         problem(2, 72, 9, 11, 136, dtype=dtype, residual="nhwc", bn=True),
@@ -115,7 +116,7 @@ def test_pointwise_beyond_two_to_the_31_elements(gpu: host_gpu.HostGpu) -> None:
 @pytest.mark.parametrize("stride", [1, 2])
 @DTYPES
 def test_pointwise_passes_nan_and_infinity(gpu: host_gpu.HostGpu, dtype: torch.dtype, stride: int) -> None:
-    """NaN survives the ReLU, and neither spreads into tails or neighbours, nor from pixels that a stride leaves out, as in eager."""
+    """NaN survives the ReLU; neither spreads into tails or neighbours, or from pixels that a stride leaves out."""
     x = torch.randn(1, 72, 13, 11, dtype=dtype).to(memory_format=torch.channels_last)
     weight = torch.randn(136, 72, 1, 1, dtype=dtype) / 10
     residual = torch.randn(1, 136, -(-13 // stride), -(-11 // stride), dtype=dtype).to(

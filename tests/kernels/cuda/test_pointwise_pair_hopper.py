@@ -1,4 +1,4 @@
-"""pointwise_pair_hopper, two 1×1 convolutions into one sum by TMA and wgmma, run on the CPU; its schedule is pointwise_hopper's."""
+"""pointwise_pair_hopper: two 1×1 convolutions into one sum, scheduled as pointwise_hopper. Emulated on the CPU."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def pair(n, c, h, w, k, c2, stride=(1, 1), odd=(0, 0), dtype=torch.float16) -> P
     )
 
 
-# Each of the five tiles; tails in pixels, in the filters, in the channels of either input; one slice of an input and many.
+# Each of the five tiles; tails in pixels, in filters, in the channels of either input; one slice of an input and many.
 PROBLEMS = [
     pair(1, 8, 5, 7, 8, 8),
     pair(2, 64, 9, 11, 136, 72),
@@ -97,7 +97,7 @@ def test_never_depends_on_order(gpu: host_gpu.HostGpu, each: Problem) -> None:
 
 @DTYPES
 def test_passes_nan_and_infinity(gpu: host_gpu.HostGpu, dtype: torch.dtype) -> None:
-    """NaN survives the ReLU; nothing spreads from one input's slices to the other's, to neighbours, or from pixels that are left out."""
+    """NaN survives the ReLU; nothing spreads to the other input's slices, to neighbours, or from pixels left out."""
     x, weight, x2, weight2, bias, stride = make_args(pair(3, 72, 6, 11, 136, 136, (2, 2), (1, 1), dtype))
     x[0, 1, 2, 2], x[2, 71, 5, 10], x2[0, 135, 4, 0], x2[1, 0, 0, 21] = (
         float(v) for v in ("nan", "inf", "-inf", "nan")
