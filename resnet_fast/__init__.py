@@ -2,7 +2,7 @@
 
 from . import ops
 from .analysis.explain import explain
-from .dispatch.registry import kernel, use
+from .dispatch import kernel, use
 from .live.accelerate import accelerate, accelerated, restore
 from .models.blocks import BasicBlock, Bottleneck
 from .models.checkpoint import load_checkpoint, save_checkpoint

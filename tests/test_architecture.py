@@ -245,16 +245,16 @@ def raises_again(handler: ast.ExceptHandler) -> bool:
 def test_the_cpu_library_that_was_built_runs() -> None:
     """Else all its tests would be skipped, and nothing be red."""
     from resnet_fast.cli.info import build
-    from resnet_fast.kernels import cpu
+    from resnet_fast.kernels import cpu_library
 
     if build().get("cpu") == "built":
-        assert cpu.available() is None or "processor" in cpu.available()
+        assert cpu_library.available() is None or "processor" in cpu_library.available()
 
 
 def test_the_cpu_library_has_the_ops_that_python_asks_for() -> None:
     """Else a good build would count as one of other sources, and every test of it would be skipped."""
-    from resnet_fast.kernels import cpu
+    from resnet_fast.kernels import cpu_library
 
     source = (ROOT.parent / "csrc" / "cpu" / "library.cpp").read_text()
     defined = dict(re.findall(r'm\.def\(\s*"(\w+)(\([^"]*)"\)', source))
-    assert defined == cpu.SCHEMAS
+    assert defined == cpu_library.SCHEMAS

@@ -20,7 +20,7 @@ import torch
 import resnet_fast
 from resnet_fast.cli import info
 from resnet_fast.dispatch import tables
-from resnet_fast.kernels import cpu
+from resnet_fast.kernels import cpu_library
 
 ROOT = Path(__file__).parents[1]
 
@@ -384,9 +384,8 @@ print(json.dumps(sorted(name for name in set(sys.modules) - before)))
 
 
 def test_info_counts_cpu_kernels_that_do_not_run_among_what_is_missing(monkeypatch):
-    monkeypatch.setattr(
-        cpu, "available", lambda: "the CPU kernels are not built (c++ failed: no such intrinsic): pip install"
-    )
+    why = "the CPU kernels are not built (c++ failed: no such intrinsic): pip install"
+    monkeypatch.setattr(cpu_library, "available", lambda: why)
     assert any(
         "oneDNN runs: the CPU kernels are not built (c++ failed: no such intrinsic): pip install" in line
         for line in info.missing()

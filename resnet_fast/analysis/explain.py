@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ..dispatch.registry import record
+from ..dispatch import record
 from ..live.eligibility import why_plain
 from ..models.blocks import BasicBlock, Bottleneck, why_plain_block
 from ..runtime.explanation import Explanation, Line, timed

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import vendor
 from ..kernels.prepack import fold
 from ..runtime.cuda_graph import captured
 
@@ -31,19 +32,13 @@ class Folded:
 
 def onednn(conv: Folded) -> Conv:
     """oneDNN's packed convolution with bias, in-place residual add and ReLU fused; packed for its first input."""
-    stride, padding, dilation, groups = conv.geometry
-    geometry = padding, stride, dilation, groups  # in oneDNN's order
     packed: list[Tensor] = []
-    mkldnn = torch.ops.mkldnn
+    relu = conv.act == "relu"
 
     def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
         if not packed:
-            packed.append(mkldnn._reorder_convolution_weight(conv.weight.contiguous(), *geometry, x.shape))
-        if residual is None:
-            return mkldnn._convolution_pointwise(x, packed[0], conv.bias, *geometry, conv.act, [], "")
-        return mkldnn._convolution_pointwise_.binary(
-            residual, x, packed[0], conv.bias, *geometry, "add", None, conv.act, [], ""
-        )
+            packed.append(vendor.onednn_filters(conv.weight, conv.bias, conv.geometry, x.shape)[0])
+        return vendor.onednn(x, packed[0], conv.bias, residual, conv.geometry, in_place=True, relu=relu)
 
     return run
 
@@ -56,7 +51,7 @@ def cudnn(conv: Folded) -> Conv:
         nonlocal fused
         if fused:
             try:
-                return _cudnn_fused(conv, x, residual)
+                return vendor.cudnn(x, conv.weight, conv.bias, residual, conv.geometry)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:  # of the three channels of a stem, say: one layer is no reason to lose the bar
@@ -66,12 +61,6 @@ def cudnn(conv: Folded) -> Conv:
         return out.relu_() if conv.act == "relu" else out
 
     return run
-
-
-def _cudnn_fused(conv: Folded, x: Tensor, residual: Tensor | None) -> Tensor:
-    if residual is None:
-        return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, *conv.geometry)
-    return torch.cudnn_convolution_add_relu(x, conv.weight, residual, 1.0, conv.bias, *conv.geometry)
 
 
 class FoldedNet:
@@ -120,13 +109,7 @@ def _weights(conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[T
 def graphed(run: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:
     """``run`` as one CUDA graph over a static channels_last input; the copy into it is part of each call."""
     static = example.clone(memory_format=torch.channels_last)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run(static)
-    torch.cuda.current_stream().wait_stream(side)
-    graph, out = captured(lambda: run(static))
+    graph, out = captured(lambda: run(static), warm=3)
 
     def replay(x: Tensor) -> Tensor:
         static.copy_(x)

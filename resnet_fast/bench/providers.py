@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..cli.check import wanted
+from ..dispatch import named, use
 from ..dispatch.problem import ACROSS
-from ..dispatch.registry import use
 from ..live.accelerate import accelerate
 from ..models.family import create_model
 from ..planning.make import plan
@@ -304,7 +303,7 @@ def provider(id: str) -> Provider:
 
 
 def _forced(kernel: str) -> Provider:
-    named = wanted([kernel])  # now, and not when others have been measured for minutes
+    forced = named(kernel)  # now, and not when others have been measured for minutes
 
     def build(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         with use(kernel):
@@ -315,5 +314,5 @@ def _forced(kernel: str) -> Provider:
         f"plan() with {kernel}",
         build,
         ours=True,
-        unavailable=lambda: next(filter(None, (k.available() for k in named)), None),
+        unavailable=lambda: next(filter(None, (k.available() for k in forced)), None),
     )

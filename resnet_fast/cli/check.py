@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-import traceback
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
@@ -48,24 +46,7 @@ def add_parser(commands) -> None:
 
 def wanted(names: list[str] | None) -> list[Kernel]:
     """The kernels that the command line named: all, by id, by family or out of a file. Raises ImportError with what is wrong in a file."""
-    return [k for name in names for k in _named(name)] if names else kernels()
-
-
-def _named(name: str) -> list[Kernel]:
-    try:
-        return named(name)
-    except Exception as error:  # a user's file may raise anything; which line did says more than how it came to be read
-        lines = [
-            frame.lineno
-            for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename == str(Path(name).resolve())
-        ]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-        if line is None:
-            raise
-        raise ImportError(
-            f"kernel file {name}, line {line}: {type(error).__name__}: {getattr(error, 'msg', error)}"
-        ) from error
+    return [k for name in names for k in named(name)] if names else kernels()
 
 
 def problems(kernel: Kernel, dtype: torch.dtype, device: torch.device, model: str | None) -> Iterator[Problem]:

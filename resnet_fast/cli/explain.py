@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..analysis.explain import explain
-from ..dispatch.registry import rejected
+from ..dispatch import rejected
 from ..util.machine import DTYPES, device_or_error
 from .options import add_problem_options
 

@@ -35,15 +35,15 @@ def add_parser(commands) -> None:
 
 def build() -> dict:
     """What setup.py recorded when it built the extensions, or why there are none; and whether the CPU kernels run here."""
-    from ..kernels import cpu
+    from ..kernels import cpu_library
 
     record = Path(__file__).parents[1] / "_build.json"
     recorded = json.loads(record.read_text()) if record.is_file() else {"extension": "not built"}
-    why_not = cpu.available()
+    why_not = cpu_library.available()
     left = (
-        "" if why_not or not cpu.onednn_has_amx() else "; bfloat16 convolutions are left to oneDNN, which has AMX here"
+        "" if why_not or not cpu_library.onednn_has_amx() else "; bfloat16 convolutions are left to oneDNN, which has AMX here"
     )
-    return {**recorded, "cpu kernels": why_not or f"run with {cpu.instructions()}{left}"}
+    return {**recorded, "cpu kernels": why_not or f"run with {cpu_library.instructions()}{left}"}
 
 
 def kernel_rows() -> list[tuple[str, str, str]]:
@@ -55,7 +55,7 @@ def kernel_rows() -> list[tuple[str, str, str]]:
 
 def missing() -> list[str]:
     """One line for each thing that is not here and what would bring it."""
-    from ..kernels import cpu
+    from ..kernels import cpu_library
 
     lines = [
         f"{package}: pip install 'resnet_fast[{extra}]'"
@@ -64,7 +64,7 @@ def missing() -> list[str]:
     ]
     if version("triton") == "none":
         lines.append("triton: comes with torch's CUDA builds on Linux")
-    if (why := cpu.available()) is not None:
+    if (why := cpu_library.available()) is not None:
         lines.append(f"kernels for this processor, without which oneDNN runs: {why}")
     if not torch.cuda.is_available():
         lines.append(

@@ -1,4 +1,4 @@
-"""One call of one op as plain data: the Problem that choosers, tables, tests and reports speak of."""
+"""Problem: one call of one op as plain data. Choosers, tables, tests and reports key on it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,35 @@ import torch
 from torch import Tensor
 
 
+def conv_out_hw(
+    sizes: Sequence[int],
+    weight: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int] = (1, 1),
+) -> tuple[int, int]:
+    """Height and width of a convolution's output.
+
+    ``sizes`` and ``weight`` end in height and width: the shapes of an NCHW input and a KCRS filter, or those two alone.
+    """
+    # Written out: kernels call this before each launch, and a generator costs half a microsecond more.
+    height = (sizes[-2] + 2 * padding[0] - dilation[0] * (weight[-2] - 1) - 1) // stride[0] + 1
+    width = (sizes[-1] + 2 * padding[1] - dilation[1] * (weight[-1] - 1) - 1) // stride[1] + 1
+    return height, width
+
+
 @dataclass(frozen=True)
 class Problem:
-    """One call of one op, described without its data: what a kernel needs to know to decline and what a table is keyed by.
+    """One call of one op without its data: what a kernel needs to accept or decline it, and the key of a table entry.
 
-    ``x`` is the NCHW shape of the main input, ``weight`` the KCRS shape of the filter; ``layout`` is how ``x`` lies in memory: "nhwc",
-    "nchw" or "strided" (neither); ``residual`` is the residual's layout, or None; ``bn`` says that the affine comes as the four BN
-    vectors; ``capability`` is the GPU's, (9, 0) for Hopper, None on a CPU.
+    ``x`` is the NCHW shape of the main input, ``weight`` the KCRS shape of the filter. ``layout`` is the memory layout
+    of ``x``: "nhwc", "nchw" or "strided" (neither); ``residual`` is the residual's layout, or None. ``bn`` says that
+    the affine is given as the four BN vectors. ``capability`` is the GPU's, (9, 0) for Hopper, None on a CPU.
 
-    The ops over several convolutions: ``weight``, ``stride`` and ``padding`` are the first one's, ``chain`` the shapes of the further
-    filters in the order of the arguments, () for one that is not given; ``second`` is height and width of the second input, of which
-    ``stride`` and ``residual``, its layout, speak then; ``bytes`` says that ``x`` is uint8 (``dtype`` is the filter's).
+    Ops over several convolutions: ``weight``, ``stride`` and ``padding`` belong to the first one. ``chain`` holds the
+    shapes of the further filters in argument order, () for a filter that is not given. ``second`` is height and width
+    of the second input; ``stride`` and ``residual`` (its layout) then describe that input. ``bytes`` says that ``x`` is
+    uint8; ``dtype`` is then the filter's.
     """
 
     op: str
@@ -45,20 +63,14 @@ class Problem:
 
     @cached_property
     def out_hw(self) -> tuple[int, int]:
-        """Height and width that the first convolution gives (the input's own, for the pointwise ops)."""
+        """Height and width of the first convolution's output; the input's own for the pointwise ops."""
         if self.weight is None or self.second is not None or self.op == "pointwise_pair":
             return self.x[2], self.x[3]
-        height, width = (
-            (size + 2 * p - d * (k - 1) - 1) // s + 1
-            for size, p, d, k, s in zip(
-                self.x[2:], self.padding, self.dilation, self.weight[2:], self.stride, strict=True
-            )
-        )
-        return height, width
+        return conv_out_hw(self.x, self.weight, self.stride, self.padding, self.dilation)
 
     @property
     def pointwise(self) -> bool:
-        """A 1×1 convolution without padding: a matrix product over pixels."""
+        """Whether this is a 1×1 convolution without padding: a matrix product over pixels."""
         return self.weight is not None and self.weight[2:] == (1, 1) and self.padding == (0, 0)
 
     @cached_property
@@ -74,14 +86,27 @@ class Problem:
                 f"g{self.groups}",
             ]
         parts += ["w" + "x".join(map(str, shape)) if shape else "w-none" for shape in self.chain]
-        parts += [f"second-{self.second[0]}x{self.second[1]}"] if self.second else []
-        parts += [f"res-{self.residual}"] if self.residual else []
+        if self.second:
+            parts.append(f"second-{self.second[0]}x{self.second[1]}")
+        if self.residual:
+            parts.append(f"res-{self.residual}")
         parts += [name for name in ("bn", "gate", "bytes") if getattr(self, name)]
         return " ".join([*parts, self.act])
 
 
+def nhwc_or_why(problem: Problem, *, any_residual: bool = False) -> str | None:
+    """None if the input and the residual, if there is one, are NHWC; else a sentence that names their layouts.
+
+    ``any_residual``: the kernel copies a residual of another layout.
+    """
+    residual_fits = any_residual or problem.residual in (None, "nhwc")
+    if problem.layout == "nhwc" and residual_fits:
+        return None
+    return f"it wants NHWC (channels_last), input and residual are {problem.layout} and {problem.residual}"
+
+
 def layout(x: Tensor) -> str:
-    """How a 4-D tensor lies in memory; what is both (one pixel, one channel) counts as "nhwc", which is what kernels want."""
+    """The memory layout of a 4-D tensor. One pixel or one channel is both; it counts as "nhwc", which kernels want."""
     if x.is_contiguous(memory_format=torch.channels_last):
         return "nhwc"
     return "nchw" if x.is_contiguous() else "strided"
@@ -101,6 +126,10 @@ def _place(x: Tensor) -> dict[str, Any]:
 def describe(op: str, args: tuple[Any, ...]) -> Problem:
     """The Problem of a call, from its flat arguments."""
     return DESCRIBE[op](*args)
+
+
+def _layout_or_none(residual: Tensor | None) -> str | None:
+    return None if residual is None else layout(residual)
 
 
 def _pair(sizes: Sequence[int]) -> tuple[int, int]:
@@ -130,7 +159,7 @@ def _describe_conv(
         padding=_pair(padding),
         dilation=_pair(dilation),
         groups=groups,
-        residual=None if residual is None else layout(residual),
+        residual=_layout_or_none(residual),
         bn=mean is not None,
         act=act,
         **_place(x),
@@ -138,7 +167,7 @@ def _describe_conv(
 
 
 def _describe_bn(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, act: str) -> Problem:
-    return Problem(op="bn_act", residual=None if residual is None else layout(residual), act=act, **_place(x))
+    return Problem(op="bn_act", residual=_layout_or_none(residual), act=act, **_place(x))
 
 
 def _describe_bn_backward(
@@ -181,11 +210,11 @@ def _describe_tail(
     weight1: Tensor,
     bias1: Tensor,
 ) -> Problem:
-    chain = tuple(weight3.shape), () if projection is None else tuple(projection.shape), tuple(weight1.shape)
+    projected = () if projection is None else tuple(projection.shape)
     return Problem(
         op="conv_tail",
         weight=tuple(weight2.shape),
-        chain=chain,
+        chain=(tuple(weight3.shape), projected, tuple(weight1.shape)),
         padding=(1, 1),
         residual=layout(residual),
         act="relu",
@@ -222,10 +251,10 @@ DESCRIBE: dict[str, Callable[..., Problem]] = {
     "pointwise_pool": _describe_pointwise_pool,
 }
 
-# The ops over several convolutions: what only a plan, which knows a value's readers, may put in place of single ones.
+# Ops over several convolutions. Only a plan, which knows who reads each value, may use them in place of single ones.
 ACROSS = ("pointwise_pair", "conv_tail", "conv_pool", "pointwise_pool")
 
-# Which flat argument tells the layer in explain(): the (first) filter, the BN weight, or the input.
+# Position of the flat argument that identifies the layer in explain(): the (first) filter, the BN weight, or the input.
 IDENTITY = {
     "conv_bn_act": 1,
     "bn_act": 1,
@@ -240,21 +269,23 @@ def _strides(t: Tensor | None) -> tuple[int, ...] | None:
     return None if t is None else t.stride()
 
 
-def _whole(op: str) -> Callable[..., tuple[Any, ...]]:
-    """A key of everything there is to know of an op's tensors without their data."""
+def _metadata(a: Any) -> tuple[Any, ...] | None:
+    """All that is known of an argument without its data, hashable."""
+    if isinstance(a, Tensor):
+        return a.shape, a.stride(), a.dtype, a.device
+    return None if a is None else tuple(a)
+
+
+def _full_key(op: str) -> Callable[..., tuple[Any, ...]]:
+    """A key function over the metadata of all arguments of ``op``."""
 
     def key(*args: Any) -> tuple[Any, ...]:
-        return (
-            op,
-            *(
-                (a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else None if a is None else tuple(a)
-                for a in args
-            ),
-        )
+        return (op, *map(_metadata, args))
 
     return key
 
 
+# The memo's keys: one lambda for each op, written out, because the look-up runs before every call of an op.
 KEYS: dict[str, Callable[..., tuple[Any, ...]]] = {
     "conv_bn_act": lambda x, w, scale, shift, res, mean, var, eps, stride, padding, dilation, groups, act: (
         "conv_bn_act",
@@ -335,5 +366,5 @@ KEYS: dict[str, Callable[..., tuple[Any, ...]]] = {
         _strides(gate),
         act,
     ),
-    **{op: _whole(op) for op in ACROSS},
+    **{op: _full_key(op) for op in ACROSS},
 }

@@ -1,9 +1,7 @@
-"""Which kernel runs: a plain-Python chooser from a frozen description of the problem to a registered kernel.
+"""The registry of kernels: registration, look-up by id, family or file, and the memo of past choices.
 
-Order: forced by ``use(...)`` or ``RESNET_FAST_KERNEL``; then the measured table of this GPU model, on a CPU what ``kernels/cpu.py``
-prefers; then ``aten``. Kernels live in families, one module each (``kernels/aten.py``, ``kernels/cpu.py``, ``kernels/native.py``,
-``kernels/triton``, ``kernels/experimental``), imported only when a kernel of theirs is asked for. There is no try/except around a
-kernel: what it raises, the caller sees.
+Kernels live in families, one module each (``kernels/aten.py``, ``kernels/cpu.py``, ``kernels/native.py``,
+``kernels/triton``, ``kernels/experimental``). A family is imported when one of its kernels is first asked for.
 """
 
 from __future__ import annotations
@@ -11,38 +9,64 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
-import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from .problem import IDENTITY, KEYS, Problem, describe
+from .problem import KEYS, Problem
 
 FAMILIES = ("aten", "cpu", "native", "triton", "experimental")
-ENV = "RESNET_FAST_KERNEL"
-FILES = (".py", ".cu")  # what a user's own kernel is written in
-MEMO_LIMIT = 4096
+F = TypeVar("F", bound=Callable[..., Any])
+# Suffixes of a user's kernel file, and the module whose ``load_file`` builds one (None: Python imports it).
+FILES = {".py": None, ".cu": "resnet_fast.kernels.jit"}
 
 
 class NotUsed(RuntimeError):
     """A kernel that was asked for by name cannot run here, or took no problem."""
 
 
+# (folded weight, bias, (stride, padding, dilation, groups), input shape) → packed filters and bias, or None.
+Make = Callable[[Tensor, Tensor, tuple[Any, ...], torch.Size], "tuple[Tensor, Tensor] | None"]
+PackedRun = Callable[
+    [Tensor, Tensor, Tensor, "Tensor | None", torch.Size, tuple[Any, ...], bool, bool],
+    "Tensor | None",
+]
+
+
+@dataclass(frozen=True)
+class Prepacked:
+    """How a convolution runs from filters that were packed beforehand.
+
+    ``make(folded weight, bias, geometry, input shape)`` returns packed filters and a float32 bias, or None for weights
+    that it cannot take. ``run(x, filters, bias, residual, filter size, geometry, relu, in_place)`` returns the output,
+    in the residual's memory if ``in_place`` and the kernel can; None for an input that it cannot take, which ``aten``
+    then computes.
+    """
+
+    make: Make
+    run: PackedRun
+
+
 @dataclass(frozen=True)
 class Kernel:
-    """A registered implementation of one op: ``fn`` has the op's flat signature, ``supports(problem)`` is None or a sentence why not."""
+    """A registered implementation of one op. See :func:`kernel` for the fields."""
 
     id: str
     op: str
-    fn: Callable = field(repr=False)
+    fn: Callable[..., Any] = field(repr=False)
     supports: Callable[[Problem], str | None] = field(repr=False)
     available: Callable[[], str | None] = field(repr=False)
     sources: tuple[str, ...] = field(repr=False, default=())
+    yields: Callable[[Problem, bool], str | None] | None = field(repr=False, default=None)
+    why: str = field(repr=False, default="")
+    prepacked: Prepacked | None = field(repr=False, default=None)
 
     def reason(self, problem: Problem) -> str | None:
         """Why this kernel cannot take this problem here, or None if it can."""
@@ -51,20 +75,8 @@ class Kernel:
         return self.available() or self.supports(problem)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """One selection, as ``record`` and ``explain`` show it; ``tensor`` is the id() of the weight that tells which layer it was."""
-
-    problem: Problem
-    kernel: str
-    why: str
-    tensor: int
-
-
 _registry: dict[str, Kernel] = {}
-_memo: dict[tuple, tuple[Callable, Kernel, str]] = {}
-_forced: list[_Use] = []
-_recorders: list[list[Choice]] = []
+_memo: dict[tuple[Any, ...], tuple[Callable[..., Any], Kernel, str]] = {}  # select.choose_for_call fills it
 _lock = threading.RLock()
 
 
@@ -75,243 +87,145 @@ def kernel(
     supports: Callable[[Problem], str | None],
     available: Callable[[], str | None] = lambda: None,
     sources: tuple[str, ...] = (),
-) -> Callable:
+    yields: Callable[[Problem, bool], str | None] | None = None,
+    why: str = "",
+    prepacked: Prepacked | None = None,
+) -> Callable[[F], F]:
     """Register the decorated function as kernel ``id`` ("family.name") of ``op``.
 
-    ``supports`` and ``available`` answer None or one sentence that says why not; ``sources`` are further files whose text the kernel
-    is made of (a table entry is void once they change); the function's own file always counts.
+    The function has the op's flat signature. ``supports(problem)`` and ``available()`` return None, or one sentence
+    that says why not. ``sources`` are further files that the kernel is made of: a table entry is void once they change;
+    the function's own file always counts.
+
+    On a CPU a kernel with ``yields`` is chosen without being forced: ``yields(problem, live)`` returns None if the
+    kernel goes first, or why it leaves a problem that it could run to the next kernel or to torch; ``live`` says that
+    the weights are a module's own, not a plan's copy. ``why`` is the reason shown when it is chosen. ``prepacked`` runs
+    a convolution from filters that are packed once.
     """
     if op not in KEYS:
         raise ValueError(f"kernel {id!r}: unknown op {op!r}, expected one of {', '.join(KEYS)}")
 
-    def register(fn: Callable) -> Callable:
-        file = getattr(sys.modules.get(fn.__module__), "__file__", None)  # at a prompt there is none
+    def register(fn: F) -> F:
+        file = getattr(sys.modules.get(fn.__module__), "__file__", None)  # None at a prompt
+        files = (file, *sources) if file else sources
         with _lock:
-            _registry[id] = Kernel(id, op, fn, supports, available, (file, *sources) if file else sources)
-            _forget()
+            _registry[id] = Kernel(id, op, fn, supports, available, files, yields, why, prepacked)
+            forget()
         return fn
 
     return register
 
 
-def _forget() -> None:
-    """A new memo, not an emptied one: a choice that another thread is making now goes into the old one."""
+def forget() -> None:
+    """Drop every memoised choice.
+
+    The memo is replaced, not emptied: a choice that another thread is making now goes into the old one.
+    """
     global _memo
-    _memo = {}
+    with _lock:
+        _memo = {}
+
+
+# ---------------------------------------------------------------- look-up
 
 
 def load(family: str) -> None:
-    """Import one family of kernels; it registers itself."""
+    """Import one family of kernels, which registers them."""
     if family == "triton" and importlib.util.find_spec("triton") is None:
         return
     importlib.import_module(f"resnet_fast.kernels.{family}")
 
 
+def registered(op: str | None = None) -> list[Kernel]:
+    """The kernels of the families loaded so far, of one op or of all, in order of registration."""
+    return [k for k in list(_registry.values()) if op in (None, k.op)]
+
+
 def kernels(op: str | None = None) -> list[Kernel]:
-    """Every kernel known here, of one op or of all, ``aten`` first."""
+    """All kernels, of one op or of all, ``aten`` first."""
     for family in FAMILIES:
         load(family)
-    return [k for k in _registry.values() if op in (None, k.op)]
+    return registered(op)
 
 
 def find(id: str, op: str | None = None) -> Kernel:
-    """The kernel of that id (``aten`` has one for each op); raises LookupError with the ids that may have been meant, or all."""
+    """The kernel of that id; ``aten`` with an op is that op's. Raises LookupError with similar ids, or all of them."""
     name = f"{id}.{op}" if id in FAMILIES and op else id
     if name not in _registry and name.split(".")[0] in FAMILIES:
         load(name.split(".")[0])
     if name not in _registry:
-        ids = sorted(k.id for k in kernels())
-        meant = [k for k in ids if k.startswith(f"{id}.")] or difflib.get_close_matches(id, ids, cutoff=0.8)
-        hint = f"did you mean one of these: {', '.join(meant)}?" if meant else f"known: {', '.join(ids)}"
-        raise LookupError(f"kernel {id!r} is unknown; {hint}")
+        raise LookupError(f"kernel {id!r} is unknown; {_hint(id)}")
     return _registry[name]
 
 
+def _hint(id: str) -> str:
+    """The ids that an unknown id may stand for, or all known ids."""
+    ids = sorted(k.id for k in kernels())
+    meant = [k for k in ids if k.startswith(f"{id}.")] or difflib.get_close_matches(id, ids, cutoff=0.8)
+    return f"did you mean one of these: {', '.join(meant)}?" if meant else f"known: {', '.join(ids)}"
+
+
 def named(name: str) -> list[Kernel]:
-    """The kernels that a user names: those of a .py or .cu file, of a family, or the one of that id."""
-    if name.endswith(FILES):
-        return load_file(name)
+    """The kernels that a user names: by id, by family, or by a .py or .cu file.
+
+    Raises ImportError with the line at fault if the user's file raises.
+    """
+    if is_file(name):
+        return _from_user_file(name)
     if name in FAMILIES:
         return [k for k in kernels() if k.id.startswith(f"{name}.")]
     return [find(name)]
 
 
-# ---------------------------------------------------------------- choosing
+# ---------------------------------------------------------------- kernels from a user's file
 
 
-class use:
-    """Context manager: run the named kernels (ids, or a file of one's own) wherever they support the problem; others are chosen as usual.
-
-    Process-wide, because backward runs in other threads. Raises LookupError for an unknown kernel and NotUsed, a RuntimeError, for one
-    that cannot run here; on leaving, NotUsed if one of them claimed no problem. ``strict=True`` raises at the first problem of its op
-    that a named kernel declines.
-    """
-
-    def __init__(self, *ids: str, strict: bool = False) -> None:
-        self._uses = [_Use(k, strict) for id in ids for k in (load_file(id) if id.endswith(FILES) else [find(id)])]
-        for entry in self._uses:
-            reason = entry.kernel.available()
-            if reason:
-                raise NotUsed(f"kernel {entry.kernel.id!r} cannot run here: {reason}")
-
-    def __enter__(self) -> None:
-        with _lock:
-            _forced.extend(self._uses)
-            _forget()
-
-    def __exit__(self, kind, value, trace) -> None:
-        with _lock:
-            for entry in self._uses:
-                _forced.remove(entry)
-            _forget()
-        idle = [entry for entry in self._uses if not entry.claimed]
-        if kind is None and idle:
-            raise NotUsed(
-                "; ".join(
-                    f"kernel {e.kernel.id!r} claimed no problem: {e.declined or 'its op was never called'}"
-                    for e in idle
-                )
-            )
-
-
-class _Use:
-    """One forced kernel: whether it ran, and why it last declined."""
-
-    def __init__(self, kernel: Kernel, strict: bool) -> None:
-        self.kernel, self.strict, self.claimed, self.declined = kernel, strict, False, None
-
-    def claims(self, problem: Problem) -> bool:
-        reason = self.kernel.reason(problem)
-        if reason is None:
-            self.claimed = True
-            return True
-        if problem.op == self.kernel.op:
-            self.declined = reason
-            if self.strict:
-                raise RuntimeError(f"kernel {self.kernel.id!r} declines {problem.key}: {reason}")
-        return False
-
-
-def select(op: str, args: tuple, check: Callable) -> Callable:
-    """The function to call for this op on these arguments, after ``check(*args)`` the first time such a combination is seen."""
-    hit = chosen(op, args, check)
-    if _recorders:
-        choice = Choice(describe(op, args), hit[1].id, hit[2], id(args[IDENTITY[op]]))
-        for recorder in _recorders:
-            recorder.append(choice)
-    return hit[0]
-
-
-def chosen(op: str, args: tuple, check: Callable) -> tuple[Callable, Kernel, str]:
-    """What :func:`select` finds, without being seen: the function, its kernel, and why.
-
-    Memoised on a plain tuple: 0.75 µs against 3.9 for a dataclass look-up.
-    """
-    key = KEYS[op](*args)
-    memo = _memo
-    hit = memo.get(key)
-    if hit is None:
-        check(*args)
-        kernel, why = choose(describe(op, args))
-        hit = _there(kernel.fn, args[0].device), kernel, why
-        with _lock:
-            if len(memo) >= MEMO_LIMIT:  # a service that sees every shape must not grow without end
-                memo.clear()
-            memo[key] = hit
-    return hit
-
-
-def _there(fn: Callable, device: torch.device) -> Callable:
-    """``fn`` with its tensors' GPU as the current one, where there are several: Triton launches on the current one, wherever the tensors lie."""
-    if device.type != "cuda" or torch.cuda.device_count() == 1:
-        return fn
-
-    def there(*args):
-        with torch.cuda.device(device):
-            return fn(*args)
-
-    return there
-
-
-def choose(problem: Problem) -> tuple[Kernel, str]:
-    """The kernel for a problem and the reason in a few words: forced, then measured, then ``aten``."""
-    for entry in reversed(_forced):
-        if entry.claims(problem):
-            return entry.kernel, "forced by use()"
-    for id in filter(None, os.environ.get(ENV, "").split(",")):
-        wanted = find(id.strip(), problem.op)
-        reason = wanted.available()
-        if reason:
-            raise NotUsed(f"kernel {id!r} from {ENV} cannot run here: {reason}")
-        if wanted.reason(problem) is None:
-            return wanted, f"forced by {ENV}"
-    if problem.device == "cuda":
-        from . import tables
-
-        entry = tables.lookup(problem)
-        if entry is not None and find(entry["kernel"]).reason(problem) is None:
-            return find(entry["kernel"]), f"measured: {entry['time_us']:.1f} µs on {tables.gpu_name()}"
-    if problem.device == "cpu" and problem.op in ("conv_bn_act", "bn_act", "bn_act_backward"):
-        from ..kernels import cpu
-
-        preferred = cpu.preferred(problem)
-        if preferred is not None:
-            return find(preferred[0]), preferred[1]
-    return find("aten", problem.op), "default"
-
-
-def rejected(problem: Problem) -> dict[str, str]:
-    """Every other kernel of the op and why it was not chosen for this problem."""
-    chosen, _ = choose(problem)
-    unproved, measured = "no measurement on this GPU: unproved kernels are never chosen by themselves", {}
-    if problem.device == "cpu":
-        from ..kernels import cpu
-
-        unproved = "kernels of one's own are never chosen by themselves"
-        measured = {
-            id: cpu.yields(id, problem) or f"{chosen.id} goes first" for id in (*cpu.FORMS, *cpu.BATCH_NORM.values())
-        }
-    else:
-        from . import tables
-
-        measured = {kernel: tables.tell(record) for kernel, record in tables.records(problem).items()}
-    return {k.id: k.reason(problem) or measured.get(k.id, unproved) for k in kernels(problem.op) if k is not chosen}
-
-
-def undisturbed() -> bool:
-    """Whether nobody forces a kernel or wants to see what is chosen."""
-    return not _forced and not _recorders and ENV not in os.environ
-
-
-@contextmanager
-def record() -> Iterator[list[Choice]]:
-    """Collect every selection made while the context is open, in all threads."""
-    choices: list[Choice] = []
-    with _lock:
-        _recorders.append(choices)
-    try:
-        yield choices
-    finally:
-        with _lock:
-            _recorders.remove(choices)
+def is_file(name: str) -> bool:
+    """Whether a name that a user gives is a kernel file, not an id."""
+    return name.endswith(tuple(FILES))
 
 
 def load_file(path: str | Path) -> list[Kernel]:
-    """Import a Python file that registers kernels, or build a .cu file that is one, and return the kernels it brought."""
+    """Import a Python file that registers kernels, or build a .cu file that is one. Returns its kernels."""
     path = Path(path).resolve()
     if not path.is_file():
         raise FileNotFoundError(f"kernel file {path} does not exist")
-    if path.suffix == ".cu":
-        from ..kernels import jit
+    loader = FILES.get(path.suffix)
+    if loader is not None:
+        kernels: list[Kernel] = importlib.import_module(loader).load_file(path)
+        return kernels
+    return _import_file(path)
 
-        return jit.load_file(path)
+
+def _import_file(path: Path) -> list[Kernel]:
     spec = importlib.util.spec_from_file_location(f"resnet_fast_user_{path.stem}", path)
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise ValueError(f"kernel file {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    brought = [k for k in _registry.values() if k.fn.__module__ == spec.name]  # not what it imported
-    if not brought:
+    found = [k for k in registered() if k.fn.__module__ == spec.name]  # without those of modules that it imports
+    if not found:
         raise ValueError(f"kernel file {path} registered no kernel: decorate a function with @resnet_fast.kernel(...)")
-    return brought
+    return found
+
+
+def _from_user_file(name: str) -> list[Kernel]:
+    """``load_file`` with errors inside the file reported by their line."""
+    try:
+        return load_file(name)
+    except Exception as error:  # a user's file may raise anything; its line says more than our own traceback
+        line = _line_at_fault(error, Path(name).resolve())
+        if line is None:
+            raise
+        message = getattr(error, "msg", error)
+        raise ImportError(f"kernel file {name}, line {line}: {type(error).__name__}: {message}") from error
+
+
+def _line_at_fault(error: Exception, path: Path) -> int | None:
+    """The line of the file that raised, None if the error is not from inside the file."""
+    if isinstance(error, SyntaxError):
+        return error.lineno
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    return lines[-1] if lines else None

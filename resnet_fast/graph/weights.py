@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.prepack import Make, onednn_filters, pack_case
-
 
 class Filter:
     """One convolution's folded weight (NHWC) and bias in the plan's dtype, and its packs: one for each form that kernels want."""
@@ -18,14 +16,6 @@ class Filter:
     def __init__(self, weight: Tensor, bias: Tensor, geometry: tuple) -> None:
         self.weight, self.bias, self.geometry = weight, bias, geometry
         self.packs: dict[tuple, tuple[Tensor, Tensor] | None] = {}
-
-    def packed(self, shape: torch.Size, make: Make = onednn_filters) -> tuple[Tensor, Tensor] | None:
-        """Filters and bias in a kernel's form for such an input; None if it cannot take these weights."""
-        case = pack_case(make, shape)
-        if case not in self.packs:
-            with torch.inference_mode(False), torch.no_grad():
-                self.packs[case] = make(self.weight, self.bias, self.geometry, shape)
-        return self.packs[case]
 
     def same(self, other: Filter) -> bool:
         """Whether another plan's filter may serve here too."""

@@ -1,4 +1,4 @@
-"""Kernels by family: ``aten`` (what torch ships), ``cpu`` (csrc/cpu), ``native`` (csrc/cuda), ``triton``, ``experimental``.
+"""How an op is computed: aten, cpu, native, triton, experimental; each family registers itself.
 
-Each module registers its own.
+``aten`` is what torch ships, ``cpu`` is csrc/cpu, ``native`` is csrc/cuda.
 """

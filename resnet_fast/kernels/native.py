@@ -1,7 +1,7 @@
-"""The C++/CUDA kernels of ``csrc``, as built into ``resnet_fast._C``. The only importer of the extension.
+"""``native``: the C++/CUDA kernels of ``csrc``, as built into ``resnet_fast._C``. The only importer of the extension.
 
-Importing this module loads no library: the extension comes in with the first call, and registers its ops in torch's
-namespace ``resnet_fast_native``. Layout, formula and floor of each kernel stand at the head of its ``csrc/cuda/*.cu``.
+Importing this module loads no library. The extension is loaded by the first call and registers its ops in torch's
+namespace ``resnet_fast_native``. Each ``csrc/cuda/*.cu`` begins with its kernel's formula, layout and floor.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..dispatch.registry import Problem, kernel
-from .aten import nhwc
+from ..dispatch import Problem, kernel, nhwc_or_why
+from .vendor import nhwc
 
 BUILD = "RESNET_FAST_BUILD=cuda pip install --force-reinstall --no-deps -v . (in the source folder)"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-HOPPER = "9.0a"  # the architecture that unlocks wgmma, and runs on compute capability 9.0 only
+HOPPER = "9.0a"  # the architecture that has wgmma; its code runs on compute capability 9.0 only
 RECORD = Path(__file__).parents[1] / "_build.json"
 
-# The record holds the hash of csrc, the compiler and its targets: what the kernels are made of. A wheel has no csrc.
+# The record holds the hash of csrc, the compiler and its targets. A wheel has no csrc.
 SOURCES = (str(RECORD),) if RECORD.is_file() else ()
 
 
 @functools.cache
 def extension() -> ModuleType:
-    """The extension: ``kernels()`` names its kernels, ``attributes(name)`` tells their registers and occupancy."""
+    """The extension: ``kernels()`` names its kernels, ``attributes(name)`` returns their registers and occupancy."""
     from .. import _C  # type: ignore[attr-defined]  # compiled by setup.py
 
     return _C
@@ -43,7 +43,7 @@ def _op(name: str):
 
 
 def available() -> str | None:
-    """Why the extension cannot run here, or None; looks for it without loading it."""
+    """Why the extension cannot run here, or None. Does not load it."""
     if importlib.util.find_spec("resnet_fast._C") is None:
         why = json.loads(RECORD.read_text())["why"] if RECORD.is_file() else "no build record"
         return f"the CUDA extension is not built ({why}): {BUILD}"
@@ -53,17 +53,18 @@ def available() -> str | None:
 
 
 def hopper_available() -> str | None:
-    """Why the kernels made for Hopper cannot run here, or None: a build may lack them."""
+    """Why the kernels for Hopper cannot run here, or None: a build may lack them."""
     why = available()
-    if why is None and RECORD.is_file():
-        archs = json.loads(RECORD.read_text())["archs"]
-        if HOPPER not in archs.replace("+PTX", "").split():
-            why = f"the extension has no code for {HOPPER} (it was built for {archs}): TORCH_CUDA_ARCH_LIST={HOPPER} {BUILD}"
-    return why
+    if why is not None or not RECORD.is_file():
+        return why
+    archs = json.loads(RECORD.read_text())["archs"]
+    if HOPPER in archs.replace("+PTX", "").split():
+        return None
+    return f"the extension has no code for {HOPPER} (it was built for {archs}): TORCH_CUDA_ARCH_LIST={HOPPER} {BUILD}"
 
 
 def declines(problem: Problem) -> str | None:
-    """What no kernel of csrc takes: other devices, other dtypes, chips older than sm_80."""
+    """The devices, dtypes and chips (older than sm_80) that no kernel of csrc takes."""
     if problem.device != "cuda":
         return f"the C++ kernels run on CUDA tensors, not on {problem.device}"
     if problem.dtype not in DTYPES:
@@ -94,10 +95,12 @@ def add_act_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if gate is None:
         return _op("add_act_backward")(dout, out, act == "relu"), dout.new_empty(0), dout.new_empty(0)
-    x = x.contiguous(memory_format=torch.channels_last)  # a Problem does not tell x's layout; its gradient follows dout
+    x = x.contiguous(memory_format=torch.channels_last)  # the Problem has the layout of dout alone
     dx, dy, dgate = _op("add_act_gate_backward")(dout, out, x, gate.contiguous(), act == "relu")
     return dy, dx, dgate
 
+
+# ---------------------------------------------------------------- convolutions
 
 MOST_PIXELS = 2**31 - 129  # rows of the product are 32-bit, and the last tile may reach beyond the last row
 
@@ -105,12 +108,14 @@ MOST_PIXELS = 2**31 - 129  # rows of the product are 32-bit, and the last tile m
 def _conv_supports(problem: Problem) -> str | None:
     if problem.groups != 1:
         return f"it has no grouped form, this convolution has {problem.groups} groups"
-    if problem.layout != "nhwc" or problem.residual not in (None, "nhwc"):
-        return f"it wants NHWC (channels_last), input and residual are {problem.layout} and {problem.residual}"
+    why = nhwc_or_why(problem)
+    if why is not None:
+        return why
     if max(problem.weight[2:]) > 16:
         return "it keeps a filter's rows and columns in 16 bits each, this one is {}×{}".format(*problem.weight[2:])
-    n, c, h, w = problem.x
-    if n * h * w > MOST_PIXELS or n * problem.out_hw[0] * problem.out_hw[1] > MOST_PIXELS:
+    n, _, h, w = problem.x
+    out_h, out_w = problem.out_hw
+    if max(n * h * w, n * out_h * out_w) > MOST_PIXELS:
         return f"it counts pixels in 31 bits, input or output has more than {MOST_PIXELS}"
     return declines(problem)
 
@@ -128,14 +133,14 @@ def conv(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dil
     out = _op("conv")(
         x, _nhwc(weight), scale, shift, residual, mean, var, eps, stride, padding, dilation, act == "relu"
     )
-    return out if nhwc(x) or nhwc(weight) else out.contiguous()
+    return _eager_strides(out, x, weight)
 
 
 @kernel("native.pointwise", op="conv_bn_act", supports=_pointwise_supports, available=available, sources=SOURCES)
 def pointwise(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
     scale, shift, mean, var = _vectors(scale, shift, mean, var)
     out = _op("pointwise")(x, _nhwc(weight), scale, shift, residual, mean, var, eps, stride, act == "relu")
-    return out if nhwc(x) or nhwc(weight) else out.contiguous()
+    return _eager_strides(out, x, weight)
 
 
 def _pointwise_hopper_supports(problem: Problem) -> str | None:
@@ -149,7 +154,7 @@ def _steps_declined(problem: Problem) -> str | None:
 
 
 def hopper_declines(problem: Problem) -> str | None:
-    """What no kernel made for Hopper takes: other chips, float32, pixels that do not start at 16 bytes."""
+    """The chips, dtypes and channels (pixels that do not start at 16 bytes) that no kernel for Hopper takes."""
     if problem.capability != (9, 0):
         return "it is compiled for compute capability 9.0 alone, this GPU has {}.{}".format(*problem.capability)
     if problem.dtype.itemsize != 2:
@@ -172,9 +177,9 @@ def pointwise_hopper(
 ) -> Tensor:
     scale, shift, mean, var = _vectors(scale, shift, mean, var)
     out = _op("pointwise_hopper")(
-        _aligned(x), _aligned(_nhwc(weight)), scale, shift, _aligned(residual), mean, var, eps, stride, act == "relu"
+        _aligned(x), _filter(weight), scale, shift, _aligned(residual), mean, var, eps, stride, act == "relu"
     )
-    return out if nhwc(x) or nhwc(weight) else out.contiguous()
+    return _eager_strides(out, x, weight)
 
 
 def _pair_supports(problem: Problem) -> str | None:
@@ -199,13 +204,16 @@ def pointwise_pair_hopper(
     return _op("pointwise_pair_hopper")(x, weight, x2, weight2, bias.contiguous(), stride2)
 
 
-MOST_OFFSET = 127  # corners of TMA's im2col mode have 8 bits with their sign
+MOST_OFFSET = 127  # the corners of TMA's im2col mode are signed 8-bit numbers
 
 
 def _conv_cluster_supports(problem: Problem) -> str | None:
     reach = [d * (size - 1) for d, size in zip(problem.dilation, problem.weight[2:], strict=True)]
     if max(*reach, *problem.padding) > MOST_OFFSET:
-        return f"TMA's offsets go to {MOST_OFFSET}, the filter reaches {reach[0]}×{reach[1]} pixels with padding {problem.padding}"
+        return (
+            f"TMA's offsets go to {MOST_OFFSET}, the filter reaches {reach[0]}×{reach[1]} pixels with padding "
+            f"{problem.padding}"
+        )
     return _conv_supports(problem) or _steps_declined(problem) or hopper_declines(problem)
 
 
@@ -222,7 +230,7 @@ def conv_cluster_hopper(
     scale, shift, mean, var = _vectors(scale, shift, mean, var)
     out = _op("conv_cluster_hopper")(
         _aligned(x),
-        _aligned(_nhwc(weight)),
+        _filter(weight),
         scale,
         shift,
         _aligned(residual),
@@ -234,17 +242,18 @@ def conv_cluster_hopper(
         dilation,
         act == "relu",
     )
-    return out if nhwc(x) or nhwc(weight) else out.contiguous()
+    return _eager_strides(out, x, weight)
 
 
-WIDEST = (
-    64  # pixels of an output row: two boxes of such rows with their halo fit shared memory beside filters and results
-)
+# Pixels of an output row: two boxes of such rows with their halo fit shared memory beside filters and results.
+WIDEST = 64
 
 
 def _conv_hopper_supports(problem: Problem) -> str | None:
     geometry = problem.weight[2:], problem.stride, problem.padding, problem.dilation
-    if geometry not in (((3, 3), (1, 1), (1, 1), (1, 1)), ((3, 3), (2, 2), (1, 1), (1, 1))):
+    stride_1 = (3, 3), (1, 1), (1, 1), (1, 1)
+    stride_2 = (3, 3), (2, 2), (1, 1), (1, 1)
+    if geometry not in (stride_1, stride_2):
         return (
             "it is for 3×3 filters with stride 1 or 2 and padding and dilation 1, this one is {}×{} with stride {}×{}, "
             "padding {}×{} and dilation {}×{}".format(*chain(*geometry))
@@ -266,32 +275,38 @@ def _conv_hopper_supports(problem: Problem) -> str | None:
 def conv_hopper(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
     scale, shift, mean, var = _vectors(scale, shift, mean, var)
     out = _op("conv_hopper")(
-        _aligned(x), _aligned(_nhwc(weight)), scale, shift, _aligned(residual), mean, var, eps, stride, act == "relu"
+        _aligned(x), _filter(weight), scale, shift, _aligned(residual), mean, var, eps, stride, act == "relu"
     )
-    return out if nhwc(x) or nhwc(weight) else out.contiguous()
+    return _eager_strides(out, x, weight)
 
 
 def _conv_tail_hopper_supports(problem: Problem) -> str | None:
-    if problem.layout != "nhwc" or problem.residual != "nhwc":
-        return f"it wants NHWC (channels_last), input and residual are {problem.layout} and {problem.residual}"
-    why = declines(problem) or hopper_declines(problem)
+    why = nhwc_or_why(problem) or declines(problem) or hopper_declines(problem)
     if why is not None:
         return why
+    for what, channels, most in _tail_channels(problem):
+        if channels > most:
+            return (
+                f"it keeps all filters in shared memory, with up to {most} channels of the {what}, and there are "
+                f"{channels}"
+            )
+        if channels % 8:
+            return f"TMA wants pixels of whole 16 bytes, the {what} has {channels} channels"
+    n, _, h, w = problem.x
+    return f"it counts tiles in 31 bits, and there are {n * h * w} pixels" if n * h * w > MOST_PIXELS // 2 else None
+
+
+def _tail_channels(problem: Problem) -> list[tuple[str, int, int]]:
+    """What has channels in a tail, how many, and how many fit in shared memory."""
     (wide, middle, *_), projection, (after, *_) = problem.chain
     projected = projection[1] if projection else 0
-    for what, channels, most in (
+    return [
         ("input", problem.x[1], 64),
         ("middle", middle, 64),
         ("projected residual", projected, 64),
         ("output", wide, 256),
         ("next convolution", after, 64 if projection else 128),
-    ):
-        if channels > most:
-            return f"it keeps all filters in shared memory, with up to {most} channels of the {what}, and there are {channels}"
-        if channels % 8:
-            return f"TMA wants pixels of whole 16 bytes, the {what} has {channels} channels"
-    n, _, h, w = problem.x
-    return f"it counts tiles in 31 bits, and there are {n * h * w} pixels" if n * h * w > MOST_PIXELS // 2 else None
+    ]
 
 
 @kernel(
@@ -302,32 +317,53 @@ def _conv_tail_hopper_supports(problem: Problem) -> str | None:
     sources=SOURCES,
 )
 def conv_tail_hopper(x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1) -> tuple[Tensor, Tensor]:
-    filters = [w if w is None else _aligned(_nhwc(w)) for w in (weight2, weight3, projection, weight1)]
-    biases = [_aligned(b.contiguous()) for b in (bias2, bias3, bias1)]
+    projection = None if projection is None else _filter(projection)
     return _op("conv_tail_hopper")(
-        _aligned(x), filters[0], biases[0], filters[1], biases[1], _aligned(residual), filters[2], filters[3], biases[2]
+        *(_aligned(x), _filter(weight2), _bias(bias2)),
+        *(_filter(weight3), _bias(bias3), _aligned(residual), projection),
+        *(_filter(weight1), _bias(bias1)),
     )
 
 
+# ---------------------------------------------------------------- arguments as the kernels take them
+
+
 def _aligned(t: Tensor | None) -> Tensor | None:
-    """The tensor where TMA can take it, at a multiple of 16 bytes: itself but for odd slices."""
+    """The tensor at a multiple of 16 bytes, as TMA wants it; a copy only of odd slices."""
     return t if t is None or t.data_ptr() % 16 == 0 else t.clone()
 
 
 def _nhwc(t: Tensor) -> Tensor:
-    """The tensor in channels_last; a copy only of what is not so already: an NCHW filter, a gradient that came so."""
+    """The tensor in channels_last; a copy only if it is not, such as an NCHW filter or gradient."""
     return t.contiguous(memory_format=torch.channels_last)
 
 
+def _filter(weight: Tensor) -> Tensor:
+    return _aligned(_nhwc(weight))
+
+
+def _bias(bias: Tensor) -> Tensor:
+    return _aligned(bias.contiguous())
+
+
 def _vectors(*vectors: Tensor | None) -> list[Tensor | None]:
-    """Per-channel vectors without gaps and in one dtype: themselves in the usual case, float32 copies of mixed ones."""
+    """Per-channel vectors without gaps and in one dtype: usually themselves, float32 copies of mixed ones."""
     mixed = len({v.dtype for v in vectors if v is not None}) > 1
     return [v if v is None else (v.float() if mixed else v).contiguous() for v in vectors]
 
 
+def _eager_strides(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """The NHWC output with the strides that F.conv2d would give."""
+    return out if nhwc(x) or nhwc(weight) else out.contiguous()
+
+
+# ---------------------------------------------------------------- training batch norm
+
+
 def _bn_supports(problem: Problem) -> str | None:
-    if problem.layout != "nhwc" or problem.op == "bn_act" and problem.residual not in (None, "nhwc"):
-        return f"it wants NHWC (channels_last), input and residual are {problem.layout} and {problem.residual}"
+    why = nhwc_or_why(problem, any_residual=problem.op == "bn_act_backward")
+    if why is not None:
+        return why
     return "the batch is empty" if 0 in problem.x else declines(problem)
 
 
@@ -344,14 +380,3 @@ def bn_act_backward(
     dy: Tensor, x: Tensor, y: Tensor, weight: Tensor, mean: Tensor, var: Tensor, eps: float, act: str, residual: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _op("bn_act_backward")(_nhwc(dy), x, _nhwc(y), weight.contiguous(), mean, var, eps, act == "relu", residual)
-
-
-def fold_bn(
-    weight: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, var: Tensor, eps: float, out: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    """Filter times scale, channels_last, and bias β − mean·scale, in one launch; scale is γ/√(var + eps).
-
-    weight [K, C, R, S] on a CUDA device with any strides, float32, float16 or bfloat16; ``out`` another of these only
-    for a float32 weight; the four vectors [K], contiguous, one dtype. Arithmetic in float32.
-    """
-    return _op("fold_bn")(weight, gamma, beta, mean, var, eps, out)

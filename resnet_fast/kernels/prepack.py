@@ -1,8 +1,8 @@
-"""Folding batch norm into the convolution before it, and the packed weights that CPU kernels want, with the guard that keeps them true.
+"""Weight prepacking: folded batch norm, packed filters for CPU kernels, and the check that they are current.
 
-A packed weight is reused only while weight and BN vectors are, byte for byte, those it was made from: an edit through ``.data``
-bumps no version counter, so nothing less would see it (measured on two CPU cores, times eager at batch 1 and 16: checked 1.22 and 2.16,
-unchecked 1.43 and 2.23, refolding each time 0.59 and 2.10).
+A packed filter is reused only while weight and BN vectors are, byte for byte, those that it was made from. An edit
+through ``.data`` bumps no version counter, so nothing less would see it. Measured on two CPU cores, times eager at
+batch 1 and 16: checked 1.22 and 2.16, unchecked 1.43 and 2.23, folded anew each time 0.59 and 2.10.
 """
 
 from __future__ import annotations
@@ -12,17 +12,23 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import starmap
 
 import torch
 from torch import Tensor
 
+from ..dispatch.registry import Make
 from ..ops.reference import affine
+from . import cpu_library
+from .vendor import onednn_filters
 
 _libc = ctypes.CDLL("msvcrt" if os.name == "nt" else None)
 _libc.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+
+# ---------------------------------------------------------------- folding
 
 
 def fold(
@@ -34,63 +40,79 @@ def fold(
     eps: float,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The convolution that equals convolution + affine: (weight·s, t), in the weight's dtype, rounded once, by way of ``out`` (as wide as s).
+    """Weight and bias of the convolution that equals convolution + affine: (weight·s, t), in the weight's dtype.
 
-    A zero scale times an infinite weight would be NaN as in eager; nothing is special-cased.
+    Rounded once; ``out`` is memory for the product in the scale's dtype. A zero scale times an infinite weight is NaN,
+    as in eager; nothing is special-cased.
     """
     s, t = affine(scale, shift, mean, var, eps)
-    return torch.mul(weight.to(s.dtype), s.view(-1, 1, 1, 1), out=out).to(weight.dtype), t.to(weight.dtype)
+    folded = torch.mul(weight.to(s.dtype), s.view(-1, 1, 1, 1), out=out)
+    return folded.to(weight.dtype), t.to(weight.dtype)
 
 
-# (folded weight, bias, (stride, padding, dilation, groups), input shape) → filters in the form that a kernel wants, and the bias; or None.
-Make = Callable[[Tensor, Tensor, tuple, torch.Size], "tuple[Tensor, Tensor] | None"]
+def foldable(scale: Tensor, shift: Tensor, mean: Tensor | None, var: Tensor | None, eps: float) -> bool:
+    """Whether every factor is finite.
+
+    With an infinite one Σ x·(w·∞) is NaN where the products' signs differ; eager's (Σ x·w)·∞ is not.
+    """
+    s, _ = affine(scale, shift, mean, var, eps)
+    return bool(s.isfinite().all())
 
 
-def onednn_filters(weight: Tensor, bias: Tensor, geometry: tuple, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """oneDNN's blocked layout."""
-    stride, padding, dilation, groups = geometry
-    return torch.ops.mkldnn._reorder_convolution_weight(
-        weight.contiguous(), padding, stride, dilation, groups, shape
-    ), bias
+def packable(weight: Tensor, *vectors: Tensor | None) -> bool:
+    """Whether every tensor's bytes are one contiguous run, so that comparing bytes compares tensors."""
+    if not (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)):
+        return False
+    return all(v is None or v.is_contiguous() for v in vectors)
 
 
 def pack_case(make: Make, shape: torch.Size) -> tuple:
-    """What of an input's shape a form of the filters depends on: oneDNN's for batch ≥ 2 is slower than eager at batch 1, and the other way round."""
+    """The part of an input's shape that packed filters depend on.
+
+    oneDNN packs for batch 1 or for more: filters packed for the other are slower than eager.
+    """
     return make, make is onednn_filters and shape[0] > 1
 
 
-class Packed:
-    """What one (weight, BN) was, byte for byte, when it was packed, and its packs: one for each form that kernels want."""
+# ---------------------------------------------------------------- packed filters of live weights
+
+
+class PackedFilter:
+    """A copy of one weight and its BN vectors, and the filters packed from it, one form for each kernel that asks."""
 
     def __init__(self, key: tuple, tensors: tuple[Tensor, ...], eps: float) -> None:
         self._eps = eps
-        # Gone with whichever memory is freed first. Of storages, because a tensor with a weak reference cannot be swapped
-        # (torch.utils.swap_tensors, which modules use under torch.__future__'s flag).
-        forget, storages = _packed.pop, [t.untyped_storage() for t in tensors]
+        # The entry goes with whichever memory is freed first. References are to storages, because a tensor with a weak
+        # reference cannot be swapped (torch.utils.swap_tensors, which modules use under torch.__future__'s flag).
+        forget = _packed.pop
+        storages = [t.untyped_storage() for t in tensors]
         self._memory = [(weakref.ref(s, lambda _: forget(key, None)), s.data_ptr(), s.nbytes()) for s in storages]
         self.snapshot = [t.detach().clone(memory_format=torch.preserve_format) for t in tensors]
-        self.places = torch.tensor(
-            [(t.data_ptr(), s.data_ptr(), t.nbytes) for t, s in zip(tensors, self.snapshot, strict=True)], device="cpu"
-        )
+        pairs = zip(tensors, self.snapshot, strict=True)
+        self.places = torch.tensor([(t.data_ptr(), s.data_ptr(), t.nbytes) for t, s in pairs], device="cpu")
         self.packs: dict[tuple, tuple[Tensor, Tensor] | None] = {}
 
-    def holds(self) -> bool:
-        """Whether the bytes are the same as at packing; for a caller who holds the tensors that are there now."""
+    def is_current(self) -> bool:
+        """Whether the bytes are the same as at packing. The caller must hold the tensors."""
         return same_bytes(self.places)
 
     def memory(self) -> list[torch.UntypedStorage] | None:
-        """For a caller who has no tensors, to hold while he compares: what they lie in, or None if it was freed, moved or resized since."""
-        storages = [ref() for ref, _, _ in self._memory]
-        lies = all(
-            s is not None and s.data_ptr() == start and s.nbytes() == size
-            for s, (_, start, size) in zip(storages, self._memory, strict=True)
-        )
-        return storages if lies else None
+        """The storages of the tensors, for a caller without the tensors to hold while comparing.
+
+        None if one was freed, moved or resized.
+        """
+        storages = []
+        for ref, start, size in self._memory:
+            storage = ref()
+            if storage is None or storage.data_ptr() != start or storage.nbytes() != size:
+                return None
+            storages.append(storage)
+        return storages
 
     def pack(
         self, shape: torch.Size, stride, padding, dilation, groups: int, make: Make
     ) -> tuple[Tensor, Tensor] | None:
-        """The folded weight in the form that ``make`` gives it, and the bias; None if unfoldable, or if it has no such form."""
+        """The folded filters as ``make`` packs them, and the bias; None if they cannot be folded or packed."""
         geometry = tuple(stride), tuple(padding), tuple(dilation), groups
         case = pack_case(make, shape), geometry
         if case not in self.packs:
@@ -99,66 +121,23 @@ class Packed:
         return self.packs[case]
 
 
-def all_places(entries: Iterable[Packed]) -> Tensor:
-    """What ``same_bytes`` takes, of all of them."""
-    return torch.cat([torch.empty(0, 3, dtype=torch.int64, device="cpu"), *(entry.places for entry in entries)])
+def _pack(
+    snapshot: list[Tensor], eps: float, geometry: tuple, shape: torch.Size, make: Make
+) -> tuple[Tensor, Tensor] | None:
+    """Fold and pack from the snapshot, never from the live tensors.
 
-
-def same_bytes(places: Tensor) -> bool:
-    """Whether the bytes at two addresses are the same, for each row (address, address, bytes); by all threads where the CPU kernels are."""
-    from . import cpu  # which stands on this file
-
-    if cpu.available() is None:
-        return torch.ops.resnet_fast_cpu.same_bytes.default(places)
-    return not any(starmap(_libc.memcmp, places.tolist()))
-
-
-_packed: dict[tuple, Packed] = {}
-
-
-class Pass(threading.local):
-    """One thread's pass through a network into which nobody looks: what its last pass used is compared in one go, before.
-
-    Between convolutions the comparison streams twice the weights through the cache that holds the activations.
+    An edit in another thread after the comparison, taken back later (a moving average swapped in and out), would
+    otherwise stay in the pack.
     """
-
-    def __init__(self) -> None:
-        self.proved: set[tuple] | None = None  # what was compared in this pass; None outside of one
-        self.met: set[tuple] = set()  # what it used
-        self.largest = 0  # bytes of its largest activation
-        self._scratch: mmap.mmap | None = None
-
-    @contextmanager
-    def over(self, last: Iterable[tuple]) -> Iterator[None]:
-        """Compare what the last pass proved; inside, nothing is compared twice."""
-        self.proved = _holding(last)
-        self.met, self.largest = set(), 0
-        try:
-            yield
-        finally:
-            self.proved = self._scratch = None
-
-    def outside_the_heap(self, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Memory of that form, for the moment, which goes back to the system after the pass: in the heap each fold would leave a hole
-        among the packs, of a ResNet-50 30 to 57 MB in all.
-        """
-        size, memory = like.numel() * dtype.itemsize, self._scratch
-        if memory is None or len(memory) < size:
-            memory = mmap.mmap(-1, size)
-            self._scratch = None if self.proved is None else memory
-        return torch.frombuffer(memory, dtype=dtype, count=like.numel()).as_strided(like.shape, like.stride())
+    weight, scale, shift, mean, var = snapshot if len(snapshot) == 5 else (*snapshot, None, None)
+    if not foldable(scale, shift, mean, var, eps):
+        return None
+    scratch = this_pass.outside_the_heap(weight, torch.promote_types(scale.dtype, torch.float32))
+    folded, bias = fold(weight, scale, shift, mean, var, eps, scratch)
+    return make(folded, bias, geometry, shape)
 
 
-running = Pass()
-
-
-def _holding(keys: Iterable[tuple]) -> set[tuple]:
-    """Those of which memory and bytes are the same as at packing: all in one comparison, one by one only where that finds an edit."""
-    known = [(key, entry) for key in keys if (entry := _packed.get(key)) is not None]
-    held = [(key, entry, memory) for key, entry in known if (memory := entry.memory()) is not None]
-    if same_bytes(all_places(entry for _, entry, _ in held)):
-        return {key for key, _, _ in held}
-    return {key for key, entry, _ in held if entry.holds()}
+_packed: dict[tuple, PackedFilter] = {}
 
 
 def packed(
@@ -175,49 +154,101 @@ def packed(
     groups: int,
     make: Make = onednn_filters,
 ) -> tuple[Tensor, Tensor] | None:
-    """The folded weight in a kernel's form and the bias, made now or proved to be still true; None if it has no such form."""
-    if running.proved is not None:
-        running.largest = max(
-            running.largest, x.nbytes, x.nbytes // x.shape[1] * weight.shape[0] // (stride[0] * stride[1])
-        )
-    return proved(weight, scale, shift, mean, var, eps).pack(x.shape, stride, padding, dilation, groups, make)
+    """The folded filters as ``make`` packs them, and the bias; packed now or checked to be current. None if it cannot.
+
+    Notes the largest activation of a :class:`Pass`.
+    """
+    if this_pass.packs_verified is not None:
+        output = x.nbytes // x.shape[1] * weight.shape[0] // (stride[0] * stride[1])
+        this_pass.largest = max(this_pass.largest, x.nbytes, output)
+    current = current_pack(weight, scale, shift, mean, var, eps)
+    return current.pack(x.shape, stride, padding, dilation, groups, make)
 
 
-def proved(weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor | None, var: Tensor | None, eps: float) -> Packed:
-    """What these tensors were packed from, made now or found to be the same still, in a pass once for all."""
+def current_pack(
+    weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor | None, var: Tensor | None, eps: float
+) -> PackedFilter:
+    """The packs of these tensors, made now or found to be current. Within a :class:`Pass` each is compared once."""
     tensors = (weight, scale, shift) if mean is None else (weight, scale, shift, mean, var)
     key = (eps, weight.shape, weight.stride(), *[t.dtype for t in tensors], *[t.data_ptr() for t in tensors])
-    entry, seen = _packed.get(key), running.proved
-    if entry is None or not (seen is not None and key in seen or entry.holds()):
+    entry, verified = _packed.get(key), this_pass.packs_verified
+    if entry is None or not (verified is not None and key in verified or entry.is_current()):
         with torch.inference_mode(False), torch.no_grad():
-            entry = _packed[key] = Packed(key, tensors, eps)
-    if seen is not None:
-        seen.add(key)
-        running.met.add(key)
+            entry = _packed[key] = PackedFilter(key, tensors, eps)
+    if verified is not None:
+        verified.add(key)
+        this_pass.packs_used.add(key)
     return entry
 
 
-def _pack(
-    snapshot: tuple[Tensor, ...], eps: float, geometry: tuple, shape: torch.Size, make: Make
-) -> tuple[Tensor, Tensor] | None:
-    """From the snapshot, never from the live tensors: an edit in another thread after the comparison, taken back later
-    (a moving average swapped in and out), would stay in the pack for good.
+# ---------------------------------------------------------------- comparing bytes
+
+
+def all_places(entries: Iterable[PackedFilter]) -> Tensor:
+    """The rows of all entries, as ``same_bytes`` takes them."""
+    none = torch.empty(0, 3, dtype=torch.int64, device="cpu")
+    return torch.cat([none, *(entry.places for entry in entries)])
+
+
+def same_bytes(places: Tensor) -> bool:
+    """Whether the bytes at two addresses are the same, for each row (address, address, bytes).
+
+    The CPU kernels' library compares in all threads.
     """
-    vectors = snapshot[1:] if len(snapshot) == 5 else (*snapshot[1:], None, None)
-    if not foldable(*vectors, eps):
-        return None
-    scratch = running.outside_the_heap(snapshot[0], torch.promote_types(snapshot[1].dtype, torch.float32))
-    folded, bias = fold(snapshot[0], *vectors, eps, scratch)
-    return make(folded, bias, geometry, shape)
+    if cpu_library.available() is None:
+        return torch.ops.resnet_fast_cpu.same_bytes.default(places)
+    return not any(starmap(_libc.memcmp, places.tolist()))
 
 
-def foldable(scale: Tensor, shift: Tensor, mean: Tensor | None, var: Tensor | None, eps: float) -> bool:
-    """Whether every factor is finite: Σ x·(w·∞) is NaN wherever the products' signs differ, (Σ x·w)·∞ as in eager is not."""
-    return bool(affine(scale, shift, mean, var, eps)[0].isfinite().all())
+def _still_current(keys: Iterable[tuple]) -> set[tuple]:
+    """The keys with memory and bytes as at packing. One comparison for all; one each only if that finds an edit."""
+    known = [(key, _packed.get(key)) for key in keys]
+    held = []  # with the storages, so that none is freed during the comparison
+    for key, entry in known:
+        memory = None if entry is None else entry.memory()
+        if memory is not None:
+            held.append((key, entry, memory))
+    if same_bytes(all_places(entry for _, entry, _ in held)):
+        return {key for key, _, _ in held}
+    return {key for key, entry, _ in held if entry.is_current()}
 
 
-def packable(weight: Tensor, *vectors: Tensor | None) -> bool:
-    """Whether the bytes of every tensor lie in one run, so that comparing the bytes is comparing the tensor."""
-    return (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)) and all(
-        v is None or v.is_contiguous() for v in vectors
-    )
+# ---------------------------------------------------------------- one pass through a network
+
+
+class Pass(threading.local):
+    """One thread's pass through a network that nothing observes. The packs of its last pass are compared at its start.
+
+    Between convolutions the comparison would stream twice the weights through the cache that holds the activations.
+    """
+
+    def __init__(self) -> None:
+        self.packs_verified: set[tuple] | None = None  # keys compared in this pass; None outside of a pass
+        self.packs_used: set[tuple] = set()
+        self.largest = 0  # bytes of the largest activation
+        self._scratch: mmap.mmap | None = None
+
+    @contextmanager
+    def over(self, last: Iterable[tuple]) -> Iterator[None]:
+        """Compare the packs that the last pass used; inside, none is compared twice."""
+        self.packs_verified = _still_current(last)
+        self.packs_used = set()
+        self.largest = 0
+        try:
+            yield
+        finally:
+            self.packs_verified = self._scratch = None
+
+    def outside_the_heap(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Scratch memory like that tensor, returned to the system after the pass.
+
+        In the heap each fold would leave a hole among the packs, 30 to 57 MB in all for a ResNet-50.
+        """
+        size, memory = like.numel() * dtype.itemsize, self._scratch
+        if memory is None or len(memory) < size:
+            memory = mmap.mmap(-1, size)
+            self._scratch = None if self.packs_verified is None else memory
+        return torch.frombuffer(memory, dtype=dtype, count=like.numel()).as_strided(like.shape, like.stride())
+
+
+this_pass = Pass()

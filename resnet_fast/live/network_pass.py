@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dispatch.registry import undisturbed
-from ..kernels.prepack import running
+from ..dispatch import undisturbed
+from ..kernels.prepack import this_pass
 from ..runtime.pieces import pieces
 
 
@@ -57,7 +57,7 @@ def at_once(
     if (
         owner.training
         or torch.is_grad_enabled()
-        or running.proved is not None
+        or this_pass.packs_verified is not None
         or x.device.type != "cpu"
         or x.dim() != 4
         or x.numel() == 0
@@ -73,14 +73,14 @@ def at_once(
     inside = look(owner)
     if inside is None:
         return forward(x)
-    with running.over(state.used):
-        if kept is None and state.settled and running.proved == state.used and state.unfit != tuple(inside):
+    with this_pass.over(state.used):
+        if kept is None and state.settled and this_pass.packs_verified == state.used and state.unfit != tuple(inside):
             out = _keep(state, owner, x, inside)
             if out is not None:
                 return out
         out = forward(x)
-        state.settled = bool(state.used) and state.used == running.met
-        state.used, state.growth = running.met, running.largest / x.nbytes
+        state.settled = bool(state.used) and state.used == this_pass.packs_used
+        state.used, state.growth = this_pass.packs_used, this_pass.largest / x.nbytes
     return out
 
 

@@ -13,8 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..dispatch.problem import Problem, describe
-from ..dispatch.registry import choose
+from ..dispatch import choose, describe
 from ..graph.facts import is_norm, touched
 from ..graph.functional import as_function, attribute, attributes
 from ..graph.fuse import schedule
@@ -23,10 +22,8 @@ from ..graph.liveness import imagewise
 from ..graph.network import Lowered, refused
 from ..graph.trace import Untraceable
 from ..kernels import prepack
-from ..kernels.aten import onednn_takes
-from ..kernels.cpu import FORMS
-from ..kernels.prepack import onednn_filters
-from ..runtime.bind import Run, Values, bind, bind_form, bind_onednn
+from ..kernels.vendor import onednn_takes
+from ..runtime.bind import Bound, ConvCall, Values, bind, bind_conv
 from ..runtime.program import Program
 from .guards import Made
 from .unit_program import output_shape
@@ -105,7 +102,7 @@ class Kept:
 
     def _bind(
         self, lowered: Lowered, step: Step, values: Values, writable: set[str], graph: bool
-    ) -> tuple[Run, str, str, Problem | None]:
+    ) -> Bound:
         if step.op != "conv_bn_act":
             return bind(lowered, step, values, writable, graph)
         conv, entry = self._filters[step.output]
@@ -120,35 +117,16 @@ class Kept:
         problem = describe(
             "conv_bn_act", (x, conv.weight, *vectors[:2], residual, *vectors[2:], 0.0, *geometry, step.act)
         )
-        chosen, why = choose(problem)
-        form, plain = FORMS.get(chosen.id), partial(entry.pack, x.shape, *geometry, onednn_filters)
-        packs = entry.pack(x.shape, *geometry, form.make) if form else None
-        in_place = residual is not None and step.residual.name in writable
-        if packs is not None:
-
-            def otherwise() -> Run:
-                return bind_onednn(step, *plain(), geometry, False)
-
-            return (
-                bind_form(step, form, packs, otherwise, conv.weight.shape[2:], geometry, in_place),
-                chosen.id,
-                why,
-                problem,
-            )
-        packs = plain()
-        if packs is None:
-            raise Unfit(f"a factor of {step.target} is not finite")
-        in_place = (
-            in_place and not residual.is_contiguous()
-        )  # one pixel or channel: torch 2.11 cannot fuse the add then
-        return bind_onednn(step, *packs, geometry, in_place), "aten (oneDNN)", why, problem
+        packed = partial(entry.pack, x.shape, *geometry)
+        call = ConvCall.of(step, problem, geometry, None, packed, values, conv.weight, writable)
+        return bind_conv(call, *choose(problem))
 
 
-def _filter(conv: nn.Conv2d, bn: nn.Module) -> tuple[nn.Conv2d, prepack.Packed]:
+def _filter(conv: nn.Conv2d, bn: nn.Module) -> tuple[nn.Conv2d, prepack.PackedFilter]:
     vectors = bn.weight, bn.bias, bn.running_mean, bn.running_var
     if conv.bias is not None or not prepack.packable(conv.weight, *vectors):
         raise Unfit("a convolution has a bias, or weights whose bytes do not lie in one run")
-    return conv, prepack.proved(conv.weight, *vectors, bn.eps)
+    return conv, prepack.current_pack(conv.weight, *vectors, bn.eps)
 
 
 def _leaf(path: str, m: nn.Module) -> bool:

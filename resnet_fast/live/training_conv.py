@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dispatch import registry
-from ..dispatch.problem import Problem, layout
+from ..dispatch import Problem, find, layout, undisturbed
 
 LEAST_PIXELS = 1024  # of all images: fewer do not pay for the transform of the filters
 
@@ -37,7 +36,7 @@ def _wins(x: Tensor, weight: Tensor, conv: nn.Conv2d) -> bool:
         1,
     ) or conv.bias is not None:
         return False
-    return registry.undisturbed() and _chosen(x, x.shape, weight.shape)
+    return undisturbed() and _chosen(x, x.shape, weight.shape)
 
 
 def _chosen(x: Tensor, shape: torch.Size, weight: tuple[int, ...]) -> bool:
@@ -49,25 +48,20 @@ def _chosen(x: Tensor, shape: torch.Size, weight: tuple[int, ...]) -> bool:
     maxsize=1024
 )  # a step asks twice for each convolution; shapes without end must not grow it without end
 def _measured_to_win(dtype: torch.dtype, x: tuple[int, ...], lies: str, weight: tuple[int, ...]) -> bool:
-    from ..kernels import cpu
-
     n, _, h, w = x
     problem = Problem(op="conv_bn_act", device="cpu", dtype=dtype, x=x, layout=lies, weight=weight, padding=(1, 1))
-    return (
-        n * h * w >= LEAST_PIXELS
-        and dtype == torch.float32
-        and cpu.available() is None
-        and cpu.chooses("cpu.winograd", problem)
-    )
+    if n * h * w < LEAST_PIXELS or dtype != torch.float32:
+        return False
+    winograd = find("cpu.winograd")
+    return winograd.reason(problem) is None and winograd.yields(problem, True) is None
 
 
 def _filtered(x: Tensor, weight: Tensor) -> Tensor | None:
     """conv(x, weight), or None for values that the kernel leaves to torch."""
-    from ..kernels import cpu
-
-    made = cpu.winograd_filters(weight, weight.new_zeros(weight.shape[0]), (), x.shape)
+    winograd = find("cpu.winograd").prepacked
+    made = winograd.make(weight, weight.new_zeros(weight.shape[0]), (), x.shape)
     geometry = (1, 1), (1, 1), (1, 1), 1
-    return None if made is None else cpu.run_winograd(x, *made, None, weight.shape[2:], geometry, False, False)
+    return None if made is None else winograd.run(x, *made, None, weight.shape[2:], geometry, False, False)
 
 
 class _Winograd(torch.autograd.Function):

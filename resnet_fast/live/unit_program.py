@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..dispatch import conv_out_hw
 from ..graph.facts import function, touched
 from ..graph.ir import Attribute, Schedule, Step, Value, names, references
 from .eligibility import uses_batch_statistics, why_plain
@@ -186,12 +187,7 @@ def _result_dtype(x: Tensor) -> torch.dtype:
 
 def output_shape(conv: nn.Conv2d, x: Tensor) -> tuple[int, ...]:
     """The shape of ``conv(x)``."""
-    sizes = [
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, p, d, k, s in zip(
-            x.shape[2:], conv.padding, conv.dilation, conv.kernel_size, conv.stride, strict=True
-        )
-    ]
+    sizes = conv_out_hw(x.shape, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
     return (x.shape[0], conv.out_channels, *sizes)
 
 

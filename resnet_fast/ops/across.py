@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dispatch import conv_out_hw
 from . import reference
 from .contract import Pair, check_images, check_like, composite, differentiable, dispatched, pair, require
 from .library import below_autograd, define
@@ -115,7 +116,7 @@ def check_pointwise_pair(
     require(
         x2.dim() == 4 and x2.dtype == x.dtype, op, "x2", f"{x2.dtype} {list(x2.shape)}", f"4-D {x.dtype} (that of x)"
     )
-    strided = x2.shape[0], *((size - 1) // s + 1 for size, s in zip(x2.shape[2:], stride2, strict=True))
+    strided = x2.shape[0], *conv_out_hw(x2.shape, (1, 1), stride2, padding=(0, 0))
     require(
         strided == (x.shape[0], *x.shape[2:]),
         op,

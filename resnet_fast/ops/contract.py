@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..dispatch.registry import select
+from ..dispatch.select import select
 from . import reference
 
 Pair = int | tuple[int, int]

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch.registry import select
+from ..dispatch import conv_out_hw
+from ..dispatch.select import select
 from . import reference
 from .contract import (
     Pair,
@@ -94,10 +95,7 @@ def check_geometry(op: str, x: Tensor, weight: Tensor, groups: int, **geometry: 
         list(weight.shape),
         f"filters, a multiple of groups ({groups})",
     )
-    sizes = [
-        (i + 2 * p - d * (k - 1) - 1) // s + 1
-        for i, k, s, p, d in zip(x.shape[2:], weight.shape[2:], *geometry.values(), strict=True)
-    ]
+    sizes = conv_out_hw(x.shape, weight.shape, **geometry)
     settings = ", ".join(f"{name} {list(numbers)}" for name, numbers in geometry.items())
     require(
         min(sizes) >= 1,

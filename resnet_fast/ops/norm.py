@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..dispatch.registry import chosen, select
+from ..dispatch.select import choose_for_call, select
 from . import reference
 from .contract import (
     check_act,
@@ -45,7 +45,7 @@ def fuses_bn_act(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | Non
     If not, the choice is recorded here, because the op is not called.
     """
     args = (x, weight, bias, residual, eps, act)
-    if not chosen("bn_act", args, check_bn_act)[1].id.startswith("aten."):
+    if not choose_for_call("bn_act", args, check_bn_act)[1].id.startswith("aten."):
         return True
     select("bn_act", args, check_bn_act)
     return False

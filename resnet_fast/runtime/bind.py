@@ -1,175 +1,323 @@
-"""One step bound to a kernel for the shapes that it meets."""
+"""Binding: each step of a lowered network as a callable, for one input shape."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch.problem import Problem
-from ..dispatch.registry import Kernel, choose, describe, find
+from ..dispatch import Kernel, Problem, choose, describe
+from ..dispatch.registry import Make
 from ..graph.facts import function
 from ..graph.ir import Attribute, Group, Step, Value
 from ..graph.network import Lowered
+from ..graph.tree import mapped
 from ..graph.weights import Filter
-from ..kernels.aten import onednn_takes
-from ..kernels.cpu import FORMS, Form
-from ..kernels.cpu import preferred as preferred_on_cpu
-from .members import EXTERNAL, Members, flat
+from ..kernels import vendor
+from ..kernels.prepack import pack_case
+from .members import EXTERNAL, Members, at_least_float32, conv_shape, flat
 
 Values = dict[str, Any]
-
-
 Run = Callable[[Values], Any]
 
 
-Binder = Callable[[Lowered, Step, Values, set[str], bool], tuple[Run, str, str, Problem | None]]
+class Bound(NamedTuple):
+    """A step's callable over the values, its kernel, why that one, and the problem (None for torch's functions)."""
+
+    run: Run
+    kernel: str
+    why: str
+    problem: Problem | None
+
+
+Binder = Callable[[Lowered, Step, Values, set[str], bool], Bound]
 
 
 def _fill(structure: Any, values: Values, tensors: dict[str, Tensor]) -> Any:
     """The structure with values and tensors in place of references."""
-    if isinstance(structure, Value):
-        return values[structure.name]
-    if isinstance(structure, Attribute):
-        return tensors[structure.path]
-    if isinstance(structure, (tuple, list)):
-        return type(structure)(_fill(part, values, tensors) for part in structure)
-    if isinstance(structure, dict):
-        return type(structure)((key, _fill(part, values, tensors)) for key, part in structure.items())
-    if isinstance(structure, slice):
-        return slice(*(_fill(part, values, tensors) for part in (structure.start, structure.stop, structure.step)))
-    return structure
+
+    def leaf(part: Any) -> Any:
+        if isinstance(part, Value):
+            return values[part.name]
+        return tensors[part.path] if isinstance(part, Attribute) else part
+
+    return mapped(structure, leaf)
 
 
-def bind(
-    lowered: Lowered, step: Step, values: Values, writable: set[str], graph: bool
-) -> tuple[Run, str, str, Problem | None]:
-    """(callable over the values, kernel, why it, problem) of a step; ``writable`` are the values whose memory the step may take for its own."""
+def bind(lowered: Lowered, step: Step, values: Values, writable: set[str], graph: bool) -> Bound:
+    """Bind one step for the values that it will read.
+
+    ``writable``: the values with memory that the step may overwrite. ``graph``: the step will run in a CUDA graph.
+    """
     if isinstance(step, Group):
         return _bind_group(lowered, step, values, writable, graph)
     if step.op == "conv_bn_act":
         return _bind_conv(lowered.filters[step.output], step, values, writable, graph)
     if step.op == "add_act":
-        return _bind_add(step), "torch", "add and activation", None
-    call = lowered.modules[step.target] if step.op == "module" else function(step.target)
+        return Bound(_bind_add(step), "torch", "add and activation", None)
+    is_module = step.op == "module"
+    call = lowered.modules[step.target] if is_module else function(step.target)
 
     def run(v: Values) -> Any:
         return call(*_fill(step.args, v, lowered.tensors), **_fill(step.kwargs, v, lowered.tensors))
 
-    return run, "torch", "a module that is no data" if step.op == "module" else "a function of torch's", None
+    return Bound(run, "torch", "a module that is no data" if is_module else "a function of torch's", None)
 
 
-def _bind_conv(
-    f: Filter, step: Step, values: Values, writable: set[str], graph: bool
-) -> tuple[Run, str, str, Problem | None]:
-    x = values[step.args[0].name]
-    wanted = f.weight.shape[1] * f.geometry[3]
-    if x.dim() != 4 or x.shape[1] != wanted or min(_conv_shape(f, x)[2:]) < 1:
-        raise ValueError(
-            f"plan: step {step.output} ({step.target}) does not fit this input: got {list(x.shape)}, expected "
-            f"{wanted} channels and at least one output pixel for filters of {list(f.weight.shape)}"
-        )
-    residual = None if step.residual is None else values[step.residual.name]
-    if residual is not None and (residual.dtype != x.dtype or tuple(residual.shape) != _conv_shape(f, x)):
-        return _bind_torch(f, step, False, torch.add), "torch", "the residual broadcasts or promotes", None
-    shift = f.bias.to(torch.promote_types(f.bias.dtype, torch.float32))
-    affine = (torch.ones_like(shift), shift)
-    problem = describe("conv_bn_act", (x, f.weight, *affine, residual, None, None, 0.0, *f.geometry, step.act))
-    chosen, why = _choose(problem, graph)
-    in_place = residual is not None and step.residual.name in writable
-    if chosen.id == "aten.cudnn_fused":
-        return _bind_cudnn(f, step), chosen.id, why, problem
-    form = FORMS.get(chosen.id)
-    packs = f.packed(x.shape, form.make) if form else None
-    if packs is not None:
-        plain = partial(_bind_plain, f, step, onednn_takes(x, f.weight), x.shape)
-        return bind_form(step, form, packs, plain, f.weight.shape[2:], f.geometry, in_place), chosen.id, why, problem
-    if form is not None:
-        why = f"{chosen.id} cannot take these weights: not finite, or too large"
-    elif chosen.id != "aten.conv_bn_act":
-        return _bind_kernel(chosen, f, affine, step), chosen.id, why, problem
-    if onednn_takes(x, f.weight):
-        # One pixel or one channel is NCHW and NHWC at once: torch 2.11 cannot fuse the add then.
-        in_place = in_place and not residual.is_contiguous()
-        return bind_onednn(step, *f.packed(x.shape), f.geometry, in_place), "aten (oneDNN)", why, problem
-    return _bind_torch(f, step, in_place), "aten", why, problem
-
-
-def _bind_group(
-    lowered: Lowered, step: Group, values: Values, writable: set[str], graph: bool
-) -> tuple[Run, str, str, Problem | None]:
-    """The op's kernel if one is forced or was measured to win; else the members one by one, each by its own choice."""
+def _bind_group(lowered: Lowered, step: Group, values: Values, writable: set[str], graph: bool) -> Bound:
+    """The group op's kernel, if one is forced or was measured to win; else the members, each by its own choice."""
     args, misfit = flat(lowered, step, values)
-    problem = None if misfit else describe(step.op, args)
-    if problem is not None:
-        chosen, why = _choose(problem, graph)
+    why, problem = misfit, None
+    if misfit is None:
+        problem = describe(step.op, args)
+        chosen, why = choose(problem, live=False, graph=graph)
         if chosen.id != f"aten.{step.op}" or why.startswith("forced"):
-            return _bind_across(chosen, step, args), chosen.id, why, problem
+            return Bound(_bind_across(chosen, step, args), chosen.id, why, problem)
     members = Members(step, lowered, values)
-    told = [
-        members.bind(m, *bind(lowered, m, members.values, members.writable(m, writable), graph)) for m in step.members
-    ]
-    kernels = " + ".join(dict.fromkeys(kernel for kernel in told if kernel != "torch"))
+    kernels = []
+    for member in step.members:
+        bound = bind(lowered, member, members.values, members.writable(member, writable), graph)
+        members.append(member, bound.run)
+        kernels.append(bound.kernel)
     members.forget()
-    return members, kernels, f"one by one: {misfit or why}", problem
+    names = " + ".join(dict.fromkeys(kernel for kernel in kernels if kernel != "torch"))
+    return Bound(members, names, f"one by one: {why}", problem)
 
 
 def _bind_across(chosen: Kernel, step: Group, args: tuple) -> Run:
     names = {i: value.name for i, value in zip(EXTERNAL[step.op], step.args, strict=True)}
-    held = tuple(None if i in names else a for i, a in enumerate(args))  # the activations of this call are not kept
-    return lambda v: chosen.fn(*(v[names[i]] if i in names else a for i, a in enumerate(held)))
+    constants = tuple(None if i in names else a for i, a in enumerate(args))  # without this call's activations
+
+    def run(v: Values) -> Any:
+        return chosen.fn(*(v[names[i]] if i in names else a for i, a in enumerate(constants)))
+
+    return run
 
 
-def _choose(problem: Problem, graph: bool) -> tuple[Kernel, str]:
-    """As every op chooses, but that weights lie here once; inside a CUDA graph, where host time is nothing, by the times measured there."""
-    chosen, why = choose(problem)
-    if problem.device == "cpu" and not why.startswith("forced") and problem.op == "conv_bn_act":
-        preferred = preferred_on_cpu(problem, live=False)
-        return (find(preferred[0]), preferred[1]) if preferred else (chosen, why)
-    if not graph or problem.device != "cuda" or why.startswith("forced"):
-        return chosen, why
-    from ..dispatch import tables
+def _bind_add(step: Step) -> Run:
+    x, y = (v.name for v in step.args)
+    gate = step.gate.name if step.gate else None
+    relu = step.act == "relu"
 
-    entry = tables.lookup(problem, graph=True)
-    if entry is None or find(entry["kernel"]).reason(problem) is not None:
-        return find("aten", problem.op), "default"
-    return find(entry["kernel"]), f"measured in a graph on {tables.gpu_name()}"
+    def run(v: Values) -> Any:
+        out = v[x] + v[y] if gate is None else v[x] * v[gate] + v[y]
+        return torch.relu_(out) if relu else out
+
+    return run
+
+
+# ---------------------------------------------------------------- a convolution
+
+
+@dataclass(frozen=True)
+class ConvCall:
+    """One convolution step to bind for one input. It holds no activation, so the callables may hold it.
+
+    ``folded``: weight and bias with the batch norm folded in; None for live weights, which only ``packed`` reads.
+    ``packed(make)``: the filters as ``make`` packs them for this input, and the bias, or None. ``in_place``: the step
+    may overwrite its residual; ``onednn_in_place``: oneDNN can. ``onednn``: oneDNN takes this input.
+    """
+
+    step: Step
+    problem: Problem
+    geometry: tuple
+    folded: tuple[Tensor, Tensor] | None
+    packed: Callable[[Make], tuple[Tensor, Tensor] | None]
+    in_place: bool
+    onednn_in_place: bool
+    onednn: bool
+
+    @classmethod
+    def of(
+        cls,
+        step: Step,
+        problem: Problem,
+        geometry: tuple,
+        folded: tuple[Tensor, Tensor] | None,
+        packed: Callable[[Make], tuple[Tensor, Tensor] | None],
+        values: Values,
+        weight: Tensor,
+        writable: set[str],
+    ) -> ConvCall:
+        """The call for these values; ``weight``: the filter, folded or not."""
+        residual = None if step.residual is None else values[step.residual.name]
+        in_place = residual is not None and step.residual.name in writable
+        # A residual of one pixel or channel is NCHW and NHWC at once: torch 2.11 cannot fuse that add.
+        onednn_in_place = in_place and not residual.is_contiguous()
+        onednn = vendor.onednn_takes(values[step.args[0].name], weight)
+        return cls(step, problem, geometry, folded, packed, in_place, onednn_in_place, onednn)
+
+
+def bind_conv(conv: ConvCall, chosen: Kernel, why: str) -> Bound:
+    """Bind a convolution to the first of :data:`WAYS` that can run it. Raises ValueError if none can."""
+    reasons = []
+    for kernel, way in WAYS:
+        found = way(conv, chosen)
+        if not isinstance(found, str):
+            return Bound(found, kernel or chosen.id, why, conv.problem)
+        reasons.append(found)
+        if way is _chosen_prepacked and chosen.prepacked is not None:
+            why = found
+    raise ValueError(f"{conv.step.target} has no kernel: {'; '.join(reasons)}")
+
+
+def _chosen_kernel(conv: ConvCall, chosen: Kernel) -> Run | str:
+    """The forced or measured kernel's own function; torch's kernels and those with packed filters have better ways."""
+    if chosen.prepacked is not None or chosen.id in ("aten.conv_bn_act", "aten.cudnn_fused"):
+        return f"{chosen.id} has a form on folded filters"
+    if conv.folded is None:
+        return "the weights are not folded"
+    return bind_kernel(chosen, conv.step, *conv.folded, conv.geometry)
+
+
+def _chosen_prepacked(conv: ConvCall, chosen: Kernel) -> Run | str:
+    """The chosen kernel on filters packed now."""
+    prepacked = chosen.prepacked
+    if prepacked is None:
+        return f"{chosen.id} has no packed filters"
+    packs = conv.packed(prepacked.make)
+    if packs is None:
+        return f"{chosen.id} cannot take these weights: not finite, or too large"
+    x, residual, relu = _names(conv.step)
+    rest = torch.Size(conv.problem.weight[2:]), conv.geometry, relu, conv.in_place
+
+    def run(v: Values) -> Tensor:
+        added = v[residual] if residual else None
+        out = prepacked.run(v[x], *packs, added, *rest)
+        return _bind_plain(conv, chosen)(v) if out is None else out
+
+    return run
+
+
+def _bind_plain(conv: ConvCall, chosen: Kernel) -> Run:
+    """oneDNN, or torch's convolution where oneDNN has no packed form (bfloat16 with AVX2 alone). Keeps the residual."""
+    conv = replace(conv, in_place=False, onednn_in_place=False)
+    found = _onednn(conv, chosen)
+    return _torch(conv, chosen) if isinstance(found, str) else found
+
+
+def _onednn(conv: ConvCall, chosen: Kernel) -> Run | str:
+    if not conv.onednn:
+        return "oneDNN has no packed form"
+    packs = conv.packed(vendor.onednn_filters)
+    if packs is None:
+        return "a factor is not finite"
+    return bind_onednn(conv.step, *packs, conv.geometry, conv.onednn_in_place)
+
+
+def _cudnn(conv: ConvCall, chosen: Kernel) -> Run | str:
+    if chosen.id != "aten.cudnn_fused":
+        return "cuDNN's fused form was not measured to win"
+    if conv.folded is None:
+        return "the weights are not folded"
+    return bind_cudnn(conv.step, *conv.folded, conv.geometry)
+
+
+def _torch(conv: ConvCall, chosen: Kernel) -> Run | str:
+    if conv.folded is None:
+        return "the weights are not folded"
+    return bind_torch(conv.step, *conv.folded, conv.geometry, conv.in_place)
+
+
+# The kernel's name ("": the chosen kernel's id) and the function that binds it, in the order in which they are tried.
+# Each returns a callable, or why it cannot run the step.
+WAYS: tuple[tuple[str, Callable[[ConvCall, Kernel], Run | str]], ...] = (
+    ("", _chosen_kernel),
+    ("", _chosen_prepacked),
+    ("", _cudnn),
+    ("aten (oneDNN)", _onednn),
+    ("aten", _torch),
+)
+
+
+def _bind_conv(f: Filter, step: Step, values: Values, writable: set[str], graph: bool) -> Bound:
+    x = values[step.args[0].name]
+    _check_input(f, step, x)
+    residual = None if step.residual is None else values[step.residual.name]
+    if residual is not None and not _fits(residual, x, conv_shape(f, x)):
+        run = bind_torch(step, f.weight, f.bias, f.geometry, add=torch.add)
+        return Bound(run, "torch", "the residual broadcasts or promotes", None)
+    scale, shift = _affine(f.bias)
+    args = (x, f.weight, scale, shift, residual, None, None, 0.0, *f.geometry, step.act)
+    problem = describe("conv_bn_act", args)
+    conv = ConvCall.of(
+        step,
+        problem,
+        f.geometry,
+        (f.weight, f.bias),
+        partial(_packed, f, x.shape),
+        values,
+        f.weight,
+        writable,
+    )
+    chosen, why = choose(problem, live=False, graph=graph)
+    return bind_conv(conv, chosen, why)
+
+
+def _fits(residual: Tensor, x: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a residual neither broadcasts nor promotes."""
+    return residual.dtype == x.dtype and tuple(residual.shape) == shape
+
+
+def _check_input(f: Filter, step: Step, x: Tensor) -> None:
+    channels = f.weight.shape[1] * f.geometry[3]
+    if x.dim() != 4 or x.shape[1] != channels or min(conv_shape(f, x)[2:]) < 1:
+        raise ValueError(
+            f"plan: step {step.output} ({step.target}) does not fit this input: got {list(x.shape)}, expected "
+            f"{channels} channels and at least one output pixel for filters of {list(f.weight.shape)}"
+        )
+
+
+def _packed(f: Filter, shape: torch.Size, make: Make) -> tuple[Tensor, Tensor] | None:
+    """Filters and bias as ``make`` packs them for such an input, packed once; None if it cannot take these weights."""
+    case = pack_case(make, shape)
+    if case not in f.packs:
+        with torch.inference_mode(False), torch.no_grad():
+            f.packs[case] = make(f.weight, f.bias, f.geometry, shape)
+    return f.packs[case]
+
+
+def _affine(bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift that add a bias, in float32 or wider."""
+    shift = at_least_float32(bias)
+    return torch.ones_like(shift), shift
+
+
+# ---------------------------------------------------------------- callables
 
 
 def _names(step: Step) -> tuple[str, str | None, bool]:
+    """The names of input and residual, and whether a ReLU follows."""
     return step.args[0].name, step.residual.name if step.residual else None, step.act == "relu"
 
 
-def _bind_kernel(chosen: Kernel, f: Filter, affine: tuple[Tensor, Tensor], step: Step) -> Run:
+def bind_kernel(chosen: Kernel, step: Step, weight: Tensor, bias: Tensor, geometry: tuple) -> Run:
+    """A kernel's own function on folded weights."""
     x, residual, _ = _names(step)
-    rest = (None, None, 0.0, *f.geometry, step.act)
-    return lambda v: chosen.fn(v[x], f.weight, *affine, v[residual] if residual else None, *rest)
+    scale, shift = _affine(bias)
+    rest = (None, None, 0.0, *geometry, step.act)
 
+    def run(v: Values) -> Tensor:
+        added = v[residual] if residual else None
+        return chosen.fn(v[x], weight, scale, shift, added, *rest)
 
-def _bind_cudnn(f: Filter, step: Step) -> Run:
-    """The fused call on the folded weight itself; the kernel's own function would fold anew each time."""
-    x, residual, _ = _names(step)
-    if residual is None:
-        return lambda v: torch.cudnn_convolution_relu(v[x], f.weight, f.bias, *f.geometry)
-    return lambda v: torch.cudnn_convolution_add_relu(v[x], f.weight, v[residual], 1.0, f.bias, *f.geometry)
+    return run
 
 
 def bind_onednn(step: Step, packed: Tensor, bias: Tensor, geometry: tuple, in_place: bool) -> Run:
-    """Bias and add fused (the add in the residual's memory where nobody reads it again); our own ReLU, in place, keeps NaN."""
+    """oneDNN's convolution with fused bias; the add is fused only in place. ReLU by torch, in place, keeps NaN."""
     x, residual, relu = _names(step)
-    stride, padding, dilation, groups = geometry
-    filters = packed, bias, padding, stride, dilation, groups
-    conv, conv_ = torch.ops.mkldnn._convolution_pointwise.default, torch.ops.mkldnn._convolution_pointwise_.binary
 
     def run(v: Values) -> Tensor:
         if in_place:
-            out = conv_(v[residual], v[x], *filters, "add", None, None, [], None)
+            out = vendor.onednn(v[x], packed, bias, v[residual], geometry, in_place=True)
         else:
-            out = conv(v[x], *filters, "none", [], "")
+            out = vendor.onednn(v[x], packed, bias, None, geometry)
             if residual is not None:
                 out.add_(v[residual])
         return out.relu_() if relu else out
@@ -177,58 +325,32 @@ def bind_onednn(step: Step, packed: Tensor, bias: Tensor, geometry: tuple, in_pl
     return run
 
 
-def bind_form(
-    step: Step,
-    form: Form,
-    packs: tuple[Tensor, Tensor],
-    plain: Callable[[], Run],
-    size: torch.Size,
-    geometry: tuple,
-    in_place: bool,
-) -> Run:
-    """A kernel of ours from filters of that size in its form; for an input that it cannot take torch's, which ``plain`` binds then."""
-    x, residual, relu = _names(step)
-    rest = size, geometry, relu, in_place
+def bind_cudnn(step: Step, weight: Tensor, bias: Tensor, geometry: tuple) -> Run:
+    """cuDNN's fused call on folded weights; the kernel's own function would fold in each call."""
+    x, residual, _ = _names(step)
 
     def run(v: Values) -> Tensor:
-        out = form.run(v[x], *packs, v[residual] if residual else None, *rest)
-        return plain()(v) if out is None else out
+        added = v[residual] if residual else None
+        return vendor.cudnn(v[x], weight, bias, added, geometry)
 
     return run
 
 
-def _bind_plain(f: Filter, step: Step, onednn: bool, shape: torch.Size) -> Run:
-    """oneDNN, or where it has no packed form (bfloat16 on processors with AVX2 alone) torch's convolution; the residual is left whole."""
-    return bind_onednn(step, *f.packed(shape), f.geometry, False) if onednn else _bind_torch(f, step, False)
-
-
-def _bind_torch(f: Filter, step: Step, in_place: bool, add: Callable[[Tensor, Tensor], Tensor] = Tensor.add_) -> Run:
+def bind_torch(
+    step: Step,
+    weight: Tensor,
+    bias: Tensor,
+    geometry: tuple,
+    in_place: bool = False,
+    add: Callable[[Tensor, Tensor], Tensor] = Tensor.add_,
+) -> Run:
+    """Torch's convolution on folded weights, then add and ReLU."""
     x, residual, relu = _names(step)
 
     def run(v: Values) -> Tensor:
-        out = F.conv2d(v[x], f.weight, f.bias, *f.geometry)
+        out = F.conv2d(v[x], weight, bias, *geometry)
         if residual is not None:
             out = v[residual].add_(out) if in_place else add(out, v[residual])
         return out.relu_() if relu else out
-
-    return run
-
-
-def _conv_shape(f: Filter, x: Tensor) -> tuple[int, ...]:
-    stride, padding, dilation, _ = f.geometry
-    sizes = [
-        (i + 2 * p - d * (k - 1) - 1) // s + 1
-        for i, p, d, k, s in zip(x.shape[2:], padding, dilation, f.weight.shape[2:], stride, strict=True)
-    ]
-    return (x.shape[0], f.weight.shape[0], *sizes)
-
-
-def _bind_add(step: Step) -> Run:
-    x, y = (v.name for v in step.args)
-    gate = step.gate.name if step.gate else None
-
-    def run(v: Values) -> Any:
-        out = v[x] + v[y] if gate is None else v[x] * v[gate] + v[y]
-        return torch.relu_(out) if step.act == "relu" else out
 
     return run

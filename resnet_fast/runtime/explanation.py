@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from ..dispatch.problem import ACROSS, Problem
+from ..dispatch import ACROSS, Problem, tables
 from ..util.text import table
 
 
 @dataclass(frozen=True)
 class Line:
-    """One layer: its module, the op that ran it (or "plain"), the kernel and the reason; on a GPU with known ceilings the least time that
-    the problem could take, and the time that the tables have of the kernel, in µs.
+    """One layer: its module, the op that ran it (or "plain"), the kernel and the reason.
+
+    On a GPU with known ceilings ``floor_us`` is the least time that the problem could take; ``time_us`` is the kernel's
+    time in the tables.
     """
 
     module: str
@@ -24,57 +26,57 @@ class Line:
 
 
 def timed(line: Line, graph: bool = False) -> Line:
-    """The line with what is known of its times; ``graph``: those in a CUDA graph."""
+    """The line with the times that are known of it; ``graph``: those inside a CUDA graph."""
     problem = line.problem
     if problem is None or problem.device != "cuda":
         return line
-    from ..dispatch import tables
+    kernel = line.kernel if "." in line.kernel else f"{line.kernel}.{line.op}"
+    record = tables.records(problem).get(kernel, {})
+    return replace(line, floor_us=_floor_us(problem), time_us=record.get("device_us" if graph else "time_us"))
+
+
+def _floor_us(problem: Problem) -> float | None:
     from ..roofline.chips import ceilings
     from ..roofline.floor import problem_floor
 
-    record = tables.records(problem).get(line.kernel if "." in line.kernel else f"{line.kernel}.{line.op}", {})
     try:
-        floor = problem_floor(problem, ceilings(tables.gpu_name())).seconds * 1e6
-    except LookupError:  # a GPU that nobody wrote down, or no rate for float64
-        floor = None
-    return replace(line, floor_us=floor, time_us=record.get("device_us" if graph else "time_us"))
+        return problem_floor(problem, ceilings(tables.gpu_name())).seconds * 1e6
+    except LookupError:  # an unknown GPU, or no rate for float64
+        return None
 
 
 class Explanation(list):
-    """The lines of one forward; prints as a table, with times where any is known."""
+    """The lines of one forward. Prints as a table, with times if any is known."""
 
     def __str__(self) -> str:
-        def number(value: float | None, digits: int = 1) -> str:
-            return "" if value is None else f"{value:.{digits}f}"
-
-        header, rows = (
-            ("layer", "op", "problem", "kernel"),
-            [(x.module, x.op, _shape(x.problem), x.kernel) for x in self],
-        )
+        header = ["layer", "op", "problem", "kernel"]
+        rows = [[x.module, x.op, _shape(x.problem), x.kernel] for x in self]
         if any(x.floor_us or x.time_us for x in self):
-            header = (*header, "µs", "floor", "%")
-            rows = [
-                (
-                    *row,
-                    number(x.time_us),
-                    number(x.floor_us),
-                    number(x.floor_us and x.time_us and 100 * x.floor_us / x.time_us, 0),
-                )
-                for row, x in zip(rows, self, strict=True)
-            ]
-        return table(
-            (*header, "why"), [(*row, x.why) for row, x in zip(rows, self, strict=True)], right=range(4, len(header))
-        )
+            header += ["µs", "floor", "%"]
+            for row, line in zip(rows, self, strict=True):
+                row += _times(line)
+        right = range(4, len(header))
+        return table((*header, "why"), [(*row, x.why) for row, x in zip(rows, self, strict=True)], right=right)
+
+
+def _times(line: Line) -> list[str]:
+    """Time, floor, and the floor in percent of the time; "" for what is not known."""
+    percent = line.floor_us and line.time_us and 100 * line.floor_us / line.time_us
+    return [_number(line.time_us), _number(line.floor_us), _number(percent, digits=0)]
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _shape(p: Problem | None) -> str:
-    """Input and filter; of an op over several convolutions the channels on their way."""
+    """Input and filter; for an op over several convolutions its input and the channels after each."""
     if p is None:
         return ""
     x = "×".join(map(str, p.x))
     if p.op == "pointwise_pair":
         return f"{x} + {p.chain[0][1]} → {p.weight[0]}"
     if p.op in ACROSS:
-        channels = [p.weight[0], *(p.chain[i][0] for i in (0, 2) if p.op == "conv_tail")]
-        return " → ".join([x, *map(str, channels)])
+        later = [p.chain[0][0], p.chain[2][0]] if p.op == "conv_tail" else []
+        return " → ".join([x, *map(str, [p.weight[0], *later])])
     return x if p.weight is None else f"{x} → {'×'.join(map(str, p.weight))}"

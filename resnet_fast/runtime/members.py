@@ -1,13 +1,15 @@
-"""A group of steps bound for one input shape: the flat arguments of its op, or its members run one by one."""
+"""A group of steps for one input shape: the flat arguments of its op, or its members run one by one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..dispatch import conv_out_hw
 from ..graph.ir import Group, Step, outputs, references
 from ..ops import across, reference
 
@@ -21,15 +23,18 @@ CHECKS = {
     "conv_pool": across.check_conv_pool,
     "pointwise_pool": across.check_pointwise_pool,
 }
-# Where the group's own arguments stand among the op's.
+# Positions of the group's own arguments among the op's.
 EXTERNAL = {"pointwise_pair": (0, 2), "conv_tail": (0, 5), "conv_pool": (0,), "pointwise_pool": (0, 3)}
 
 
+# ---------------------------------------------------------------- as one op
+
+
 def flat(lowered: Lowered, step: Group, values: dict[str, Any]) -> tuple[tuple, str | None]:
-    """(the op's flat arguments, why the op cannot take them or None): a residual that broadcasts, say."""
-    given = [values[value.name] for value in step.args]
+    """The op's flat arguments, and why the op cannot take them (a residual that broadcasts, for example) or None."""
+    inputs = [values[value.name] for value in step.args]
     filters = [lowered.filters[part] if part else None for part in step.parts]
-    args = _FLAT[step.op](step, given, filters)
+    args = _FLAT[step.op](step, inputs, filters)
     try:
         CHECKS[step.op](*args)
     except RuntimeError as misfit:
@@ -37,38 +42,60 @@ def flat(lowered: Lowered, step: Group, values: dict[str, Any]) -> tuple[tuple, 
     return args, None
 
 
-def _wide(*filters: Filter) -> Tensor:
-    """The biases' sum, float32 at least."""
-    return sum(f.bias.to(torch.promote_types(f.bias.dtype, torch.float32)) for f in filters)
+def _bias_sum(*filters: Filter) -> Tensor:
+    """The sum of the biases, in float32 or wider."""
+    return sum(at_least_float32(f.bias) for f in filters)
 
 
-def _pair(step: Group, given: list, filters: list) -> tuple:
+def at_least_float32(bias: Tensor) -> Tensor:
+    return bias.to(torch.promote_types(bias.dtype, torch.float32))
+
+
+def _pair(step: Group, inputs: list, filters: list) -> tuple:
+    x, x2 = inputs
     main, projection = filters
-    return given[0], main.weight, given[1], projection.weight, _wide(main, projection), tuple(projection.geometry[0])
-
-
-def _tail(step: Group, given: list, filters: list) -> tuple:
-    second, third, projection, first = filters
-    bias = _wide(third) if projection is None else _wide(third, projection)
+    stride2, *_ = projection.geometry
     return (
-        given[0],
-        second.weight,
-        _wide(second),
-        third.weight,
-        bias,
-        given[1],
-        None if projection is None else projection.weight,
-        first.weight,
-        _wide(first),
+        x,
+        main.weight,
+        x2,
+        projection.weight,
+        _bias_sum(main, projection),
+        tuple(stride2),
     )
 
 
-def _conv_pool(step: Group, given: list, filters: list) -> tuple:
-    return given[0], filters[0].weight, _wide(filters[0]), *statistics(step, given[0].device)
+def _tail(step: Group, inputs: list, filters: list) -> tuple:
+    second, third, projection, first = filters
+    x, residual = inputs
+    if projection is None:
+        bias, projected = _bias_sum(third), None
+    else:
+        bias, projected = _bias_sum(third, projection), projection.weight
+    return (
+        x,
+        second.weight,
+        _bias_sum(second),
+        third.weight,
+        bias,
+        residual,
+        projected,
+        first.weight,
+        _bias_sum(first),
+    )
 
 
-def _pointwise_pool(step: Group, given: list, filters: list) -> tuple:
-    return given[0], filters[0].weight, _wide(filters[0]), given[1]
+def _conv_pool(step: Group, inputs: list, filters: list) -> tuple:
+    (x,) = inputs
+    (stem,) = filters
+    mean, std = statistics(step, x.device)
+    return x, stem.weight, _bias_sum(stem), mean, std
+
+
+def _pointwise_pool(step: Group, inputs: list, filters: list) -> tuple:
+    x, residual = inputs
+    (conv,) = filters
+    return x, conv.weight, _bias_sum(conv), residual
 
 
 _FLAT: dict[str, Callable[[Group, list, list], tuple]] = {
@@ -80,71 +107,81 @@ _FLAT: dict[str, Callable[[Group, list, list], tuple]] = {
 
 
 def statistics(step: Group, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Mean and standard deviation in units of uint8, of a stem that normalises."""
-    return tuple(
-        torch.tensor(step.kwargs[name], dtype=torch.float32, device=device) * 255 if step.kwargs else None
-        for name in ("mean", "std")
-    )
+    """Mean and standard deviation in units of uint8, for a stem that normalises; else None twice."""
+    if not step.kwargs:
+        return None, None
+    as_float32 = partial(torch.tensor, dtype=torch.float32, device=device)
+    mean = as_float32(step.kwargs["mean"])
+    std = as_float32(step.kwargs["std"])
+    return mean * 255, std * 255
+
+
+# ---------------------------------------------------------------- one by one
+
+
+def conv_shape(f: Filter, x: Tensor) -> tuple[int, ...]:
+    """The shape of a convolution's output."""
+    stride, padding, dilation, _ = f.geometry
+    height, width = conv_out_hw(x.shape, f.weight.shape, stride, padding, dilation)
+    images, channels = len(x), len(f.weight)
+    return images, channels, height, width
 
 
 class Members:
-    """The members one after the other. While binding, ``values`` holds what they read and, for what they make, memory of that shape."""
+    """The members of a group, run one after the other.
+
+    While they are bound, ``values`` holds their inputs and, for their outputs, memory of the right shape.
+    ``largest``: bytes of the largest value inside the group.
+    """
 
     def __init__(self, step: Group, lowered: Lowered, values: dict[str, Any]) -> None:
-        self.step, self.largest = step, 0
+        self.step = step
+        self.largest = 0
         self._filters = lowered.filters
-        self._normalize = (
-            *statistics(step, values[step.args[0].name].device),
-            lowered.filters[step.parts[0]].weight.dtype,
-        )
-        self._given = tuple(dict.fromkeys(value.name for value in step.args))
-        self._last = {name: m for m in step.members for name in references(m)}
+        device = values[step.args[0].name].device
+        dtype = lowered.filters[step.parts[0]].weight.dtype
+        self._normalize = (*statistics(step, device), dtype)
+        self._inputs = tuple(dict.fromkeys(value.name for value in step.args))
+        self._last_reader = {name: m for m in step.members for name in references(m)}
         self._inside = {m.output for m in step.members} - set(outputs(step))
         self._calls: list[tuple[str, Callable, tuple[str, ...]]] = []
         self.values = self._start(values)
 
     def _start(self, values: dict[str, Any]) -> dict[str, Any]:
-        given = {name: values[name] for name in self._given}
+        inputs = {name: values[name] for name in self._inputs}
         if self.step.kwargs:
             first = self.step.args[0].name
-            given[first] = reference.normalized(given[first], *self._normalize)
-        return given
+            inputs[first] = reference.normalized(inputs[first], *self._normalize)
+        return inputs
 
     def writable(self, member: Step, writable: set[str]) -> set[str]:
-        """Of what the group may write to, and of what is inside it, that which nobody reads after this member."""
-        return {
-            name for name in self._inside | writable if self._last.get(name) is member and name != member.args[0].name
-        }
+        """The values that this member may overwrite: no later member reads them, and the group may write there."""
+        x = member.args[0].name
+        return {name for name in self._inside | writable if self._last_reader.get(name) is member and name != x}
 
-    def bind(self, member: Step, run: Callable, kernel: str, *told: Any) -> str:
-        """Take one member's call, in order; its kernel."""
-        self._calls.append(
-            (
-                member.output,
-                run,
-                tuple(n for n in dict.fromkeys(references(member)) if n in self._inside and self._last[n] is member),
-            )
+    def append(self, member: Step, run: Callable) -> None:
+        """Add the next member's call."""
+        dead = tuple(
+            name
+            for name in dict.fromkeys(references(member))
+            if name in self._inside and self._last_reader[name] is member
         )
+        self._calls.append((member.output, run, dead))
         if member.op == "conv_bn_act":
             made = self.values[member.output] = self._like(member)
             if member.output in self._inside:
                 self.largest = max(self.largest, made.nbytes)
-        return kernel
 
     def _like(self, member: Step) -> Tensor:
-        x, f = self.values[member.args[0].name], self._filters[member.output]
-        stride, padding, dilation, _ = f.geometry
-        sizes = (
-            (i + 2 * p - d * (k - 1) - 1) // s + 1
-            for i, p, d, k, s in zip(x.shape[2:], padding, dilation, f.weight.shape[2:], stride, strict=True)
-        )
-        shape = torch.Size((x.shape[0], f.weight.shape[0], *sizes))
+        """Memory like a convolution's output."""
+        x = self.values[member.args[0].name]
+        shape = torch.Size(conv_shape(self._filters[member.output], x))
         if member.residual is not None:
             shape = torch.broadcast_shapes(shape, self.values[member.residual.name].shape)
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
     def forget(self) -> None:
-        """Binding is over."""
+        """Drop the values that binding needed."""
         self.values = {}
 
     def __call__(self, values: dict[str, Any]) -> Any:
@@ -153,5 +190,5 @@ class Members:
             inside[output] = run(inside)
             for name in dead:
                 del inside[name]
-        found = tuple(inside[name] for name in outputs(self.step))
-        return found if self.step.also else found[0]
+        results = tuple(inside[name] for name in outputs(self.step))
+        return results if self.step.also else results[0]

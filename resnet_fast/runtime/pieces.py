@@ -1,4 +1,4 @@
-"""A batch cut into pieces that fit the cache, and their results joined."""
+"""Batches cut into pieces that fit the cache, and the pieces' results joined."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ PIECE = 16 << 20  # bytes of the largest activation in a piece
 
 
 def pieces(images: int, largest: int) -> list[int]:
-    """Into how many images each a batch is cut whose largest activation has ``largest`` bytes an image; never a lone one,
-    whose weights would be packed otherwise.
+    """The number of images in each piece of a batch; ``largest``: bytes of the largest activation, for each image.
+
+    No piece is a single image, unless the batch is: oneDNN packs weights for batch 1 differently.
     """
     most = max(2, PIECE // max(1, largest))
     count = -(-images // most)

@@ -1,4 +1,4 @@
-"""A plan's steps bound to kernels for one input shape, run one after another, and on a GPU as one graph."""
+"""A program: the steps of a lowered network bound to kernels for one input shape, run one after another."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch.problem import Problem
+from ..dispatch import Problem
 from ..graph.ir import Group, Step, outputs, references
 from ..graph.liveness import deaths, own_memory
 from ..graph.network import Lowered
-from .bind import Binder, Run, Values, _fill, bind
+from .bind import Binder, Bound, Run, Values, _fill, bind
 from .cuda_graph import Graph
 from .members import Members
 
 
 @dataclass(frozen=True)
 class PlanStep:
-    """One step as it runs: ``output`` names its value, ``target`` its convolution, module or function, ``modules`` all that it stands for.
+    """One step as it runs.
 
-    ``others``: of a group of steps the further convolutions.
-    For the input shape that was last built: ``kernel`` and ``why`` it was chosen, shapes read and returned, two FLOPs for each multiply-add
-    (convolutions and linear layers only), and the convolution's ``problem``.
+    ``output`` names its value, ``target`` its convolution, module or function; ``modules`` are all that it stands for,
+    ``others`` the further convolutions of a group. For the input shape that was last built: ``kernel`` and ``why`` it
+    was chosen, the shapes read and returned, the convolution's ``problem``, and ``flops``, two for each multiply-add
+    (convolutions and linear layers only).
     """
 
     output: str
@@ -43,41 +44,47 @@ class PlanStep:
 
     @property
     def name(self) -> str:
-        """The module that it stands for (of several the first), or the function's name."""
-        return self.target if self.others else self.modules[0] if self.modules else self.target
+        """The module that it stands for (the first of several), or the function's name."""
+        return self.target if self.others or not self.modules else self.modules[0]
 
     @property
     def what(self) -> str:
         """What it does in a word or two."""
-        short = self.target.rpartition(".")[2] if self.op == "function" else self.op
-        others = ["with", ", ".join(self.others)] if self.others else []
-        return " ".join(
-            [
-                short,
-                *others,
-                *(["+", self.residual] if self.residual else []),
-                *([self.act] if self.act != "none" else []),
-            ]
-        )
+        words = [self.target.rpartition(".")[2] if self.op == "function" else self.op]
+        if self.others:
+            words += ["with", ", ".join(self.others)]
+        if self.residual:
+            words += ["+", self.residual]
+        if self.act != "none":
+            words.append(self.act)
+        return " ".join(words)
 
     @classmethod
     def of(cls, step: Step, **ran: Any) -> PlanStep:
-        residual = step.residual.name if step.residual else None
-        block = step.target.rpartition(".")[0] + "."
-        others = (
-            tuple(
-                m.target.removeprefix(block) for m in step.members if m.op == "conv_bn_act" and m.target != step.target
-            )
-            if isinstance(step, Group)
-            else ()
+        return cls(
+            output=step.output,
+            op=step.op,
+            target=step.target,
+            modules=step.modules,
+            residual=step.residual.name if step.residual else None,
+            act=step.act,
+            others=_further_convolutions(step) if isinstance(step, Group) else (),
+            **ran,
         )
-        return cls(step.output, step.op, step.target, step.modules, residual, step.act, others, **ran)
+
+
+def _further_convolutions(step: Group) -> tuple[str, ...]:
+    """The group's convolutions but the first, named within their block."""
+    block, _, _ = step.target.rpartition(".")
+    convs = [m.target for m in step.members if m.op == "conv_bn_act"]
+    return tuple(target.removeprefix(f"{block}.") for target in convs if target != step.target)
 
 
 class Program:
-    """Built by running it once: ``answer`` is what that gave. ``largest``: bytes of its largest value; ``peak``: bytes alive at most.
+    """A lowered network bound for one input shape. It is built by running it once: ``answer`` is that result.
 
-    ``binder`` replaces :func:`bind`. With ``keep`` no value dies and ``values`` holds each with the seconds that it took, the least of three runs.
+    ``largest``: bytes of its largest value; ``peak``: most bytes alive at a time. ``binder`` replaces :func:`bind`.
+    With ``keep`` no value is dropped, and ``values`` holds each with its seconds, the least of three runs.
     """
 
     def __init__(
@@ -94,94 +101,109 @@ class Program:
         for step, dead in zip(lowered.steps, deaths(lowered), strict=True):
             if keep:
                 dead = set()
-            writable = dead & own - ({step.args[0].name} if step.op == "conv_bn_act" else set())
-            run, kernel, why, problem = (binder or bind)(lowered, step, values, writable, graph)
-            reads = tuple(tuple(v.shape) for name in references(step) if isinstance(v := values[name], Tensor))
-            result = _named(step, run, values)
-            _leave(step, result, values)
-            out = values[step.output]
-            shape = tuple(out.shape) if isinstance(out, Tensor) else ()
-            self.steps.append(
-                PlanStep.of(
-                    step,
-                    kernel=kernel,
-                    why=why,
-                    reads=reads,
-                    shape=shape,
-                    problem=problem,
-                    flops=_flops(lowered, step, shape, problem),
-                )
-            )
+            bound = (binder or bind)(lowered, step, values, _writable(step, dead & own), graph)
+            read = [values[name] for name in references(step)]
+            _store(step, _run_named(step, bound.run, values), values)
+            self.steps.append(_plan_step(lowered, step, bound, read, values[step.output]))
             if keep:
-                seconds = min(_seconds(step, run, values) for _ in range(3))
-                self.values |= {name: (values[name], seconds if name == step.output else 0.0) for name in outputs(step)}
-            alive = {
-                v.untyped_storage().data_ptr(): v.nbytes
-                if v is x
-                else v.untyped_storage().nbytes()  # x may be a part of a batch
-                for v in values.values()
-                if isinstance(v, Tensor)
-            }
-            inside = run.largest if isinstance(run, Members) else 0
-            self.largest, self.peak = (
-                max(self.largest, inside, *alive.values()),
-                max(self.peak, inside + sum(alive.values())),
-            )
+                self._keep(step, bound.run, values)
+            self._measure(bound.run, values, x)
             for name in dead:
                 values.pop(name, None)
-            self._calls.append((step, run, frozenset(dead)))
+            self._calls.append((step, bound.run, frozenset(dead)))
         self.answer = _fill(lowered.output, values, lowered.tensors)
 
     def __call__(self, x: Tensor) -> Any:
-        """The steps one by one; what fails is named."""
+        """Run the steps one by one. An error names its step."""
         values: Values = {self._lowered.inputs[0]: x}
         for step, run, dead in self._calls:
-            _leave(step, _named(step, run, values), values)
+            _store(step, _run_named(step, run, values), values)
             for name in dead:
                 del values[name]
         return _fill(self._lowered.output, values, self._lowered.tensors)
 
+    def _keep(self, step: Step, run: Run, values: Values) -> None:
+        """Keep the step's values; the time counts for the first of them."""
+        times = [_seconds(step, run, values) for _ in range(3)]
+        for name in outputs(step):
+            seconds = min(times) if name == step.output else 0.0
+            self.values[name] = values[name], seconds
 
-def _leave(step: Step, result: Any, values: Values) -> None:
+    def _measure(self, run: Run, values: Values, x: Tensor) -> None:
+        """Update ``largest`` and ``peak`` after a step."""
+        alive: dict[int, int] = {}
+        for value in values.values():
+            if isinstance(value, Tensor):
+                storage = value.untyped_storage()
+                # x may be a part of a batch
+                alive[storage.data_ptr()] = value.nbytes if value is x else storage.nbytes()
+        inside = run.largest if isinstance(run, Members) else 0
+        self.largest = max(self.largest, inside, *alive.values())
+        self.peak = max(self.peak, inside + sum(alive.values()))
+
+
+def _writable(step: Step, dead: set[str]) -> set[str]:
+    """The values that a step may overwrite, of those that nothing reads later; never a convolution's input."""
+    if step.op != "conv_bn_act":
+        return dead
+    return dead - {step.args[0].name}
+
+
+def _plan_step(lowered: Lowered, step: Step, bound: Bound, read: list[Any], out: Any) -> PlanStep:
+    shape = tuple(out.shape) if isinstance(out, Tensor) else ()
+    return PlanStep.of(
+        step,
+        kernel=bound.kernel,
+        why=bound.why,
+        reads=tuple(tuple(v.shape) for v in read if isinstance(v, Tensor)),
+        shape=shape,
+        problem=bound.problem,
+        flops=_flops(lowered, step, shape, bound.problem),
+    )
+
+
+def _store(step: Step, result: Any, values: Values) -> None:
     if isinstance(step, Group) and step.also:
         values.update(zip(outputs(step), result, strict=True))
     else:
         values[step.output] = result
 
 
-def _named(step: Step, run: Run, values: Values) -> Any:
+def _run_named(step: Step, run: Run, values: Values) -> Any:
+    """``run(values)``; what it raises names the step."""
     try:
         return run(values)
-    except torch.OutOfMemoryError:  # says no more of the step than of any other
+    except torch.OutOfMemoryError:  # any step may be the one that does not fit
         raise
     except (RuntimeError, TypeError, ValueError) as problem:
         raise ValueError(f"plan: step {step.output} ({step.target}) failed on this input: {problem}") from problem
 
 
 def _seconds(step: Step, run: Run, values: Values) -> float:
-    def now() -> float:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    start = _now()
+    _run_named(step, run, values)
+    return _now() - start
 
-    start = now()
-    _named(step, run, values)
-    return now() - start
+
+def _now() -> float:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _flops(lowered: Lowered, step: Step, shape: tuple[int, ...], problem: Problem | None) -> int:
     if isinstance(step, Group):
+        if problem is None:
+            return 0
         weights = sum(lowered.filters[part].weight.numel() for part in step.parts if part)
-        return 0 if problem is None else 2 * problem.x[0] * problem.out_hw[0] * problem.out_hw[1] * weights
+        height, width = problem.out_hw
+        return 2 * problem.x[0] * height * width * weights
     filter_ = lowered.filters.get(step.output)
     if filter_ is not None and len(shape) == 4:
-        return 2 * shape[0] * shape[2] * shape[3] * filter_.weight.numel()
+        images, _, height, width = shape
+        return 2 * images * height * width * filter_.weight.numel()
     if step.target == "torch.nn.functional.linear" and shape:
-        return 2 * lowered.tensors[step.args[1].path].numel() * (torch.Size(shape[:-1]).numel())
+        rows = torch.Size(shape[:-1]).numel()
+        weight = lowered.tensors[step.args[1].path]
+        return 2 * weight.numel() * rows
     return 0
-
-
-# ---------------------------------------------------------------- binding a step for the shapes that it meets
-
-
-# ---------------------------------------------------------------- a GPU's graph

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from ..dispatch.problem import Problem
 from ..dispatch.registry import Kernel
 from ..graph.ir import Step, Value
-from ..graph.weights import Filter
 from ..kernels.prepack import fold
 from ..live.step import one_by_one, track
-from ..runtime.bind import _bind_cudnn, _bind_torch
+from ..runtime.bind import bind_cudnn, bind_torch
 
 
 def once(chosen: Kernel, problem: Problem, args: tuple) -> Callable[[], Any]:
@@ -26,9 +25,10 @@ def once(chosen: Kernel, problem: Problem, args: tuple) -> Callable[[], Any]:
     if problem.op != "conv_bn_act" or problem.bn or not chosen.id.startswith("aten."):
         return lambda: chosen.fn(*args)
     x, weight, scale, shift, residual, mean, var, eps, *geometry, act = args
-    f = Filter(*fold(weight, scale, shift, mean, var, eps), tuple(geometry))
+    weight, bias = fold(weight, scale, shift, mean, var, eps)
     step = Step("conv_bn_act", "", "", (Value("x"),), residual=None if residual is None else Value("residual"), act=act)
-    run = _bind_cudnn(f, step) if chosen.id == "aten.cudnn_fused" else _bind_torch(f, step, False)
+    bind = bind_cudnn if chosen.id == "aten.cudnn_fused" else bind_torch
+    run = bind(step, weight, bias, tuple(geometry))
     return lambda: run({"x": x, "residual": residual})
 
 

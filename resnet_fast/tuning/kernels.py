@@ -113,7 +113,7 @@ class Outcome:
     def __str__(self) -> str:
         chosen = self.calls if self.calls == self.graph else f"{self.calls}, in graphs {self.graph}"
         lines = [f"{self.problem.key}: {chosen}" + (f" ({self.note})" if self.note else "")]
-        return "\n".join([*lines, *(f"    {id:28} {tables.tell(record)}" for id, record in self.records.items())])
+        return "\n".join([*lines, *(f"    {id:28} {tables.in_words(record)}" for id, record in self.records.items())])
 
 
 # ---------------------------------------------------------------- tuning
@@ -149,8 +149,7 @@ def tune(
             )
     finally:
         torch.backends.cudnn.benchmark = benchmark
-        with registry._lock:  # choices made before the table changed
-            registry._memo.clear()
+        registry.forget()  # choices made before the table changed
     return outcomes
 
 

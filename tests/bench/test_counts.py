@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from resnet_fast import create_model, plan
-from resnet_fast.dispatch.registry import record
+from resnet_fast.dispatch import record
 
 SNAPSHOT = Path(__file__).parent / "counts.json"
 TORCH = ".".join(torch.__version__.split(".")[:2])

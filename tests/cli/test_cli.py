@@ -15,10 +15,9 @@ from resnet_fast import kernel
 from resnet_fast.__main__ import COMMANDS, main, parser
 from resnet_fast.bench.providers import PROVIDERS
 from resnet_fast.cli import bench, check, info
+from resnet_fast.dispatch import Kernel, find, rejected, select, tables
 from resnet_fast.dispatch import registry as dispatch
-from resnet_fast.dispatch import tables
 from resnet_fast.dispatch.problem import ACROSS, Problem
-from resnet_fast.dispatch.registry import Kernel, find, rejected
 from resnet_fast.graph import network
 from resnet_fast.kernels import aten
 from resnet_fast.runtime.explanation import Explanation, Line, timed
@@ -167,16 +166,16 @@ def test_info(capsys):
 
 
 def test_info_says_what_the_cpu_kernels_run_with_or_why_they_do_not(monkeypatch):
-    from resnet_fast.kernels import cpu
+    from resnet_fast.kernels import cpu_library
 
-    monkeypatch.setattr(cpu, "instructions", lambda: "AVX2")
+    monkeypatch.setattr(cpu_library, "instructions", lambda: "AVX2")
     for why_not, amx, said in (
         (None, False, "run with AVX2"),
         ("the CPU kernels are not built", True, "the CPU kernels are not built"),
         (None, True, "run with AVX2; bfloat16 convolutions are left to oneDNN, which has AMX here"),
     ):
-        monkeypatch.setattr(cpu, "available", lambda why_not=why_not: why_not)
-        monkeypatch.setattr(cpu, "onednn_has_amx", lambda amx=amx: amx)
+        monkeypatch.setattr(cpu_library, "available", lambda why_not=why_not: why_not)
+        monkeypatch.setattr(cpu_library, "onednn_has_amx", lambda amx=amx: amx)
         assert info.build()["cpu kernels"] == said
 
 
@@ -424,11 +423,11 @@ def test_a_kernel_from_the_environment_that_cannot_run_is_one_sentence(capsys, m
     kernel("experimental.absent", op="conv_bn_act", supports=lambda problem: None, available=lambda: "it needs a GPU")(
         aten.conv_bn_act
     )
-    monkeypatch.setenv(dispatch.ENV, "experimental.absent")
+    monkeypatch.setenv(select.ENV, "experimental.absent")
     assert main(["explain", "resnet18", "--size", "32"]) == 2
     assert (
         capsys.readouterr().err
-        == f"explain: kernel 'experimental.absent' from {dispatch.ENV} cannot run here: it needs a GPU\n"
+        == f"explain: kernel 'experimental.absent' from {select.ENV} cannot run here: it needs a GPU\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""Which kernel runs: the registry, use() and the environment, tables, the memo, what is recorded, kernels from a file."""
+"""Which kernel runs: the registry, use() and the environment, tables, the memo, recording, kernels from a file."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from resnet_fast import ops
-from resnet_fast.dispatch import registry, tables
+from resnet_fast.dispatch import kernel, registry, select, tables, use
 from resnet_fast.dispatch.problem import Problem, describe
-from resnet_fast.dispatch.registry import Choice, kernel, use
+from resnet_fast.dispatch.select import Choice
 
 pytestmark = pytest.mark.usefixtures("registry")
 X, W, K = torch.randn(2, 4, 6, 6), torch.randn(8, 4, 3, 3), torch.ones(8)
@@ -68,7 +68,7 @@ def test_find_names_what_is_known() -> None:
 def test_an_id_that_is_nearly_one_is_told_which_it_may_be(id, meant, monkeypatch) -> None:
     with pytest.raises(LookupError, match=f"kernel '{id}' is unknown; did you mean one of these: {meant}\\?"):
         use(id)
-    monkeypatch.setenv(registry.ENV, id)
+    monkeypatch.setenv(select.ENV, id)
     with pytest.raises(LookupError, match=f"kernel '{id}' is unknown; did you mean one of these: {meant}\\?"):
         conv()
 
@@ -142,14 +142,14 @@ def test_use_raises_if_it_claimed_nothing() -> None:
         use("experimental.a"),
     ):
         ops.add_act(X, X)
-    assert not registry._forced
+    assert not select._forced
 
 
 def test_an_error_inside_use_is_not_hidden() -> None:
     spy("experimental.a")
     with pytest.raises(KeyError, match="mine"), use("experimental.a"):
         raise KeyError("mine")
-    assert not registry._forced
+    assert not select._forced
 
 
 def test_strict_raises_at_the_first_declined_problem() -> None:
@@ -227,33 +227,31 @@ def test_a_choice_made_while_use_begins_is_not_memoised() -> None:
 
 def test_the_environment_forces(monkeypatch) -> None:
     calls = spy("experimental.a", only_relu)
-    monkeypatch.setenv(registry.ENV, "aten.bn_act, experimental.a")
-    with registry.record() as choices:
+    monkeypatch.setenv(select.ENV, "aten.bn_act, experimental.a")
+    with select.record() as choices:
         conv()
         conv(act="none")
     assert len(calls) == 1
     assert [(c.kernel, c.why) for c in choices] == [
-        ("experimental.a", f"forced by {registry.ENV}"),
+        ("experimental.a", f"forced by {select.ENV}"),
         ("aten.conv_bn_act", "default"),
     ]
 
 
 def test_the_environment_names_what_it_cannot_do(monkeypatch) -> None:
     spy("experimental.absent", available=lambda: "it needs a GPU")
-    monkeypatch.setenv(registry.ENV, "experimental.none")
+    monkeypatch.setenv(select.ENV, "experimental.none")
     with pytest.raises(LookupError, match="'experimental.none' is unknown"):
         conv()
-    monkeypatch.setenv(registry.ENV, "experimental.absent")
-    with pytest.raises(
-        RuntimeError, match=f"'experimental.absent' from {registry.ENV} cannot run here: it needs a GPU"
-    ):
+    monkeypatch.setenv(select.ENV, "experimental.absent")
+    with pytest.raises(RuntimeError, match=f"'experimental.absent' from {select.ENV} cannot run here: it needs a GPU"):
         conv()
 
 
 def test_use_goes_before_the_environment(monkeypatch) -> None:
     spy("experimental.env")
     calls = spy("experimental.use")
-    monkeypatch.setenv(registry.ENV, "experimental.env")
+    monkeypatch.setenv(select.ENV, "experimental.env")
     with use("experimental.use"):
         conv()
     assert len(calls) == 1
@@ -279,29 +277,29 @@ def table(monkeypatch) -> dict[str, dict]:
     """A GPU model of our own with its table, no GPU needed."""
     entries: dict[str, dict] = {}
     monkeypatch.setattr(tables, "gpu_name", lambda device=None: "Imaginary 1")
-    monkeypatch.setattr(tables, "lookup", lambda problem: entries.get(problem.key))
+    monkeypatch.setattr(tables, "lookup", lambda problem, graph=False: entries.get(problem.key))
     return entries
 
 
 def test_the_table_is_asked_on_a_gpu_only(table) -> None:
     spy("experimental.a")
     table[ON_GPU.key] = table[replace(ON_GPU, device="cpu").key] = {"kernel": "experimental.a", "time_us": 12.34}
-    chosen, why = registry.choose(ON_GPU)
+    chosen, why = select.choose(ON_GPU)
     assert chosen.id == "experimental.a" and why == "measured: 12.3 µs on Imaginary 1"
-    assert registry.choose(replace(ON_GPU, device="cpu", capability=None))[0].id in ("cpu.conv", "aten.conv_bn_act")
+    assert select.choose(replace(ON_GPU, device="cpu", capability=None))[0].id in ("cpu.conv", "aten.conv_bn_act")
 
 
 def test_without_an_entry_nothing_unproved_is_chosen(table) -> None:
     spy("experimental.a")
-    assert registry.choose(ON_GPU)[0].id == "aten.conv_bn_act"
-    assert registry.rejected(ON_GPU)["experimental.a"].startswith("no measurement on this GPU")
+    assert select.choose(ON_GPU)[0].id == "aten.conv_bn_act"
+    assert select.rejected(ON_GPU)["experimental.a"].startswith("no measurement on this GPU")
 
 
 def test_an_entry_whose_kernel_declines_is_passed_over(table) -> None:
     spy("experimental.a", lambda problem: "not today")
     table[ON_GPU.key] = {"kernel": "experimental.a", "time_us": 1.0}
-    assert registry.choose(ON_GPU)[0].id == "aten.conv_bn_act"
-    assert registry.rejected(ON_GPU)["experimental.a"] == "not today"
+    assert select.choose(ON_GPU)[0].id == "aten.conv_bn_act"
+    assert select.rejected(ON_GPU)["experimental.a"] == "not today"
 
 
 def test_force_goes_before_the_table(table) -> None:
@@ -309,15 +307,15 @@ def test_force_goes_before_the_table(table) -> None:
     spy("experimental.b")
     table[ON_GPU.key] = {"kernel": "experimental.a", "time_us": 1.0}
     with pytest.raises(RuntimeError, match="claimed no problem"), use("experimental.b"):
-        assert registry.choose(replace(ON_GPU, op="conv_bn_act"))[0].id == "experimental.b"
-        registry._forced[-1].claimed = False
+        assert select.choose(replace(ON_GPU, op="conv_bn_act"))[0].id == "experimental.b"
+        select._forced[-1].claimed = False
 
 
 # ---------------------------------------------------------------- memo, record, problem
 
 
 def test_the_memo_is_bounded(monkeypatch) -> None:
-    monkeypatch.setattr(registry, "MEMO_LIMIT", 5)
+    monkeypatch.setattr(select, "MEMO_LIMIT", 5)
     for height in range(3, 20):
         conv(torch.randn(1, 4, height, 3))
         assert len(registry._memo) <= 5
@@ -335,18 +333,18 @@ def test_the_memo_asks_a_kernel_once() -> None:
 
 
 def test_record_tells_problem_kernel_reason_and_layer() -> None:
-    with registry.record() as outer:
+    with select.record() as outer:
         conv()
-        with registry.record() as inner:
+        with select.record() as inner:
             ops.bn_act(X, W[0, :, 0, 0], W[0, :, 0, 0])
     conv()
     assert [c.problem.op for c in outer] == ["conv_bn_act", "bn_act"] and [c.problem.op for c in inner] == ["bn_act"]
     assert outer[0] == Choice(outer[0].problem, "aten.conv_bn_act", "default", id(W))
-    assert not registry._recorders
+    assert not select._recorders
 
 
 def test_record_sees_other_threads() -> None:
-    with registry.record() as choices:
+    with select.record() as choices:
         worker = threading.Thread(target=conv)
         worker.start()
         worker.join()

@@ -389,18 +389,18 @@ def test_a_pass_proves_what_still_lies_there_with_the_same_bytes(monkeypatch) ->
         for name in ("left", "edited", "moved", "shrunk", "freed")
     }
     keys = {name: _key_of(*layer) for name, layer in layers.items()}
-    assert prepack._holding(keys.values()) == set(keys.values())
+    assert prepack._still_current(keys.values()) == set(keys.values())
     layers["moved"][0].share_memory_()
     for size in (0, 8):  # back to where it was, as a rule
         layers["shrunk"][1].untyped_storage().resize_(size)
     del layers["freed"]
     with monkeypatch.context() as patched:  # what was freed may hold its bytes still
         patched.setattr(prepack, "same_bytes", lambda places: True)
-        assert prepack._holding(keys.values()) == {keys["left"], keys["edited"]}
+        assert prepack._still_current(keys.values()) == {keys["left"], keys["edited"]}
     layers["edited"][2].data[3] = 1
-    assert prepack._holding(keys.values()) == {keys["left"]}
+    assert prepack._still_current(keys.values()) == {keys["left"]}
 
 
 def _key_of(*layer: torch.Tensor) -> tuple:
-    entry = prepack.proved(*layer, None, None, 0.0)
+    entry = prepack.current_pack(*layer, None, None, 0.0)
     return next(key for key, other in prepack._packed.items() if other is entry)

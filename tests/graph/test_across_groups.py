@@ -9,12 +9,11 @@ from torch import nn
 
 import resnet_fast
 from resnet_fast import load_plan, plan
-from resnet_fast.dispatch import registry
+from resnet_fast.dispatch import choose, use
 from resnet_fast.dispatch.problem import ACROSS
-from resnet_fast.dispatch.registry import use
 from resnet_fast.graph import across
 from resnet_fast.graph.ir import Group
-from resnet_fast.runtime import program
+from resnet_fast.runtime import bind
 
 torchvision = pytest.importorskip("torchvision")
 timm = pytest.importorskip("timm")
@@ -235,7 +234,7 @@ def test_an_inner_value_that_broadcasts_keeps_its_shape(monkeypatch) -> None:
 
     net, x = ready(Squeezed()), images(h=16, w=16)
     asked: list = []
-    monkeypatch.setattr(program, "choose", lambda problem: (asked.append(problem), registry.choose(problem))[1])
+    monkeypatch.setattr(bind, "choose", lambda problem, **how: (asked.append(problem), choose(problem, **how))[1])
     run = plan(net, x, across=("conv_tail",))
     with torch.no_grad():
         for got, want in zip(run(x), net(x), strict=True):

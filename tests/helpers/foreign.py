@@ -25,7 +25,7 @@ def pair(make=small, **kwargs) -> tuple[nn.Module, nn.Module]:
 
 def fused(m: nn.Module, x: Tensor | None = None) -> int:
     """How many fused steps one forward runs."""
-    from resnet_fast.dispatch.registry import record
+    from resnet_fast.dispatch import record
 
     with record() as choices, torch.no_grad():
         m(images() if x is None else x)

@@ -1,4 +1,4 @@
-"""The comparison of weights with what was packed: every byte counts, however many threads share them out, and without the CPU kernels too."""
+"""The comparison of weights with their packed copy: every byte counts, by any number of threads, in C++ or without."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnet_fast.kernels import cpu, prepack
+from resnet_fast.kernels import cpu_library, prepack
 
 MIB = 1 << 20
 SIZES = [
@@ -27,9 +27,9 @@ SIZES = [
 def pairs(request, monkeypatch) -> list[tuple[Tensor, Tensor]]:
     """Equal bytes in two places, by the library's op or without it."""
     if request.param == "without":
-        monkeypatch.setattr(cpu, "available", lambda: "the CPU kernels are not built")
-    elif cpu.available() is not None:
-        pytest.skip(str(cpu.available()))
+        monkeypatch.setattr(cpu_library, "available", lambda: "the CPU kernels are not built")
+    elif cpu_library.available() is not None:
+        pytest.skip(str(cpu_library.available()))
     made = [torch.randint(256, (size,), dtype=torch.uint8) for size in SIZES]
     return [(t, t.clone()) for t in made]
 
@@ -81,7 +81,7 @@ def test_bytes_beside_a_place_do_not_matter(pairs, threads) -> None:
     assert prepack.same_bytes(torch.tensor([(a.data_ptr() + 1, b.data_ptr() + 1, a.numel() - 2)]))
 
 
-@pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
+@pytest.mark.skipif(cpu_library.available() is not None, reason=str(cpu_library.available()))
 @pytest.mark.parametrize(
     "table",
     [

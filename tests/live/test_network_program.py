@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from twins import assert_agree, images, shake, twins
 
 import resnet_fast
-from resnet_fast.dispatch import registry
+from resnet_fast.dispatch import record
 from resnet_fast.live import network_pass
 from resnet_fast.runtime import pieces
 
@@ -56,7 +56,7 @@ def test_nothing_is_kept_where_somebody_looks(pair, passes) -> None:
     warm(ours)
     assert not passes
     handle.remove()
-    with registry.record() as choices:
+    with record() as choices:
         warm(ours)
     assert choices and not passes
     warm(ours)

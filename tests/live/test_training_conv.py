@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import resnet_fast
-from resnet_fast.dispatch.registry import use
-from resnet_fast.kernels import cpu
+from resnet_fast.dispatch import use
+from resnet_fast.kernels import cpu_library
 from resnet_fast.live import training_conv
 from resnet_fast.testing.rule import assert_rule, same_nonfinite
 
-pytestmark = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
+pytestmark = pytest.mark.skipif(cpu_library.available() is not None, reason=str(cpu_library.available()))
 NHWC = torch.channels_last
 
 

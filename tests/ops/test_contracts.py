@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_fast import ops
 from resnet_fast.dispatch import registry as dispatch
+from resnet_fast.dispatch import use
 from resnet_fast.models import problems
 from resnet_fast.ops.conv import CONV_BN_ACT
 from resnet_fast.ops.norm import BN_ACT, BN_ACT_BACKWARD
@@ -103,7 +104,7 @@ def test_autocast_casts_images_and_weights_only(registry) -> None:
         return dispatch.find("aten.conv_bn_act").fn(*args)
 
     tensors, keywords = conv_case(torch.float32)
-    with dispatch.use("experimental.spy"), torch.autocast("cpu", torch.bfloat16):
+    with use("experimental.spy"), torch.autocast("cpu", torch.bfloat16):
         out = call_conv(ops.conv_bn_act, leaves(tensors), "relu", **keywords)
         wide = [t.double() if isinstance(t, Tensor) else t for t in tensors]
         assert call_conv(ops.conv_bn_act, wide, "relu", **keywords).dtype == torch.float64

@@ -10,7 +10,7 @@ from torch import nn
 
 import resnet_fast
 from resnet_fast import plan
-from resnet_fast.dispatch.registry import use
+from resnet_fast.dispatch import use
 from resnet_fast.planning.plan import SHAPES
 from resnet_fast.testing.rule import assert_rule
 

@@ -1,4 +1,4 @@
-"""What only runs on a GPU, on torch's CUDA functions pretended: streams, pools and captures that fail as those of torch 2.11 do."""
+"""GPU-only code on fake CUDA functions of torch: streams, pools, and captures that fail as those of torch 2.11 do."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 from resnet_fast import plan, resnet18
 from resnet_fast.bench import folded
-from resnet_fast.dispatch import registry as dispatch
-from resnet_fast.dispatch.registry import kernel, use
+from resnet_fast.dispatch import kernel, use
+from resnet_fast.dispatch.select import on_device_of
 from resnet_fast.runtime import cuda_graph
 from resnet_fast.runtime.cuda_graph import Graph
 from resnet_fast.runtime.program import Program
@@ -156,8 +156,8 @@ def test_a_plans_gpu_is_the_current_one_while_it_runs(cuda) -> None:
 @pytest.mark.parametrize("count", [1, 2])
 def test_an_ops_gpu_is_the_current_one_while_its_kernel_runs(cuda, monkeypatch, count) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    assert dispatch._there(lambda x: (x, cuda.device), torch.device("cuda:1"))(7) == (7, count - 1)
-    assert dispatch._there(fails, torch.device("cpu")) is fails
+    assert on_device_of(lambda x: (x, cuda.device), torch.device("cuda:1"))(7) == (7, count - 1)
+    assert on_device_of(fails, torch.device("cpu")) is fails
 
 
 def test_without_memory_a_plan_raises_what_torch_does(registry) -> None:

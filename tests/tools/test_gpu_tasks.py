@@ -15,10 +15,9 @@ from resnet_fast.bench import providers
 from resnet_fast.bench.network import Case
 from resnet_fast.bench.op import TRAINING
 from resnet_fast.bench.providers import Provider
+from resnet_fast.dispatch import Kernel, tables, use
 from resnet_fast.dispatch import registry as dispatch
-from resnet_fast.dispatch import tables
 from resnet_fast.dispatch.problem import ACROSS, Problem
-from resnet_fast.dispatch.registry import Kernel, use
 from resnet_fast.testing import grids
 from resnet_fast.tuning import group_table
 from resnet_fast.util.timing import Timing
@@ -321,7 +320,7 @@ def test_what_was_timed_and_checked_goes_into_the_table(known, tmp_path) -> None
     assert tables.stale(entry) is None
     assert draws not in sections["graph"]
     record = sections["measured"][draws]["experimental.fast"]
-    assert tables.tell(record) == "not µs a call, 9.9 in a graph; error 1e-07, eager's 2e-07"
+    assert tables.in_words(record) == "not µs a call, 9.9 in a graph; error 1e-07, eager's 2e-07"
 
 
 def test_what_was_timed_and_checked_is_not_measured_again(known, tmp_path) -> None:

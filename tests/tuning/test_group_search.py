@@ -7,9 +7,8 @@ from plans import count, groups, images, ready
 
 import resnet_fast
 from resnet_fast import plan
-from resnet_fast.dispatch import tables
+from resnet_fast.dispatch import tables, use
 from resnet_fast.dispatch.problem import ACROSS
-from resnet_fast.dispatch.registry import use
 from resnet_fast.graph.across import label
 from resnet_fast.tuning import kernels
 from resnet_fast.tuning.group_search import search

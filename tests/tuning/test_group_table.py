@@ -14,8 +14,7 @@ from plans import count, images, ready
 import resnet_fast
 from resnet_fast import plan
 from resnet_fast.dispatch import registry as dispatch
-from resnet_fast.dispatch import tables
-from resnet_fast.dispatch.registry import use
+from resnet_fast.dispatch import tables, use
 from resnet_fast.tuning import group_search, group_table, groups, kernels
 
 GPU = "fake"

@@ -15,8 +15,8 @@ from resnet_fast import plan
 from resnet_fast.__main__ import main
 from resnet_fast.bench.op import TRAINING
 from resnet_fast.cli import tune as tune_command
+from resnet_fast.dispatch import choose, tables
 from resnet_fast.dispatch import registry as dispatch
-from resnet_fast.dispatch import tables
 from resnet_fast.dispatch.problem import ACROSS, Problem
 from resnet_fast.testing.full_size import full_args
 from resnet_fast.tuning import group_table
@@ -312,7 +312,7 @@ def test_lookup_wants_this_gpu_this_source_and_these_versions(candidates, monkey
     tune([PROBLEM], device=Pretended(calls={"experimental.fast": 5e-6}))
     assert tables.lookup(PROBLEM)["kernel"] == "experimental.fast"
     assert tables.lookup(PROBLEM, graph=True) is None  # ten microseconds each in a graph
-    chosen, why = dispatch.choose(replace(PROBLEM, device="cuda"))
+    chosen, why = choose(replace(PROBLEM, device="cuda"))
     assert chosen.id == "experimental.fast" and why.startswith("measured: 5.0 µs on Pretended GPU")
     with monkeypatch.context() as patch:
         patch.setattr(tables, "versions", lambda: {"torch": "9.9", "triton": "9", "driver": "1"})

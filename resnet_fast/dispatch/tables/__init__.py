@@ -1,12 +1,13 @@
-"""Measured choices: one JSON file for each GPU model, written by ``autotune``, read by ``dispatch``.
+"""Tables of measured choices: one JSON file for each GPU model. ``tuning`` writes them, ``select`` reads them.
 
 A file is ``{"gpu": name, "entries": {problem key: entry}, "graph": {…}, "measured": {problem key: {kernel: record}},
-"networks": {…}}``, the last kept by ``remembered``.
-An entry keeps kernel, time_us, aten_us, spread, error, eager_error, versions and the normalised source hash of its
-kernel; ``entries`` holds for ordinary calls (host and device time), ``graph`` for what runs inside a CUDA graph (device
-time), ``measured`` is what tuning found for every candidate. An entry counts only while kernel source and versions are
-those it was verified with; ``stale`` tells why not. Files are looked for first in ``RESNET_FAST_TABLES`` (default
-``~/.cache/resnet_fast``), then beside this one.
+"networks": {…}}``. ``entries`` holds the choices for ordinary calls (host and device time), ``graph`` those inside a
+CUDA graph (device time). ``measured`` holds what tuning found for every candidate, ``networks`` belongs to
+``tuning.group_table``.
+
+An entry has kernel, time_us, aten_us, spread, error, eager_error, versions and its kernel's normalised source hash.
+It is valid only while kernel source and versions are those that it was verified with; ``stale`` says why it is not.
+Files are read first from ``RESNET_FAST_TABLES`` (default ``~/.cache/resnet_fast``), then from this package.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ import torch
 
 from ...util.files import replacing
 from ..problem import Problem
+from ..registry import find
 
 SHIPPED = Path(__file__).parent
 SECTIONS = ("entries", "graph", "measured", "networks")
 
 
 def user_folder() -> Path:
-    """Where this user's own measurements live."""
+    """The folder of this user's own measurements."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("RESNET_FAST_TABLES") or Path(cache) / "resnet_fast")
 
@@ -51,7 +53,7 @@ def file_name(gpu: str) -> str:
 
 
 def read(path: Path, gpu: str) -> dict[str, dict[str, Any]]:
-    """The sections of one file, empty where there is none; a file that cannot be used is ignored with a warning."""
+    """The sections of one file, empty if there is no file; an unusable file is ignored with a warning."""
     empty: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     if not path.is_file():
         return empty
@@ -70,17 +72,18 @@ def read(path: Path, gpu: str) -> dict[str, dict[str, Any]]:
 
 @functools.cache
 def load(gpu: str) -> tuple[dict[str, dict[str, Any]], ...]:
-    """The sections of the user's own file and of the shipped one, in this order; cached until ``update`` writes."""
+    """The sections of the user's own file, then those of the shipped one; cached until ``update`` writes."""
     return tuple(read(folder / file_name(gpu), gpu) for folder in (user_folder(), SHIPPED))
 
 
 def lookup(problem: Problem, *, graph: bool = False) -> dict[str, Any] | None:
-    """The entry that may be used for this problem on the current GPU, or None."""
-    return next((entry for entry in _entries(problem, graph) if stale(entry) is None), None)
+    """The valid entry for this problem on the current GPU, or None."""
+    valid = (entry for entry in _entries(problem, graph) if stale(entry) is None)
+    return next(valid, None)
 
 
 def why_not(problem: Problem, *, graph: bool = False) -> str | None:
-    """Why the entry that exists for this problem is not used, or None if there is none or it is."""
+    """Why the entry for this problem is not used, or None if it is used or there is none."""
     found = list(_entries(problem, graph))
     return None if lookup(problem, graph=graph) or not found else stale(found[0])
 
@@ -93,25 +96,28 @@ def _entries(problem: Problem, graph: bool) -> Iterator[dict[str, Any]]:
 
 
 def records(problem: Problem) -> dict[str, dict[str, Any]]:
-    """Kernel → what the current GPU's tables say of it on this problem, as far as it was measured as it is now."""
+    """Kernel id → its valid record for this problem on the current GPU."""
     found: dict[str, dict[str, Any]] = {}
     for sections in reversed(load(gpu_name())):
         found |= sections["measured"].get(problem.key, {})
     return {kernel: record for kernel, record in found.items() if stale({"kernel": kernel, **record}) is None}
 
 
-def tell(record: dict[str, Any]) -> str:
-    """One record in words."""
+def in_words(record: dict[str, Any]) -> str:
+    """One record of ``measured`` as a sentence."""
     if record["status"] != "right":
         return f"{record['status'].upper()}: {record['reason']}"
-    call, device = (f"{record[name]:.1f}" if name in record else "not" for name in ("time_us", "device_us"))
+    call = _microseconds(record, "time_us")
+    device = _microseconds(record, "device_us")
     return f"{call} µs a call, {device} in a graph; error {record['error']:.2g}, eager's {record['eager_error']:.2g}"
 
 
-def stale(entry: dict[str, Any]) -> str | None:
-    """Why an entry must be verified again before use, or None if it stands."""
-    from ..registry import find  # a table names kernels; only a check needs the registry
+def _microseconds(record: dict[str, Any], name: str) -> str:
+    return f"{record[name]:.1f}" if name in record else "not"
 
+
+def stale(entry: dict[str, Any]) -> str | None:
+    """Why an entry must be verified again before use, or None if it is valid."""
     try:
         kernel = find(entry["kernel"])
     except LookupError as error:
@@ -132,7 +138,7 @@ def _spell(found: dict[str, str]) -> str:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """What a measurement depends on besides the GPU and the source."""
+    """The versions of torch, Triton and the driver: a measurement depends on them too."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -143,7 +149,8 @@ def versions() -> dict[str, str]:
 
 
 def _driver() -> str:
-    """The CUDA version that the driver implements, for example "13000"; torch does not tell it. The library is in this process already."""
+    """The CUDA version that the driver implements, for example "13000". Torch has no call for it."""
+    # The library is already loaded in this process.
     library = ctypes.CDLL("nvcuda" if os.name == "nt" else "libcuda.so.1")
     version = ctypes.c_int()
     error = library.cuDriverGetVersion(ctypes.byref(version))
@@ -154,39 +161,43 @@ def _driver() -> str:
 
 @functools.cache
 def source_hash(sources: tuple[str, ...]) -> str:
-    """Hash of source files without comments, docstrings and layout, so that prose does not void a measurement.
-
-    Of the build's record what it says of the CPU kernels is left out: they are no part of what runs on a GPU.
-    """
+    """Hash of source files without comments, docstrings and layout, so that prose does not void a measurement."""
     digest = hashlib.sha256()
     for source in sorted(sources):
-        text = Path(source).read_text(encoding="utf-8")
-        if source.endswith(".py"):
-            tree = ast.parse(text)
-            for node in ast.walk(tree):
-                body = getattr(node, "body", None)
-                if (
-                    isinstance(body, list)
-                    and body
-                    and isinstance(body[0], ast.Expr)
-                    and isinstance(body[0].value, ast.Constant)
-                ):
-                    body.pop(0)
-            text = ast.dump(tree)
-        elif source.endswith("_build.json"):
-            text = json.dumps({key: value for key, value in json.loads(text).items() if not key.startswith("cpu")})
-        digest.update(text.encode())
+        digest.update(_normalised(source).encode())
     return digest.hexdigest()[:16]
+
+
+def _normalised(source: str) -> str:
+    """The part of a source file's text that decides what runs on a GPU."""
+    text = Path(source).read_text(encoding="utf-8")
+    if source.endswith(".py"):
+        return ast.dump(_without_docstrings(ast.parse(text)))
+    if source.endswith("_build.json"):  # what it records of the CPU kernels does not run on a GPU
+        return json.dumps({key: value for key, value in json.loads(text).items() if not key.startswith("cpu")})
+    return text
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and _is_constant(body[0]):
+            body.pop(0)
+    return tree
+
+
+def _is_constant(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
 
 
 # ---------------------------------------------------------------- writing
 
 
 def update(gpu: str, edit: Callable[[dict[str, dict[str, Any]]], None], folder: Path | None = None) -> Path:
-    """Let ``edit`` change the sections of a GPU's file in ``folder`` (default: the user's), and write it whole.
+    """Let ``edit`` change the sections of a GPU's file in ``folder`` (default: the user's), and write the file.
 
-    Under a lock between reading and writing, so two processes lose none of each other's entries; replaced in one step,
-    so a reader sees the old file or the new one, and a kill leaves the old one.
+    A lock is held from reading to writing, so two processes lose none of each other's entries. The file is replaced in
+    one step: a reader sees the old file or the new one, and a killed process leaves the old one.
     """
     path = (folder or user_folder()) / file_name(gpu)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +213,7 @@ def update(gpu: str, edit: Callable[[dict[str, dict[str, Any]]], None], folder: 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """An advisory lock that the system drops when its holder dies."""
+    """Hold an advisory lock, which the system drops when the process dies."""
     import fcntl  # POSIX only, as are the GPUs that get tuned
 
     with path.open("w") as handle:

@@ -1,4 +1,4 @@
-"""Where new kernels start; importing this package imports every file beside it. Copy ``template.py`` of the kit to begin one."""
+"""New kernels start here. Importing this package imports every file in it; ``new-kernel`` writes the first one."""
 
 import importlib
 import pkgutil

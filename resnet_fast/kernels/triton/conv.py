@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...dispatch.registry import Problem, kernel
+from ...dispatch import Problem, conv_out_hw, kernel
 from . import launch
 from .dependent_launch import begin
 from .epilogue import finish
@@ -251,9 +251,8 @@ def supports(problem: Problem) -> str | None:
 )
 def conv(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
     k, _, r, s = weight.shape
-    n, c, h, w = x.shape
-    oh = (h + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1
-    ow = (w + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1
+    n, c, _, _ = x.shape
+    oh, ow = conv_out_hw(x.shape, weight.shape, stride, padding, dilation)
     g = Gemm(n * oh * ow, k, c, r * s, groups, x.itemsize, residual is not None, launch.capability(x))
     geometry = stride, padding, dilation
     return run(x, weight, (scale, shift, mean, var, eps), residual, geometry, act, (oh, ow), g, gemm_config(g))

@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from ...dispatch.registry import Problem
+from .. import vendor
 
 INTERPRETED = triton.knobs.runtime.interpret
 if INTERPRETED:
@@ -128,7 +129,7 @@ def conv_result(x: Tensor, weight: Tensor, out_hw: tuple[int, int]) -> tuple[Ten
     It changes nothing, except where one channel or one pixel makes ``x`` NCHW as well and torch answers in NCHW.
     """
     shape = x.shape[0], weight.shape[0], *out_hw
-    answers_nhwc = _reads_nhwc(x) or _reads_nhwc(weight)
+    answers_nhwc = vendor.nhwc(x) or vendor.nhwc(weight)
     one_order = shape[1] == 1 or prod(out_hw) == 1  # NHWC and NCHW are the same memory
     strides = torch.channels_last if answers_nhwc or not one_order else torch.contiguous_format
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=strides)
@@ -137,13 +138,3 @@ def conv_result(x: Tensor, weight: Tensor, out_hw: tuple[int, int]) -> tuple[Ten
 
 def _unchanged(t: Tensor) -> Tensor:
     return t
-
-
-def _reads_nhwc(t: Tensor) -> bool:
-    """ATen's is_channels_last_strides_2d: strides grow from C over W, H to N; a tensor that is both is NCHW."""
-    smallest = 0
-    for d in (1, 3, 2, 0):
-        if t.shape[d] == 0 or t.stride(d) < smallest or (d == 0 and smallest == t.stride(1)):
-            return False
-        smallest = t.stride(d) * max(t.shape[d], 1)
-    return t.stride(1) != 0

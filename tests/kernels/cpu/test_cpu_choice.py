@@ -1,4 +1,4 @@
-"""The C++ kernels for CPUs: right by the error rule, eager's answer where a NaN or an infinity comes in, chosen where they win."""
+"""The C++ convolutions for CPUs: the error rule, NaN and infinity as in eager, and when each is chosen."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import resnet_fast
-from resnet_fast.dispatch.registry import Problem, choose, find, record, rejected, use
-from resnet_fast.kernels import aten, cpu, prepack
+from resnet_fast.dispatch import Problem, choose, find, record, rejected, use
+from resnet_fast.dispatch.select import select
+from resnet_fast.kernels import aten, cpu, cpu_library, prepack
 from resnet_fast.testing.check import check_kernel, oracle
 from resnet_fast.testing.eager import eager
 from resnet_fast.testing.rule import assert_rule, same_nonfinite
 from resnet_fast.testing.samples import make_args
 
-pytestmark = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
+pytestmark = pytest.mark.skipif(cpu_library.available() is not None, reason=str(cpu_library.available()))
 NHWC = torch.channels_last
-BF16_SUM = "cpu.conv" if cpu.available() is None and torch.ops.resnet_fast_cpu.takes_bf16() else "aten.conv_bn_act"
+TAKES_BF16 = cpu_library.available() is None and torch.ops.resnet_fast_cpu.takes_bf16()
+BF16_SUM = "cpu.conv" if TAKES_BF16 else "aten.conv_bn_act"
 
 
 @pytest.fixture(autouse=True)
 def without_amx(monkeypatch) -> None:
     """As on the processors that these kernels were measured for; the tests of AMX say otherwise."""
-    monkeypatch.setattr(cpu, "onednn_has_amx", lambda: False)
+    monkeypatch.setattr(cpu_library, "onednn_has_amx", lambda: False)
 
 
 def winograd_problem(n=2, c=32, h=9, w=6, k=64, dtype=torch.float32, **more) -> Problem:
@@ -66,7 +68,7 @@ def test_winograd_obeys_the_error_rule(n, c, h, w, k, dtype, act, residual, bn) 
 
 
 def test_a_long_sum_is_more_exact_than_one_after_the_other() -> None:
-    """Over 512 channels the runs of 64 keep the error below that of eager in the same layout; one sum of 512 had 1.2 times eager's."""
+    """Runs of 64 channels keep the error below eager's in the same layout; one sum of 512 had 1.2 times eager's."""
     problem = winograd_problem(2, 512, 8, 8, 512)
     args = make_args(problem)
     exact, bar = oracle("conv_bn_act", args)[0], eager("conv_bn_act", args)[0]
@@ -125,14 +127,15 @@ def test_the_number_of_threads_changes_no_byte(n, c, h, w, k) -> None:
 
 
 def test_avx2_obeys_the_rule_too() -> None:
-    """In a process of its own: torch's own variable picks the instructions, once. 48 filters are three of AVX2's panels, not AVX-512's."""
+    """In a new process: torch's variable picks the instructions once. 48 filters are whole panels of AVX2 only."""
     code = """if True:
         from resnet_fast.dispatch import find
-        from resnet_fast.kernels import cpu
+        from resnet_fast.kernels import cpu_library
         from resnet_fast.testing.check import check_kernel
         import sys, torch; sys.path.insert(0, "tests/kernels/cpu")
         from test_cpu_choice import winograd_problem
-        assert cpu.available() is None and cpu.instructions() == "AVX2", cpu.instructions()
+        assert cpu_library.available() is None
+        assert cpu_library.instructions() == "AVX2", cpu_library.instructions()
         for case in ((2, 32, 9, 6, 48), (1, 80, 5, 5, 16), (1, 64, 1, 3, 64)):
             verdict = check_kernel(find("cpu.winograd"), winograd_problem(*case, residual="nhwc"))
             assert verdict.ok, verdict.reason
@@ -145,8 +148,8 @@ def test_avx2_obeys_the_rule_too() -> None:
 
 def test_a_processor_that_is_told_to_be_plain_runs_without() -> None:
     code = """if True:
-        from resnet_fast.kernels import cpu
-        assert "AVX2" in cpu.available()
+        from resnet_fast.kernels import cpu_library
+        assert "AVX2" in cpu_library.available()
         import resnet_fast, torch
         with torch.no_grad():
             resnet_fast.resnet18().eval()(torch.randn(1, 3, 32, 32))
@@ -165,7 +168,7 @@ DECLINED = {
     "empty": ({"x": (0, 32, 4, 4)}, "empty"),
     "half": ({"dtype": torch.float16}, "float16"),
     "cuda": ({"device": "cuda"}, "cuda"),
-    "residual": ({"residual": "nchw"}, "residual nchw"),
+    "residual": ({"residual": "nchw"}, "nhwc and nchw"),
 }
 
 
@@ -196,15 +199,17 @@ def test_it_is_chosen_where_it_was_measured_to_win() -> None:
     ],
 )
 def test_bfloat16_is_left_to_onednn_where_it_has_amx(monkeypatch, change) -> None:
-    monkeypatch.setattr(cpu, "onednn_has_amx", lambda: True)
+    monkeypatch.setattr(cpu_library, "onednn_has_amx", lambda: True)
+    monkeypatch.setattr(torch.ops.resnet_fast_cpu, "takes_bf16", lambda: True)
     problem = winograd_problem(**change, dtype=torch.bfloat16)
-    assert choose(problem)[0].id == "aten.conv_bn_act" and cpu.preferred(problem, live=False) is None
-    assert any("AMX" in rejected(problem)[id] for id in cpu.FORMS)
+    assert choose(problem)[0].id == choose(problem, live=False)[0].id == "aten.conv_bn_act"
+    assert any("AMX" in rejected(problem)[id] for id in ("cpu.winograd", "cpu.conv"))
     assert choose(winograd_problem(**change))[0].id.startswith("cpu.")  # float32
 
 
+@pytest.mark.skipif(not TAKES_BF16, reason="this processor does not multiply bfloat16")
 def test_a_bfloat16_network_runs_without_our_convolutions_where_onednn_has_amx(monkeypatch) -> None:
-    monkeypatch.setattr(cpu, "onednn_has_amx", lambda: True)
+    monkeypatch.setattr(cpu_library, "onednn_has_amx", lambda: True)
     model, x = resnet_fast.resnet18().eval().bfloat16(), torch.randn(2, 3, 64, 64).bfloat16()
     planned = resnet_fast.plan(model, x)
     assert {step.kernel for step in planned.steps if step.op == "conv_bn_act"} == {"aten (oneDNN)"}
@@ -228,14 +233,13 @@ def test_many_threads_do_not_wait_for_transformed_filters_of_a_few_pixels(
     monkeypatch, problem, threads, chosen
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert cpu.preferred(problem, live=False)[0] == chosen
-    assert ("by a model, not a measurement" in str(cpu.yields("cpu.winograd", problem, live=False))) is (
-        chosen == "cpu.conv"
-    )
+    assert choose(problem, live=False)[0].id == chosen
+    why_not_winograd = str(find("cpu.winograd").yields(problem, False))
+    assert ("by a model, not a measurement" in why_not_winograd) is (chosen == "cpu.conv")
 
 
 def test_live_weights_stay_within_two_copies() -> None:
-    """At batch 1 the transformed filters of many channels would take more; a plan, which has no snapshot beside them, takes them."""
+    """At batch 1 transformed filters of many channels take more; a plan, which has no snapshot, uses them."""
     assert choose(winograd_problem(1, 128, 28, 28, 128))[0].id == "cpu.winograd"
     assert choose(winograd_problem(1, 256, 14, 14, 256))[0].id == "cpu.conv"
     assert "memory" in rejected(winograd_problem(1, 256, 14, 14, 256))["cpu.winograd"]
@@ -273,7 +277,7 @@ def test_a_default_device_elsewhere_changes_nothing() -> None:
     with torch.device("meta"):
         assert planned(x).device.type == "cpu"
         for args in bottleneck:
-            assert resnet_fast.ops.select("conv_bn_act", args, lambda *_: None)(*args).device.type == "cpu"
+            assert select("conv_bn_act", args, lambda *_: None)(*args).device.type == "cpu"
 
 
 def test_a_nan_passes_through_a_plan_where_onednn_has_no_bfloat16(monkeypatch) -> None:
@@ -312,21 +316,22 @@ def test_a_plan_adds_a_residual_of_another_dtype_as_eager_does(size) -> None:
 
 def test_a_library_of_other_sources_is_not_used(monkeypatch) -> None:
     """Else what it lacks would be missed in the middle of a forward."""
-    cpu.available.cache_clear()
-    monkeypatch.setitem(cpu.SCHEMAS, "pointwise", "(Tensor x, int new) -> ()")
+    cpu_library.available.cache_clear()
+    monkeypatch.setitem(cpu_library.SCHEMAS, "pointwise", "(Tensor x, int new) -> ()")
     try:
-        assert "was built from other sources" in cpu.available() and cpu.BUILD in cpu.available()
+        said = cpu_library.available()
+        assert "was built from other sources" in said and cpu_library.BUILD in said
         assert choose(winograd_problem())[0].id == "aten.conv_bn_act"
     finally:
         monkeypatch.undo()
-        cpu.available.cache_clear()
+        cpu_library.available.cache_clear()
 
 
 def test_a_library_that_went_missing_is_not_explained_by_its_build(monkeypatch, tmp_path) -> None:
     (tmp_path / "_build.json").write_text('{"cpu": "built", "cpu_why": "c++ works"}')
-    monkeypatch.setattr(cpu, "PACKAGE", tmp_path)
-    monkeypatch.setattr(cpu, "RECORD", tmp_path / "_build.json")
-    said = cpu.available.__wrapped__()
+    monkeypatch.setattr(cpu_library, "PACKAGE", tmp_path)
+    monkeypatch.setattr(cpu_library, "RECORD", tmp_path / "_build.json")
+    said = cpu_library.available.__wrapped__()
     assert f"not in {tmp_path}" in said and "works" not in said
 
 

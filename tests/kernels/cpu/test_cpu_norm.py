@@ -1,4 +1,4 @@
-"""The CPU's training batch norm, forward and backward: the error rule, outliers, NaN, layouts, vectors of any dtype, threads, AVX2, choice."""
+"""The CPU's training batch norm, forward and backward: error rule, outliers, NaN, layouts, dtypes, threads, choice."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from torch import Tensor
 
 import resnet_fast
 from resnet_fast import ops
-from resnet_fast.dispatch.registry import Problem, choose, find, record, rejected
-from resnet_fast.kernels import aten, cpu
+from resnet_fast.dispatch import Problem, choose, find, record, rejected
+from resnet_fast.kernels import aten, cpu, cpu_library
 from resnet_fast.testing.check import check_kernel, oracle
 from resnet_fast.testing.eager import eager
 from resnet_fast.testing.grids import nasty_problems
 from resnet_fast.testing.rule import assert_rule, same_nonfinite
 from resnet_fast.testing.samples import make_args
 
-pytestmark = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
+pytestmark = pytest.mark.skipif(cpu_library.available() is not None, reason=str(cpu_library.available()))
 NHWC = torch.channels_last
 OPS = pytest.mark.parametrize("op", ["bn_act", "bn_act_backward"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-# Fewer pixels than a pivot takes; one chunk, and 8 pixels more; 64 chunks and a shorter one; chunks of 512; many channels.
+# Fewer pixels than a pivot takes; one chunk, and 8 pixels more; 64 chunks and a shorter one; chunks of 512; many
+# channels.
 SIZES = [
     (1, 64, 1, 3),
     (1, 16, 4, 8),
@@ -70,7 +71,7 @@ def test_moments_do_not_cancel(change) -> None:
 
 
 def test_an_outlier_where_the_pivot_is_taken_does_little_harm() -> None:
-    """The pivot is the mean of 8 pixels: were it the first of them, the variance would have lost seven times as much."""
+    """The pivot is the mean of 8 pixels. With the first pixel as pivot the variance would lose seven times as much."""
     args = list(make_args(problem(x=(1, 16, 16, 32), residual=None, act="none")))
     args[0][0, :, 0, 0] = 1e5
     var, exact = cpu.bn_act(*args)[2], oracle("bn_act", tuple(args))[2]
@@ -198,11 +199,12 @@ def test_a_residual_without_gradient() -> None:
 def test_avx2_obeys_the_rule_too() -> None:
     code = """if True:
         from resnet_fast.dispatch import find
-        from resnet_fast.kernels import cpu
+        from resnet_fast.kernels import cpu_library
         from resnet_fast.testing.check import check_kernel
         import sys, torch; sys.path.insert(0, "tests/kernels/cpu")
         from test_cpu_norm import judged
-        assert cpu.available() is None and cpu.instructions() == "AVX2", cpu.instructions()
+        assert cpu_library.available() is None
+        assert cpu_library.instructions() == "AVX2", cpu_library.instructions()
         for op in ("bn_act", "bn_act_backward"):
             for dtype in (torch.float32, torch.bfloat16):
                 for p in judged(op, dtype)[::9]:
