@@ -100,9 +100,7 @@ class Kept:
             self._programs.pop(next(iter(self._programs)), None)
         self._programs[key] = program
 
-    def _bind(
-        self, lowered: Lowered, step: Step, values: Values, writable: set[str], graph: bool
-    ) -> Bound:
+    def _bind(self, lowered: Lowered, step: Step, values: Values, writable: set[str], graph: bool) -> Bound:
         if step.op != "conv_bn_act":
             return bind(lowered, step, values, writable, graph)
         conv, entry = self._filters[step.output]
