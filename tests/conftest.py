@@ -50,14 +50,14 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> dict:
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes that kept programs ran on: which pass was kept, and in which pieces."""
-    ran, original = [], network_program.Kept.__call__
+    ran, original = [], network_program.NetworkProgram.__call__
 
     def noted(self, x):
         out = original(self, x)
         ran.extend([tuple(x.shape)] if out is not None else [])
         return out
 
-    monkeypatch.setattr(network_program.Kept, "__call__", noted)
+    monkeypatch.setattr(network_program.NetworkProgram, "__call__", noted)
     return ran
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from itertools import product
 from math import ceil
 
-from resnet_fast.models.problems import layers
+from resnet_fast.models.problems import conv_layers
 from resnet_fast.roofline.chips import ceilings
 from resnet_fast.util.text import table
 
@@ -66,7 +66,7 @@ class Predicted:
 def blocks(model: str, batch: int, size: int = 224) -> dict[str, tuple[Bottleneck, int]]:
     """Return each stage's block without projection, and how many there are. They are all alike."""
     found: dict[str, tuple[Bottleneck, int]] = {}
-    problems = {layer.name: layer.problem for layer in layers(model, batch, size)}
+    problems = {layer.name: layer.problem for layer in conv_layers(model, batch, size)}
     for name, problem in problems.items():
         block, _, conv = name.rpartition(".")
         if conv != "conv1" or not block:

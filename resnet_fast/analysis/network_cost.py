@@ -14,7 +14,7 @@ from math import prod
 
 import torch
 
-from ..models.problems import layers
+from ..models.problems import conv_layers
 from ..roofline.cost import CLASSES, Step, conv_flops, touched
 
 
@@ -97,7 +97,7 @@ def network(model: str, batch: int, size: int, dtype: torch.dtype) -> Net:
     """The operands of an architecture at [batch, 3, size, size] in ``dtype``."""
     width = dtype.itemsize
     convs: dict[str, Conv] = {}
-    for layer in layers(model, batch, size, dtype):
+    for layer in conv_layers(model, batch, size, dtype):
         p = layer.problem
         y, weights = batch * p.weight[0] * prod(p.out_hw), prod(p.weight)
         convs[layer.name] = Conv(

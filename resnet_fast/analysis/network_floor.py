@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..graph.across import ORDER, known
-from ..models.problems import Across, across, layers
+from ..graph.across import ORDER, checked_names
+from ..models.problems import AcrossLayer, across_layers, conv_layers
 from ..roofline.chips import FLOATING, Ceilings, ceilings
 from ..roofline.cost import Step, problem_step
 from ..roofline.floor import Floor, floor, predict, problem_floor
@@ -74,9 +74,9 @@ class Saving:
     together: Floor
 
 
-def savings(groups: Iterable[Across], limits: Ceilings) -> list[Saving]:
+def savings(groups: Iterable[AcrossLayer], limits: Ceilings) -> list[Saving]:
     """What each op across convolutions would save; ops that want the same convolutions are counted as if each were used alone."""
-    found: dict[str, list[Across]] = {}
+    found: dict[str, list[AcrossLayer]] = {}
     for group in groups:
         found.setdefault(group.problem.op, []).append(group)
     return [
@@ -90,7 +90,7 @@ def savings(groups: Iterable[Across], limits: Ceilings) -> list[Saving]:
     ]
 
 
-def _alone(group: Across, limits: Ceilings) -> list[Floor]:
+def _alone(group: AcrossLayer, limits: Ceilings) -> list[Floor]:
     """The convolutions one by one, and the pool that follows."""
     floors = [problem_floor(member, limits) for member in group.members]
     if group.problem.op in ("conv_pool", "pointwise_pool"):
@@ -157,10 +157,10 @@ class Table:
 
 
 def with_groups(
-    rows: Iterable[Floor], groups: Iterable[Across], wanted: Iterable[str], limits: Ceilings
+    rows: Iterable[Floor], groups: Iterable[AcrossLayer], wanted: Iterable[str], limits: Ceilings
 ) -> Iterator[Floor]:
     """The rows with the groups of these names in place of their members: larger ones first, each convolution in one, as in ``fusion``."""
-    place: dict[str, Across] = {}
+    place: dict[str, AcrossLayer] = {}
     for group in sorted(groups, key=lambda group: ORDER.index(group.problem.op)):
         op = group.problem.op
         if {op, f"{op}:{group.name}"} & set(wanted) and not place.keys() & set(group.names):
@@ -180,10 +180,10 @@ def table(model: str, batch: int, size: int, dtype: torch.dtype, gpu: str, acros
 
     Raises LookupError for an unknown GPU or dtype, ValueError for an unknown op.
     """
-    limits, wanted = ceilings(gpu), known(across_by)
+    limits, wanted = ceilings(gpu), checked_names(across_by)
     net = network(model, batch, size, dtype)
     levels = [("infer", level) for level in INFERENCE] + [("train", level) for level in TRAINING if dtype in FLOATING]
-    groups = across(layers(model, batch, size, dtype))
+    groups = across_layers(conv_layers(model, batch, size, dtype))
     rows = list(with_groups(predict(INFERENCE[LEVEL](net), limits, dtype), groups, wanted, limits))
     rate = limits.rates[dtype] / 1e12
     heading = (

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..dispatch.problem import ACROSS, Problem
 from ..dispatch.registry import Kernel
 from ..kernels.prepack import fold
-from ..models.problems import across, layers
+from ..models.problems import across_layers, conv_layers
 from ..roofline import cost
 from ..roofline.floor import problem_floor
 from ..runtime.cuda_graph import captured
@@ -50,12 +50,12 @@ def op_problems(
 ) -> list[Problem]:
     """Every distinct problem of a network: its convolutions, the batch norms and adds of its training step, its groups of convolutions."""
     found: dict[Problem, None] = {}
-    single = layers(model, batch, size, dtype, device, capability)
+    single = conv_layers(model, batch, size, dtype, device, capability)
     convs = [layer.problem for layer in single]
     found |= dict.fromkeys(convs)
     for conv in convs:
         found |= dict.fromkeys(filter(None, (after(conv, op) for op in TRAINING)))
-    found |= dict.fromkeys(group.problem for group in across(single))
+    found |= dict.fromkeys(group.problem for group in across_layers(single))
     return list(found)
 
 

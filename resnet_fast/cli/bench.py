@@ -20,7 +20,7 @@ from ..bench.op import TRAINING, after
 from ..bench.providers import DTYPES, MODES, PROVIDERS, provider
 from ..dispatch import tables
 from ..models.family import list_models
-from ..models.problems import layers
+from ..models.problems import conv_layers
 from ..util.machine import default_device, device_or_error
 from ..util.text import counted, table
 from .options import positive, seconds, target
@@ -189,7 +189,7 @@ def defaults(device: str, mode: str) -> tuple[str, tuple[int, ...]]:
 def untuned(case: Case, batches: Sequence[int] = ()) -> str | None:
     """What ours lacks on a GPU that was never tuned for a case, and the command that brings it; None where something was measured."""
     capability, dtype = torch.cuda.get_device_capability(), DTYPES[case.dtype]
-    convs = [layer.problem for layer in layers(case.model, case.batch, case.size, dtype, "cuda", capability)]
+    convs = [layer.problem for layer in conv_layers(case.model, case.batch, case.size, dtype, "cuda", capability)]
     asked = (
         {replace(conv, bn=False) for conv in convs}
         if case.mode == "infer"

@@ -29,7 +29,7 @@ from ..bench.op import CHECK_BATCH, after, measure_op
 from ..bench.providers import DTYPES
 from ..dispatch.problem import ACROSS, Problem
 from ..dispatch.registry import Kernel, kernels
-from ..models.problems import across, layers
+from ..models.problems import across_layers, conv_layers
 from ..report.tables import short_problem
 from ..roofline import chips, cost
 from ..roofline.floor import problem_floor
@@ -106,8 +106,8 @@ def problems(op: str, args: argparse.Namespace, device: str, capability: tuple[i
     dtype = DTYPES[args.dtype or ("bf16" if device == "cuda" else "fp32")]
     found: dict[Problem, str] = {}
     for images in batch:
-        single = layers(args.model, images, args.size, dtype, device, capability)
-        for layer in [group for group in across(single) if group.problem.op == op] if op in ACROSS else single:
+        single = conv_layers(args.model, images, args.size, dtype, device, capability)
+        for layer in [group for group in across_layers(single) if group.problem.op == op] if op in ACROSS else single:
             problem = layer.problem if op in ("conv_bn_act", *ACROSS) else after(layer.problem, op)
             if problem is not None and any(fnmatch(layer.name, pattern) for pattern in args.layers):
                 found.setdefault(problem, layer.name)

@@ -41,7 +41,9 @@ def build() -> dict:
     recorded = json.loads(record.read_text()) if record.is_file() else {"extension": "not built"}
     why_not = cpu_library.available()
     left = (
-        "" if why_not or not cpu_library.onednn_has_amx() else "; bfloat16 convolutions are left to oneDNN, which has AMX here"
+        ""
+        if why_not or not cpu_library.onednn_has_amx()
+        else "; bfloat16 convolutions are left to oneDNN, which has AMX here"
     )
     return {**recorded, "cpu kernels": why_not or f"run with {cpu_library.instructions()}{left}"}
 

@@ -100,16 +100,16 @@ def networks(args: argparse.Namespace, device: str) -> Iterable[list[Problem]]:
     beside its own. Photographs are the stem of a plan with ``normalize``.
     """
     from ..bench.op import TRAINING, after
-    from ..models.problems import across, layers
+    from ..models.problems import across_layers, conv_layers
 
     capability = torch.cuda.get_device_capability()
     for batch in args.batch:
-        found = layers(args.model, batch, args.size, DTYPES[args.dtype], device, capability)
+        found = conv_layers(args.model, batch, args.size, DTYPES[args.dtype], device, capability)
         convs = [layer.problem for layer in found]
         if args.train:
             yield [problem for conv in convs for op in TRAINING if (problem := after(conv, op)) is not None]
             continue
-        groups = [group.problem for group in across(found)]
+        groups = [group.problem for group in across_layers(found)]
         yield convs
         yield [
             *(replace(conv, bn=False) for conv in convs),
@@ -123,7 +123,6 @@ def groups(args: argparse.Namespace, batch: int, device: Device) -> bool:
     from ..bench.providers import settle
     from ..models.family import create_model
     from ..planning.make import plan
-    from ..tuning import groups as plan_tuning
 
     dtype = DTYPES[args.dtype]
     torch.manual_seed(0)
@@ -134,8 +133,8 @@ def groups(args: argparse.Namespace, batch: int, device: Device) -> bool:
     except (ValueError, torch.OutOfMemoryError) as trouble:
         print(f"groups at batch {batch}: not searched: {trouble}")
         return False
-    if not plan_tuning.recall(made, example, device, say):
-        plan_tuning.choose_groups(made, example, device, args.seconds, say)
+    tuner = made.group_tuner(example, device, args.seconds, say)
+    made.use_groups(tuner.settled() or tuner.choose())
     print(
         "\n".join(
             [f"groups at batch {batch}: {', '.join(made.across) or 'none'}", *(f"  {note}" for note in made.notes)]

@@ -1,4 +1,4 @@
-"""What a plan is made of: weights folded once, and a schedule's steps as plain data over them."""
+"""Functionalization: torch's layers as calls of their functions, and functions in the form that writes to nothing."""
 
 from __future__ import annotations
 
@@ -11,42 +11,73 @@ import torch
 from torch import Tensor, nn
 
 from .facts import function, touched
-from .ir import Attribute, Step, Value
-
-# ---------------------------------------------------------------- what cannot be planned
-
-
-# ---------------------------------------------------------------- a schedule over a model → steps over weights
-
+from .ir import Attribute, Step
+from .tree import leaves
 
 _F = "torch.nn.functional."
+# A function's name, its arguments after the input, its keyword arguments.
 _Call = tuple[str, tuple, dict]
 
 
-def _weights(path: str, m: nn.Module, *attributes: str) -> tuple[Attribute | None, ...]:
-    return tuple(None if getattr(m, name) is None else Attribute(f"{path}.{name}") for name in attributes)
+def as_function(step: Step, model: nn.Module) -> Step:
+    """The step as data where possible: a torch layer as a call of its function, a function in its pure form."""
+    if step.op == "module":
+        step = _layer_as_function(step, model.get_submodule(step.target))
+    return _pure(step) if step.op == "function" else step
 
 
-def _norm(m: nn.Module, p: str) -> _Call:
-    return f"{_F}batch_norm", (*_weights(p, m, "running_mean", "running_var", "weight", "bias"), False, 0.0, m.eps), {}
+def attributes(structure: Any) -> list[str]:
+    """The paths of all parameters and buffers that a nested structure refers to."""
+    return [leaf.path for leaf in leaves(structure) if isinstance(leaf, Attribute)]
 
 
-def _conv(m: nn.Module, p: str) -> _Call:
-    return (
-        f"{_F}conv{m.weight.dim() - 2}d",
-        (*_weights(p, m, "weight", "bias"), m.stride, m.padding, m.dilation, m.groups),
-        {},
-    )
+def attribute(model: nn.Module, path: str) -> Tensor:
+    """The tensor at that path."""
+    owner, _, name = path.rpartition(".")
+    return getattr(model.get_submodule(owner), name)
 
 
-# torch's layers as functions: (module, its path) → name, further arguments, keyword arguments.
+# ---------------------------------------------------------------- layers as functions
+
+
+def _layer_as_function(step: Step, m: nn.Module) -> Step:
+    """Anything but an untouched torch layer, called with its input alone, stays a module."""
+    make = _FUNCTIONS.get(type(m))
+    is_plain_call = len(step.args) == 1 and not step.kwargs
+    if make is None or not is_plain_call or touched(m) or getattr(m, "padding_mode", "zeros") != "zeros":
+        return step
+    name, args, kwargs = make(m, step.target)
+    return replace(step, op="function", target=name, args=(*step.args, *args), kwargs=kwargs)
+
+
+def _weights(path: str, m: nn.Module, *names: str) -> tuple[Attribute | None, ...]:
+    return tuple(None if getattr(m, name) is None else Attribute(f"{path}.{name}") for name in names)
+
+
+def _norm(m: nn.Module, path: str) -> _Call:
+    weights = _weights(path, m, "running_mean", "running_var", "weight", "bias")
+    return f"{_F}batch_norm", (*weights, False, 0.0, m.eps), {}
+
+
+def _conv(m: nn.Module, path: str) -> _Call:
+    weights = _weights(path, m, "weight", "bias")
+    return f"{_F}conv{m.weight.dim() - 2}d", (*weights, m.stride, m.padding, m.dilation, m.groups), {}
+
+
+def _avg_pool(m: nn.AvgPool2d, path: str) -> _Call:
+    args = m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override
+    return f"{_F}avg_pool2d", args, {}
+
+
+def _max_pool(m: nn.MaxPool2d, path: str) -> _Call:
+    args = m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices
+    return f"{_F}max_pool2d", args, {}
+
+
+# Each torch layer as a function: (module, its path) → the call.
 _FUNCTIONS: dict[type, Callable[[Any, str], _Call]] = {
     nn.AdaptiveAvgPool2d: lambda m, p: (f"{_F}adaptive_avg_pool2d", (m.output_size,), {}),
-    nn.AvgPool2d: lambda m, p: (
-        f"{_F}avg_pool2d",
-        (m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override),
-        {},
-    ),
+    nn.AvgPool2d: _avg_pool,
     nn.BatchNorm1d: _norm,
     nn.BatchNorm2d: _norm,
     nn.SyncBatchNorm: _norm,
@@ -63,11 +94,7 @@ _FUNCTIONS: dict[type, Callable[[Any, str], _Call]] = {
     nn.Hardtanh: lambda m, p: (f"{_F}hardtanh", (m.min_val, m.max_val), {}),
     nn.LeakyReLU: lambda m, p: (f"{_F}leaky_relu", (m.negative_slope,), {}),
     nn.Linear: lambda m, p: (f"{_F}linear", _weights(p, m, "weight", "bias"), {}),
-    nn.MaxPool2d: lambda m, p: (
-        f"{_F}max_pool2d",
-        (m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices),
-        {},
-    ),
+    nn.MaxPool2d: _max_pool,
     nn.Mish: lambda m, p: (f"{_F}mish", (), {}),
     nn.ReLU: lambda m, p: (f"{_F}relu", (), {}),
     nn.ReLU6: lambda m, p: (f"{_F}relu6", (), {}),
@@ -79,29 +106,10 @@ _FUNCTIONS: dict[type, Callable[[Any, str], _Call]] = {
 }
 
 
-def as_function(step: Step, model: nn.Module) -> Step:
-    """The step as data where it can be: a layer of torch's as a call of its function, a function in its form that writes to nothing."""
-    if step.op == "module":
-        step = _layer_as_function(step, model.get_submodule(step.target))
-    return _pure(step) if step.op == "function" else step
+# ---------------------------------------------------------------- pure functions
 
 
-def _layer_as_function(step: Step, m: nn.Module) -> Step:
-    """Anything but an untouched layer of torch's stays a module."""
-    make = _FUNCTIONS.get(type(m))
-    if (
-        make is None
-        or len(step.args) != 1
-        or step.kwargs
-        or touched(m)
-        or getattr(m, "padding_mode", "zeros") != "zeros"
-    ):
-        return step
-    name, args, kwargs = make(m, step.target)
-    return replace(step, op="function", target=name, args=(*step.args, *args), kwargs=kwargs)
-
-
-_IN_PLACE = {
+_OUT_OF_PLACE = {
     "iadd": "add",
     "isub": "sub",
     "imul": "mul",
@@ -116,20 +124,14 @@ _IN_PLACE = {
 
 
 def _pure(step: Step) -> Step:
-    """The step in its form that writes to nothing, and that does not mind how its input lies. Raises ValueError if it has none."""
+    """The call in the form that writes to nothing and takes any strides. Raises ValueError if there is none."""
     space, _, short = step.target.rpartition(".")
-    args, kwargs = step.args, step.kwargs
-    if space == "operator":
-        short = _IN_PLACE.get(short, short)
-    elif short.endswith("_") and not short.endswith("__"):
-        short = short[:-1]
-    elif step.target == "Tensor.view" and not any(isinstance(a, torch.dtype) for a in args):
-        short = "reshape"
-    target = f"{space}.{short}"
+    target = f"{space}.{_pure_name(step, space, short)}"
     try:
         call = function(target)
     except AttributeError:
         raise ValueError(f"plan: step {step.output}: {step.target} writes in place and has no other form") from None
+    args, kwargs = step.args, step.kwargs
     if space == "torch.nn.functional" and "inplace" in getattr(getattr(call, "__code__", None), "co_varnames", ()):
         bound = inspect.signature(call).bind(*args, **kwargs)
         bound.arguments.pop("inplace", None)
@@ -137,18 +139,11 @@ def _pure(step: Step) -> Step:
     return replace(step, target=target, args=args, kwargs=kwargs)
 
 
-def attributes(structure: Any) -> list[str]:
-    """The paths of all tensors of the model that a nested structure refers to."""
-    if isinstance(structure, Attribute):
-        return [structure.path]
-    if isinstance(structure, dict):
-        structure = tuple(structure.values())
-    if isinstance(structure, (tuple, list)) and not isinstance(structure, Value):
-        return [path for part in structure for path in attributes(part)]
-    return []
-
-
-def attribute(model: nn.Module, path: str) -> Tensor:
-    """The tensor at that path."""
-    owner, _, name = path.rpartition(".")
-    return getattr(model.get_submodule(owner), name)
+def _pure_name(step: Step, space: str, short: str) -> str:
+    if space == "operator":
+        return _OUT_OF_PLACE.get(short, short)
+    if short.endswith("_") and not short.endswith("__"):
+        return short[:-1]
+    if step.target == "Tensor.view" and not any(isinstance(a, torch.dtype) for a in step.args):
+        return "reshape"
+    return short

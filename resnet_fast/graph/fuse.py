@@ -1,10 +1,10 @@
-"""A module's forward as a flat list of steps, with conv → BN → (+ residual) → (ReLU) and (× gate) + residual → (ReLU)
-as one step each.
+"""Fusion: a module's forward as a flat list of steps.
 
-The list is data: names of modules, values and functions, no code. ``accelerate`` runs it over the live modules,
-``plan`` over a snapshot. A chain becomes one step only where that cannot be told from running its members one by one:
-every inner value has one reader, nothing between its members writes what they read, and nobody writes a result that
-autograd may have saved.
+conv → BN → (+ residual) → (ReLU) becomes one step, and so does (× gate) + residual → (ReLU). The list is data: names of
+modules, values and functions, no code. ``accelerate`` runs it over the live modules, ``plan`` over a snapshot.
+
+A chain becomes one step only where the result is the same as that of its members one by one: every inner value has one
+reader, nothing between the members writes what they read, and nothing writes a result that autograd may have saved.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import fx, nn
 from .facts import fresh, function_name, is_norm, kind, touched, writes
 from .ir import Attribute, Schedule, Step, Value
 from .trace import Traced, Untraceable, found_nodes, trace
+from .tree import mapped
 
 
 def schedule(
@@ -28,24 +29,24 @@ def schedule(
     lone: bool = False,
     outputs: Iterable[str] | None = None,
 ) -> Schedule:
-    """Trace ``module`` (see :func:`tracing.trace`) and fuse what may be fused.
+    """Trace ``module`` (see :func:`trace`) and fuse what may be fused. Raises Untraceable.
 
-    ``lone``: a convolution without batch norm is a fused step too; ``outputs``: module paths whose results are
-    returned, as a dict, instead of the forward's own. Raises Untraceable.
+    ``lone``: a convolution without batch norm is a fused step too. ``outputs``: module paths whose results are
+    returned, as a dict, instead of the forward's own.
     """
     traced = trace(module, leaf, training)
     if outputs is not None:
-        _return(traced, outputs)
+        _return_modules(traced, outputs)
     return _Matcher(traced, lone).run(fuse)
 
 
-def _return(traced: Traced, outputs: Iterable[str]) -> None:
+def _return_modules(traced: Traced, outputs: Iterable[str]) -> None:
     """Make the graph return what these modules returned, and drop what only its own output needed."""
     outputs = tuple(outputs)
     unknown = [path for path in outputs if path not in traced.returned]
     if unknown:
-        known = ", ".join(path for path in traced.returned if path.count(".") < 2)
-        raise Untraceable(f"calls no module {', '.join(map(repr, unknown))}; it calls {known}, …")
+        called = ", ".join(path for path in traced.returned if path.count(".") < 2)
+        raise Untraceable(f"calls no module {', '.join(map(repr, unknown))}; it calls {called}, …")
     traced.output = {path: traced.returned[path] for path in outputs}
     graph = traced.graph
     graph.erase_node(next(iter(reversed(graph.nodes))))
@@ -73,20 +74,25 @@ class _Matcher:
         self.chains: dict[fx.Node, list[fx.Node]] = {}
 
     def _pass_identities(self) -> list[str]:
-        """Let an Identity's readers read what it was given; the paths of those passed."""
+        """Let an Identity's readers read its input instead. Returns the paths of the identities."""
         replaced: dict[fx.Node, fx.Node] = {}
         for node in list(self.traced.graph.nodes):
             if node.op == "call_module" and kind(node, self.modules) == "identity":
                 replaced[node] = node.args[0]
                 node.replace_all_uses_with(node.args[0])
                 self.traced.graph.erase_node(node)
-        self.traced.output = _map(self.traced.output, lambda n: replaced.get(n, n))
-        self.traced.returned = {p: _map(r, lambda n: replaced.get(n, n)) for p, r in self.traced.returned.items()}
+
+        def followed(part: Any) -> Any:
+            return replaced.get(part, part) if isinstance(part, fx.Node) else part
+
+        self.traced.output = mapped(self.traced.output, followed)
+        self.traced.returned = {path: mapped(result, followed) for path, result in self.traced.returned.items()}
         return [node.target for node in replaced]
 
     def _memory(self) -> dict[fx.Node, fx.Node]:
-        """For each value a representative of all that may share its memory. The inputs may be one tensor given
-        twice.
+        """For each value one value that represents all that may share its memory.
+
+        The inputs may be one tensor, given twice.
         """
         parent = {n: n for n in self.nodes}
 
@@ -96,51 +102,83 @@ class _Matcher:
             return n
 
         for node in self.nodes:
+            if fresh(node, self.modules):
+                continue
             sharing = self.writes.get(node) or node.all_input_nodes  # an in-place operation returns what it writes to
             if node.op == "placeholder":
                 sharing = self.traced.inputs
-            for other in () if fresh(node, self.modules) else sharing:
+            for other in sharing:
                 parent[find(node)] = find(other)
         return {n: find(n) for n in self.nodes}
 
     def run(self, fuse: bool) -> Schedule:
-        for first, chain in (("conv", self._conv_chain), ("add", self._add_chain)) if fuse else ():
-            for node in self.nodes:
-                if self.kinds[node] == first and node not in self.chains:
-                    found = chain(node)
-                    self.chains.update((member, found) for member in found)
-        calls = [n for n in self.nodes if n.op.startswith("call_") and n is self.chains.get(n, [n])[-1]]
-        skipped = [n.target for chain in self.chains.values() for n in chain if n.op == "call_module"]
-        read = [n.target.rpartition(".")[0] for n in self.nodes if n.op == "get_attr"]
+        """Find the chains, if ``fuse``, and return the schedule."""
+        if fuse:
+            self._find_chains("conv", self._conv_chain)
+            self._find_chains("add", self._add_chain)
         return Schedule(
-            inputs=tuple(n.name for n in self.traced.inputs),
-            steps=tuple(map(self._step, calls)),
-            output=_map(self.traced.output, _reference),
-            inlined=_distinct([*self.traced.inlined, *self.identities, *read]),
-            idle=self._idle(),
-            skipped=_distinct(skipped),
+            inputs=tuple(node.name for node in self.traced.inputs),
+            steps=tuple(self._step(node) for node in self._calls()),
+            output=mapped(self.traced.output, _reference),
+            inlined=self._inlined_modules(),
+            idle=self._idle_modules(),
+            skipped=self._skipped_modules(),
             opaque=dict(self.traced.opaque),
-            left={n.target: why for n in self.nodes if n not in self.chains and (why := self._why_left(n))},
-            returned={p: _map(r, _reference) for p, r in self.traced.returned.items()},
-            writes_inputs=any(
-                self.memory[w] is self.memory[n]
-                for written in self.writes.values()
-                for w in written
-                for n in self.traced.inputs
-            ),
-            entangled=tuple(
-                n.name
-                for n in self.writes
-                if n not in self.chains and not _is_opaque(n, self.modules) and self._seen_later(n)
-            ),
+            left=self._unfused_convolutions(),
+            returned={path: mapped(result, _reference) for path, result in self.traced.returned.items()},
+            writes_inputs=self._writes_an_input(),
+            entangled=self._entangled_steps(),
         )
 
-    def _idle(self) -> tuple[str, ...]:
-        def inside(nodes: Iterable[fx.Node]) -> set[str]:
-            scopes = {n.meta["scope"] + "." for n in nodes}
-            return {scope[:end] for scope in scopes for end, c in enumerate(scope) if c == "."}
+    def _find_chains(self, first: str, chain: Callable[[fx.Node], list[fx.Node]]) -> None:
+        """Find the chains whose first node is of that kind."""
+        for node in self.nodes:
+            if self.kinds[node] == first and node not in self.chains:
+                found = chain(node)
+                self.chains.update((member, found) for member in found)
 
-        return tuple(sorted(inside(self.nodes) & set(self.traced.inlined) - inside(self.chains)))
+    def _calls(self) -> list[fx.Node]:
+        """The nodes that become steps: of each chain the last, and every other call."""
+        calls = [node for node in self.nodes if node.op.startswith("call_")]
+        return [node for node in calls if node not in self.chains or node is self.chains[node][-1]]
+
+    def _inlined_modules(self) -> tuple[str, ...]:
+        """The modules whose forward was traced into, whose attributes were read, or that are an Identity."""
+        read = [node.target.rpartition(".")[0] for node in self.nodes if node.op == "get_attr"]
+        return _distinct([*self.traced.inlined, *self.identities, *read])
+
+    def _idle_modules(self) -> tuple[str, ...]:
+        """The inlined modules with calls inside but no fused step."""
+        with_calls, with_fused_steps = _scopes(self.nodes), _scopes(self.chains)
+        return tuple(sorted(with_calls & set(self.traced.inlined) - with_fused_steps))
+
+    def _skipped_modules(self) -> tuple[str, ...]:
+        """The modules that no step calls, because a fused one replaces them."""
+        targets = []
+        for chain in self.chains.values():
+            targets += [node.target for node in chain if node.op == "call_module"]
+        return _distinct(targets)
+
+    def _unfused_convolutions(self) -> dict[str, str]:
+        """The convolutions with a batch norm that are not fused, by path, and why."""
+        reasons = {node.target: self._why_left(node) for node in self.nodes if node not in self.chains}
+        return {path: why for path, why in reasons.items() if why}
+
+    def _writes_an_input(self) -> bool:
+        """Whether a node writes memory that the caller passed in."""
+        inputs = {self.memory[node] for node in self.traced.inputs}
+        return any(not inputs.isdisjoint(self._written_by(node)) for node in self.writes)
+
+    def _entangled_steps(self) -> tuple[str, ...]:
+        """The steps of known effect that write in place what is read later under another name."""
+        unfused = [node for node in self.writes if node not in self.chains and not _is_opaque(node, self.modules)]
+        return tuple(node.name for node in unfused if self._seen_later(node))
+
+    def _written_by(self, node: fx.Node) -> set[fx.Node]:
+        """The memory that a node writes, by its representatives."""
+        return {self.memory[written] for written in self.writes.get(node, ())}
+
+    # ------------------------------------------------------------ chains
 
     def _conv_chain(self, conv: fx.Node) -> list[fx.Node]:
         chain = [conv]
@@ -166,7 +204,7 @@ class _Matcher:
         return [] if relu is None else [*chain, relu]
 
     def _next(self, chain: list[fx.Node], wanted: str) -> fx.Node | None:
-        """The only reader of the chain's value, if it is of the wanted kind and the chain may wait for it."""
+        """The only reader of the chain's value, if it is of the wanted kind and may be part of the chain."""
         last = chain[-1]
         user = next(iter(last.users)) if len(last.users) == 1 and last not in self.results else None
         if user is None or self.kinds.get(user) != wanted or user in self.chains or user.args.count(last) != 1:
@@ -174,37 +212,32 @@ class _Matcher:
         return user if self._may_wait(chain, user) else None
 
     def _may_wait(self, chain: list[fx.Node], end: fx.Node) -> bool:
-        """Whether running the whole chain where ``end`` stands reads what its members would have, and updates its
-        statistics in turn.
-        """
+        """Whether the chain, run in the place of ``end``, reads and updates the same as its members one by one."""
         members = {*chain, end}
         norms = {n.target for n in members if self.kinds[n] == "bn"}
         for member in chain:
             read = {self.memory[a] for a in member.all_input_nodes if a not in members}
             for node in self.nodes[self.position[member] + 1 : self.position[end]]:
-                if node not in members and (
-                    node.op == "call_module"
-                    and node.target in norms
-                    or any(self.memory[w] in read for w in self.writes.get(node, ()))
-                ):
+                if node in members:
+                    continue
+                updates_statistics = node.op == "call_module" and node.target in norms
+                if updates_statistics or not read.isdisjoint(self._written_by(node)):
                     return False
         return True
 
     def _private(self, node: fx.Node) -> bool:
-        """Whether nobody but the readers of its result can see what this node writes in place, the caller included."""
-        lent = [n for n in self.nodes if n.op in ("placeholder", "get_attr")]
-        return not self._seen_later(node) and not any(
-            self.memory[w] is self.memory[n] for w in self.writes.get(node, ()) for n in lent
-        )
+        """Whether only the readers of its result, and not the caller, can see what this node writes in place."""
+        lent = {self.memory[n] for n in self.nodes if n.op in ("placeholder", "get_attr")}
+        return not self._seen_later(node) and lent.isdisjoint(self._written_by(node))
 
     def _seen_later(self, node: fx.Node) -> bool:
-        """Whether what this node writes in place is read later by another name than its result."""
-        written = {self.memory[w] for w in self.writes.get(node, ())}
-        return any(
-            self.memory[value] in written
-            and (value in self.results or any(self.position[user] > self.position[node] for user in value.users))
-            for value in self.nodes[: self.position[node]]
-        )
+        """Whether what this node writes in place is read later under another name than its result."""
+        written = self._written_by(node)
+        earlier = [value for value in self.nodes[: self.position[node]] if self.memory[value] in written]
+        return any(value in self.results or self._read_after(value, node) for value in earlier)
+
+    def _read_after(self, value: fx.Node, node: fx.Node) -> bool:
+        return any(self.position[user] > self.position[node] for user in value.users)
 
     def _why_left(self, conv: fx.Node) -> str | None:
         """Why a convolution that a batch norm reads is not fused with it; None if none does."""
@@ -228,20 +261,34 @@ class _Matcher:
         chain = self.chains.get(node)
         if chain is None:
             return _plain_step(node)
-        kinds = [self.kinds[n] for n in chain]
-        act = "relu" if kinds[-1] == "relu" else "none"
+        first, kinds = chain[0], [self.kinds[n] for n in chain]
         paths = tuple(n.target for n in chain if n.op == "call_module")
-        i = kinds.index("add") if "add" in kinds else None
-        other = None if not i else next(Value(a.name) for a in chain[i].args if a is not chain[i - 1])
+        act = "relu" if kinds[-1] == "relu" else "none"
         if kinds[0] == "conv":
             modules = paths if "bn" in kinds else (paths[0], "", *paths[1:])
-            x = Value(chain[0].args[0].name)
-            return Step("conv_bn_act", chain[0].target, node.name, (x,), {}, modules, other, None, act)
+            x, residual = _value(first.args[0]), self._residual(chain, kinds)
+            return Step("conv_bn_act", first.target, node.name, (x,), {}, modules, residual, None, act)
         if kinds[0] == "mul":
-            x, gate = (Value(a.name) for a in chain[0].args)
-            return Step("add_act", chain[i].name, node.name, (x, other), {}, paths, None, gate, act)
-        both = tuple(Value(a.name) for a in chain[0].args)
-        return Step("add_act", chain[0].name, node.name, both, {}, paths, None, None, act)
+            x, gate = map(_value, first.args)
+            args = x, self._residual(chain, kinds)
+            return Step("add_act", chain[1].name, node.name, args, {}, paths, None, gate, act)
+        return Step("add_act", first.name, node.name, tuple(map(_value, first.args)), {}, paths, None, None, act)
+
+    def _residual(self, chain: list[fx.Node], kinds: list[str]) -> Value | None:
+        """The other operand of the chain's addition, if it has one."""
+        if "add" not in kinds:
+            return None
+        i = kinds.index("add")
+        return next(_value(a) for a in chain[i].args if a is not chain[i - 1])
+
+
+def _scopes(nodes: Iterable[fx.Node]) -> set[str]:
+    """The paths of the modules in which these nodes are computed, and of the modules around those."""
+    found: set[str] = set()
+    for scope in {node.meta["scope"] for node in nodes}:
+        parts = scope.split(".")
+        found.update(".".join(parts[: i + 1]) for i in range(len(parts)))
+    return found
 
 
 def _is_opaque(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -250,30 +297,22 @@ def _is_opaque(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 
 def _plain_step(node: fx.Node) -> Step:
-    args, kwargs = _map(tuple(node.args), _reference), _map(dict(node.kwargs), _reference)
+    args, kwargs = mapped(tuple(node.args), _reference), mapped(dict(node.kwargs), _reference)
     if node.op == "call_module":
         return Step("module", node.target, node.name, args, kwargs, (node.target,))
     name = f"Tensor.{node.target}" if node.op == "call_method" else function_name(node.target)
     return Step("function", name, node.name, args, kwargs)
 
 
-def _reference(node: fx.Node) -> Value | Attribute:
-    return Attribute(node.target) if node.op == "get_attr" else Value(node.name)
+def _reference(part: Any) -> Any:
+    """A node as a reference; constants stay."""
+    if not isinstance(part, fx.Node):
+        return part
+    return Attribute(part.target) if part.op == "get_attr" else _value(part)
 
 
-def _map(structure: Any, fn: Callable[[fx.Node], Any]) -> Any:
-    """``structure`` with ``fn(node)`` for each node, in ordinary containers."""
-    if isinstance(structure, fx.Node):
-        return fn(structure)
-    if isinstance(structure, (tuple, list)):
-        base = tuple if isinstance(structure, tuple) else list
-        return base(_map(part, fn) for part in structure)
-    if isinstance(structure, dict):
-        kept = type(structure) if type(structure).__module__ in ("builtins", "collections") else dict
-        return kept((key, _map(part, fn)) for key, part in structure.items())
-    if isinstance(structure, slice):
-        return slice(_map(structure.start, fn), _map(structure.stop, fn), _map(structure.step, fn))
-    return structure
+def _value(node: fx.Node) -> Value:
+    return Value(node.name)
 
 
 def _distinct(paths: Iterable[str]) -> tuple[str, ...]:

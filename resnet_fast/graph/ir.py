@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..util.text import table
+from .tree import leaves
+
+# The ops of fused steps.
+FUSED = ("conv_bn_act", "add_act")
 
 
-class Value(NamedTuple):
-    """A reference to what an input or an earlier step left under this name."""
+@dataclass(frozen=True)
+class Value:
+    """A reference to an input or to the result of an earlier step."""
 
     name: str
 
 
-class Attribute(NamedTuple):
+@dataclass(frozen=True)
+class Attribute:
     """A reference to a parameter or buffer by its path."""
 
     path: str
@@ -25,9 +31,9 @@ class Step:
     """One call. ``op``: "conv_bn_act", "add_act", "module" or "function"; ``target``: the module's path or the
     function's name.
 
-    ``args`` and ``kwargs`` nest :class:`Value`, :class:`Attribute` and constants. ``modules`` are the paths that the
-    step stands for: of a "conv_bn_act" the convolution, its batch norm ("" if none) and the activation. ``residual``
-    and ``gate`` are fused operands.
+    ``args`` and ``kwargs`` nest :class:`Value`, :class:`Attribute` and constants. ``modules`` are the paths of the
+    modules that the step replaces: of a "conv_bn_act" the convolution, its batch norm ("" if none) and the activation.
+    ``residual`` and ``gate`` are fused operands.
     """
 
     op: str
@@ -43,10 +49,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Group(Step):
-    """Several steps as one op across convolutions, which ``op`` names: it leaves ``output`` and the values ``also``.
+    """Several steps as one op across convolutions, named by ``op``. Its results are ``output`` and the values ``also``.
 
-    ``members``: the steps in the order in which they may run one by one; ``parts``: the outputs that name its filters, in the order of
-    the op's arguments, "" for one that is not there.
+    ``members``: the steps in an order in which they may run one by one. ``parts``: the outputs that name its filters,
+    in the order of the op's arguments; "" for a missing one.
     """
 
     also: tuple[str, ...] = ()
@@ -58,11 +64,11 @@ class Group(Step):
 class Schedule:
     """The steps of one forward, from ``inputs`` to the nested ``output``.
 
-    ``inlined``: modules whose forward was looked into; ``skipped``: those that no step calls because a fused one
-    stands for them; ``opaque``: those that stay one call and why; ``left``: convolutions with a batch norm that are
-    not fused, and why; ``returned``: what each module that was called returned; ``idle``: inlined modules to which no
-    fused step owes anything; ``writes_inputs``: the forward may write to what it is given;
-    ``entangled``: steps that write in place what is read later by another name.
+    ``inlined``: modules whose forward was traced into. ``idle``: inlined modules without any fused step inside.
+    ``skipped``: modules that no step calls, because a fused step replaces them. ``opaque``: modules that could not be
+    traced into, and why. ``left``: convolutions with a batch norm that are not fused, and why. ``returned``: the result
+    of each module that was called. ``writes_inputs``: the forward may write to its inputs. ``entangled``: steps that
+    write in place what is read later under another name.
     """
 
     inputs: tuple[str, ...]
@@ -79,18 +85,16 @@ class Schedule:
 
     @property
     def fused(self) -> list[Step]:
-        """The steps that stand for several modules or functions."""
-        return [s for s in self.steps if s.op in ("conv_bn_act", "add_act")]
+        """The steps that replace several modules or functions."""
+        return [s for s in self.steps if s.op in FUSED]
 
     def __str__(self) -> str:
-        return table(
-            ("value", "op", "what", "act", "residual"),
-            [(s.output, s.op, s.target, s.act, s.residual.name if s.residual else "") for s in self.steps],
-        )
+        rows = [(s.output, s.op, s.target, s.act, s.residual.name if s.residual else "") for s in self.steps]
+        return table(("value", "op", "what", "act", "residual"), rows)
 
 
 def outputs(step: Step) -> tuple[str, ...]:
-    """The values that a step leaves."""
+    """The values that a step returns."""
     return (step.output, *step.also) if isinstance(step, Group) else (step.output,)
 
 
@@ -101,10 +105,4 @@ def references(step: Step) -> list[str]:
 
 def names(structure: Any) -> list[str]:
     """The names of all values in a nested structure."""
-    if isinstance(structure, Value):
-        return [structure.name]
-    if isinstance(structure, slice):
-        structure = (structure.start, structure.stop, structure.step)
-    if isinstance(structure, dict):
-        structure = tuple(structure.values())
-    return [name for part in structure for name in names(part)] if isinstance(structure, (tuple, list)) else []
+    return [leaf.name for leaf in leaves(structure) if isinstance(leaf, Value)]

@@ -1,9 +1,9 @@
-"""What a module's forward does, as a graph: it is run once on stand-ins, so no hook fires, no state moves and nothing
-global is patched.
+"""Tracing: a module's forward as a torch.fx graph.
 
+The forward runs once on stand-ins of its modules, so no hook fires, no state changes and nothing global is patched.
 Proxies and graph are torch.fx's. Its Tracer is not used: while it traces it replaces ``nn.Module.__call__`` for the
-whole process, runs users' hooks, and burns in, without a word, what a forward decides by the type of its input, by
-chance or under ``no_grad``.
+whole process and runs users' hooks, and it silently fixes what a forward decides by the type of its input, by random
+numbers or under ``no_grad``.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _STATE = frozenset(nn.Module().__dict__) | {"_path", "_trace"}
 
 
 class Untraceable(Exception):
-    """Why a forward cannot be written down as a list of calls, in one sentence."""
+    """A forward cannot be written as a list of calls. The message says why, in one sentence."""
 
 
 @dataclass
 class Traced:
-    """One forward as torch.fx nodes, in the order in which they run; paths are relative to the module that was traced.
+    """One forward as torch.fx nodes, in the order in which they run. Paths are relative to the traced module.
 
-    ``inlined`` are the modules whose forward was looked into (the root, "", first); ``opaque`` are those that should
-    have been and could not, with the reason; ``returned`` is what the last call of each module returned, as nodes.
+    ``inlined``: the modules whose forward was traced into (the root, "", first). ``opaque``: those that could not be
+    traced into, and why. ``returned``: what the last call of each module returned, as nodes.
     """
 
     modules: dict[str, nn.Module]
@@ -46,9 +46,9 @@ class Traced:
 
 
 def trace(root: nn.Module, leaf: Callable[[str, nn.Module], bool], training: bool | None = None) -> Traced:
-    """Run ``type(root).forward`` on stand-ins; a call of a module for which ``leaf(path, module)`` holds is one node.
+    """Run ``type(root).forward`` on stand-ins. Raises Untraceable.
 
-    ``training`` stands for every module's flag, if given. Raises Untraceable.
+    A call of a module becomes one node if ``leaf(path, module)`` is true. ``training`` replaces every module's flag.
     """
     return _Trace(root, leaf, training).run(root)
 
@@ -84,9 +84,7 @@ class _Trace(TracerBase):
         return self.traced
 
     def _dissolve(self) -> None:
-        """Stand-ins and trace refer to each other: left alone they would keep the model alive until the next
-        collection.
-        """
+        """Break the cycle of stand-ins and trace, which would keep the model alive until the next collection."""
         for twin in self._twins.values():
             twin.__dict__.clear()
         self._twins.clear()
@@ -94,7 +92,7 @@ class _Trace(TracerBase):
     # ------------------------------------------------------------ modules
 
     def _twin(self, module: nn.Module, path: str) -> nn.Module:
-        """A stand-in of the module's own class and attributes, whose call is recorded and whose tensors are proxies."""
+        """A stand-in with the module's class and attributes; its call is recorded, its tensors are proxies."""
         twin = self._twins.get(id(module))
         if twin is None:
             twin = self._twins[id(module)] = object.__new__(self._class(type(module)))
@@ -118,7 +116,7 @@ class _Trace(TracerBase):
         return self._classes[cls]
 
     def call(self, twin: nn.Module, args: tuple, kwargs: dict) -> Any:
-        """A module's call: looked into, or, where it is a leaf or cannot be, one node."""
+        """Trace into a module's call; a leaf, or a module that cannot be traced, becomes one node."""
         path = twin.__dict__["_path"]
         traced = self.traced
         result = None
@@ -140,14 +138,14 @@ class _Trace(TracerBase):
         module = self.traced.modules[path]
         if path not in self.traced.inlined:
             self.traced.inlined.append(path)
-        chance, depth = _chance(), len(self._stack)
+        random_state, depth = _random_state(), len(self._stack)
         self._stack.append(path)
         try:
             result = type(module).forward(twin, *args, **kwargs)
         finally:
             del self._stack[depth:]
-            moved = _restore_chance(chance)
-        if moved:
+            drew = _restore_random_state(random_state)
+        if drew:
             raise Untraceable("draws random numbers outside its modules")
         changed = _changed(module, twin)
         if changed:
@@ -182,8 +180,8 @@ class _Trace(TracerBase):
 class _Proxy(fx.Proxy):
     @property
     def __class__(self) -> type:
-        # ``isinstance`` lands here. What the forward would do for a tensor is not what it does for a proxy, so it may
-        # not be told.
+        # ``isinstance`` calls this. A forward that decides by the type of its input would do something else for a proxy
+        # than for a tensor, so it is refused.
         if sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.fx", __name__)):
             return _Proxy
         raise Untraceable("asks for the type of its input")
@@ -193,7 +191,7 @@ def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
     return lambda self, other: self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
 
 
-# torch.fx takes x += y for x = x + y; whoever else holds x would not see the sum.
+# torch.fx records x += y as x = x + y; other names for x would then miss the sum.
 for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
     setattr(_Proxy, f"__{_name}__", _in_place(_name))
 
@@ -203,7 +201,7 @@ def _called(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 class _Tensors(dict):
-    """A stand-in's parameters or buffers: each a proxy, made when it is asked for."""
+    """A stand-in's parameters or buffers. Each becomes a proxy when it is read."""
 
     def __init__(self, trace: _Trace, prefix: str, tensors: dict[str, Tensor | None]) -> None:
         super().__init__(tensors)
@@ -215,7 +213,7 @@ class _Tensors(dict):
         return self._trace.create_proxy("get_attr", self._prefix + name, (), {})
 
 
-# ---------------------------------------------------------------- what a forward may not do unseen
+# ---------------------------------------------------------------- effects that a trace would miss
 
 
 def _mode() -> tuple:
@@ -229,12 +227,12 @@ def _mode() -> tuple:
     )
 
 
-def _chance() -> tuple:
+def _random_state() -> tuple:
     return random.getstate(), torch.get_rng_state()
 
 
-def _restore_chance(before: tuple) -> bool:
-    """Put Python's and torch's generators back; whether one had moved."""
+def _restore_random_state(before: tuple) -> bool:
+    """Put Python's and torch's generators back. Returns whether one had changed."""
     if random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1]):
         return False
     random.setstate(before[0])
@@ -247,7 +245,7 @@ def _shallow(value: Any) -> Any:
 
 
 def _changed(module: nn.Module, twin: nn.Module) -> str | None:
-    """The name of an attribute that the forward set, or of a container that it filled."""
+    """The name of an attribute that the forward set, or of a container that it changed."""
     before = {k: v for k, v in module.__dict__.items() if k not in _STATE and k != "forward"}
     after = {k: v for k, v in twin.__dict__.items() if k not in _STATE}
     for name in before.keys() | after.keys():
@@ -269,18 +267,14 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _required(module: nn.Module) -> list[str]:
-    """The names of the inputs without a default; the others keep theirs, and a call that gives them is not this
-    graph's.
-    """
-    return [
-        p.name
-        for p in list(inspect.signature(type(module).forward).parameters.values())[1:]
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
+    """The names of the inputs without a default. The others keep their defaults; the graph is not for other values."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return [p.name for p in positional if p.default is p.empty]
 
 
 def _nodes(result: Any, strict: bool = True) -> Any:
-    """A forward's result with nodes for proxies; tuples, lists and dicts are kept."""
+    """A forward's result with nodes in place of proxies. ``strict``: raise Untraceable for what no graph returns."""
     kind = type(result)
     if issubclass(kind, fx.Proxy):
         return result.node

@@ -1,4 +1,4 @@
-"""Folded convolution weights and their packed forms."""
+"""Folded convolution weights, and the sharing of equal weights between plans."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ import torch
 from torch import Tensor
 
 
-class Filter:
-    """One convolution's folded weight (NHWC) and bias in the plan's dtype, and its packs: one for each form that kernels want."""
+class FoldedConv:
+    """One convolution's folded weight (NHWC) and bias in the plan's dtype.
+
+    ``packs``: the filters and bias as kernels pack them, by packing function and input; runtime fills it.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor, geometry: tuple) -> None:
         self.weight, self.bias, self.geometry = weight, bias, geometry
         self.packs: dict[tuple, tuple[Tensor, Tensor] | None] = {}
 
-    def same(self, other: Filter) -> bool:
-        """Whether another plan's filter may serve here too."""
+    def same(self, other: FoldedConv) -> bool:
+        """Whether another plan's convolution is equal, so that it may be used here too."""
         return (
             self.geometry == other.geometry
             and torch.equal(self.weight, other.weight)
@@ -26,19 +29,19 @@ class Filter:
         )
 
 
-# What living plans hold, by shape: for each a dict of weak references, so that a thread may look while another adds.
-_held: dict[tuple, weakref.WeakValueDictionary[int, Filter | Tensor]] = {}
+# The weights of living plans by type, shape, dtype and device. Each dict holds weak references, and may be read while
+# another thread adds.
+_living: dict[tuple, weakref.WeakValueDictionary[int, FoldedConv | Tensor]] = {}
+_living_lock = threading.Lock()
 
 
-_holding = threading.Lock()
-
-
-def _shared(mine: Filter | Tensor) -> Any:
-    """What a living plan holds with the very same values, else ``mine``, which later plans then find."""
-    whole = mine.weight if isinstance(mine, Filter) else mine
-    same = Filter.same if isinstance(mine, Filter) else torch.equal
-    with _holding:
-        alike = _held.setdefault((type(mine), whole.shape, whole.dtype, whole.device), weakref.WeakValueDictionary())
+def shared(mine: FoldedConv | Tensor) -> Any:
+    """The equal weight of a living plan, if there is one; else ``mine``, which later plans then find."""
+    weight = mine.weight if isinstance(mine, FoldedConv) else mine
+    same = FoldedConv.same if isinstance(mine, FoldedConv) else torch.equal
+    key = (type(mine), weight.shape, weight.dtype, weight.device)
+    with _living_lock:
+        alike = _living.setdefault(key, weakref.WeakValueDictionary())
         found = next((other for other in list(alike.values()) if same(mine, other)), mine)
         alike[id(found)] = found
     return found

@@ -1,8 +1,8 @@
 """``accelerate``: fused steps inside a torchvision, timm or other conv-BN network, in place and reversible.
 
-One structural rule, no list of models: a module that owns a convolution and a batch norm gets a ``forward`` of its
-own in its ``__dict__``, which runs the module's schedule over the live children, or the class's forward whenever the
-path rule or the module's own make says so. Classes, parameters, keys, children and hooks stay as they are.
+There is one structural rule and no list of models. A module that owns a convolution and a batch norm gets a ``forward``
+in its ``__dict__``. That runs the module's schedule over the live children, or the class's forward where the path rule
+forbids it or the module was changed. Classes, parameters, keys, children and hooks stay as they are.
 """
 
 from __future__ import annotations
@@ -16,20 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..graph.facts import is_norm, touched
+from ..graph.facts import is_frozen_bn, is_norm, touched
 from ..graph.fuse import schedule
 from ..graph.ir import Schedule
 from ..graph.trace import Untraceable
-from ..models.blocks import BasicBlock, Bottleneck
-from ..models.resnet import ResNet
 from ..util.text import table
-from .eligibility import is_frozen_bn, why_plain
+from . import network_pass
+from .eligibility import fuses_itself, why_plain
 from .layout import islands, to_nchw, to_nhwc, wants_nhwc
-from .network_pass import at_once, unseen
-from .unit_program import Program
-
-_OUR_BLOCKS = (BasicBlock.forward, Bottleneck.forward)
-_OURS = (*_OUR_BLOCKS, ResNet.forward)
+from .unit_program import UnitProgram
 
 
 def accelerate(model: nn.Module, *, strict: bool = False) -> nn.Module:
@@ -43,9 +38,8 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> nn.Module:
     """
     _check("accelerate", model)
     found = list(_units("", model, set(), set()))
-    left = {} if not strict else {path: why for unit in found for path, why in unit.left(model.training).items()}
-    if left:
-        raise RuntimeError("accelerate: left unfused: " + "; ".join(f"{path}: {why}" for path, why in left.items()))
+    if strict:
+        _require_fused(found, model.training)
     restore(model)
     units = [unit for unit in found if unit.fuses]
     for unit in units:
@@ -53,10 +47,16 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> nn.Module:
     for training in (False, True):
         for m in islands(model, training, _fused_convs(model, found, training)).values():
             _install(m).nhwc[training] = True
-    for unit in units:  # last: programs remember how modules are made
+    for unit in units:  # last: the programs' guards must hold the modules' new attributes
         for training, planned in unit.schedules.items():
-            _install(unit.module).programs[training] = Program(unit.module, planned, training)
+            _install(unit.module).programs[training] = UnitProgram(unit.module, planned, training)
     return model
+
+
+def _require_fused(units: list[_Unit], training: bool) -> None:
+    left = _left_unfused(units, training)
+    if left:
+        raise RuntimeError("accelerate: left unfused: " + "; ".join(f"{path}: {why}" for path, why in left.items()))
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -104,9 +104,9 @@ def _plain(m: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
 class Forward:
     """An accelerated module's ``forward``: its schedule over its live children, or its class's forward.
 
-    It knows its module by a weak reference (a cycle would hold GPU memory until the next collection); a copy or an
-    unpickled one traces anew. ``unit``: the module has a schedule; ``nhwc``: in which modes its activations may be
-    NHWC inside.
+    It refers to its module weakly, since a cycle would hold GPU memory until the next collection. A copy, or an
+    unpickled one, traces anew. ``unit``: the module has a schedule. ``nhwc``: the modes (training or not) in which its
+    activations may be NHWC inside.
     """
 
     same_answers = True
@@ -120,7 +120,7 @@ class Forward:
     def __setstate__(self, state: tuple[nn.Module, bool, dict[bool, bool]]) -> None:
         owner, self.unit, self.nhwc = state
         self._owner = weakref.ref(owner)
-        self.programs: dict[bool, Program] = {}
+        self.programs: dict[bool, UnitProgram] = {}
 
     def owner(self) -> nn.Module:
         """The module; raises ReferenceError if it is gone."""
@@ -131,23 +131,23 @@ class Forward:
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
-        """The class's forward, for whoever asks this one for its signature."""
+        """The class's forward, whose signature this one has."""
         owner = self.owner()
         bound: Callable[..., Any] = type(owner).forward.__get__(owner)
         return bound
 
     @property
     def __code__(self) -> CodeType:
-        """As above: torch.export asks where a forward was defined."""
+        """The class's forward's: torch.export reads where a forward was defined."""
         return self.__wrapped__.__code__
 
     @property
     def __globals__(self) -> dict[str, Any]:
-        """As above: torch.fx wraps functions where the forward looks them up."""
+        """The class's forward's: torch.fx wraps functions where the forward looks them up."""
         return self.__wrapped__.__globals__
 
     def replicate(self) -> nn.Module:
-        """DataParallel's replica, whose parameters are its own: it runs its class's forward, not this module's."""
+        """DataParallel's replica. It has other parameters, so it runs its class's forward."""
         owner = self.owner()
         replica: nn.Module = type(owner)._replicate_for_data_parallel(owner)
         _strip(replica)
@@ -163,9 +163,18 @@ class Forward:
             return type(owner).forward(owner, *args, **kwargs)
         if not self.nhwc.get(owner.training) or why_plain(args[0], ()) is not None:
             return self._run(owner, args)
-        if len(args) != 1:
+        if len(args) != 1 or not network_pass.is_plain_cpu_inference(owner, args[0]):
             return self._in_nhwc(owner, args)
-        return at_once(owner, lambda x: self._in_nhwc(owner, (x,)), args[0], unseen)
+        answer = network_pass.run_program(owner, args[0])
+        return self._inference(owner, args[0]) if answer is None else answer
+
+    def _inference(self, owner: nn.Module, x: Tensor) -> Any:
+        """A pass on a CPU without a program."""
+        inside = network_pass.unobserved(owner)
+        if inside is None:
+            return self._in_nhwc(owner, (x,))
+        with network_pass.checked_pass(owner, inside, x) as answer:
+            return self._in_nhwc(owner, (x,)) if answer is None else answer
 
     def _in_nhwc(self, owner: nn.Module, args: tuple[Any, ...]) -> Any:
         if wants_nhwc(owner, args[0]):
@@ -179,16 +188,14 @@ class Forward:
                 return program(*args)
         return type(owner).forward(owner, *args)
 
-    def _program(self, owner: nn.Module, x: Tensor) -> Program | None:
-        """The program for the owner's present mode and make; traced anew if the make has changed, unless somebody
-        else is tracing.
-        """
+    def _program(self, owner: nn.Module, x: Tensor) -> UnitProgram | None:
+        """The program for the owner's mode, traced anew if the owner was changed; None while something else traces."""
         found = self.programs.get(owner.training)
         if found is None or found.changed(owner):
             if why_plain(x, ()) is not None:
                 return None
-            made = _unit_schedule(owner, owner.training)
-            found = self.programs[owner.training] = Program(owner, made, owner.training)
+            schedule = _unit_schedule(owner, owner.training)
+            found = self.programs[owner.training] = UnitProgram(owner, schedule, owner.training)
         return found
 
 
@@ -216,16 +223,26 @@ class _Unit:
     def left(self, training: bool) -> dict[str, str]:
         """The unfused convolutions that a batch norm reads, by path, and why."""
         found = self.schedules[training]
-        return (
-            {self.path or "(model)": self.reasons[training]}
-            if found is None
-            else {f"{self.path}.{path}" if self.path else path: why for path, why in found.left.items()}
-        )
+        if found is None:
+            return {self.path or "(model)": self.reasons[training]}
+        return {_joined(self.path, path): why for path, why in found.left.items()}
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _left_unfused(units: list[_Unit], training: bool) -> dict[str, str]:
+    """The unfused convolutions of all units in one mode, and why."""
+    left: dict[str, str] = {}
+    for unit in units:
+        left |= unit.left(training)
+    return left
 
 
 def _units(path: str, m: nn.Module, seen: set[int], inlined: set[int]) -> Iterator[_Unit]:
-    """The units from the outermost in; what one looked into in both modes is not a unit again."""
-    if id(m) in seen or type(m).forward in _OUR_BLOCKS:
+    """The units from the outermost in. A module that one unit traced into in both modes is no unit itself."""
+    if id(m) in seen or fuses_itself(m) == "block":
         return
     seen.add(id(m))
     if id(m) not in inlined and _is_unit(m):
@@ -240,26 +257,24 @@ def _units(path: str, m: nn.Module, seen: set[int], inlined: set[int]) -> Iterat
         inlined.update(id(m.get_submodule(p)) for p in set.intersection(*looked_into))
         yield unit
     for name, child in m.named_children():
-        yield from _units(f"{path}.{name}" if path else name, child, seen, inlined)
+        yield from _units(_joined(path, name), child, seen, inlined)
 
 
 def _is_unit(m: nn.Module) -> bool:
-    """Whether ``m`` owns a convolution and a batch norm (a Sequential's children count as its owner's) and
-    has no forward of its own.
-    """
-    if type(m).forward in (*_OURS, nn.Module.forward) or is_norm(m):
+    """Whether ``m`` owns a convolution and a batch norm (a Sequential's children are its owner's), unpatched."""
+    if fuses_itself(m) or type(m).forward is nn.Module.forward or is_norm(m):
         return False
     if m.__dict__.get("forward") is not None and not isinstance(m.__dict__["forward"], Forward):
         return False
-    own = list(_own(m))
+    own = list(_own_children(m))
     return any(isinstance(c, nn.Conv2d) for c in own) and any(map(is_norm, own))
 
 
-def _own(m: nn.Module) -> Iterator[nn.Module]:
+def _own_children(m: nn.Module) -> Iterator[nn.Module]:
     for child in m.children():
         yield child
         if _is_sequence(child) and not touched(child):
-            yield from _own(child)
+            yield from _own_children(child)
 
 
 def _is_sequence(m: nn.Module) -> bool:
@@ -267,9 +282,11 @@ def _is_sequence(m: nn.Module) -> bool:
 
 
 def _fused_convs(model: nn.Module, units: list[_Unit], training: bool) -> set[nn.Module]:
-    """The convolutions that fused steps stand for, in units and in our own blocks."""
-    blocks = [m for m in model.modules() if type(m).forward in _OUR_BLOCKS]
-    convs = {m for block in blocks for m in block.modules()}
+    """The convolutions that fused steps replace, in units and in this package's blocks."""
+    convs: set[nn.Module] = set()
+    for m in model.modules():
+        if fuses_itself(m) == "block":
+            convs.update(m.modules())
     for unit in units:
         found = unit.schedules[training]
         if found is not None:
@@ -285,9 +302,7 @@ def _unit_schedule(m: nn.Module, training: bool) -> Schedule | None:
 
 
 def _schedule(m: nn.Module, training: bool) -> Schedule:
-    """The unit's schedule: children that hold no unit are looked into, then only those to which a fused step owes
-    something.
-    """
+    """The unit's schedule: traced into all children without units, then only into those with a fused step inside."""
     first = schedule(m, _leaf, training=training)
     idle = set(first.idle)
     if not idle:
@@ -297,18 +312,16 @@ def _schedule(m: nn.Module, training: bool) -> Schedule:
 
 
 def _leaf(path: str, m: nn.Module) -> bool:
-    """Whether a child is called as it is: torch's own layers, whatever a user hooked, and what holds units of its
-    own.
-    """
+    """Whether a child stays one call: torch's own layers, what a user hooked, and what contains units."""
     if touched(m) or is_frozen_bn(m):
         return True
     if _is_sequence(m):
-        return _holds_unit(m) and not _is_unit(m)
-    return type(m).__module__.startswith("torch.nn.") or _holds_unit(m)
+        return _contains_unit(m) and not _is_unit(m)
+    return type(m).__module__.startswith("torch.nn.") or _contains_unit(m)
 
 
-def _holds_unit(m: nn.Module) -> bool:
-    return any(type(c).forward in _OURS or _is_unit(c) for c in m.modules())
+def _contains_unit(m: nn.Module) -> bool:
+    return any(fuses_itself(c) or _is_unit(c) for c in m.modules())
 
 
 # ---------------------------------------------------------------- the report
@@ -316,11 +329,11 @@ def _holds_unit(m: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Report:
-    """What runs fused in a model and what does not; prints as a table.
+    """What runs fused in a model and what does not. Prints as a table.
 
-    ``fused``: module → (fused steps in eval, in training); ``left`` and ``left_training``: convolution (or module
-    that could not be traced) → why it runs as before; ``nhwc``: modules whose activations are NHWC inside (in the
-    present mode); ``own``: blocks of resnet_fast, which fuse by themselves.
+    ``fused``: module → (fused steps in eval, in training). ``left`` and ``left_training``: convolution, or module that
+    could not be traced → why it runs as before. ``nhwc``: modules with NHWC activations inside, in the present mode.
+    ``own``: blocks of resnet_fast, which fuse by themselves.
     """
 
     fused: dict[str, tuple[int, int]]
@@ -333,11 +346,8 @@ class Report:
         rows: list[tuple[object, ...]] = [(path, *counts, "") for path, counts in self.fused.items()]
         rows += [(path, "", "", "fuses by itself") for path in self.own]
         rows += [(path, "-", "", why) for path, why in self.left.items()]
-        rows += [
-            (path, "", "-", f"in training: {why}")
-            for path, why in self.left_training.items()
-            if self.left.get(path) != why
-        ]
+        only_in_training = {path: why for path, why in self.left_training.items() if self.left.get(path) != why}
+        rows += [(path, "", "-", f"in training: {why}") for path, why in only_in_training.items()]
         total = sum(eval_count for eval_count, _ in self.fused.values())
         inside = f"; NHWC inside {', '.join(self.nhwc)}" if self.nhwc else ""
         header = "module", "eval", "training", "left because"
@@ -345,13 +355,11 @@ class Report:
 
 
 def accelerated(model: nn.Module) -> Report:
-    """What ``accelerate`` did, or would do, to ``model``: by module, from its present make; the model is not
-    changed.
-    """
+    """What ``accelerate`` did, or would do, to ``model`` as it is now, by module. The model is not changed."""
     _check("accelerated", model)
     found = list(_units("", model, set(), set()))
     counts = {u.path or "(model)": (u.count(False), u.count(True)) for u in found if u.fuses}
-    own = tuple(path for path, m in model.named_modules() if type(m).forward in _OUR_BLOCKS)
-    left, left_training = ({path: why for u in found for path, why in u.left(t).items()} for t in (False, True))
+    own = tuple(path for path, m in model.named_modules() if fuses_itself(m) == "block")
+    left, left_training = _left_unfused(found, False), _left_unfused(found, True)
     inside = islands(model, model.training, _fused_convs(model, found, model.training))
     return Report(counts, left, left_training, tuple(path or "(model)" for path in inside), own)

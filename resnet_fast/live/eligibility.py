@@ -1,7 +1,7 @@
-"""The path rule: when a block may run its fused ops, and what one fused conv → BN → (+ residual) → activation step is.
+"""The path rule: when a block may run its fused ops.
 
-A block fuses only while nothing that a user attached to it, or wrapped around it, would miss the modules that fusing skips. Otherwise
-its plain modules run, exactly as torchvision's do, and ``explain`` repeats the sentence given here.
+A block fuses only if nothing that a user attached to it, or wrapped around it, needs the modules that fusing skips.
+Otherwise its plain modules run, exactly as torchvision's do, and ``explain`` repeats the sentence returned here.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from torch.nn.modules import module as nn_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from ..graph.facts import NORMS, is_frozen_bn
+
 _DEVICES = ("cpu", "cuda")
 _TENSORS = (nn.Parameter, Tensor)
-_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-_FITS = {"conv": (nn.Conv2d,), "bn": _NORMS, "relu": (nn.ReLU,)}
+_FITS = {"conv": (nn.Conv2d,), "bn": NORMS, "relu": (nn.ReLU,)}
 
 
 def why_plain(x: Tensor, modules: Iterable[nn.Module | None]) -> str | None:
-    """Why ``modules`` (everything the fused step would not call) must run one by one on ``x``, or None if they may be fused."""
+    """Why ``modules``, which a fused step would not call, must run one by one on ``x``; None if they may be fused."""
     return _why_plain_here(x) or next(filter(None, map(_why_plain_module, modules)), None)
 
 
 def _why_plain_here(x: Tensor) -> str | None:
-    """Reasons that lie in the moment: who is tracing, compiling or transforming, and what kind of tensor came in."""
+    """Reasons from the call's context: tracing, compiling, transforms, and the kind of input."""
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return f"the input is a {type(x).__name__} (tracing or a tensor subclass)"
     if torch.compiler.is_compiling():
@@ -56,27 +57,24 @@ def _why_plain_here(x: Tensor) -> str | None:
 
 
 def _any_function_mode() -> bool:
-    """Whether a mode wants to see torch's functions; a default device (torch.set_default_device) is one that does not."""
+    """Whether a mode must see torch's functions. torch.set_default_device's need not."""
     return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
 def _why_plain_module(m: nn.Module) -> str | None:
-    """Reasons that lie in a module: hooked, replaced, reparametrised, or of a form that no op states."""
+    """Reasons from one module: it is hooked, replaced, reparametrised, or has no fused op."""
     if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
         return f"a {type(m).__name__} has hooks"
     if "forward" in m.__dict__:
         return f"a {type(m).__name__} has its own forward"
-    check = _CHECKS.get(type(m))
-    if check is None:
-        return _why_plain_other(m)
-    return check(m)
+    return _CHECKS.get(type(m), _why_plain_other)(m)
 
 
 def why_misplaced(named: Iterable[tuple[str, nn.Module | None]]) -> str | None:
-    """Why a child is not what its name (conv…, bn…, relu) promises to the fused step (a bn3 that is an Identity), or None."""
+    """Why a child is not of the type that its name (conv…, bn…, relu) says, a bn3 that is an Identity say; or None."""
     for name, m in named:
         fits = _FITS.get(name.rstrip("0123456789"))
-        if fits is not None and type(m) not in fits and not (fits is _NORMS and is_frozen_bn(m)):
+        if fits is not None and type(m) not in fits and not (fits is NORMS and is_frozen_bn(m)):
             return f"{name} is a {type(m).__name__}"
     return None
 
@@ -121,9 +119,12 @@ _CHECKS = {
 }
 
 
-def is_frozen_bn(m: nn.Module) -> bool:
-    """torchvision's FrozenBatchNorm2d (weight, bias, running statistics as buffers), recognised without importing torchvision."""
-    return type(m).__name__ == "FrozenBatchNorm2d" and type(m).__module__ == "torchvision.ops.misc"
+def fuses_itself(m: nn.Module) -> str | None:
+    """ "block" or "network" for a module of this package, which fuses without ``accelerate``; else None.
+
+    The mark is on the class's forward, so a subclass with another forward does not have it.
+    """
+    return getattr(type(m).forward, "fuses_itself", None)
 
 
 def uses_batch_statistics(bn: nn.Module) -> bool:

@@ -11,8 +11,11 @@ from .eligibility import uses_batch_statistics
 from .training_conv import convolve
 
 
-def conv_bn_act(conv: nn.Conv2d, bn: nn.Module, x: Tensor, residual: Tensor | None = None, act: str = "none") -> Tensor:
-    """One fused step over the modules that own the state: ``ops.conv_bn_act`` with fixed statistics, conv + ``ops.bn_act`` in training."""
+def fused_step(conv: nn.Conv2d, bn: nn.Module, x: Tensor, residual: Tensor | None = None, act: str = "none") -> Tensor:
+    """conv → BN → (+ residual) → act over live modules.
+
+    With fixed statistics this is ``ops.conv_bn_act``, in training a convolution and ``ops.bn_act``.
+    """
     if uses_batch_statistics(bn):
         _require_fit(x, conv)
         z = convolve(conv, x, _with_own_strides(conv.weight))
@@ -35,7 +38,7 @@ def conv_bn_act(conv: nn.Conv2d, bn: nn.Module, x: Tensor, residual: Tensor | No
 
 
 def _require_fit(x: Tensor, conv: nn.Conv2d) -> None:
-    """The sentence of ``ops.conv_bn_act`` for a wrong input, in training too, where the convolution is torch's own."""
+    """Raise as ``ops.conv_bn_act`` does for a wrong input; in training the convolution is torch's own."""
     weight = conv.weight
     fits = (
         x.dim() == 4
@@ -48,36 +51,34 @@ def _require_fit(x: Tensor, conv: nn.Conv2d) -> None:
 
 
 def _with_own_strides(weight: Tensor) -> Tensor:
-    """The weight, whose gradient now comes back contiguous: that of an NHWC convolution does not, and callers ``view`` it."""
+    """The weight through a view that makes its gradient contiguous, as callers expect; an NHWC convolution's is not."""
     if weight.requires_grad and weight.is_contiguous() and weight.stride(-1) == 1:
         return weight.view(-1).view(weight.shape)
     return weight
 
 
 def batch_norm_act(bn: nn.BatchNorm2d, z: Tensor, residual: Tensor | None, act: str) -> Tensor:
-    """``ops.bn_act`` in training, then the running statistics in torch's order: the count, then μ and the unbiased σ².
+    """``ops.bn_act`` in training, then the update of the running statistics.
 
-    When checkpointing recomputes a block inside backward the statistics were updated already; eager updates them twice. On a GPU where no
-    kernel of ours was measured to win torch's modules run.
+    On a GPU without a kernel that was measured to be faster, torch's modules run.
     """
     if _better_apart(bn, z, residual, act):
-        return one_by_one(bn, z, residual, act)
+        return norm_by_torch(bn, z, residual, act)
     y, mean, var = ops.bn_act(z, bn.weight, bn.bias, residual, eps=bn.eps, act=act)
-    if _tracks(bn):
-        track(bn, mean, var, z.numel() // z.shape[1])
+    if _updates_running_stats(bn):
+        update_running_stats(bn, mean, var, z.numel() // z.shape[1])
     return y
 
 
 def _better_apart(bn: nn.BatchNorm2d, z: Tensor, residual: Tensor | None, act: str) -> bool:
-    """Whether this is a GPU with no kernel of ours that was measured to win there."""
+    """Whether this is a GPU without a kernel of ours that was measured to be faster than torch's."""
     return z.device.type == "cuda" and not ops.fuses_bn_act(z, bn.weight, bn.bias, residual, bn.eps, act)
 
 
-def one_by_one(bn: nn.BatchNorm2d, z: Tensor, residual: Tensor | None, act: str) -> Tensor:
-    """Eager's own launches: 3 of batch norm, its count and ReLU, where torch's ``bn_act`` and the statistics beside it would take 11."""
-    if (
-        bn.training and bn.track_running_stats and not _tracks(bn)
-    ):  # recomputing: no step of the statistics, but they are saved again
+def norm_by_torch(bn: nn.BatchNorm2d, z: Tensor, residual: Tensor | None, act: str) -> Tensor:
+    """Eager's own launches: 3 for batch norm, its count and ReLU; ``aten.bn_act`` and the statistics would take 11."""
+    is_recomputing = bn.training and bn.track_running_stats and not _updates_running_stats(bn)
+    if is_recomputing:  # momentum 0: the statistics do not move, but they are saved for backward
         out = F.batch_norm(z, bn.running_mean, bn.running_var, bn.weight, bn.bias, True, 0.0, bn.eps)
     else:
         out = bn(z)
@@ -86,13 +87,19 @@ def one_by_one(bn: nn.BatchNorm2d, z: Tensor, residual: Tensor | None, act: str)
     return F.relu(out, inplace=True) if act == "relu" else out
 
 
-def _tracks(bn: nn.BatchNorm2d) -> bool:
-    """Whether this forward moves the running statistics."""
+def _updates_running_stats(bn: nn.BatchNorm2d) -> bool:
+    """Whether this forward updates the running statistics.
+
+    Not when checkpointing recomputes a block inside backward: they were updated already. Eager updates them twice.
+    """
     return bn.training and bn.track_running_stats and torch._C._current_graph_task_id() == -1
 
 
-def track(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, n: int) -> None:
-    """Through ``.data``: like torch's own kernel this bumps no version, so an earlier forward's graph in eval stays usable."""
+def update_running_stats(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, n: int) -> None:
+    """Update the running statistics in torch's order: the count, then μ and the unbiased σ².
+
+    Through ``.data``, so that like torch's own kernel this bumps no version: an earlier graph in eval stays usable.
+    """
     momentum = bn.momentum
     if bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)

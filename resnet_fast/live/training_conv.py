@@ -1,10 +1,12 @@
-"""The convolution of a training step: torch's own, but for 3×3 filters by ``cpu.winograd`` where that was measured to win.
+"""The convolution of a training step: torch's, or ``cpu.winograd`` for 3×3 filters where that was measured faster.
 
-    forward    z = conv(x, w);   backward   dx = conv(dz, w'), dw = wgrad(x, dz), with w'[c, k, i, j] = w[k, c, 2−i, 2−j]
+    forward    z = conv(x, w)
+    backward   dx = conv(dz, w'), dw = wgrad(x, dz), with w'[c, k, i, j] = w[k, c, 2−i, 2−j]
 
-The filters are transformed anew in each call, since a training step changes them; dw is torch's. Second derivatives are those of torch's
-``convolution_backward``. Measured on an AMD EPYC with AVX-512, two threads, November 2026, transform included, against oneDNN at batch 8:
-forward and dx 1.6 to 2.0 times its speed for 64 to 256 channels in float32; the package's other convolution gains nothing without an epilogue.
+The filters are transformed in each call, since a training step changes them; dw is torch's. Second derivatives are
+those of torch's ``convolution_backward``. Measured on an AMD EPYC with AVX-512, two threads, November 2026, transform
+included, against oneDNN at batch 8: forward and dx 1.6 to 2.0 times its speed for 64 to 256 channels in float32. The
+package's other convolution gains nothing without an epilogue.
 """
 
 from __future__ import annotations
@@ -28,28 +30,22 @@ def convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _wins(x: Tensor, weight: Tensor, conv: nn.Conv2d) -> bool:
-    if (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups) != (
-        (3, 3),
-        (1, 1),
-        (1, 1),
-        (1, 1),
-        1,
-    ) or conv.bias is not None:
+    geometry = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
+    if geometry != ((3, 3), (1, 1), (1, 1), (1, 1), 1) or conv.bias is not None:
         return False
     return undisturbed() and _chosen(x, x.shape, weight.shape)
 
 
 def _chosen(x: Tensor, shape: torch.Size, weight: tuple[int, ...]) -> bool:
-    """Whether ``cpu.winograd`` is to filter what lies as ``x`` does and has that shape."""
+    """Whether ``cpu.winograd`` is faster for an input of ``x``'s layout and dtype and of that shape."""
     return _measured_to_win(x.dtype, tuple(shape), layout(x), tuple(weight))
 
 
-@functools.lru_cache(
-    maxsize=1024
-)  # a step asks twice for each convolution; shapes without end must not grow it without end
-def _measured_to_win(dtype: torch.dtype, x: tuple[int, ...], lies: str, weight: tuple[int, ...]) -> bool:
+# A step asks twice for each convolution. Bounded: a service may see shapes without end.
+@functools.lru_cache(maxsize=1024)
+def _measured_to_win(dtype: torch.dtype, x: tuple[int, ...], x_layout: str, weight: tuple[int, ...]) -> bool:
     n, _, h, w = x
-    problem = Problem(op="conv_bn_act", device="cpu", dtype=dtype, x=x, layout=lies, weight=weight, padding=(1, 1))
+    problem = Problem(op="conv_bn_act", device="cpu", dtype=dtype, x=x, layout=x_layout, weight=weight, padding=(1, 1))
     if n * h * w < LEAST_PIXELS or dtype != torch.float32:
         return False
     winograd = find("cpu.winograd")
@@ -57,11 +53,13 @@ def _measured_to_win(dtype: torch.dtype, x: tuple[int, ...], lies: str, weight: 
 
 
 def _filtered(x: Tensor, weight: Tensor) -> Tensor | None:
-    """conv(x, weight), or None for values that the kernel leaves to torch."""
+    """conv(x, weight) by ``cpu.winograd``; None for values that the kernel does not take."""
     winograd = find("cpu.winograd").prepacked
-    made = winograd.make(weight, weight.new_zeros(weight.shape[0]), (), x.shape)
+    packed = winograd.make(weight, weight.new_zeros(weight.shape[0]), (), x.shape)
+    if packed is None:
+        return None
     geometry = (1, 1), (1, 1), (1, 1), 1
-    return None if made is None else winograd.run(x, *made, None, weight.shape[2:], geometry, False, False)
+    return winograd.run(x, *packed, None, weight.shape[2:], geometry, False, False)
 
 
 class _Winograd(torch.autograd.Function):
@@ -74,12 +72,13 @@ class _Winograd(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dz):
         x, weight = ctx.saved_tensors
-        wanted, dx = list(ctx.needs_input_grad), None
+        (needs_dx, needs_dw), dx = ctx.needs_input_grad, None
         k, c, r, s = weight.shape
-        if wanted[0] and not torch.is_grad_enabled() and _chosen(dz, dz.shape, (c, k, r, s)):
+        if needs_dx and not torch.is_grad_enabled() and _chosen(dz, dz.shape, (c, k, r, s)):
             dx = _filtered(dz, weight.transpose(0, 1).flip(2, 3))
-            wanted[0] = dx is None
-        by_torch = torch.ops.aten.convolution_backward(
-            dz, x, weight, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1, (*wanted, False)
+            needs_dx = dx is None
+        needs = needs_dx, needs_dw, False
+        torch_dx, dw, _ = torch.ops.aten.convolution_backward(
+            dz, x, weight, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1, needs
         )
-        return by_torch[0] if dx is None else dx, by_torch[1]
+        return torch_dx if dx is None else dx, dw

@@ -1,4 +1,4 @@
-"""A schedule bound to live modules: the guard that says whether it still describes them, and the run."""
+"""One module's schedule bound to its live children: guards, the reasons against it, and the run."""
 
 from __future__ import annotations
 
@@ -12,41 +12,42 @@ from torch import Tensor, nn
 from .. import ops
 from ..dispatch import conv_out_hw
 from ..graph.facts import function, touched
-from ..graph.ir import Attribute, Schedule, Step, Value, names, references
+from ..graph.ir import Attribute, Schedule, Step, Value
+from ..graph.liveness import dead_after
 from .eligibility import uses_batch_statistics, why_plain
-from .guards import Part
-from .step import batch_norm_act, conv_bn_act
+from .guards import ModuleGuard
+from .step import batch_norm_act, fused_step
 
 
-class Program:
-    """One module's schedule for one mode over the module objects it was traced with; without a schedule it only
-    knows their make.
+class UnitProgram:
+    """One module's schedule for one mode, bound to the module objects that it was traced with.
+
+    Without a fused step in the schedule it holds only the guard of the module itself.
     """
 
     def __init__(self, owner: nn.Module, schedule: Schedule | None, training: bool) -> None:
-        self.own = Part(owner, training)
+        self.guard = ModuleGuard(owner, training)
         self.schedule = schedule if schedule is not None and schedule.fused else None
-        self.inlined: list[tuple[nn.Module, Part]] = []
+        self.inlined: list[tuple[nn.Module, ModuleGuard]] = []
         if self.schedule is None:
             return
         paths = [path for path in schedule.inlined if path]
-        self.inlined = [(m, Part(m, training)) for m in map(owner.get_submodule, paths)]
+        self.inlined = [(m, ModuleGuard(m, training)) for m in map(owner.get_submodule, paths)]
         skipped = [owner.get_submodule(path) for path in schedule.skipped]
         self.biased = [m for m in skipped if m._parameters.get("bias") is not None and isinstance(m, nn.Conv2d)]
         self.skipped = [m for m in skipped if m not in self.biased]
-        slots: dict[str, int] = {}
-        for name in (*schedule.inputs, *(s.output for s in schedule.steps)):
-            slots[name] = len(slots)
+        value_names = dict.fromkeys((*schedule.inputs, *(step.output for step in schedule.steps)))
+        slots = {name: slot for slot, name in enumerate(value_names)}
         self.size, self.inputs = len(slots), len(schedule.inputs)
         self.output = _getter(schedule.output, slots, owner)
-        self.steps = [
-            (_bind(step, slots, owner), slots[step.output], dead)
-            for step, dead in zip(schedule.steps, _deaths(schedule, slots), strict=True)
-        ]
+        self.steps: list[tuple[Callable[[list], Any], int, list[int]]] = []
+        # Dead values are dropped after each step, so that memory is freed when eager frees it.
+        for step, dead in zip(schedule.steps, dead_after(schedule.steps, schedule.output), strict=True):
+            self.steps.append((_bind(step, slots, owner), slots[step.output], [slots[name] for name in dead]))
 
     def changed(self, owner: nn.Module) -> bool:
-        """Whether the modules are no longer made as they were when they were traced."""
-        return not self.own.holds(owner) or any(not part.holds(m) for m, part in self.inlined)
+        """Whether the modules are no longer as they were when they were traced."""
+        return not self.guard.passes(owner) or any(not guard.passes(m) for m, guard in self.inlined)
 
     def why_plain(self, args: tuple) -> str | None:
         """Why the class's forward must run on these arguments, or None."""
@@ -72,7 +73,7 @@ class Program:
 
 
 def _why_plain_biased(conv: nn.Conv2d) -> str | None:
-    """The path rule for a convolution with a bias, which becomes part of the batch norm's mean."""
+    """Why a convolution with a bias must run as it is, or None: the bias would become part of the batch norm's mean."""
     if type(conv) is not nn.Conv2d or touched(conv):
         return "a Conv2d was replaced or has hooks"
     if any(type(p) not in (nn.Parameter, Tensor) for p in conv._parameters.values()):
@@ -80,24 +81,14 @@ def _why_plain_biased(conv: nn.Conv2d) -> str | None:
     return None
 
 
-def _deaths(schedule: Schedule, slots: dict[str, int]) -> list[list[int]]:
-    """For each step the slots that nothing reads after it: they are emptied, so that memory is freed when eager
-    frees it.
-    """
-    last = {name: i for i, step in enumerate(schedule.steps) for name in (step.output, *references(step))}
-    kept = set(names(schedule.output))
-    deaths: list[list[int]] = [[] for _ in schedule.steps]
-    for name, i in last.items():
-        if name not in kept:
-            deaths[i].append(slots[name])
-    return deaths
-
-
 # ---------------------------------------------------------------- steps as callables over the list of values
 
 
 def _getter(structure: Any, slots: dict[str, int], owner: nn.Module) -> Callable[[list], Any]:
-    """A function that fills the nested structure from the values and the owner's live attributes."""
+    """A function that fills the nested structure from the values and the owner's live attributes.
+
+    It builds closures once; ``graph.tree.mapped`` would walk the structure in each call.
+    """
     if isinstance(structure, Value):
         return itemgetter(slots[structure.name])
     if isinstance(structure, Attribute):
@@ -135,7 +126,7 @@ def _bind(step: Step, slots: dict[str, int], owner: nn.Module) -> Callable[[list
 def _bind_conv(step: Step, slots: dict[str, int], owner: nn.Module) -> Callable[[list], Tensor]:
     conv, bn = (owner.get_submodule(path) for path in step.modules[:2])
     x_slot, act = slots[step.args[0].name], step.act
-    fused = conv_bn_act if conv.bias is None else _biased_conv_bn_act
+    fused = fused_step if conv.bias is None else _biased_fused_step
     if step.residual is None:
         return lambda values: fused(conv, bn, values[x_slot], None, act)
     residual_slot, fitting = slots[step.residual.name], {}
@@ -154,8 +145,8 @@ def _bind_conv(step: Step, slots: dict[str, int], owner: nn.Module) -> Callable[
     return run
 
 
-def _biased_conv_bn_act(conv: nn.Conv2d, bn: nn.Module, x: Tensor, residual: Tensor | None, act: str) -> Tensor:
-    """As ``path.conv_bn_act``; BN(z + b) with statistics μ is BN(z) with statistics μ − b."""
+def _biased_fused_step(conv: nn.Conv2d, bn: nn.Module, x: Tensor, residual: Tensor | None, act: str) -> Tensor:
+    """``fused_step`` for a convolution with a bias: BN(z + b) with statistics μ is BN(z) with statistics μ − b."""
     if uses_batch_statistics(bn):
         return batch_norm_act(bn, conv._conv_forward(x, own_strides(conv.weight), conv.bias), residual, act)
     return ops.conv_bn_act(
@@ -176,7 +167,7 @@ def _biased_conv_bn_act(conv: nn.Conv2d, bn: nn.Module, x: Tensor, residual: Ten
 
 
 def own_strides(t: Tensor) -> Tensor:
-    """The tensor through a flat view: the gradient of an NHWC convolution then has its strides; callers ``view`` it."""
+    """The tensor through a flat view that makes its gradient contiguous, which an NHWC convolution's is not."""
     return t.reshape(-1).view(t.shape) if t.requires_grad and t.is_contiguous() else t
 
 
@@ -192,9 +183,7 @@ def output_shape(conv: nn.Conv2d, x: Tensor) -> tuple[int, ...]:
 
 
 def _bind_add(step: Step, slots: dict[str, int]) -> Callable[[list], Any]:
-    """``ops.add_act`` where shapes and dtypes are what it takes, torch's own operations elsewhere (broadcasts,
-    sums of sizes).
-    """
+    """``ops.add_act`` for two images of one shape and dtype; torch's operations for all else (broadcasts, sizes)."""
     x_slot, y_slot = (slots[v.name] for v in step.args)
     gate_slot, act = slots[step.gate.name] if step.gate else None, step.act
 

@@ -1,7 +1,8 @@
-"""The residual blocks: torchvision's modules under torchvision's names, whose forward calls fused ops when the path rule allows.
+"""The residual blocks: torchvision's modules and names, with a forward that calls fused ops where the path rule allows.
 
-State stays in ordinary ``nn.Conv2d`` and ``nn.BatchNorm2d`` children, so state_dict, optimisers, DDP, SyncBN, EMA, init and hooks are
-untouched. The plain forward is what torchvision runs, operation by operation: fx, scripting, export and torch.compile see that one.
+State stays in ordinary ``nn.Conv2d`` and ``nn.BatchNorm2d`` children, so state_dict, optimisers, DDP, SyncBN, EMA, init
+and hooks work as before. The plain forward is torchvision's, operation by operation: fx, scripting, export and
+torch.compile see that one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..live.eligibility import why_misplaced, why_plain
-from ..live.step import conv_bn_act
+from ..live.step import fused_step
 
 
 def conv3x3(in_planes: int, out_planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
@@ -36,7 +37,7 @@ def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
 
 
 def _skipped(block: BasicBlock | Bottleneck) -> list[nn.Module | None]:
-    """The modules that a fused forward would not call: the children, and the projection's own."""
+    """The modules that a fused forward does not call: the children, and the projection's."""
     children: list[nn.Module | None] = [m for m in block._modules.values() if m is not None]
     return children if block.downsample is None else [*children, *block.downsample._modules.values()]
 
@@ -48,7 +49,7 @@ def _identity(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
     conv: Any  # a Conv2d and a BatchNorm2d: why_plain_block has checked both
     bn: Any
     conv, bn = block.downsample._modules.values()
-    return conv_bn_act(conv, bn, x)
+    return fused_step(conv, bn, x)
 
 
 def why_plain_block(block: BasicBlock | Bottleneck, x: Tensor) -> str | None:
@@ -64,10 +65,10 @@ def why_plain_block(block: BasicBlock | Bottleneck, x: Tensor) -> str | None:
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions around a shortcut (He et al. 2016, ResNet-18 and -34), with torchvision's constructor and child names.
+    """Two 3×3 convolutions and a shortcut (He et al. 2016, ResNet-18 and -34), torchvision's constructor and names.
 
-    x: [N, inplanes, H, W] → [N, planes, H/stride, W/stride]. Unlike torchvision's, it takes ``dilation`` > 1 (both convolutions).
-    Raises ValueError for groups or base_width, which the architecture does not have.
+    x: [N, inplanes, H, W] → [N, planes, H/stride, W/stride]. Unlike torchvision's, it takes ``dilation`` > 1 (both
+    convolutions). Raises ValueError for groups or base_width, which the architecture does not have.
     """
 
     expansion: int = 1
@@ -100,8 +101,8 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             if why_plain_block(self, x) is None:
-                out = conv_bn_act(self.conv1, self.bn1, x, act="relu")
-                return conv_bn_act(self.conv2, self.bn2, out, _identity(self, x), act="relu")
+                out = fused_step(self.conv1, self.bn1, x, act="relu")
+                return fused_step(self.conv2, self.bn2, out, _identity(self, x), act="relu")
 
         identity = x
 
@@ -121,11 +122,14 @@ class BasicBlock(nn.Module):
         return out
 
 
-class Bottleneck(nn.Module):
-    """1×1, 3×3, 1×1 convolutions around a shortcut, the stride in the 3×3 ("v1.5"), with torchvision's constructor and child names.
+BasicBlock.forward.fuses_itself = "block"
 
-    x: [N, inplanes, H, W] → [N, 4·planes, H/stride, W/stride]; the 3×3 has planes·base_width/64·groups channels. Source: He et al. 2016;
-    Xie et al. 2017 for groups; Zagoruyko and Komodakis 2016 for width.
+
+class Bottleneck(nn.Module):
+    """1×1, 3×3, 1×1 convolutions and a shortcut, torchvision's constructor and names; stride in the 3×3 ("v1.5").
+
+    x: [N, inplanes, H, W] → [N, 4·planes, H/stride, W/stride]; the 3×3 has planes·base_width/64·groups channels.
+    Source: He et al. 2016; Xie et al. 2017 for groups; Zagoruyko and Komodakis 2016 for width.
     """
 
     expansion: int = 4
@@ -157,9 +161,9 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             if why_plain_block(self, x) is None:
-                out = conv_bn_act(self.conv1, self.bn1, x, act="relu")
-                out = conv_bn_act(self.conv2, self.bn2, out, act="relu")
-                return conv_bn_act(self.conv3, self.bn3, out, _identity(self, x), act="relu")
+                out = fused_step(self.conv1, self.bn1, x, act="relu")
+                out = fused_step(self.conv2, self.bn2, out, act="relu")
+                return fused_step(self.conv3, self.bn3, out, _identity(self, x), act="relu")
 
         identity = x
 
@@ -181,3 +185,6 @@ class Bottleneck(nn.Module):
         out = self.relu(out)
 
         return out
+
+
+Bottleneck.forward.fuses_itself = "block"

@@ -1,7 +1,7 @@
-"""Checkpoints in and out: whatever torchvision, timm, DDP, torch.compile or an EMA wrote, and files that anyone can read.
+"""Checkpoints: reads what torchvision, timm, DDP, torch.compile or an EMA wrote, writes torchvision's names.
 
-A name is compared without the segments that wrappers put into it ("module", "_orig_mod", …), on both sides, so a wrapped
-model's file fits a bare model and the other way round.
+Names are compared without the segments that wrappers add ("module", "_orig_mod", …), on both sides, so a wrapped
+model's file fits a bare model and a bare model's file a wrapped one.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def load_checkpoint(
 ) -> nn.Module:
     """Load weights into ``model`` (in place) and return it.
 
-    ``source``: a file (.safetensors, or anything torch.load reads) or a mapping already in memory; names may carry
-    "module." and "_orig_mod.", at the front or inside, and the weights may lie under "state_dict", "model", "state_dict_ema"
-    or "model_ema", looked for in this order (to take the average of a file that holds both, pass that mapping itself).
-    ``strict``: raise if a name is missing or unexpected; ``weights_only``: torch.load's, False executes what the file says.
-    Raises ValueError with what it got and expected: names, shapes, another number of classes.
+    ``source``: a file (.safetensors, or anything torch.load reads) or a mapping already in memory. Names may carry
+    "module." and "_orig_mod.", at the front or inside. The weights may be under "state_dict", "model",
+    "state_dict_ema" or "model_ema", looked for in this order; to take the average from a file with both, pass that
+    mapping itself. ``strict``: raise if a name is missing or unexpected. ``weights_only``: torch.load's; False executes
+    code in the file. Raises ValueError with what it got and expected: names, shapes, another number of classes.
     """
     state = _clean(_unwrap(source if isinstance(source, Mapping) else _read(Path(source), weights_only)))
     own = {_bare(name): (name, t) for name, t in model.state_dict().items()}
@@ -50,8 +50,9 @@ def load_checkpoint(
 def save_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the model's weights under torchvision's names, as .safetensors or (by torch.save) .pth or .pt.
 
-    Wrappers' name segments are left out, tensors are written contiguous and on the CPU: safetensors refuses channels_last
-    ones. The file appears whole or not at all. Raises ValueError for another suffix or a model on the meta device.
+    Wrappers' name segments are left out. Tensors are written contiguous and from the CPU: safetensors refuses
+    channels_last ones. The file appears complete or not at all. Raises ValueError for another suffix or a model on the
+    meta device.
     """
     path = Path(path)
     if path.suffix not in _SUFFIXES:
@@ -79,7 +80,7 @@ def _safetensors() -> Any:
 
 
 def _unwrap(found: Any) -> Mapping[str, Any]:
-    """The mapping of names to tensors inside what a file held."""
+    """The mapping of names to tensors inside a file's content."""
     while isinstance(found, Mapping):
         inner = next((found[key] for key in _WRAPPERS if isinstance(found.get(key), (Mapping, nn.Module))), None)
         if inner is None:
@@ -136,11 +137,14 @@ def _check_names(state: dict[str, Tensor], own: dict[str, tuple[str, Tensor]]) -
 
 
 def _some(names: list[str]) -> str:
-    return f"{len(names)} names" + (f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else "")
+    if not names:
+        return "0 names"
+    more = ", …" if len(names) > 3 else ""
+    return f"{len(names)} names ({', '.join(names[:3])}{more})"
 
 
 def _own_memory(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors that share no memory and are views of nothing larger, as safetensors wants them."""
+    """Contiguous CPU tensors that share no memory and are no views of larger ones, as safetensors requires."""
     seen: set[int] = set()
     for name, t in state.items():
         if t.is_meta:

@@ -16,7 +16,10 @@ from .resnet import ResNet
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One architecture: its block, blocks per stage, and the Bottleneck's groups and width. ``title`` names the weights enum."""
+    """One architecture: its block, blocks per stage, and the Bottleneck's groups and width.
+
+    ``title`` names torchvision's weights enum.
+    """
 
     name: str
     title: str
@@ -26,30 +29,37 @@ class ModelSpec:
     width_per_group: int = 64
 
 
-MODELS = {
-    spec.name: spec
-    for spec in (
-        ModelSpec("resnet18", "ResNet18", BasicBlock, (2, 2, 2, 2)),
-        ModelSpec("resnet34", "ResNet34", BasicBlock, (3, 4, 6, 3)),
-        ModelSpec("resnet50", "ResNet50", Bottleneck, (3, 4, 6, 3)),
-        ModelSpec("resnet101", "ResNet101", Bottleneck, (3, 4, 23, 3)),
-        ModelSpec("resnet152", "ResNet152", Bottleneck, (3, 8, 36, 3)),
-        ModelSpec("resnext50_32x4d", "ResNeXt50_32X4D", Bottleneck, (3, 4, 6, 3), groups=32, width_per_group=4),
-        ModelSpec("resnext101_32x8d", "ResNeXt101_32X8D", Bottleneck, (3, 4, 23, 3), groups=32, width_per_group=8),
-        ModelSpec("resnext101_64x4d", "ResNeXt101_64X4D", Bottleneck, (3, 4, 23, 3), groups=64, width_per_group=4),
-        ModelSpec("wide_resnet50_2", "Wide_ResNet50_2", Bottleneck, (3, 4, 6, 3), width_per_group=128),
-        ModelSpec("wide_resnet101_2", "Wide_ResNet101_2", Bottleneck, (3, 4, 23, 3), width_per_group=128),
-    )
-}
+_ROWS = (
+    # ResNet: He et al. 2016, Deep Residual Learning for Image Recognition, https://arxiv.org/abs/1512.03385
+    ModelSpec("resnet18", "ResNet18", BasicBlock, (2, 2, 2, 2)),
+    # ResNet: https://arxiv.org/abs/1512.03385
+    ModelSpec("resnet34", "ResNet34", BasicBlock, (3, 4, 6, 3)),
+    # ResNet: https://arxiv.org/abs/1512.03385
+    ModelSpec("resnet50", "ResNet50", Bottleneck, (3, 4, 6, 3)),
+    # ResNet: https://arxiv.org/abs/1512.03385
+    ModelSpec("resnet101", "ResNet101", Bottleneck, (3, 4, 23, 3)),
+    # ResNet: https://arxiv.org/abs/1512.03385
+    ModelSpec("resnet152", "ResNet152", Bottleneck, (3, 8, 36, 3)),
+    # ResNeXt: Xie et al. 2017, Aggregated Residual Transformations, https://arxiv.org/abs/1611.05431
+    ModelSpec("resnext50_32x4d", "ResNeXt50_32X4D", Bottleneck, (3, 4, 6, 3), groups=32, width_per_group=4),
+    # ResNeXt: https://arxiv.org/abs/1611.05431
+    ModelSpec("resnext101_32x8d", "ResNeXt101_32X8D", Bottleneck, (3, 4, 23, 3), groups=32, width_per_group=8),
+    # ResNeXt: https://arxiv.org/abs/1611.05431
+    ModelSpec("resnext101_64x4d", "ResNeXt101_64X4D", Bottleneck, (3, 4, 23, 3), groups=64, width_per_group=4),
+    # Wide ResNet: Zagoruyko and Komodakis 2016, Wide Residual Networks, https://arxiv.org/abs/1605.07146
+    ModelSpec("wide_resnet50_2", "Wide_ResNet50_2", Bottleneck, (3, 4, 6, 3), width_per_group=128),
+    # Wide ResNet: https://arxiv.org/abs/1605.07146
+    ModelSpec("wide_resnet101_2", "Wide_ResNet101_2", Bottleneck, (3, 4, 23, 3), width_per_group=128),
+)
+MODELS = {row.name: row for row in _ROWS}
 
 
 def create_model(name: str, *, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """The named architecture, with torchvision's arguments; ``list_models()`` lists the names.
 
     ``weights``: None, or an entry of torchvision's enum for this model or its name ("IMAGENET1K_V2", "DEFAULT"),
-    downloaded through torchvision;
-    ``progress``: show that download; the rest goes to :class:`ResNet`. Raises ValueError for an unknown name or
-    contradicting ``num_classes``, OSError for weights that cannot be fetched.
+    downloaded through torchvision. ``progress``: show that download. The other arguments go to :class:`ResNet`. Raises
+    ValueError for an unknown name or contradicting ``num_classes``, OSError for weights that cannot be fetched.
     """
     if name not in MODELS:
         raise ValueError(f"create_model: got {name!r}, expected one of {', '.join(MODELS)}")
@@ -93,8 +103,8 @@ def _fetched(weights: Any, progress: bool) -> dict[str, Tensor]:
     except OSError as error:  # no network, no space
         folder = Path(torch.hub.get_dir(), "checkpoints")
         raise OSError(
-            f"{weights}: {weights.url} could not be fetched ({error}): put that file into {folder}, or build the model without "
-            "weights and give a file of yours to resnet_fast.load_checkpoint"
+            f"{weights}: {weights.url} could not be fetched ({error}): put that file into {folder}, or build the model "
+            "without weights and give a file of yours to resnet_fast.load_checkpoint"
         ) from error
 
 
@@ -115,30 +125,12 @@ def _builder(name: str) -> Callable[..., ResNet]:
 
 
 resnet18 = _builder("resnet18")
-
-
 resnet34 = _builder("resnet34")
-
-
 resnet50 = _builder("resnet50")
-
-
 resnet101 = _builder("resnet101")
-
-
 resnet152 = _builder("resnet152")
-
-
 resnext50_32x4d = _builder("resnext50_32x4d")
-
-
 resnext101_32x8d = _builder("resnext101_32x8d")
-
-
 resnext101_64x4d = _builder("resnext101_64x4d")
-
-
 wide_resnet50_2 = _builder("wide_resnet50_2")
-
-
 wide_resnet101_2 = _builder("wide_resnet101_2")

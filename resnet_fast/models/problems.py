@@ -1,4 +1,4 @@
-"""Every convolution of an architecture as a Problem: what roofline, test grids, benchmarks and ``explain --model-gpu`` speak of."""
+"""The problems of an architecture: every convolution, and every group that an op across convolutions can replace."""
 
 from __future__ import annotations
 
@@ -11,40 +11,28 @@ from torch import nn
 from ..dispatch.problem import Problem
 from .family import create_model
 
+STAGES = ("layer1", "layer2", "layer3", "layer4")
+
 
 @dataclass(frozen=True)
-class Layer:
+class ConvLayer:
     """One fused convolution of a network: its module path and its problem."""
 
     name: str
     problem: Problem
 
 
-def layers(
-    model: str,
-    batch: int,
-    size: int = 224,
-    dtype: torch.dtype = torch.bfloat16,
-    device: str = "cuda",
-    capability: tuple[int, int] | None = None,
-) -> list[Layer]:
-    """The fused convolutions of ``model`` at [batch, 3, size, size] in NHWC, in the order in which they run.
+class _Layers:
+    """The convolutions of one network, in the order in which they are added."""
 
-    A block's projection comes before its last convolution.
-    """
-    with torch.device("meta"):
-        net = create_model(model)
-    shared = {
-        "op": "conv_bn_act",
-        "device": device,
-        "dtype": dtype,
-        "layout": "nhwc",
-        "bn": True,
-        "capability": capability,
-    }
-    found: list[Layer] = []
+    def __init__(self, **shared: Any) -> None:
+        self.shared = shared
+        self.found: list[ConvLayer] = []
 
-    def add(name: str, conv: nn.Conv2d, x: tuple[int, ...], act: str, residual: str | None = None) -> tuple[int, ...]:
+    def add(
+        self, name: str, conv: nn.Conv2d, x: tuple[int, ...], act: str, residual: str | None = None
+    ) -> tuple[int, ...]:
+        """Add a convolution of that input and return its output's shape."""
         problem = Problem(
             x=x,
             weight=tuple(conv.weight.shape),
@@ -54,28 +42,48 @@ def layers(
             groups=conv.groups,
             act=act,
             residual=residual,
-            **shared,
+            **self.shared,
         )
-        found.append(Layer(name, problem))
+        self.found.append(ConvLayer(name, problem))
         return x[0], conv.out_channels, *problem.out_hw
 
-    x = add("conv1", net.conv1, (batch, 3, size, size), "relu")
+    def add_block(self, name: str, block: nn.Module, x: tuple[int, ...]) -> tuple[int, ...]:
+        """Add a block's convolutions, the projection before the last; returns its output's shape."""
+        start = x
+        *first, last = (key for key in ("conv1", "conv2", "conv3") if hasattr(block, key))
+        for key in first:
+            x = self.add(f"{name}.{key}", getattr(block, key), x, "relu")
+        if block.downsample is not None:
+            self.add(f"{name}.downsample.0", block.downsample[0], start, "none")
+        return self.add(f"{name}.{last}", getattr(block, last), x, "relu", residual="nhwc")
+
+
+def conv_layers(
+    model: str,
+    batch: int,
+    size: int = 224,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
+    capability: tuple[int, int] | None = None,
+) -> list[ConvLayer]:
+    """The fused convolutions of ``model`` at [batch, 3, size, size] in NHWC, in the order in which they run.
+
+    A block's projection comes before its last convolution.
+    """
+    with torch.device("meta"):
+        net = create_model(model)
+    layers = _Layers(op="conv_bn_act", device=device, dtype=dtype, layout="nhwc", bn=True, capability=capability)
+    x = layers.add("conv1", net.conv1, (batch, 3, size, size), "relu")
     x = (*x[:2], *((s + 1) // 2 for s in x[2:]))  # the 3×3 max pool of stride 2
-    for stage in ("layer1", "layer2", "layer3", "layer4"):
+    for stage in STAGES:
         for i, block in enumerate(getattr(net, stage)):
-            name, start = f"{stage}.{i}", x
-            convs = [key for key in ("conv1", "conv2", "conv3") if hasattr(block, key)]
-            for key in convs[:-1]:
-                x = add(f"{name}.{key}", getattr(block, key), x, "relu")
-            if block.downsample is not None:
-                add(f"{name}.downsample.0", block.downsample[0], start, "none")
-            x = add(f"{name}.{convs[-1]}", getattr(block, convs[-1]), x, "relu", residual="nhwc")
-    return found
+            x = layers.add_block(f"{stage}.{i}", block, x)
+    return layers.found
 
 
 @dataclass(frozen=True)
-class Across:
-    """One call of an op across convolutions, and the convolutions that it stands for with their names; its own is the first of these."""
+class AcrossLayer:
+    """One call of an op across convolutions. ``names`` and ``members``: the convolutions it replaces, its own first."""
 
     names: tuple[str, ...]
     problem: Problem
@@ -86,53 +94,52 @@ class Across:
         return self.names[0]
 
 
-def across(found: list[Layer]) -> list[Across]:
-    """Where a network has the form of each op across convolutions, of :func:`layers`' convolutions; ``plan`` finds the same."""
-    problems = {layer.name: layer.problem for layer in found}
-    blocks = list(dict.fromkeys(name.rpartition(".")[0] for name in problems if name.count(".") == 2))
-    groups: list[Across] = []
+class _Groups:
+    """The groups of one network, in the order in which they are added."""
 
-    def add(op: str, *names: str, **facts: Any) -> None:
-        members = {name: problems[name] for name in names if name in problems}
-        groups.append(
-            Across(tuple(members), replace(problems[names[0]], op=op, bn=False, **facts), tuple(members.values()))
-        )
+    def __init__(self, layers: list[ConvLayer]) -> None:
+        self.problems = {layer.name: layer.problem for layer in layers}
+        self.found: list[AcrossLayer] = []
 
-    add("conv_pool", "conv1")
-    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
-        last, projection = problems.get(f"{block}.conv3"), problems.get(f"{block}.downsample.0")
-        if last is None:
-            continue
+    def add(self, op: str, *names: str, **facts: Any) -> None:
+        """Add one group of those of these convolutions that the network has."""
+        members = {name: self.problems[name] for name in names if name in self.problems}
+        problem = replace(self.problems[names[0]], op=op, bn=False, **facts)
+        self.found.append(AcrossLayer(tuple(members), problem, tuple(members.values())))
+
+    def add_bottleneck(self, block: str, following: str | None) -> None:
+        """Add the groups that begin in one Bottleneck; ``following``: the block after it."""
+        problems = self.problems
+        last, projection = problems[f"{block}.conv3"], problems.get(f"{block}.downsample.0")
         second, first = problems[f"{block}.conv2"], problems.get(f"{following}.conv1")
         if projection is not None:
-            add(
-                "pointwise_pair",
-                f"{block}.conv3",
-                f"{block}.downsample.0",
-                chain=(projection.weight,),
-                stride=projection.stride,
-                second=projection.x[2:],
-            )
+            facts = {"chain": (projection.weight,), "stride": projection.stride, "second": projection.x[2:]}
+            self.add("pointwise_pair", f"{block}.conv3", f"{block}.downsample.0", **facts)
         if first is None:
-            add("pointwise_pool", f"{block}.conv3")
+            self.add("pointwise_pool", f"{block}.conv3")
         elif second.groups == 1 and second.stride == (1, 1):
             chain = last.weight, projection.weight if projection is not None else (), first.weight
-            add(
-                "conv_tail",
-                *(f"{block}.{name}" for name in ("conv2", "conv3", "downsample.0")),
-                f"{following}.conv1",
-                chain=chain,
-                residual="nhwc",
-            )
-    return groups
+            names = *(f"{block}.{name}" for name in ("conv2", "conv3", "downsample.0")), f"{following}.conv1"
+            self.add("conv_tail", *names, chain=chain, residual="nhwc")
 
 
-def distinct(found: list) -> list:
-    """One layer (or group) for each different problem (ResNet-50 at one size has 23 convolutions), the first of its kind."""
-    seen: dict[Problem, Any] = {}
-    for layer in found:
-        seen.setdefault(layer.problem, layer)
-    return list(seen.values())
+def across_layers(layers: list[ConvLayer]) -> list[AcrossLayer]:
+    """The groups of a network that each op across convolutions can replace; ``plan`` finds the same."""
+    groups = _Groups(layers)
+    blocks = list(dict.fromkeys(name.rpartition(".")[0] for name in groups.problems if name.count(".") == 2))
+    groups.add("conv_pool", "conv1")
+    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+        if f"{block}.conv3" in groups.problems:
+            groups.add_bottleneck(block, following)
+    return groups.found
+
+
+def distinct(layers: list) -> list:
+    """The first layer (or group) of each distinct problem. ResNet-50 at one size has 23 distinct convolutions."""
+    first: dict[Problem, Any] = {}
+    for layer in layers:
+        first.setdefault(layer.problem, layer)
+    return list(first.values())
 
 
 def model_problems(
@@ -144,7 +151,8 @@ def model_problems(
     capability: tuple[int, int] | None = None,
     op: str = "conv_bn_act",
 ) -> list[Problem]:
-    """Every distinct convolution of a model, or group of convolutions that ``op`` could take."""
-    single = layers(model, batch, size, dtype, device, capability)
-    found = single if op == "conv_bn_act" else [group for group in across(single) if group.problem.op == op]
-    return [layer.problem for layer in distinct(found)]
+    """Every distinct convolution of a model, or every distinct group that ``op`` could replace."""
+    layers: list[Any] = conv_layers(model, batch, size, dtype, device, capability)
+    if op != "conv_bn_act":
+        layers = [group for group in across_layers(layers) if group.problem.op == op]
+    return [layer.problem for layer in distinct(layers)]

@@ -1,4 +1,4 @@
-"""The ResNet family: topology as data (one ModelSpec row for each architecture), one ResNet class, torchvision's names and signatures."""
+"""The ResNet class: torchvision's constructor, child names, initialisation and results, with a fused forward."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..live.eligibility import is_frozen_bn, why_misplaced, why_plain
-from ..live.network_pass import at_once, unseen
-from ..live.step import conv_bn_act
+from ..graph.facts import is_frozen_bn
+from ..live import network_pass
+from ..live.eligibility import why_misplaced, why_plain
+from ..live.step import fused_step
 from .blocks import BasicBlock, Bottleneck, conv1x1
 
 
 class ResNet(nn.Module):
-    """A residual network with torchvision's constructor, child names, initialisation and answers; forward is fused where it may be.
+    """A residual network with torchvision's constructor, child names, initialisation and results. Forward fuses.
 
-    x: [N, 3, H, W], any floating dtype and strides → logits [N, num_classes]. Inside an unhooked forward activations are NHWC; what a user
-    can see (hooks, children called one by one) keeps torchvision's strides. Raises RuntimeError for a wrong number of channels, rank,
-    dtype or device, ValueError for a bad ``replace_stride_with_dilation``. Source: He et al. 2016; torchvision.models.resnet.
+    x: [N, 3, H, W], any floating dtype and strides → logits [N, num_classes]. Inside an unhooked forward activations
+    are NHWC; what a user can see (hooks, children called one by one) keeps torchvision's strides. Raises RuntimeError
+    for a wrong number of channels, rank, dtype or device, ValueError for a bad ``replace_stride_with_dilation``.
+    Source: He et al. 2016; torchvision.models.resnet.
     """
 
     def __init__(
@@ -108,9 +110,19 @@ class ResNet(nn.Module):
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if why_plain(x, ()) is None:
-                return at_once(self, self._steps, x, _unseen)
+            if why_plain(x, ()) is None and network_pass.is_plain_cpu_inference(self, x):
+                answer = network_pass.run_program(self, x)
+                return self._inference(x) if answer is None else answer
         return self._steps(x)
+
+    @torch.jit.unused
+    def _inference(self, x: Tensor) -> Tensor:
+        """A pass on a CPU without a program."""
+        inside = _unobserved(self)
+        if inside is None:
+            return self._steps(x)
+        with network_pass.checked_pass(self, inside, x) as answer:
+            return self._steps(x) if answer is None else answer
 
     def _steps(self, x: Tensor) -> Tensor:
         fused = False
@@ -138,17 +150,19 @@ class ResNet(nn.Module):
 
     @torch.jit.unused
     def _stem(self, x: Tensor) -> Tensor:
-        """conv1 + bn1 + ReLU in one step, in NHWC from here on if nobody inside the network can see the strides."""
-        nchw = x.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last)
-        if nchw and not any(map(_sees_strides, self._modules.values())):
-            if (
-                x.requires_grad
-            ):  # through a flat view, so that its gradient is contiguous, as in NCHW: callers ``view`` it
+        """conv1 + bn1 + ReLU in one step, in NHWC from here on if no code inside the network can see the strides."""
+        is_nchw = x.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last)
+        if is_nchw and not any(map(_sees_strides, self._modules.values())):
+            # Through a flat view, so that the gradient is contiguous, as in NCHW: callers ``view`` it.
+            if x.requires_grad:
                 x = x.reshape(-1).view(x.shape)
             x = x.contiguous(memory_format=torch.channels_last)
-        return conv_bn_act(self.conv1, self.bn1, x, act="relu")
+        return fused_step(self.conv1, self.bn1, x, act="relu")
 
 
+ResNet.forward.fuses_itself = "network"
+
+# Modules that return the same for NHWC inputs as for NCHW ones, strides aside.
 _STRIDE_BLIND = {
     BasicBlock,
     Bottleneck,
@@ -166,17 +180,20 @@ _STRIDE_BLIND = {
 }
 
 
-def _unseen(owner: ResNet) -> list[nn.Module] | None:
-    """The modules inside, if no user code looks into their inference."""
-    inside = unseen(owner)
-    blind = inside is not None and all(
-        type(m) in _STRIDE_BLIND and "forward" not in m.__dict__ or is_frozen_bn(m) for m in inside
-    )
-    return inside if blind else None
+def _unobserved(network: ResNet) -> list[nn.Module] | None:
+    """The modules inside, if no user code observes their inference or their strides; else None."""
+    inside = network_pass.unobserved(network)
+    if inside is None or not all(map(_is_stride_blind, inside)):
+        return None
+    return inside
+
+
+def _is_stride_blind(m: nn.Module) -> bool:
+    return type(m) in _STRIDE_BLIND and "forward" not in m.__dict__ or is_frozen_bn(m)
 
 
 def _sees_strides(m: nn.Module | None) -> bool:
-    """Whether user code runs in or under ``m``: a hook, a module of another class, a forward of its own (``modules()`` is slower)."""
+    """Whether user code runs in or under ``m``: a hook, another class, a patched forward. ``modules()`` is slower."""
     if m is None:
         return False
     return bool(

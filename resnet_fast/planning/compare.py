@@ -1,8 +1,8 @@
-"""Two plans of one model beside each other: how far apart each value is, which of the two errs, and what it took each to get there."""
+"""The comparison of two plans of one model: for each value the distance, which plan errs, and the time of each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A value that both plans compute, and how they came to it from other such values.
+class StepRow:
+    """A value that both plans compute, and the steps of each since the values before it.
 
-    ``steps`` and ``ms`` of the one plan, ``other_steps`` and ``other_ms`` of the other; ``distance``: RMS of the difference over the
-    other's RMS. With a third, exact plan ``error`` and ``other_error`` are each one's distance from it, and ``broken`` is the sentence
-    that says how the error rule is broken, taking the other for eager; else all three are None.
+    ``steps`` and ``ms`` are of the one plan, ``other_steps`` and ``other_ms`` of the other. ``distance`` is the RMS of
+    the difference over the other's RMS. With a third, exact plan ``error`` and ``other_error`` are the distances from
+    it, and ``broken`` says how the error rule is broken, with the other plan as eager; without one all three are None.
     """
 
     value: str
@@ -40,101 +40,150 @@ class Comparison(list):
     """The rows in the order of the steps; prints as a table with the sums below."""
 
     def __str__(self) -> str:
-        judged, wrong = any(r.error is not None for r in self), any(r.broken for r in self)
-        # The verdict stands beside the name, since a narrow terminal cuts a table's right side.
-        header = [
-            "step",
-            *(["rule"] if wrong else []),
-            "steps",
-            "other's",
-            "distance",
-            *(["error", "other's"] if judged else []),
-            "ms",
-            "other's",
-            "speed",
-        ]
+        has_errors = any(row.error is not None for row in self)
+        has_broken = any(row.broken for row in self)
+        # The verdict is beside the name, since a narrow terminal cuts a table's right side.
+        rule = ["rule"] if has_broken else []
+        errors = ["error", "other's"] if has_errors else []
+        header = ["step", *rule, "steps", "other's", "distance", *errors, "ms", "other's", "speed"]
 
-        def line(name: str, rows: list[Row], errors: Iterable[float | None]) -> list[str]:
-            ms, other_ms = sum(r.ms for r in rows), sum(r.other_ms for r in rows)
-            return [
-                name,
-                *(["WRONG" if any(r.broken for r in rows) else ""] if wrong else []),
-                str(sum(r.steps for r in rows)),
-                str(sum(r.other_steps for r in rows)),
-                *("" if e is None else f"{e:.1e}" for e in errors),
-                f"{ms:.2f}",
-                f"{other_ms:.2f}",
-                f"{other_ms / ms:.2f}×" if ms else "",
-            ]
+        lines = []
+        for row in self:
+            distances = [row.distance, row.error, row.other_error] if has_errors else [row.distance]
+            lines.append(_line(row.name, [row], distances, has_broken))
+        lines.append(_line("total", self, [None] * (1 + len(errors)), has_broken))
+        return table(header, lines, right=range(1, len(header)))
 
-        rows = [line(r.name, [r], (r.distance, *((r.error, r.other_error) if judged else ()))) for r in self]
-        rows.append(line("total", list(self), (None,) * (3 if judged else 1)))
-        return table(header, rows, right=range(1, len(header)))
+
+def _line(name: str, rows: Sequence[StepRow], distances: Sequence[float | None], has_broken: bool) -> list[str]:
+    """One line of the table for the sum of some rows."""
+    ms, other_ms = sum(row.ms for row in rows), sum(row.other_ms for row in rows)
+    verdict = "WRONG" if any(row.broken for row in rows) else ""
+    return [
+        name,
+        *([verdict] if has_broken else []),
+        str(sum(row.steps for row in rows)),
+        str(sum(row.other_steps for row in rows)),
+        *("" if distance is None else f"{distance:.1e}" for distance in distances),
+        f"{ms:.2f}",
+        f"{other_ms:.2f}",
+        f"{other_ms / ms:.2f}×" if ms else "",
+    ]
 
 
 def compare(mine: Program, theirs: Program, exact: Program | None = None) -> Comparison:
-    """A row for each tensor that both (and ``exact``) hold by the same name; other steps count towards the first row that needs them.
+    """Return a row for each tensor that all the programs hold by the same name.
 
-    Raises ValueError for programs of different networks.
+    Other steps count towards the first row that needs them. Raises ValueError for programs of different networks.
     """
-    from ..testing.rule import broken_rule, error
-
     for other in (theirs, exact):
         if other is not None:
             _check_same_network(mine, other)
-    names = {
-        name: shown.name for step, shown in zip(mine._lowered.steps, mine.steps, strict=True) for name in outputs(step)
-    }
-    spent, other_spent = _spender(mine), _spender(theirs)
+    shown_names = _shown_names(mine)
+    cost, other_cost = _cost_since_last(mine), _cost_since_last(theirs)
     rows = Comparison()
-    for name, (value, _) in mine.values.items():
-        other = theirs.values.get(name, (None,))[0]
-        if not isinstance(value, Tensor) or not isinstance(other, Tensor) or not value.is_floating_point():
+    for value in mine.values:
+        result, other = _result(mine, value), _result(theirs, value)
+        if not isinstance(result, Tensor) or not isinstance(other, Tensor) or not result.is_floating_point():
             continue
-        judged = {}
-        if exact is not None and name in exact.values:
-            oracle = exact.values[name][0].double().cpu()
-            judged = {
-                "error": error(value, oracle).rms,
-                "other_error": error(other, oracle).rms,
-                "broken": broken_rule(value, other, oracle),
-            }
-        (steps, ms), (other_steps, other_ms) = spent(name), other_spent(name)
+        (steps, ms), (other_steps, other_ms) = cost(value), other_cost(value)
+        distances = _distances(result, other, None if exact is None else _result(exact, value))
         rows.append(
-            Row(name, names[name], steps, other_steps, error(value, other.double()).rms, ms, other_ms, **judged)
+            StepRow(
+                value=value,
+                name=shown_names[value],
+                steps=steps,
+                other_steps=other_steps,
+                ms=ms,
+                other_ms=other_ms,
+                **distances,
+            )
         )
     return rows
 
 
+def _result(program: Program, value: str) -> object:
+    """What a program computed for a value, or None for a value that it does not have."""
+    result, _ = program.values.get(value, (None, 0.0))
+    return result
+
+
+def _shown_names(program: Program) -> dict[str, str]:
+    """The module or function of each value."""
+    names: dict[str, str] = {}
+    steps = zip(program._lowered.steps, program.steps, strict=True)
+    for step, shown in steps:
+        for value in outputs(step):
+            names[value] = shown.name
+    return names
+
+
+def _distances(result: Tensor, other: Tensor, exact: Tensor | None) -> dict[str, object]:
+    """How far two results are apart and, with an exact one, how far each is from it and whether the rule is broken."""
+    from ..testing.rule import broken_rule, error
+
+    distance = error(result, other.double()).rms
+    if exact is None:
+        return {"distance": distance}
+    oracle = exact.double().cpu()
+    return {
+        "distance": distance,
+        "error": error(result, oracle).rms,
+        "other_error": error(other, oracle).rms,
+        "broken": broken_rule(result, other, oracle),
+    }
+
+
 def _check_same_network(mine: Program, other: Program) -> None:
-    """Weights may differ, modules and shapes may not: a row would set side by side what has nothing to do with each other."""
-    held, expected = ({name for step in program.steps for name in step.modules if name} for program in (other, mine))
-    if held != expected:
-        differs = min(held ^ expected)
+    """Raise ValueError unless modules and shapes are the same; weights may differ.
+
+    The rows of different networks would set unrelated values side by side.
+    """
+    modules, expected = _module_names(other), _module_names(mine)
+    if modules != expected:
+        differs = min(modules ^ expected)
+        how = "with" if differs in modules else "without"
         raise ValueError(
-            f"plan: compare: got a plan of another network, {'with' if differs in held else 'without'} {differs}, expected one of the "
+            f"plan: compare: got a plan of another network, {how} {differs}, expected one of the "
             "same model, with the same features"
         )
-    for name, (value, _) in mine.values.items():
-        got, wanted = (getattr(v, "shape", None) for v in (other.values.get(name, (value,))[0], value))
-        if got != wanted:
+    for name in mine.values:
+        if name not in other.values:
+            continue
+        shape, expected_shape = (getattr(_result(program, name), "shape", None) for program in (other, mine))
+        if shape != expected_shape:
             raise ValueError(
-                f"plan: compare: got a plan whose {name} is {list(got or ())}, expected {list(wanted or ())}, as in the other"
+                f"plan: compare: got a plan whose {name} is {list(shape or ())}, "
+                f"expected {list(expected_shape or ())}, as in the other"
             )
 
 
-def _spender(program: Program) -> Callable[[str], tuple[int, float]]:
-    """A function: value → how many steps that no earlier value asked for lead to it, and their ms."""
-    steps_left = {step.output: references(step) for step in program._lowered.steps}
-    made_by = {name: step.output for step in program._lowered.steps for name in outputs(step)}
+def _module_names(program: Program) -> set[str]:
+    """The modules that the steps stand for."""
+    found: set[str] = set()
+    for step in program.steps:
+        found.update(step.modules)
+    return found - {""}
 
-    def spend(value: str) -> tuple[int, float]:
-        steps, ms, waiting = 0, 0.0, [value]
+
+def _cost_since_last(program: Program) -> Callable[[str], tuple[int, float]]:
+    """Return a function from a value to (steps, ms) that lead to it and to no value asked for earlier."""
+    steps_left = {step.output: references(step) for step in program._lowered.steps}
+    computed_by: dict[str, str] = {}
+    for step in program._lowered.steps:
+        computed_by |= dict.fromkeys(outputs(step), step.output)
+
+    def cost(value: str) -> tuple[int, float]:
+        steps, ms = 0, 0.0
+        waiting = [value]
         while waiting:
-            name = made_by.get(waiting.pop())
-            if name in steps_left:  # neither an input nor counted already
-                waiting += steps_left.pop(name)
-                steps, ms = steps + 1, ms + program.values[name][1] * 1e3
+            name = computed_by.get(waiting.pop())
+            if name not in steps_left:  # an input, or counted already
+                continue
+            waiting += steps_left.pop(name)
+            _, seconds = program.values[name]
+            steps += 1
+            ms += seconds * 1e3
         return steps, ms
 
-    return spend
+    return cost

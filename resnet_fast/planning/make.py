@@ -1,9 +1,9 @@
-"""``plan``: a whole network as one schedule over a snapshot of its weights, to deploy.
+"""The public functions ``plan`` and ``load_plan``: a whole network over a snapshot of its weights, to deploy.
 
-A plan is data: a printable list of fused steps, folded weights, and for each input shape the kernels that were chosen. On a CPU a
-batch goes through in pieces that stay in memory which the allocator keeps; on a GPU each input shape becomes one CUDA graph (no GPU
-has run this yet). It is the only thing here that is a snapshot: ``refresh()`` takes the model as it is now. What does the work
-(``planning``) is imported with the first plan, so that importing the package stays cheap.
+A plan is data: a printable list of fused steps, folded weights, and for each input shape the chosen kernels. On a CPU a
+batch goes through in pieces that fit in memory which the allocator keeps; on a GPU each input shape becomes one CUDA
+graph (no GPU has run this yet). A plan is the only snapshot in this package; ``refresh()`` takes the model as it is
+now. The modules that do the work are imported with the first plan, so that importing the package stays cheap.
 """
 
 from __future__ import annotations
@@ -33,19 +33,31 @@ def plan(
     topk: int | None = None,
     across: Sequence[str] | None = None,
 ) -> Plan:
-    """A callable snapshot of ``model`` in eval, made for ``example``'s device and tried on it; the model is left unchanged.
+    """Return a callable snapshot of ``model`` in eval, on ``example``'s device and tried on it.
 
-    ``model``: ours, torchvision's, timm's, accelerated or any whose forward can be traced, of one input [N, C, H, W]; other batch
-    and image sizes work. ``dtype``: of weights and activations (default the example's; for uint8 float32). ``cuda_graph``: replay one
-    graph for each input shape (default: on CUDA, falling back to single steps with a warning; True: or raise). ``tune``: measure the
-    kernels for the plan's problems first (CUDA). ``fuse=False``: the same network step by step, for :meth:`Plan.compare`.
-    ``features``: return these modules' results as a dict instead of the forward's own. ``normalize``: (mean, std) of RGB in [0, 1]; the
-    input is then uint8 [N, H, W, 3]. ``softmax``: probabilities; ``topk``: (probabilities, classes) of the k likeliest.
-    ``across``: ops over several convolutions to use wherever the network has their form: "pointwise_pair", "conv_tail", "conv_pool",
-    "pointwise_pool" (see :mod:`resnet_fast.fused`), or "conv_tail:layer1.1.conv2" for the one at that step; () for none. With
-    ``tune`` those that make the whole network faster, each distinct shape decided by itself; that choice is remembered in the GPU's table, and
-    by default a plan of the same network, input shape and dtype uses it (none where nothing was measured), with a line in ``notes``.
-    Raises ValueError, before anything is built, with what cannot be planned and why.
+    The model is left unchanged. Other batch and image sizes than the example's work too.
+
+    Args:
+        model: ours, torchvision's, timm's, an accelerated one, or any whose forward takes one input [N, C, H, W] and
+            can be traced.
+        example: images of the shape that the plan is for.
+        dtype: of weights and activations; by default the example's, for uint8 float32.
+        cuda_graph: replay one graph for each input shape. By default on CUDA, with single steps and a warning where a
+            capture fails; True raises there.
+        tune: first measure the kernels for the plan's problems, and the groups of ``across`` (CUDA).
+        fuse: False runs the same network step by step, for :meth:`Plan.compare`.
+        features: return the results of these modules as a dict instead of the forward's own.
+        normalize: (mean, std) of RGB in [0, 1]; the input is then uint8 [N, H, W, 3].
+        softmax: return probabilities.
+        topk: return (probabilities, classes) of the k likeliest classes.
+        across: the ops over several convolutions to use wherever the network has their form: "pointwise_pair",
+            "conv_tail", "conv_pool", "pointwise_pool" (see :mod:`resnet_fast.fused`), or "conv_tail:layer1.1.conv2" for
+            the one at that step; () for none. With ``tune`` those that make the whole network faster, where each
+            distinct shape is decided by itself and the choice is stored in the GPU's table. By default a plan of the
+            same network, input shape and dtype uses the stored choice, with a line in ``notes``, or else none.
+
+    Raises:
+        ValueError: the network cannot be planned, with the reason, before anything is built.
     """
     from .plan import make
 
@@ -65,9 +77,11 @@ def plan(
 
 
 def load_plan(path: str | Path, device: torch.device | str = "cpu", *, cuda_graph: bool | None = None) -> Plan:
-    """The plan that :meth:`Plan.save` wrote, on a device; runs nobody's code. Raises ValueError for what is no plan or another version's,
-    and for a device that this machine has not.
-    """
-    from .file import load
+    """Return the plan that :meth:`Plan.save` wrote, on a device. Loading runs no code from the file.
 
-    return load(path, device, cuda_graph)
+    Raises ValueError for a file that is not a plan or of another version, and for a device that this machine has not.
+    """
+    from .file import read
+    from .plan import restored_plan
+
+    return restored_plan(read(path), device, cuda_graph, str(path))

@@ -11,7 +11,7 @@ import torch
 from ..bench.ledger import Row, Run, newest, parse_case
 from ..bench.providers import DTYPES, PROVIDERS
 from ..models.family import list_models
-from ..models.problems import layers
+from ..models.problems import conv_layers
 from ..roofline.chips import Ceilings, ceilings
 from ..roofline.floor import problem_floor
 from ..testing.rule import FACTOR, GRADIENT_FACTOR
@@ -245,7 +245,7 @@ def measured_networks(by_key: dict[str, list[Row]], device: str) -> dict[tuple[s
     all_rows = itertools.chain.from_iterable(by_key.values())
     measured = {(row.dtype, row.batch) for row in all_rows}
     for (dtype, batch), model in itertools.product(sorted(measured), list_models()):
-        each = layers(model, batch, 224, DTYPES[dtype], device)
+        each = conv_layers(model, batch, 224, DTYPES[dtype], device)
         keys = frozenset(layer.problem.key for layer in each)
         # A deeper network of the same convolutions says nothing new.
         if keys <= by_key.keys() and keys not in seen:

@@ -17,7 +17,7 @@ from ..graph.facts import function
 from ..graph.ir import Attribute, Group, Step, Value
 from ..graph.network import Lowered
 from ..graph.tree import mapped
-from ..graph.weights import Filter
+from ..graph.weights import FoldedConv
 from ..kernels import vendor
 from ..kernels.prepack import pack_case
 from .members import EXTERNAL, Members, at_least_float32, conv_shape, flat
@@ -235,7 +235,7 @@ WAYS: tuple[tuple[str, Callable[[ConvCall, Kernel], Run | str]], ...] = (
 )
 
 
-def _bind_conv(f: Filter, step: Step, values: Values, writable: set[str], graph: bool) -> Bound:
+def _bind_conv(f: FoldedConv, step: Step, values: Values, writable: set[str], graph: bool) -> Bound:
     x = values[step.args[0].name]
     _check_input(f, step, x)
     residual = None if step.residual is None else values[step.residual.name]
@@ -264,7 +264,7 @@ def _fits(residual: Tensor, x: Tensor, shape: tuple[int, ...]) -> bool:
     return residual.dtype == x.dtype and tuple(residual.shape) == shape
 
 
-def _check_input(f: Filter, step: Step, x: Tensor) -> None:
+def _check_input(f: FoldedConv, step: Step, x: Tensor) -> None:
     channels = f.weight.shape[1] * f.geometry[3]
     if x.dim() != 4 or x.shape[1] != channels or min(conv_shape(f, x)[2:]) < 1:
         raise ValueError(
@@ -273,7 +273,7 @@ def _check_input(f: Filter, step: Step, x: Tensor) -> None:
         )
 
 
-def _packed(f: Filter, shape: torch.Size, make: Make) -> tuple[Tensor, Tensor] | None:
+def _packed(f: FoldedConv, shape: torch.Size, make: Make) -> tuple[Tensor, Tensor] | None:
     """Filters and bias as ``make`` packs them for such an input, packed once; None if it cannot take these weights."""
     case = pack_case(make, shape)
     if case not in f.packs:

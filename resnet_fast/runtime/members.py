@@ -15,7 +15,7 @@ from ..ops import across, reference
 
 if TYPE_CHECKING:
     from ..graph.network import Lowered
-    from ..graph.weights import Filter
+    from ..graph.weights import FoldedConv
 
 CHECKS = {
     "pointwise_pair": across.check_pointwise_pair,
@@ -42,7 +42,7 @@ def flat(lowered: Lowered, step: Group, values: dict[str, Any]) -> tuple[tuple, 
     return args, None
 
 
-def _bias_sum(*filters: Filter) -> Tensor:
+def _bias_sum(*filters: FoldedConv) -> Tensor:
     """The sum of the biases, in float32 or wider."""
     return sum(at_least_float32(f.bias) for f in filters)
 
@@ -119,7 +119,7 @@ def statistics(step: Group, device: torch.device) -> tuple[Tensor | None, Tensor
 # ---------------------------------------------------------------- one by one
 
 
-def conv_shape(f: Filter, x: Tensor) -> tuple[int, ...]:
+def conv_shape(f: FoldedConv, x: Tensor) -> tuple[int, ...]:
     """The shape of a convolution's output."""
     stride, padding, dilation, _ = f.geometry
     height, width = conv_out_hw(x.shape, f.weight.shape, stride, padding, dilation)

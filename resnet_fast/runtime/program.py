@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..dispatch import Problem
 from ..graph.ir import Group, Step, outputs, references
-from ..graph.liveness import deaths, own_memory
 from ..graph.network import Lowered
 from .bind import Binder, Bound, Run, Values, _fill, bind
 from .cuda_graph import Graph
@@ -97,8 +96,8 @@ class Program:
         self.graph: Graph | None = None
         self.largest = self.peak = x.nbytes
         values: Values = {lowered.inputs[0]: x}
-        own = own_memory(lowered)
-        for step, dead in zip(lowered.steps, deaths(lowered), strict=True):
+        own = lowered.own_memory
+        for step, dead in zip(lowered.steps, lowered.dead_after, strict=True):
             if keep:
                 dead = set()
             bound = (binder or bind)(lowered, step, values, _writable(step, dead & own), graph)

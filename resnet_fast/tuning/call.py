@@ -11,7 +11,7 @@ from ..dispatch.problem import Problem
 from ..dispatch.registry import Kernel
 from ..graph.ir import Step, Value
 from ..kernels.prepack import fold
-from ..live.step import one_by_one, track
+from ..live.step import norm_by_torch, update_running_stats
 from ..runtime.bind import bind_cudnn, bind_torch
 
 
@@ -38,11 +38,11 @@ def _training_norm(
     bn = nn.BatchNorm2d(len(weight), eps, device=x.device, dtype=weight.dtype)
     bn.weight, bn.bias = nn.Parameter(weight), nn.Parameter(bias)
     if chosen.id.startswith("aten."):
-        return lambda: one_by_one(bn, x, residual, act)
+        return lambda: norm_by_torch(bn, x, residual, act)
 
     def run() -> Tensor:
         y, mean, var = chosen.fn(x, weight, bias, residual, eps, act)
-        track(bn, mean, var, x.numel() // x.shape[1])
+        update_running_stats(bn, mean, var, x.numel() // x.shape[1])
         return y
 
     return run

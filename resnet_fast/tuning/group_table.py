@@ -1,106 +1,135 @@
-"""Which groups made a network faster as a whole: written by ``plan_tuning`` into the GPU's table, read by ``plan`` in later processes.
+"""The stored choices of groups: which groups made a whole network faster, in the GPU's table.
 
-A choice holds for the same network (its steps and their wiring, whatever the weights), input shape, dtype and way to run, on the same GPU
-model, as long as versions are the same and so is the source of every kernel that ran the network then. A stale one is not used and says why.
+``groups`` writes a choice; later plans, in any process, read it. A choice holds for the same network (its steps and how
+they are connected, for any weights), input shape, dtype and way to run, on the same GPU model, as long as the versions
+and the source of every kernel that ran the network are the same. A stale choice is not used, and its note says why.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+import torch
 
 from ..dispatch import tables
 from ..dispatch.problem import ACROSS
 from ..dispatch.registry import kernels
-from ..graph.ir import references
+from ..graph.ir import Step, references
 
 if TYPE_CHECKING:
-    from ..planning.plan import Plan
+    from ..graph.across import Normalize
+    from ..graph.network import Lowered
 
-DEVICE = "cuda"  # what is tuned
+DEVICE = "cuda"  # the type of device that is tuned
 SECTION = "networks"
-TIES = "aten.conv_bn_act"  # what a plan falls back on counts among its kernels, so that no choice is free of source and versions
+# A plan falls back on this kernel, so it counts among those that ran: every choice depends on some source and version.
+FALLBACK = "aten.conv_bn_act"
 
 
-class Remembered(NamedTuple):
-    """The groups to use and a sentence for each decision; ``settled``: nothing was left to be tried, by any kernel that can run here now."""
+class NetworkCase(NamedTuple):
+    """What a choice of groups holds for: a network without groups, its input shape and how a plan runs it."""
+
+    lowered: Lowered
+    dtype: torch.dtype
+    normalize: Normalize | None
+    cuda_graph: bool | None
+    shape: tuple[int, ...]
+
+
+class GroupChoice(NamedTuple):
+    """The groups to use, and a sentence for each decision.
+
+    ``settled``: nothing was left untried, with any kernel that can run here now.
+    """
 
     across: tuple[str, ...]
     notes: tuple[str, ...]
     settled: bool
 
 
-def key(plan: Plan, example: Tensor) -> str:
-    """The network, its input and how it is run, in one line; module names count, for groups are named by them."""
-    lowered = plan._plain
+def key(case: NetworkCase) -> str:
+    """Return the network, its input and how it runs as one line. Names of modules count, since they name groups."""
+    dtype = str(case.dtype).removeprefix("torch.")
+    shape = "x".join(map(str, case.shape))
+    pixels = [] if case.normalize is None else ["bytes"]
+    run = "steps" if case.cuda_graph is False else "graph"
+    return " ".join([dtype, shape, *pixels, run, _network_hash(case.lowered)])
+
+
+def _network_hash(lowered: Lowered) -> str:
+    """Hash of the steps and how they are connected, without weights and without the names of values."""
     number: dict[str, int] = {}
     for name in (*lowered.inputs, *(step.output for step in lowered.steps)):
         number.setdefault(name, len(number))
     digest = hashlib.sha256()
     for step in lowered.steps:
-        f = lowered.filters.get(step.output)
-        what = (step.target, tuple(f.weight.shape), f.geometry) if f else step.target.rpartition(".")[2]
-        digest.update(repr((step.op, what, [number[name] for name in references(step)], step.act)).encode())
-    parts = [str(plan.dtype).removeprefix("torch."), "x".join(map(str, example.shape))]
-    parts += ["bytes"] if plan.normalize is not None else []
-    return " ".join([*parts, "steps" if plan.cuda_graph is False else "graph", digest.hexdigest()[:16]])
+        reads = [number[name] for name in references(step)]
+        digest.update(repr((step.op, _computation(lowered, step), reads, step.act)).encode())
+    return digest.hexdigest()[:16]
 
 
-def find(plan: Plan, example: Tensor, gpu: str) -> Remembered | None:
-    """What this GPU's tables say of the network; None if nothing. Of a choice that is stale no groups, and why."""
-    name, why = key(plan, example), None
+def _computation(lowered: Lowered, step: Step) -> object:
+    """The module, filter size and geometry of a convolution; of another step the last part of its target."""
+    conv = lowered.filters.get(step.output)
+    if conv is None:
+        return step.target.rpartition(".")[2]
+    return step.target, tuple(conv.weight.shape), conv.geometry
+
+
+def lookup(case: NetworkCase, gpu: str) -> GroupChoice | None:
+    """Return the choice in this GPU's tables, or None; of a stale choice no groups and the reason."""
+    name, why_stale = key(case), None
     for sections in tables.load(gpu):
         record = sections[SECTION].get(name)
-        if record is not None:
-            why = _stale(record)
-            if why is None:
-                first = f"across: as measured on {gpu} on {record['date']}"
-                return Remembered(
-                    tuple(record["across"]),
-                    (first, *record["notes"]),
-                    record["complete"] and record["candidates"] == candidates(),
-                )
-    if why is None:
+        if record is None:
+            continue
+        why_stale = _why_stale(record)
+        if why_stale is None:
+            return _choice(record, gpu)
+    if why_stale is None:
         return None
-    return Remembered(
-        (),
-        (f"across: the groups that were found to pay are not used, measure them again with tune=True: {why}",),
-        False,
-    )
+    note = f"across: the groups that were found to pay are not used, measure them again with tune=True: {why_stale}"
+    return GroupChoice((), (note,), False)
 
 
-def keep(gpu: str, plan: Plan, example: Tensor, complete: bool) -> Path:
-    """Write the plan's groups and notes into the GPU's table; its kernels on this input are those that the choice stands on."""
-    ran = {id for line in plan.explain(example) for id in line.kernel.split(" + ") if "." in id}
-    sources = {k.id: tables.source_hash(k.sources) for k in kernels() if k.id in {TIES, *ran}}
+def _choice(record: dict, gpu: str) -> GroupChoice:
+    source = f"across: as measured on {gpu} on {record['date']}"
+    settled = record["complete"] and record["candidates"] == candidates()
+    return GroupChoice(tuple(record["across"]), (source, *record["notes"]), settled)
+
+
+def _why_stale(record: dict) -> str | None:
+    for id, source in record["sources"].items():
+        why = tables.stale({"kernel": id, "source": source, "versions": record["versions"]})
+        if why is not None:
+            return why
+    return None
+
+
+def store(case: NetworkCase, gpu: str, choice: GroupChoice, ran: Iterable[str]) -> Path:
+    """Write a choice into the GPU's table; ``ran`` are the ids of the kernels that ran the network with it."""
+    depends_on = {FALLBACK, *ran}
     record = {
-        "across": list(plan.across),
-        "notes": list(plan.notes),
-        "complete": complete,
-        "sources": sources,
+        "across": list(choice.across),
+        "notes": list(choice.notes),
+        "complete": choice.settled,
+        "sources": {k.id: tables.source_hash(k.sources) for k in kernels() if k.id in depends_on},
         "versions": tables.versions(),
         "candidates": candidates(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
-    return tables.update(gpu, lambda sections: sections[SECTION].__setitem__(key(plan, example), record))
+    return tables.update(gpu, lambda sections: sections[SECTION].__setitem__(key(case), record))
 
 
 def candidates() -> str:
-    """Hash of every kernel that can run here and that a plan may choose: another one makes it worth while to search again."""
+    """Hash of every kernel that a plan may choose and that can run here: with a new one a new search is worthwhile."""
+    found = {kernel.id: kernel for op in ("conv_bn_act", *ACROSS) for kernel in kernels(op)}
     digest = hashlib.sha256()
-    for kernel in sorted((k for op in ("conv_bn_act", *ACROSS) for k in kernels(op)), key=lambda k: k.id):
+    for id, kernel in sorted(found.items()):
         if kernel.available() is None:
-            digest.update(f"{kernel.id} {tables.source_hash(kernel.sources)}\n".encode())
+            digest.update(f"{id} {tables.source_hash(kernel.sources)}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def _stale(record: dict) -> str | None:
-    whys = (
-        tables.stale({"kernel": id, "source": source, "versions": record["versions"]})
-        for id, source in record["sources"].items()
-    )
-    return next(filter(None, whys), None)

@@ -1,153 +1,188 @@
-"""``Plan.tune``: kernels measured one by one, then groups of steps end to end, by the whole network's time and not by summing kernels.
+"""The search for the groups of steps that make one network faster as a whole, as ``Plan.tune`` runs it.
 
-What wins is remembered in the GPU's table: the next process's plan is as fast without measuring.
+Kernels are measured one by one, groups end to end: by the time of the whole network, not by a sum of kernels. The
+choice is stored in the GPU's table, so that a later process needs no measurement.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..dispatch.problem import ACROSS, Problem
-from ..graph.across import group, label
+from ..graph.across import grouped, label
 from ..graph.ir import Group
 from . import group_table, kernels
 from .group_search import UNTRIED, Choice, Option, search
+from .group_table import GroupChoice, NetworkCase
 from .kernels import Device, first_line
 
 if TYPE_CHECKING:
-    from ..planning.plan import Plan
-    from ..runtime.explanation import Line
+    from ..runtime.explanation import Explanation, Line
     from ..util.timing import Timing
 
 FAILED = "could not be run"
-NETWORK_CONFIDENCE = 0.0005  # of a whole network's median: one group is a small part of it
+# Of a whole network's median, so narrow because one group is a small part of it.
+NETWORK_CONFIDENCE = 0.0005
+
+Result = TypeVar("Result")
 
 
-def tune(plan: Plan, example: Tensor, device: Device, seconds: float, say: Callable[[str], None]) -> None:
-    """Fill the table for the plan's problems, and for those of every group; then :func:`choose_groups`.
+class RunnablePlan(Protocol):
+    """A plan as far as tuning uses it."""
 
-    The groups are those that the plan's user named, or all. What was settled before is taken from the table.
+    def __call__(self, x: Tensor) -> Any: ...
+
+    def explain(self, x: Tensor) -> Explanation: ...
+
+
+@dataclass
+class GroupTuner:
+    """Chooses the groups that make one network faster, by the kernels in the table.
+
+    ``variant`` returns the plan of the network with other groups. ``asked`` names the groups that may be used, () for
+    all: a choice among named groups is not stored, since it says nothing of the others. ``seconds`` bounds the search.
+    A variant that fails or runs out of memory is left out and named in the notes.
     """
-    if recall(plan, example, device, say):
-        return
-    tried = _Tried(plan, device)
-    lines = {(): plan.variant(()).explain(example)}
-    for name in _kinds(plan):
-        lines[name] = tried((name,), lambda variant: variant.explain(example))
-    problems = [line.problem for some in lines.values() for line in some or () if line.problem is not None]
-    kernels.tune(list(dict.fromkeys(problems)), device=device, say=say)
-    choose_groups(plan, example, device, seconds, say)
 
+    case: NetworkCase
+    variant: Callable[[tuple[str, ...]], RunnablePlan]
+    asked: tuple[str, ...]
+    example: Tensor
+    device: Device
+    seconds: float
+    say: Callable[[str], None]
+    _notes: list[str] = field(init=False, default_factory=list)
+    _options: list[Option] = field(init=False, default_factory=list)
+    # Variants that the last timing used: the next timing has one of them again.
+    _built: dict[Choice, RunnablePlan] = field(init=False, default_factory=dict)
 
-def recall(plan: Plan, example: Tensor, device: Device, say: Callable[[str], None]) -> bool:
-    """Whether the groups of this network are settled; they are used then."""
-    found = None if plan.asked else group_table.find(plan, example, device.name)
-    if found is None or not found.settled:
-        return False
-    say(f"{kernels.BEFORE}: {', '.join(found.across) or 'no groups'}")
-    plan.use_across(found.across, found.notes)
-    return True
+    def tune(self) -> GroupChoice:
+        """Measure the kernels of the network's problems, with and without groups, then :meth:`choose`."""
+        stored = self.settled()
+        if stored is not None:
+            return stored
+        kernels.tune(self._problems(), device=self.device, say=self.say)
+        return self.choose()
 
+    def settled(self) -> GroupChoice | None:
+        """Return the stored choice if nothing is left to be tried."""
+        found = None if self.asked else group_table.lookup(self.case, self.device.name)
+        if found is None or not found.settled:
+            return None
+        self.say(f"{kernels.BEFORE}: {', '.join(found.across) or 'no groups'}")
+        return found
 
-def choose_groups(plan: Plan, example: Tensor, device: Device, seconds: float, say: Callable[[str], None]) -> None:
-    """Use the groups that make the whole network faster by the kernels that the table has now, and remember them there.
-
-    ``seconds`` is what the search may take. A variant that runs out of memory or fails is named in ``notes`` and left out. The plan changes
-    at the end only. What was found among groups that a user named is not remembered: it says nothing of the others.
-    """
-    tried = _Tried(plan, device)
-    options: list[Option] = []
-    for name in _kinds(plan):
-        lines = tried((name,), lambda variant: variant.explain(example))
-        won = {} if lines is None else _won(lines)
-        options += [option for option in won.values() if option not in options]
-        tried.told += (
-            [f"across: {name}: not used: no kernel of it won against single steps"]
-            if lines is not None and not won
-            else []
+    def choose(self) -> GroupChoice:
+        """Search among the groups with the kernels that the table has now, and store the choice."""
+        self._notes, self._built = [], {}
+        self._options = self._winning_options()
+        end = time.monotonic() + self.seconds
+        chosen, decisions = search(
+            self._options, self._time_networks, self._formed, lambda: time.monotonic() > end, self.say
         )
-    networks = _Networks(options, plan, example, device, tried)
-    chosen, decisions = search(options, networks, lambda some: _formed(plan, options, some), _deadline(seconds), say)
-    plan.use_across(_names(options, chosen), list(dict.fromkeys([*tried.told, *decisions])))
-    if not plan.asked and (networks.ready or not options):
-        group_table.keep(
-            device.name, plan, example, complete=not any(UNTRIED in note or FAILED in note for note in plan.notes)
-        )
+        notes = tuple(dict.fromkeys([*self._notes, *decisions]))
+        settled = not any(UNTRIED in note or FAILED in note for note in notes)
+        choice = GroupChoice(self._names(chosen), notes, settled)
+        was_timed = bool(self._built) or not self._options
+        if was_timed and not self.asked:
+            plan = self._built.get(chosen) or self.variant(choice.across)
+            group_table.store(self.case, self.device.name, choice, _kernel_ids(plan.explain(self.example)))
+        return choice
 
+    # ------------------------------------------------------------ what can be grouped
 
-class _Tried:
-    """Runs work on variants of a plan; ``told`` has why one could not be run."""
+    def _problems(self) -> list[Problem]:
+        """The problems that the network poses, as single steps and with each kind of group."""
+        lines = list(self.variant(()).explain(self.example))
+        for name in self._candidates():
+            lines += self._explain((name,)) or ()
+        problems = (line.problem for line in lines)
+        return list(dict.fromkeys(problem for problem in problems if problem is not None))
 
-    def __init__(self, plan: Plan, device: Device) -> None:
-        self.plan, self.device, self.told = plan, device, []
+    def _candidates(self) -> list[str]:
+        """The groups that were asked for, or every kind, as far as the network has their form."""
+        return [name for name in self.asked or ACROSS if self._labels((name,))]
 
-    def __call__(self, across: tuple[str, ...], work: Callable[[Plan], Any]) -> Any:
-        """``work`` on the plan with these groups, or None with a note why not."""
+    def _labels(self, across: Iterable[str]) -> set[str]:
+        """The labels of the groups that form for these names."""
+        steps = grouped(self.case.lowered, across, self.case.normalize).steps
+        return {label(step) for step in steps if isinstance(step, Group)}
+
+    def _winning_options(self) -> list[Option]:
+        """The groups that a kernel of their op runs; those of one shape are one option."""
+        options: list[Option] = []
+        for name in self._candidates():
+            lines = self._explain((name,))
+            if lines is None:
+                continue
+            won = _won(lines)
+            if not won:
+                self._notes.append(f"across: {name}: not used: no kernel of it won against single steps")
+            options += [option for option in won.values() if option not in options]
+        return options
+
+    def _formed(self, options: Iterable[Option]) -> Choice:
+        """Those of the options of which at least one group forms."""
+        options = list(options)
+        labels = self._labels(name for option in options for name in option)
+        return frozenset(option for option in options if labels.intersection(option))
+
+    def _names(self, choice: Choice) -> tuple[str, ...]:
+        return tuple(name for option in self._options if option in choice for name in option)
+
+    # ------------------------------------------------------------ running variants
+
+    def _time_networks(self, choices: list[Choice]) -> dict[Choice, Timing]:
+        """The search's clock: whole networks, built and captured before they are timed."""
+        self._built = {choice: plan for choice, plan in self._built.items() if choice in choices}
+        for choice in choices:
+            if choice in self._built:
+                continue
+            plan = self._try(self._names(choice), self._ready)
+            if plan is not None:
+                self._built[choice] = plan
+        if not self._built:
+            return {}
+        runs = {choice: partial(plan, self.example) for choice, plan in self._built.items()}
+        return self.device.clock(runs, NETWORK_CONFIDENCE)
+
+    def _ready(self, plan: RunnablePlan) -> RunnablePlan:
+        """The plan after its first call, which chooses kernels and captures."""
+        plan(self.example)
+        return plan
+
+    def _explain(self, across: tuple[str, ...]) -> Explanation | None:
+        return self._try(across, lambda plan: plan.explain(self.example))
+
+    def _try(self, across: tuple[str, ...], work: Callable[[RunnablePlan], Result]) -> Result | None:
+        """Return ``work`` of the variant with these groups, or None with a note why it failed."""
         try:
-            return work(self.plan.variant(across))
+            return work(self.variant(across))
         except (torch.OutOfMemoryError, RuntimeError, ValueError) as trouble:
-            self.told.append(
-                f"across: {', '.join(across) or 'the plan without groups'} {FAILED}: {first_line(trouble)}"
-            )
+            what = ", ".join(across) or "the plan without groups"
+            self._notes.append(f"across: {what} {FAILED}: {first_line(trouble)}")
             return None
         finally:
             self.device.settle()
 
 
-class _Networks:
-    """The search's clock: whole networks, built and captured; those of the last call are kept, for the next goes on from one of them."""
-
-    def __init__(self, options: list[Option], plan: Plan, example: Tensor, device: Device, tried: _Tried) -> None:
-        self.options, self.plan, self.example, self.device, self.tried = options, plan, example, device, tried
-        self.ready: dict[Choice, Callable[[], Any]] = {}
-
-    def __call__(self, choices: list[Choice]) -> dict[Choice, Timing]:
-        self.ready = {choice: run for choice, run in self.ready.items() if choice in choices}
-        for choice in choices:
-            if choice not in self.ready:
-                run = self.tried(_names(self.options, choice), self._built)
-                self.ready |= {} if run is None else {choice: run}
-        return self.device.clock(self.ready, NETWORK_CONFIDENCE) if self.ready else {}
-
-    def _built(self, variant: Plan) -> Callable[[], Any]:
-        """The whole call, after a first one that chooses kernels and captures."""
-        variant(self.example)
-        return lambda: variant(self.example)
-
-
-def _deadline(seconds: float) -> Callable[[], bool]:
-    end = time.monotonic() + seconds
-    return lambda: time.monotonic() > end
-
-
-def _names(options: list[Option], choice: Choice) -> tuple[str, ...]:
-    return tuple(name for option in options if option in choice for name in option)
-
-
-def _kinds(plan: Plan) -> list[str]:
-    """What the user named, or every kind, as far as the network has its form."""
-    return [name for name in plan.asked or ACROSS if _labels(plan, (name,))]
-
-
-def _labels(plan: Plan, across: Iterable[str]) -> set[str]:
-    return {label(step) for step in group(plan._plain, across, plan.normalize).steps if isinstance(step, Group)}
-
-
-def _formed(plan: Plan, options: list[Option], some: Iterable[Option]) -> Choice:
-    """Those of the options of which at least one group comes about."""
-    labels = _labels(plan, [name for option in some for name in option])
-    return frozenset(option for option in some if labels.intersection(option))
-
-
 def _won(lines: Iterable[Line]) -> dict[Problem, Option]:
-    """The groups that a kernel of their op runs, by what they compute; the others are what the network is without."""
+    """The groups that one kernel of their op runs, by problem; the others run as single steps."""
     won: dict[Problem, Option] = {}
     for line in lines:
         if line.op in ACROSS and not line.why.startswith("one by one"):
             won[line.problem] = (*won.get(line.problem, ()), f"{line.op}:{line.module}")
     return won
+
+
+def _kernel_ids(lines: Iterable[Line]) -> set[str]:
+    """The ids of the kernels that ran; a group that runs as single steps names several."""
+    names = " + ".join(line.kernel for line in lines).split(" + ")
+    return {name for name in names if "." in name}

@@ -296,14 +296,14 @@ def test_explain_diff_as_json(capsys):
 
 def test_explain_diff_exits_1_when_the_fused_schedule_is_wrong(capsys, monkeypatch):
 
-    fold = network._filter
+    fold = network._folded
 
     def off(conv, bn, dtype, device):
         found = fold(conv, bn, dtype, device)
         found.bias.mul_(1.01)
         return found
 
-    monkeypatch.setattr(network, "_filter", off)
+    monkeypatch.setattr(network, "_folded", off)
     assert main(["explain", "resnet18", "--diff", "--size", "32"]) == 1
     said = capsys.readouterr()
     assert "WRONG conv1: rms error" in said.err and "WRONG" in said.out
@@ -448,7 +448,7 @@ def test_bench_takes_what_people_run_on_a_device():
 )
 def test_bench_says_that_a_gpu_was_not_tuned(monkeypatch, tmp_path, case, command):
     """Pretended: a GPU without a table, then with one of this case."""
-    from resnet_fast.models.problems import layers
+    from resnet_fast.models.problems import conv_layers
 
     monkeypatch.setenv("RESNET_FAST_TABLES", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
@@ -459,7 +459,7 @@ def test_bench_says_that_a_gpu_was_not_tuned(monkeypatch, tmp_path, case, comman
         "no kernel of ours was measured for this on Pretended GPU yet" in said
         and f"`python -m resnet_fast {command}" in said
     )
-    conv = layers(case.model, 256, case.size, bench.DTYPES[case.dtype], "cuda", (9, 0))[3].problem
+    conv = conv_layers(case.model, 256, case.size, bench.DTYPES[case.dtype], "cuda", (9, 0))[3].problem
     problem = replace(conv, bn=False) if case.mode == "infer" else bench.after(conv, "bn_act_backward")
     kernel = "aten.conv_bn_act" if case.mode == "infer" else "aten.bn_act_backward"
     record = {

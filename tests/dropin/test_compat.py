@@ -1,4 +1,4 @@
-"""What users wrap around a model gives what it gives around torchvision's: tracers, compilers, exporters, transforms, modes."""
+"""Tracers, compilers, exporters, transforms and modes give the same for our models as for torchvision's."""
 
 from __future__ import annotations
 
@@ -298,7 +298,8 @@ def test_importing_touches_nothing() -> None:
     """No CUDA, no torchvision, no timm, no Triton, no output, no changed default."""
     code = (
         "import torch\nbefore = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()\n"
-        "import sys, resnet_fast\nmodel = resnet_fast.resnet18(num_classes=2).eval()\nmodel(torch.randn(1, 3, 32, 32))\n"
+        "import sys, resnet_fast\nmodel = resnet_fast.resnet18(num_classes=2).eval()\n"
+        "model(torch.randn(1, 3, 32, 32))\n"
         "assert not {'torchvision', 'timm', 'triton', 'safetensors'} & sys.modules.keys(), sys.modules.keys()\n"
         "assert not torch.cuda.is_initialized()\n"
         "assert before == (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled())"

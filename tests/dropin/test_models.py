@@ -1,4 +1,4 @@
-"""The ten architectures beside torchvision's: keys, initialisation, answers, counts, every constructor option, weights by name."""
+"""The ten architectures against torchvision's: keys, initialisation, results, counts, constructor options, weights."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_signature_is_torchvisions(name) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_structure_on_meta_is_torchvisions(name) -> None:
-    """Names, shapes, dtypes, printed form, parameter (and, of the shallow ones, FLOP) counts at full size, without the memory."""
+    """Names, shapes, dtypes, repr, parameters (and FLOPs of the shallow ones) at full size, on the meta device."""
     with torch.device("meta"):
         ours, theirs = getattr(resnet_fast, name)(), getattr(torchvision.models, name)()
     assert [(k, v.shape, v.dtype) for k, v in ours.state_dict().items()] == [
@@ -106,7 +106,7 @@ def test_answers(name) -> None:
     "spec", [spec for spec in MODELS.values() if spec.name not in ("resnet18", "resnet50")], ids=lambda s: s.name
 )
 def test_answers_of_the_large_ones(spec) -> None:
-    """Their block, groups and width, one block a stage: depth is a matter of structure, tested above, and costs seconds to run."""
+    """Block, groups and width with one block a stage: depth is tested above, and costs seconds to run."""
     ours = shake(
         resnet_fast.ResNet(spec.block, [1, 1, 1, 1], 10, groups=spec.groups, width_per_group=spec.width_per_group)
     ).eval()

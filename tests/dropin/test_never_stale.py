@@ -165,7 +165,7 @@ def test_aliases_share_a_pack(folds) -> None:
 
 
 def test_an_edit_while_packing_and_back(monkeypatch) -> None:
-    """Another thread swaps a moving average in just before the fold and out again later: the pack must be what was compared."""
+    """Another thread swaps a moving average in before the fold and out later: the pack must be what was compared."""
     ours, theirs = twins()
     weight, original, rounds = ours.layer2[1].conv2.weight, prepack.fold, []
 
@@ -213,7 +213,7 @@ def test_functional_call_with_other_weights_and_then_the_own() -> None:
 
 
 def test_batches_alternate(folds) -> None:
-    """A pack serves the batches it was made for: 1 or more. Two packs, however the batches come and whatever the size."""
+    """A pack is for batch 1 or for larger ones: two packs, in whichever order and at whichever size."""
     ours, theirs = twins()
     for n in (1, 16, 1, 3, 16, 1):
         assert_agree(ours, theirs, images(n, 40))
@@ -260,7 +260,7 @@ def test_one_convolution_used_twice_in_a_block() -> None:
 
 
 def test_copies_are_apart() -> None:
-    """deepcopy, pickle and torch.save after packing: nothing of the packs goes along, and editing one leaves the other."""
+    """deepcopy, pickle and torch.save do not copy packs, and editing one model leaves the other."""
     ours, theirs = twins()
     fresh = len(pickle.dumps(ours))
     warm(ours)

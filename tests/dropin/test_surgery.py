@@ -1,4 +1,4 @@
-"""Models that users changed give what torchvision's give after the same change: blocks, norms, activations, filters, heads."""
+"""Changed models give what torchvision's give after the same change: blocks, norms, activations, filters, heads."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_models(change) -> None:
-    """The answer in float32 by the rule, from a model that had been packed before; the gradients of training in float64."""
+    """Results in float32 by the error rule, from a model that was packed before; training's gradients in float64."""
     ours, theirs = twins()
     exact, ours64, theirs64 = wide(theirs), wide(ours), wide(theirs)
     with torch.no_grad():
@@ -330,7 +330,7 @@ def test_segmentation_heads() -> None:
 
 
 def test_other_wrappers() -> None:
-    """DataParallel without a GPU, a linear probe, a model inside another, and torchvision's own model untouched beside ours."""
+    """DataParallel without a GPU, a linear probe, a model inside another, torchvision's own model beside ours."""
     ours, theirs = twins()
     assert_agree(nn.DataParallel(ours), nn.DataParallel(theirs), X)
     for model in (ours, theirs):

@@ -1,4 +1,4 @@
-"""Training gives torchvision's numbers: steps, statistics, frozen and partial modes, checkpointing, penalties, EMA, memory kept."""
+"""Training gives torchvision's numbers: steps, statistics, frozen and partial modes, checkpointing, EMA, memory."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_sgd_steps(layout) -> None:
 
 
 def test_basic_blocks_and_every_mode() -> None:
-    """Training, eval with gradients (all of them: frozen statistics, trainable affine), and batch norm alone in eval."""
+    """Training, eval with all gradients (frozen statistics, trainable affine), and batch norm alone in eval."""
     ours, theirs = twins("resnet18", num_classes=4)
     for mode in ("train", "eval", "frozen statistics"):
         for model in (ours, theirs):
@@ -130,7 +130,7 @@ def test_an_empty_batch_in_training() -> None:
 
 
 def test_a_graph_from_eval_survives_a_training_forward() -> None:
-    """Torch's batch norm bumps no version of its running statistics, so both losses can be differentiated in the end."""
+    """torch's batch norm bumps no version of its running statistics, so both losses can be differentiated."""
     for model in twins():
         first = model.eval()(images(2, 40)).sum()
         second = model.train()(images(3, 40)).sum()
@@ -143,7 +143,7 @@ def test_a_graph_from_eval_survives_a_training_forward() -> None:
 
 @pytest.mark.parametrize("reentrant", (False, True))
 def test_checkpointing_updates_statistics_once(reentrant) -> None:
-    """Eager updates them again when it recomputes; ours once, and answers and gradients are those without checkpointing."""
+    """Eager updates them again when it recomputes, ours once; results and gradients are as without checkpointing."""
     found = []
     for segments in (False, True):
         model = wide(twins()[0]).train()
@@ -265,7 +265,7 @@ def kept_bytes(model: nn.Module, x: torch.Tensor) -> int:
 
 @pytest.mark.parametrize("mode", (True, False))
 def test_no_more_is_kept_for_backward(mode) -> None:
-    """Statistics of a few channels apart, training (and eval with gradients) keeps no activation that eager would not."""
+    """Apart from statistics of a few channels, training and eval with gradients save no more than eager."""
     ours, theirs = twins()
     x = images(3, 64)
     assert kept_bytes(ours.train(mode), x) <= kept_bytes(theirs.train(mode), x) * 1.02 + x.nbytes

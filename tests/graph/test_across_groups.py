@@ -1,4 +1,4 @@
-"""Groups of steps in a plan: found by structure, formed only where nobody can tell, every promise of a plan kept, chosen by measurement."""
+"""Groups of steps in a plan: found by structure, formed only without a visible difference, chosen by measurement."""
 
 import dataclasses
 
@@ -61,7 +61,7 @@ def model():
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_groups_of_real_networks(name) -> None:
-    """Each kind alone is found as often as the architecture has it; all together answer by the error rule, and exactly as single steps."""
+    """Each kind is found as often as the architecture has it; all together give exactly the single steps' results."""
     make, expected = NETWORKS[name]
     net, x = ready(make()), images(h=32, w=32)
     plain = plan(net, x)
@@ -76,8 +76,8 @@ def test_groups_of_real_networks(name) -> None:
 def test_members_stand_for_every_step_once(model) -> None:
     plain = plan(model, images())
     run = plain.variant(ACROSS)
-    members = [m for s in run._lowered.steps for m in (s.members if isinstance(s, Group) else (s,))]
-    assert sorted(m.output for m in members) == sorted(s.output for s in plain._lowered.steps)
+    members = [m for s in run._engine.lowered.steps for m in (s.members if isinstance(s, Group) else (s,))]
+    assert sorted(m.output for m in members) == sorted(s.output for s in plain._engine.lowered.steps)
     # layer1.0 (projected) and layer4.0's last block; strided blocks keep their pair
     assert count(run) == {"pointwise_pair": 3, "conv_tail": 2, "conv_pool": 1, "pointwise_pool": 1}
     tail = next(s for s in groups(run) if s.op == "conv_tail")
@@ -91,7 +91,7 @@ def test_members_stand_for_every_step_once(model) -> None:
 
 @pytest.mark.parametrize("kind", ACROSS)
 def test_every_kernel_gets_the_right_arguments(model, kind) -> None:
-    """The op itself in place of single steps: forced, its aten composition answers by the error rule, in every dtype and size."""
+    """The op in place of single steps: forced, its aten composition holds the error rule in every dtype and size."""
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         x = images().to(dtype)
         net = model if dtype == torch.float32 else __import__("copy").deepcopy(model).to(dtype)
@@ -165,7 +165,7 @@ class Net(nn.Module):
     ],
 )
 def test_formed_only_where_nobody_can_tell(how, expected) -> None:
-    """A second reader inside, another kernel size, groups, stride or no ReLU, a hooked module in between, whose code nobody knows; the
+    """A second reader inside, another kernel size, groups, stride or no ReLU, a hooked module of unknown code; the
     block's output itself may be read and returned.
     """
     net, x = ready(Net(**how)), images(h=16, w=16)
@@ -254,13 +254,13 @@ def test_unknown_kinds_and_absent_groups_are_said(model) -> None:
 
 @pytest.mark.parametrize("forced", [False, True])
 def test_bytes_are_normalised_inside_the_stem(model, forced) -> None:
-    """Exactly as outside it: one by one to the bit, in the op by the rule; the padding is zero after it; softmax and top-k follow."""
+    """One by one to the bit, in the op by the rule; padding is zero after normalising; softmax and top-k follow."""
     pixels = torch.randint(0, 256, (2, 64, 48, 3), dtype=torch.uint8)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         plain = plan(model, pixels, normalize=STATS, dtype=dtype, softmax=True, topk=3)
         with use(*["aten.conv_pool"] if forced else []):
             run = plan(model, pixels, normalize=STATS, dtype=dtype, softmax=True, topk=3, across=ACROSS)
-            assert run._prepared(pixels).dtype == torch.uint8 and plain._prepared(pixels).dtype == dtype
+            assert run._engine.prepared(pixels).dtype == torch.uint8 and plain._engine.prepared(pixels).dtype == dtype
             (p, c), (q, d) = run(pixels), plain(pixels)
         assert torch.equal(c, d)
         torch.testing.assert_close(p, q, rtol=0 if not forced else 2e-2, atol=0)
@@ -279,7 +279,7 @@ def test_the_input_read_twice_is_normalised_outside() -> None:
     pixels = torch.randint(0, 256, (1, 32, 32, 3), dtype=torch.uint8)
     net = ready(Twice())
     run = plan(net, pixels, normalize=STATS, across=("conv_pool",))
-    assert count(run) == {"conv_pool": 1} and run._prepared(pixels).dtype == torch.float32
+    assert count(run) == {"conv_pool": 1} and run._engine.prepared(pixels).dtype == torch.float32
     torch.testing.assert_close(run(pixels), plan(net, pixels, normalize=STATS)(pixels))
 
 
@@ -315,25 +315,27 @@ def test_weights_are_shared_and_pieces_and_memory_are_as_without(model, monkeypa
     plain = plan(model, x)
     run = plan(model, x, across=ACROSS)
     assert (
-        all(run._lowered.filters[k] is f for k, f in plain._lowered.filters.items())
+        all(run._engine.lowered.filters[k] is f for k, f in plain._engine.lowered.filters.items())
         and run.weight_bytes == plain.weight_bytes
     )
-    assert run._imagewise and run._programs.keys() == plain._programs.keys()
-    assert all(run._programs[k].largest == p.largest for k, p in plain._programs.items())
+    assert run._engine.cuts_batches and run._engine.programs.keys() == plain._engine.programs.keys()
+    assert all(run._engine.programs[k].largest == p.largest for k, p in plain._engine.programs.items())
     assert torch.equal(run(x), plain(x))
     basic = plan(ready(resnet_fast.resnet18()), x)  # whose largest value is the stem's, inside a group
     basic_run = basic.variant(ACROSS)
     basic_run(x)
-    assert [p.largest for p in basic_run._programs.values()] == [p.largest for p in basic._programs.values()]
+    assert [p.largest for p in basic_run._engine.programs.values()] == [
+        p.largest for p in basic._engine.programs.values()
+    ]
     assert sum(s.flops for s in run.steps) == sum(s.flops for s in plain.steps)
 
 
 def test_values_die_in_time(model) -> None:
-    """What only a group's inside reads is gone after it; in place a residual is written only where nobody reads it again."""
+    """A value that only a group reads is gone after it; a residual is overwritten only if nothing reads it again."""
     x = images()
     run = plan(model, x, across=ACROSS)
     (step, _, dead), *_ = [
-        call for call in run._last._calls if isinstance(call[0], Group) and call[0].op == "conv_tail"
+        call for call in run._engine.last_built._calls if isinstance(call[0], Group) and call[0].op == "conv_tail"
     ]
     assert {v.name for v in step.args} <= dead
     first = run(x)
@@ -343,14 +345,14 @@ def test_values_die_in_time(model) -> None:
 def test_a_bound_group_holds_weights_and_no_activations(model) -> None:
     with use(*(f"aten.{kind}" for kind in ACROSS)):
         run = plan(model, images(), across=ACROSS)
-    weights = {id(f.weight) for f in run._lowered.filters.values()}
-    for step, call, _ in run._last._calls:
+    weights = {id(f.weight) for f in run._engine.lowered.filters.values()}
+    for step, call, _ in run._engine.last_built._calls:
         if isinstance(step, Group):
             tuples = [cell.cell_contents for cell in call.__closure__ if isinstance(cell.cell_contents, tuple)]
             held = [t for found in tuples for t in found if isinstance(t, torch.Tensor)]
             assert held and all(id(t) in weights for t in held if t.dim() == 4), step.op
     single = plan(model, images(), across=ACROSS)
-    assert [call.values for step, call, _ in single._last._calls if isinstance(step, Group)] == [{}] * len(
+    assert [call.values for step, call, _ in single._engine.last_built._calls if isinstance(step, Group)] == [{}] * len(
         groups(single)
     )
 
@@ -378,7 +380,8 @@ def test_it_prints_and_explains(model, monkeypatch) -> None:
 
 
 def test_fusion_is_pure(model) -> None:
-    lowered = plan(model, images())._lowered
+    lowered = plan(model, images())._engine.lowered
     before = [dataclasses.replace(s) for s in lowered.steps]
-    assert across.group(lowered, ACROSS) == across.group(lowered, reversed(ACROSS)) and list(lowered.steps) == before
-    assert across.group(lowered, ()).steps == lowered.steps
+    assert across.grouped(lowered, ACROSS) == across.grouped(lowered, reversed(ACROSS))
+    assert list(lowered.steps) == before
+    assert across.grouped(lowered, ()).steps == lowered.steps

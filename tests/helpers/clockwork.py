@@ -1,27 +1,32 @@
-"""A device whose times are computed, so that a test decides which kernel or group wins."""
+"""A device with computed times, so that a test decides which kernel or group wins."""
 
 from torch import Tensor
 
-from resnet_fast.tuning import groups as plan_tuning
 from resnet_fast.tuning import kernels
 from resnet_fast.util.timing import Timing
 
 
 class Clockwork(kernels.Device):
-    """A plan's seconds are 10 plus what its groups cost by name."""
+    """A plan's seconds are 10 plus the costs of its groups, by name."""
 
     costs: dict = {}
 
     def clock(self, variants, confidence=0.01):
         for run in variants.values():
             run()
-        return {
-            c: Timing((10.0 + sum(self.costs.get(name, 0) for option in c for name in option),) * 5) for c in variants
-        }
+        return {choice: self.timing(choice) for choice in variants}
+
+    def timing(self, choice) -> Timing:
+        seconds = 10.0
+        for option in choice:
+            seconds += sum(self.costs.get(name, 0) for name in option)
+        return Timing((seconds,) * 5)
 
 
-def tune(run, x: Tensor, costs: dict, seconds: float = 60.0) -> list[str]:
+def tune(plan, x: Tensor, costs: dict, seconds: float = 60.0) -> list[str]:
+    """Tune a plan with these costs; return the lines that it said."""
     device, said = Clockwork("fake", kind="cpu"), []
     device.costs = costs
-    plan_tuning.tune(run, x, device, seconds, said.append)
+    tuner = plan.group_tuner(x, device, seconds, said.append)
+    plan.use_groups(tuner.tune())
     return said

@@ -1,4 +1,4 @@
-"""What a user writes without this package, operands at the edges, and small helpers: what the ops are tested against."""
+"""Eager references for the ops' tests: what a user writes without this package, edge operands, small helpers."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def pairs(dtype=torch.float64):
 
 
 def layouts(t: Tensor) -> dict[str, Tensor]:
-    """The same values: NCHW, NHWC, a slice of something wider, every second row of something taller, a transposed view."""
+    """The same values in NCHW, NHWC, a slice of a wider tensor, every second row of a taller one, transposed."""
     n, c, h, w = t.shape
     wider, taller = t.new_full((n, c, h, w + 3), 7.0), t.new_full((n, c, 2 * h, w), 7.0)
     wider[..., 1:-2], taller[:, :, ::2] = t, t

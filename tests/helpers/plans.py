@@ -1,4 +1,4 @@
-"""What the tests of plans share: networks whose batch norms are not trivial, images, and the judge of an answer."""
+"""Helpers for tests of plans: networks with nontrivial batch norms, images, and the judge of an answer."""
 
 import copy
 
@@ -11,7 +11,7 @@ from resnet_fast.testing.rule import assert_rule
 
 
 def ready(model, seed=0):
-    """Eval, with statistics and affines that are not trivial."""
+    """Return the model in eval, with nontrivial statistics and affine parameters."""
     torch.manual_seed(seed)
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
@@ -27,12 +27,14 @@ def images(n=2, h=64, w=64, seed=1):
 
 
 def judge(got, model, x):
+    """Assert that an answer obeys the error rule, with the model as eager."""
     with torch.no_grad():
-        assert_rule(got, model(x), copy.deepcopy(model).double()(x.double()))
+        exact = copy.deepcopy(model).double()(x.double())
+        assert_rule(got, model(x), exact)
 
 
 class Odd(nn.Module):
-    """Cannot be looked into."""
+    """Cannot be traced."""
 
     def forward(self, x):
         return x * 2 if x.mean() > 0 else x
@@ -41,17 +43,31 @@ class Odd(nn.Module):
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
+        self.conv = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(3)
         self.relu = nn.ReLU(inplace=True)
 
 
 def block(forward):
+    """Return a Block with this forward."""
     return ready(type("Case", (Block,), {"forward": forward})())
 
 
-def groups(p) -> list[Group]:
-    return [s for s in p._lowered.steps if isinstance(s, Group)]
+def programs(plan) -> dict:
+    """The programs that a plan has built, by input shape."""
+    return plan._engine.programs
 
 
-def count(p) -> dict[str, int]:
-    return {kind: n for kind in ACROSS if (n := sum(s.op == kind for s in groups(p)))}
+def lowered(plan):
+    """The network as the plan runs it: with groups."""
+    return plan._engine.lowered
+
+
+def groups(plan) -> list[Group]:
+    return [step for step in lowered(plan).steps if isinstance(step, Group)]
+
+
+def count(plan) -> dict[str, int]:
+    """How many groups of each kind the plan forms."""
+    kinds = [step.op for step in groups(plan)]
+    return {kind: kinds.count(kind) for kind in ACROSS if kind in kinds}

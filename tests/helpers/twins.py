@@ -30,7 +30,7 @@ def shake(model: nn.Module, seed: int = 1) -> nn.Module:
 
 
 def twins(name: str = "small", num_classes: int = 10, **kwargs) -> tuple[nn.Module, nn.Module]:
-    """(ours, torchvision's), in eval, with equal state. "small" has Bottlenecks with and without projection, quarter width."""
+    """(ours, torchvision's) in eval with equal state. "small": Bottlenecks with and without projection, quarter width."""
     torch.manual_seed(0)
     pair = []
     for module in (resnet_fast, torchvision.models.resnet):
@@ -88,9 +88,9 @@ def gradients(model: nn.Module, x: Tensor, seed: int = 3) -> dict[str, Tensor]:
 def assert_train_alike(ours: nn.Module, theirs: nn.Module, x: Tensor) -> None:
     """One step's answer, gradients (values, and strides: eager's or the parameter's own) and buffers.
 
-    Gradients are compared in float64: in float32 a rounding that crosses ReLU's kink anywhere in the network makes a whole
-    gradient jump, in eager too. Answer and statistics also in float32 by the error rule. The bar is eager in NHWC, which
-    our inside is: there torch's batch norm is ten times less exact than in NCHW.
+    Gradients are compared in float64: in float32 a rounding that crosses ReLU's kink anywhere in the network makes a
+    whole gradient jump, in eager too. Answer and statistics also in float32 by the error rule. The bar is eager in
+    NHWC, as our inside is: there torch's batch norm is ten times less exact than in NCHW.
     """
     exact, mine = gradients(wide(theirs), x.double()), gradients(wide(ours), x.double())
     assert list(mine) == list(exact)

@@ -1,4 +1,4 @@
-"""A network's inference pass kept as a program (whole.py, kept.py): it runs when it may, answers the same, and keeps nothing alive."""
+"""A network's cached inference program: it runs when it may, gives the same results, and keeps nothing alive."""
 
 from __future__ import annotations
 
@@ -150,11 +150,11 @@ def test_what_was_packed_goes_with_the_weights_though_no_pass_comes_again(pair, 
     """As when a network moves to a GPU: 200 MB of a ResNet-50's packs would stay for good."""
     ours, theirs = pair()
     warm(ours)
-    entry = weakref.ref(network_pass._states[ours].kept._filters["relu"][1].snapshot[0])
+    entry = weakref.ref(network_pass._networks[ours].program._filters["relu"][1].snapshot[0])
     assert entry() is not None and passes
     move(ours)
     gc.collect()
-    assert entry() is None and network_pass._states[ours].kept is None
+    assert entry() is None and network_pass._networks[ours].program is None
     assert_agree(ours, move(theirs), X.to(ours.fc.weight.dtype))
 
 

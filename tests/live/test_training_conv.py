@@ -1,4 +1,4 @@
-"""The convolution of a training step on a CPU: values and gradients by the rule, what is left to torch, NaN, second derivatives, memory."""
+"""The convolution of a training step on a CPU: values, gradients, torch's cases, NaN, second derivatives, memory."""
 
 from __future__ import annotations
 

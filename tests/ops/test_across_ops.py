@@ -17,7 +17,7 @@ from resnet_fast.analysis import network_floor
 from resnet_fast.bench.op import op_problems
 from resnet_fast.dispatch import registry
 from resnet_fast.dispatch.problem import ACROSS, Problem, describe
-from resnet_fast.models.problems import across, distinct, layers
+from resnet_fast.models.problems import across_layers, conv_layers, distinct
 from resnet_fast.ops import across as fused
 from resnet_fast.ops.across import CONV_POOL, CONV_TAIL, POINTWISE_PAIR, POINTWISE_POOL
 from resnet_fast.roofline import chips, cost
@@ -341,7 +341,7 @@ def test_ops_agree_with_single_convolutions() -> None:
 def test_the_groups_of_an_architecture_are_those_that_a_plan_finds(name) -> None:
     """Else a table measured for the one would not serve the other."""
     run = plan(create_model(name), torch.randn(1, 3, 64, 64))
-    found = across(layers(name, 1, 64, torch.float32, "cpu"))
+    found = across_layers(conv_layers(name, 1, 64, torch.float32, "cpu"))
     square = run.variant(ACROSS).explain(torch.randn(1, 3, 64, 64))
     singles = [run.variant((op,)).explain(torch.randn(1, 3, 64, 64)) for op in ACROSS]
     assert {(g.name, g.problem) for g in found} == {
@@ -355,7 +355,7 @@ def test_the_groups_of_an_architecture_are_those_that_a_plan_finds(name) -> None
 
 def test_what_a_group_saves_is_what_is_between_its_members() -> None:
     limits = chips.ceilings("h200")
-    found = {s.op: s for s in network_floor.savings(across(layers("resnet50", 256)), limits)}
+    found = {s.op: s for s in network_floor.savings(across_layers(conv_layers("resnet50", 256)), limits)}
     assert {op: s.count for op, s in found.items()} == {
         "conv_pool": 1,
         "pointwise_pair": 4,

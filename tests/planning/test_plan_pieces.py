@@ -19,11 +19,11 @@ def test_a_large_batch_goes_through_in_pieces(model, monkeypatch):
     x = images(7)
     one = plan(model, x, features=("layer2", "fc"))
     wanted = one(x)
-    assert (7, 3, 64, 64) in one._programs
+    assert (7, 3, 64, 64) in one._engine.programs
     monkeypatch.setattr(cutting, "PIECE", 3 * 64 * 32 * 32 * 4)
     cut = plan(model, x, features=("layer2", "fc"))
     got = cut(x)
-    assert (7, 3, 64, 64) not in cut._programs and (3, 3, 64, 64) in cut._programs
+    assert (7, 3, 64, 64) not in cut._engine.programs and (3, 3, 64, 64) in cut._engine.programs
     assert cut.activation_bytes < 0.6 * one.activation_bytes
     for name, value in wanted.items():
         torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
@@ -34,7 +34,7 @@ def test_the_size_of_a_piece_does_not_depend_on_the_batch(model, monkeypatch):
     monkeypatch.setattr(cutting, "PIECE", 4 * 64 * 32 * 32 * 4)
     x = images(40)
     run = plan(model, x)
-    assert run._pieces(run._prepared(x)) == pieces(40, 64 * 32 * 32 * 4) == [4] * 10
+    assert run._engine.piece_sizes(run._engine.prepared(x)) == pieces(40, 64 * 32 * 32 * 4) == [4] * 10
 
 
 def test_pieces():

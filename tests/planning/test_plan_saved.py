@@ -133,8 +133,8 @@ def test_a_copy_is_a_plan_of_its_own_over_the_same_weights(copied, model, monkey
     model, x = copy.deepcopy(model), images()
     run = plan(model, x, softmax=True)
     twin, wanted = copied(run), run(x)
-    assert torch.equal(twin(x), wanted) and twin._lowered.filters == run._lowered.filters
-    assert twin._lock is not run._lock and twin._programs is not run._programs and twin.notes is not run.notes
+    assert torch.equal(twin(x), wanted) and twin._engine.lowered.filters == run._engine.lowered.filters
+    assert twin._engine is not run._engine and twin.notes is not run.notes
     with torch.no_grad():
         model.fc.bias.add_(torch.randn(1000))
     assert not torch.equal(twin.refresh()(x), wanted) and torch.equal(run(x), wanted)
@@ -201,4 +201,4 @@ def test_timm_networks_save_and_load(kwargs, tmp_path):
     run.save(tmp_path / "net.plan")
     again = load_plan(tmp_path / "net.plan")
     judge(again(images(5)), net, images(5))
-    assert run._imagewise == again._imagewise == ("aa_layer" not in kwargs)
+    assert run._engine.cuts_batches == again._engine.cuts_batches == ("aa_layer" not in kwargs)

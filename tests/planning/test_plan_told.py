@@ -8,7 +8,7 @@ from plans import images, ready
 
 import resnet_fast
 from resnet_fast import plan
-from resnet_fast.graph.weights import Filter
+from resnet_fast.graph.weights import FoldedConv
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +49,8 @@ def test_beside_an_exact_plan_each_error_is_judged(model):
     assert all(
         r.broken is None and 0 < r.error < 1e-4 and 0 < r.other_error < 1e-4 for r in rows
     ) and "WRONG" not in str(rows)
-    right = fused._lowered.filters["layer1_1_relu_1"]
-    fused._lowered.filters["layer1_1_relu_1"] = Filter(right.weight, right.bias + 1e-3, right.geometry)
+    right = fused._engine.lowered.filters["layer1_1_relu_1"]
+    fused._engine.lowered.filters["layer1_1_relu_1"] = FoldedConv(right.weight, right.bias + 1e-3, right.geometry)
     rows = fused.compare(plain, images(), exact)
     assert next(r for r in rows if r.broken).name == "layer1.1.conv2" and "WRONG" in str(rows)
 

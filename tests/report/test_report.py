@@ -27,7 +27,7 @@ from resnet_fast.bench.ledger import (
 )
 from resnet_fast.bench.providers import DTYPES
 from resnet_fast.cli.report import add_parser
-from resnet_fast.models.problems import layers
+from resnet_fast.models.problems import conv_layers
 from resnet_fast.report import figures, page, plots, tables
 from resnet_fast.report.summary import changes, geometric_mean, headlines, regressions, slower
 
@@ -69,7 +69,7 @@ def model_row(case: str, id: str, speed: dict[str, float], **changed) -> Row:
 
 def op_rows(model: str = "resnet18", batch: int = 2) -> list[Row]:
     """Return rows of every convolution of a network, ours twice as fast as folded + fused."""
-    keys = dict.fromkeys(layer.problem.key for layer in layers(model, batch, 224, DTYPES["bf16"], "cuda"))
+    keys = dict.fromkeys(layer.problem.key for layer in conv_layers(model, batch, 224, DTYPES["bf16"], "cuda"))
     rows = []
     for key in keys:
         rows += [

@@ -104,8 +104,8 @@ def test_a_plan_goes_on_after_a_capture_that_failed(cuda, monkeypatch) -> None:
 
     def captured(size: int) -> Program:
         x = torch.randn(1, 3, size, size)
-        program = Program(made._lowered, x)
-        made._capture(program, x)
+        program = Program(made._engine.lowered, x)
+        made._engine._capture(program, x)
         return program
 
     assert captured(32).graph is not None and captured(40).graph is not None
@@ -127,7 +127,7 @@ def test_a_graph_that_was_made_in_inference_mode_serves_outside(cuda) -> None:
         torch.randn(1, 3, 32, 32).contiguous(memory_format=torch.channels_last),
     )
     with torch.inference_mode():
-        graph = Graph(Program(made._lowered, x), x.clone(), object(), Stream())
+        graph = Graph(Program(made._engine.lowered, x), x.clone(), object(), Stream())
     with torch.no_grad():
         graph.replay(2 * x)
     assert torch.equal(graph._static, 2 * x)
@@ -137,18 +137,19 @@ def test_a_graphs_input_is_laid_by_the_copy_into_it_alone(monkeypatch) -> None:
     x, seen = torch.randn(1, 3, 32, 32, dtype=torch.float64), []
     made = plan(resnet18().eval(), x, dtype=torch.float32)
     wanted = made(x)
-    assert torch.equal(made._run(x), wanted)  # step by step
-    made._last.graph = "graph"
-    monkeypatch.setattr(made, "_replay", lambda graph, given: seen.append((graph, given)))
-    made._run(x)
+    engine = made._engine
+    assert torch.equal(engine.run(x), wanted)  # step by step
+    engine.last_built.graph = "graph"
+    monkeypatch.setattr(engine, "_replay", lambda graph, given: seen.append((graph, given)))
+    engine.run(x)
     assert seen[0][0] == "graph" and seen[0][1] is x
-    assert made._run(x.new_ones(1, 3, 40, 40)).dtype == torch.float32  # and built so
+    assert engine.run(x.new_ones(1, 3, 40, 40)).dtype == torch.float32  # and built so
 
 
 def test_a_plans_gpu_is_the_current_one_while_it_runs(cuda) -> None:
-    from resnet_fast.planning import plan
+    from resnet_fast.planning.engine import inference_settings
 
-    with plan._quiet(torch.device("cuda:1")):
+    with inference_settings(torch.device("cuda:1")):
         assert cuda.device == 1
     assert cuda.device == 0
 

@@ -15,7 +15,7 @@ import resnet_fast
 from resnet_fast import plan
 from resnet_fast.dispatch import registry as dispatch
 from resnet_fast.dispatch import tables, use
-from resnet_fast.tuning import group_search, group_table, groups, kernels
+from resnet_fast.tuning import group_search, group_table, kernels
 
 GPU = "fake"
 
@@ -53,10 +53,14 @@ def tuned(model, x, seconds: float = 60.0, costs: dict = COSTS):
     return run
 
 
-def later(model, x, **how) -> group_table.Remembered | None:
+def case(run, x) -> group_table.NetworkCase:
+    return run.network_case(x)
+
+
+def later(model, x, **how) -> group_table.GroupChoice | None:
     """What a plan made in another process would find."""
     tables.load.cache_clear()
-    return group_table.find(plan(model, x, **how), x, GPU)
+    return group_table.lookup(case(plan(model, x, **how), x), GPU)
 
 
 def test_another_plan_of_the_network_finds_the_groups(model) -> None:
@@ -75,7 +79,7 @@ def test_torchvisions_network_is_the_same(model) -> None:
     torchvision = pytest.importorskip("torchvision")
     x = images()
     names = [
-        group_table.key(plan(net.eval(), x), x)
+        group_table.key(case(plan(net.eval(), x), x))
         for net in (resnet_fast.resnet50(), torchvision.models.resnet50(), resnet_fast.resnet34())
     ]
     assert names[0] == names[1] != names[2]
@@ -91,7 +95,7 @@ def test_another_input_dtype_way_or_network_finds_nothing(model) -> None:
     )
     deeper = ready(resnet_fast.ResNet(resnet_fast.Bottleneck, [4, 1, 1, 1], width_per_group=16, num_classes=12))
     assert later(deeper, x) is None and later(model, x) is not None
-    assert group_table.find(plan(model, x), x, "another GPU") is None
+    assert group_table.lookup(case(plan(model, x), x), "another GPU") is None
 
 
 @pytest.mark.parametrize(
@@ -143,7 +147,7 @@ def test_what_is_settled_is_not_searched_again_and_what_is_not_is(model, registr
     monkeypatch.setattr(Clockwork, "clock", lambda *args: clocks.append(args) or {})
     monkeypatch.setattr(kernels, "tune", lambda *args, **how: clocks.append(args))
     run, said = plan(model, x), []
-    groups.tune(run, x, Clockwork(GPU, kind="cpu"), 60.0, said.append)
+    run.use_groups(run.group_tuner(x, Clockwork(GPU, kind="cpu"), 60.0, said.append).tune())
     assert clocks == [] and set(run.across) == WINNERS and said[0].startswith("measured before: ")
     dispatch.kernel("experimental.new", op="conv_tail", supports=lambda p: None)(lambda *args: None)
     assert set(later(model, x).across) == WINNERS and not later(model, x).settled  # used, and worth a new search

@@ -17,7 +17,7 @@ from resnet_fast.bench.providers import PROVIDERS
 from resnet_fast.dispatch.problem import Problem
 from resnet_fast.dispatch.registry import find
 from resnet_fast.kernels.prepack import fold
-from resnet_fast.models.problems import layers
+from resnet_fast.models.problems import conv_layers
 from resnet_fast.roofline import chips, cost
 from resnet_fast.roofline.floor import problem_floor
 from resnet_fast.testing import eager
@@ -66,7 +66,7 @@ def distinct_layers(scale: Scale, batch: int) -> dict[Problem, tuple[str, int]]:
     dtype = getattr(torch, scale.dtypes[0])
     count: Counter[Problem] = Counter()
     names: dict[Problem, str] = {}
-    for each in layers(scale.model, batch, scale.size, dtype, *place(scale)):
+    for each in conv_layers(scale.model, batch, scale.size, dtype, *place(scale)):
         problem = replace(each.problem, bn=False)
         count[problem] += 1
         names.setdefault(problem, each.name)

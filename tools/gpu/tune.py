@@ -16,10 +16,9 @@ from resnet_fast.bench.providers import DTYPES, example_input, fair, reference_m
 from resnet_fast.dispatch import tables
 from resnet_fast.dispatch.problem import Problem
 from resnet_fast.dispatch.registry import find
-from resnet_fast.models.problems import across, layers
+from resnet_fast.models.problems import across_layers, conv_layers
 from resnet_fast.planning.make import plan
 from resnet_fast.roofline import chips
-from resnet_fast.tuning import groups
 from resnet_fast.tuning import kernels as autotune
 
 from .check import of_network, place
@@ -95,7 +94,7 @@ def stakes_of(
     dtype = getattr(torch, scale.dtypes[0])
     stakes: dict[Problem, float] = {}
     for batch in scale.batches:
-        convolutions = layers(scale.model, batch, scale.size, dtype, *place(scale))
+        convolutions = conv_layers(scale.model, batch, scale.size, dtype, *place(scale))
         gains = possible_gains(convolutions, times, best, proved)
         network_us = sum(best.get(key(layer.problem), 0.0) for layer in convolutions)
         if not network_us:
@@ -126,7 +125,7 @@ def possible_gains(
             gain = measured[ATEN] - best[problem.key]
         gains.append((problem, gain))
     ops = {find(id).op for id in proved}
-    for group in across(convolutions):
+    for group in across_layers(convolutions):
         if group.problem.op in ops:
             apart = sum(best.get(key(member), floor(member)) for member in group.members)
             gains.append((group.problem, apart - floor(group.problem)))
@@ -237,5 +236,5 @@ def tuned_plan(
     x = example_input(case.batch, case.size, DTYPES[case.dtype], case.device)
     with fair():
         made = plan(reference_model(case.model, case.device), x, dtype=x.dtype, across=())
-        groups.choose_groups(made, x, timer, seconds, alive)
+        made.use_groups(made.group_tuner(x, timer, seconds, alive).choose())
     return {"status": "tuned", "across": made.across, "notes": made.notes}

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from resnet_fast.dispatch.problem import Problem
-from resnet_fast.models.problems import across, layers
+from resnet_fast.models.problems import across_layers, conv_layers
 
 SNAPSHOT = Path(__file__).parent / "counts_triton.json"
 HOPPER = (9, 0)
@@ -31,10 +31,12 @@ TRITON = importlib.util.find_spec("triton")
 
 def cases() -> dict[str, tuple[str, Problem]]:
     """Name → (kernel, problem)."""
-    single = layers("resnet50", 256, 224, torch.bfloat16, "cuda", HOPPER)
+    single = conv_layers("resnet50", 256, 224, torch.bfloat16, "cuda", HOPPER)
     found = {layer.name: layer.problem for layer in single}
     # Of each op across convolutions the network's first.
-    groups = {group.problem.op: (f"triton.{group.problem.op}", group.problem) for group in reversed(across(single))}
+    groups = {
+        group.problem.op: (f"triton.{group.problem.op}", group.problem) for group in reversed(across_layers(single))
+    }
     tma = {f"{name} by TMA": (kernel, found[name]) for name, kernel in BY_TMA.items()}
     tma["pointwise_pair by TMA"] = "triton.pointwise_pair_tma", groups["pointwise_pair"][1]
     named = {name: ("triton.pointwise" if found[name].pointwise else "triton.conv", found[name]) for name in LAYERS}

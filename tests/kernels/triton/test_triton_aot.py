@@ -20,7 +20,7 @@ from triton_shapes import gemm
 from resnet_fast.dispatch.problem import Problem
 from resnet_fast.dispatch.registry import find
 from resnet_fast.kernels.triton.gemm_config import CHIPS, gemm_config
-from resnet_fast.models.problems import across, layers
+from resnet_fast.models.problems import across_layers, conv_layers
 
 pytestmark = ahead
 
@@ -123,7 +123,7 @@ def test_convolutions_overlap_with_the_kernel_before_and_touch_nothing_until_it_
     ],
 )
 def test_ops_across_convolutions_overlap_with_the_kernel_before(kernel: str) -> None:
-    groups = across(layers("resnet50", 256, 224, torch.bfloat16, "cuda", (9, 0)))
+    groups = across_layers(conv_layers("resnet50", 256, 224, torch.bfloat16, "cuda", (9, 0)))
     for cubin in cubins(kernel, next(group.problem for group in groups if group.problem.op == find(kernel).op)):
         waits_first(cubin, (9, 0))
 
