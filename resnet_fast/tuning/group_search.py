@@ -1,6 +1,7 @@
-"""Which groups of a network pay, by the whole network's time: the best of a few starts, then one distinct group at a time on or off.
+"""The search for the groups that make a whole network faster: the best of a few starts, then one option at a time.
 
-Pure: the clock, and what a choice of groups forms, are given. Groups of the same shapes are one option, decided together.
+A pure function: the caller gives the clock and says which groups form. Groups of the same shapes are one option,
+decided together.
 """
 
 from __future__ import annotations
@@ -13,77 +14,88 @@ if TYPE_CHECKING:
     from ..util.timing import Timing
 
 UNTRIED = "not tried by itself: the time was up"
-MARGIN = (
-    1.002  # of what is certain of a gain: two measurements of the same network, each in a graph of its own, differ too
-)
+# The certain part of a gain must exceed this: two graphs of the same network differ by about as much.
+MARGIN = 1.002
 
 Option = tuple[str, ...]  # the names of its groups, "kind:step"
 Choice = frozenset[Option]
 Clock = Callable[[list[Choice]], dict[Choice, "Timing"]]
+Formed = Callable[[Iterable[Option]], Choice]
 
 
 def search(
     options: Sequence[Option],
     clock: Clock,
-    formed: Callable[[Iterable[Option]], Choice],
+    formed: Formed,
     late: Callable[[], bool],
     say: Callable[[str], None],
 ) -> tuple[Choice, list[str]]:
-    """(the options that make the whole network faster, a sentence for each).
+    """Return the options that make the whole network faster, and a sentence for each option.
 
-    ``clock`` times whole networks in one run; what it leaves out could not be run. ``formed``: those of some options whose steps no
-    larger group takes. Starts are nothing, each kind and everything; an option is then turned on or off for a gain beyond noise, until
-    none changes or ``late``.
+    ``clock`` times whole networks in one run and leaves out those that could not be run. ``formed`` returns those of
+    some options whose steps no larger group takes. The search starts from the fastest of no option, each kind and all;
+    then it flips one option at a time for a gain beyond noise, until no flip gains or it is ``late``.
     """
-    chosen, timed = _start(options, clock, formed)
-    if not timed:
+    chosen, was_timed = _start(options, clock, formed)
+    if not was_timed:
         return chosen, ["across: nothing was measured: the plan without groups could not be timed"]
-    how: dict[Option, str] = {}
+    found: dict[Option, str] = {}
     unchanged = 0
     for option in cycle(options):
         if unchanged == len(options) or late():
             break
-        other = _turned(chosen, option, formed)
-        timings = clock([chosen, other])
+        flipped = _flipped(chosen, option, formed)
+        timings = clock([chosen, flipped])
         unchanged += 1
         if len(timings) < 2:
-            how[option] = "it could not be run" if option in other else "it could not be run without"
+            found[option] = "it could not be run" if option in flipped else "it could not be run without"
             continue
-        own, without = (timings[c] for c in ((chosen, other) if option in chosen else (other, chosen)))
-        how[option] = f"the whole network is {own.speedup_over(without):.3f} times as fast with it"
-        if timings[other].lead_over(timings[chosen]) >= MARGIN:
-            chosen, unchanged = other, 0
-        say(_told(option, chosen, how))
-    return chosen, [_told(option, chosen, how) for option in options]
+        with_it, without = (chosen, flipped) if option in chosen else (flipped, chosen)
+        speedup = timings[with_it].speedup_over(timings[without])
+        found[option] = f"the whole network is {speedup:.3f} times as fast with it"
+        if timings[flipped].lead_over(timings[chosen]) >= MARGIN:
+            chosen, unchanged = flipped, 0
+        say(_decision(option, chosen, found))
+    return chosen, [_decision(option, chosen, found) for option in options]
 
 
-def _start(
-    options: Sequence[Option], clock: Clock, formed: Callable[[Iterable[Option]], Choice]
-) -> tuple[Choice, bool]:
-    """The fastest of nothing, each kind and everything; whether nothing could be timed."""
-    kinds = dict.fromkeys(_kind(option) for option in options)
-    starts = [formed([o for o in options if _kind(o) == kind]) for kind in kinds]
+def _start(options: Sequence[Option], clock: Clock, formed: Formed) -> tuple[Choice, bool]:
+    """Return the fastest of no option, each kind and all, and whether there was anything to time and it was timed."""
     nothing: Choice = frozenset()
-    timings = clock(list(dict.fromkeys([nothing, *starts, formed(options)]))) if options else {}
+    if not options:
+        return nothing, True
+    by_kind: dict[str, list[Option]] = {}
+    for option in options:
+        kind = option[0].partition(":")[0]
+        by_kind.setdefault(kind, []).append(option)
+    starts = [nothing]
+    for alike in by_kind.values():
+        starts.append(formed(alike))
+    starts.append(formed(options))
+    timings = clock(list(dict.fromkeys(starts)))
     if nothing not in timings:
-        return nothing, not options
+        return nothing, False
     leads = {choice: timing.lead_over(timings[nothing]) for choice, timing in timings.items()}
     best = max(leads, key=leads.__getitem__)
-    return best if leads[best] >= MARGIN else nothing, True
+    if leads[best] < MARGIN:
+        return nothing, True
+    return best, True
 
 
-def _kind(option: Option) -> str:
-    return option[0].partition(":")[0]
-
-
-def _turned(chosen: Choice, option: Option, formed: Callable[[Iterable[Option]], Choice]) -> Choice:
-    """Without the option, or with it in place of those that would take its steps."""
+def _flipped(chosen: Choice, option: Option, formed: Formed) -> Choice:
+    """Return the choice without the option, or with it in place of the options that would take its steps."""
     if option in chosen:
         return formed(chosen - {option})
-    rivals = {other for other in chosen if option not in formed([other, option])}
+    rivals = set()
+    for other in chosen:
+        if option not in formed([other, option]):
+            rivals.add(other)
     return formed({*chosen - rivals, option})
 
 
-def _told(option: Option, chosen: Choice, how: dict[Option, str]) -> str:
+def _decision(option: Option, chosen: Choice, found: dict[Option, str]) -> str:
+    """Return the sentence on whether an option is used, and why."""
+    names = ", ".join(option)
     used = "used" if option in chosen else "not used"
-    return f"across: {', '.join(option)}: {used}: {how.get(option, UNTRIED)}"
+    why = found.get(option, UNTRIED)
+    return f"across: {names}: {used}: {why}"

@@ -53,22 +53,28 @@ class GroupChoice(NamedTuple):
 
 def key(case: NetworkCase) -> str:
     """Return the network, its input and how it runs as one line. Names of modules count, since they name groups."""
-    dtype = str(case.dtype).removeprefix("torch.")
-    shape = "x".join(map(str, case.shape))
-    pixels = [] if case.normalize is None else ["bytes"]
-    run = "steps" if case.cuda_graph is False else "graph"
-    return " ".join([dtype, shape, *pixels, run, _network_hash(case.lowered)])
+    parts = [
+        str(case.dtype).removeprefix("torch."),
+        "x".join(map(str, case.shape)),
+    ]
+    if case.normalize is not None:
+        parts.append("bytes")
+    parts.append("steps" if case.cuda_graph is False else "graph")
+    parts.append(_network_hash(case.lowered))
+    return " ".join(parts)
 
 
 def _network_hash(lowered: Lowered) -> str:
     """Hash of the steps and how they are connected, without weights and without the names of values."""
     number: dict[str, int] = {}
-    for name in (*lowered.inputs, *(step.output for step in lowered.steps)):
+    outputs = [step.output for step in lowered.steps]
+    for name in [*lowered.inputs, *outputs]:
         number.setdefault(name, len(number))
     digest = hashlib.sha256()
     for step in lowered.steps:
         reads = [number[name] for name in references(step)]
-        digest.update(repr((step.op, _computation(lowered, step), reads, step.act)).encode())
+        identity = (step.op, _computation(lowered, step), reads, step.act)
+        digest.update(repr(identity).encode())
     return digest.hexdigest()[:16]
 
 
@@ -97,12 +103,17 @@ def lookup(case: NetworkCase, gpu: str) -> GroupChoice | None:
 
 
 def _choice(record: dict, gpu: str) -> GroupChoice:
+    """Return a stored choice; a first note says where it comes from."""
     source = f"across: as measured on {gpu} on {record['date']}"
-    settled = record["complete"] and record["candidates"] == candidates()
-    return GroupChoice(tuple(record["across"]), (source, *record["notes"]), settled)
+    return GroupChoice(
+        across=tuple(record["across"]),
+        notes=(source, *record["notes"]),
+        settled=record["complete"] and record["candidates"] == candidates(),
+    )
 
 
 def _why_stale(record: dict) -> str | None:
+    """Return what changed in a kernel that the choice depends on, or None."""
     for id, source in record["sources"].items():
         why = tables.stale({"kernel": id, "source": source, "versions": record["versions"]})
         if why is not None:
@@ -127,9 +138,13 @@ def store(case: NetworkCase, gpu: str, choice: GroupChoice, ran: Iterable[str]) 
 
 def candidates() -> str:
     """Hash of every kernel that a plan may choose and that can run here: with a new one a new search is worthwhile."""
-    found = {kernel.id: kernel for op in ("conv_bn_act", *ACROSS) for kernel in kernels(op)}
+    found = {}
+    for op in ("conv_bn_act", *ACROSS):
+        found |= {kernel.id: kernel for kernel in kernels(op)}
     digest = hashlib.sha256()
     for id, kernel in sorted(found.items()):
-        if kernel.available() is None:
-            digest.update(f"{id} {tables.source_hash(kernel.sources)}\n".encode())
+        if kernel.available() is not None:
+            continue
+        source = tables.source_hash(kernel.sources)
+        digest.update(f"{id} {source}\n".encode())
     return digest.hexdigest()[:16]

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -81,11 +82,16 @@ class GroupTuner:
 
     def choose(self) -> GroupChoice:
         """Search among the groups with the kernels that the table has now, and store the choice."""
-        self._notes, self._built = [], {}
+        self._notes = []
+        self._built = {}
         self._options = self._winning_options()
         end = time.monotonic() + self.seconds
         chosen, decisions = search(
-            self._options, self._time_networks, self._formed, lambda: time.monotonic() > end, self.say
+            self._options,
+            clock=self._time_networks,
+            formed=self._formed,
+            late=lambda: time.monotonic() > end,
+            say=self.say,
         )
         notes = tuple(dict.fromkeys([*self._notes, *decisions]))
         settled = not any(UNTRIED in note or FAILED in note for note in notes)
@@ -93,7 +99,8 @@ class GroupTuner:
         was_timed = bool(self._built) or not self._options
         if was_timed and not self.asked:
             plan = self._built.get(chosen) or self.variant(choice.across)
-            group_table.store(self.case, self.device.name, choice, _kernel_ids(plan.explain(self.example)))
+            ran = _kernel_ids(plan.explain(self.example))
+            group_table.store(self.case, self.device.name, choice, ran)
         return choice
 
     # ------------------------------------------------------------ what can be grouped
@@ -102,46 +109,59 @@ class GroupTuner:
         """The problems that the network poses, as single steps and with each kind of group."""
         lines = list(self.variant(()).explain(self.example))
         for name in self._candidates():
-            lines += self._explain((name,)) or ()
-        problems = (line.problem for line in lines)
-        return list(dict.fromkeys(problem for problem in problems if problem is not None))
+            lines += self._explain(name) or ()
+        problems: dict[Problem, None] = {}
+        for line in lines:
+            if line.problem is not None:
+                problems[line.problem] = None
+        return list(problems)
 
     def _candidates(self) -> list[str]:
         """The groups that were asked for, or every kind, as far as the network has their form."""
-        return [name for name in self.asked or ACROSS if self._labels((name,))]
+        names = self.asked or ACROSS
+        return [name for name in names if self._labels([name])]
 
     def _labels(self, across: Iterable[str]) -> set[str]:
         """The labels of the groups that form for these names."""
-        steps = grouped(self.case.lowered, across, self.case.normalize).steps
-        return {label(step) for step in steps if isinstance(step, Group)}
+        lowered = grouped(self.case.lowered, across, self.case.normalize)
+        labels = set()
+        for step in lowered.steps:
+            if isinstance(step, Group):
+                labels.add(label(step))
+        return labels
 
     def _winning_options(self) -> list[Option]:
         """The groups that a kernel of their op runs; those of one shape are one option."""
         options: list[Option] = []
         for name in self._candidates():
-            lines = self._explain((name,))
+            lines = self._explain(name)
             if lines is None:
                 continue
             won = _won(lines)
             if not won:
                 self._notes.append(f"across: {name}: not used: no kernel of it won against single steps")
-            options += [option for option in won.values() if option not in options]
+            for option in won.values():
+                if option not in options:
+                    options.append(option)
         return options
 
     def _formed(self, options: Iterable[Option]) -> Choice:
         """Those of the options of which at least one group forms."""
         options = list(options)
-        labels = self._labels(name for option in options for name in option)
+        labels = self._labels(chain.from_iterable(options))
         return frozenset(option for option in options if labels.intersection(option))
 
     def _names(self, choice: Choice) -> tuple[str, ...]:
-        return tuple(name for option in self._options if option in choice for name in option)
+        """The names of the groups of a choice, in the order of the options."""
+        chosen = [option for option in self._options if option in choice]
+        return tuple(chain.from_iterable(chosen))
 
     # ------------------------------------------------------------ running variants
 
     def _time_networks(self, choices: list[Choice]) -> dict[Choice, Timing]:
         """The search's clock: whole networks, built and captured before they are timed."""
-        self._built = {choice: plan for choice, plan in self._built.items() if choice in choices}
+        for choice in self._built.keys() - set(choices):
+            del self._built[choice]
         for choice in choices:
             if choice in self._built:
                 continue
@@ -158,8 +178,13 @@ class GroupTuner:
         plan(self.example)
         return plan
 
-    def _explain(self, across: tuple[str, ...]) -> Explanation | None:
-        return self._try(across, lambda plan: plan.explain(self.example))
+    def _explain(self, name: str) -> Explanation | None:
+        """Which kernels run the network with these groups, or None if it cannot be run."""
+
+        def explained(plan: RunnablePlan) -> Explanation:
+            return plan.explain(self.example)
+
+        return self._try((name,), explained)
 
     def _try(self, across: tuple[str, ...], work: Callable[[RunnablePlan], Result]) -> Result | None:
         """Return ``work`` of the variant with these groups, or None with a note why it failed."""
@@ -177,12 +202,17 @@ def _won(lines: Iterable[Line]) -> dict[Problem, Option]:
     """The groups that one kernel of their op runs, by problem; the others run as single steps."""
     won: dict[Problem, Option] = {}
     for line in lines:
-        if line.op in ACROSS and not line.why.startswith("one by one"):
-            won[line.problem] = (*won.get(line.problem, ()), f"{line.op}:{line.module}")
+        if line.op not in ACROSS or line.why.startswith("one by one"):
+            continue
+        others = won.get(line.problem, ())
+        won[line.problem] = (*others, f"{line.op}:{line.module}")
     return won
 
 
 def _kernel_ids(lines: Iterable[Line]) -> set[str]:
     """The ids of the kernels that ran; a group that runs as single steps names several."""
-    names = " + ".join(line.kernel for line in lines).split(" + ")
-    return {name for name in names if "." in name}
+    ids: set[str] = set()
+    for line in lines:
+        names = line.kernel.split(" + ")
+        ids.update(name for name in names if "." in name)
+    return ids

@@ -1,7 +1,7 @@
-"""Measured choice: verify each candidate for a problem, time those that are right, write what won into the table.
+"""The measured choice of kernels: verify each candidate for a problem, time the right ones, store the fastest.
 
-An explicit act, never a side effect of a forward. The table is written after each problem, whole and under a lock, so
-an interruption loses at most the problem in hand, two processes may tune at once, and what is done is not done again.
+Tuning is an explicit act, never a side effect of a forward. The table is written after each problem, as a whole and
+under a lock: an interruption loses at most one problem, two processes may tune at once, nothing is measured twice.
 """
 
 from __future__ import annotations
@@ -9,8 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
 from math import ceil
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,13 +25,16 @@ from ..runtime.cuda_graph import captured
 from ..testing.full_size import full_args, verify
 from ..testing.rule import Verdict
 from ..util.timing import Timing, interleaved
-from .call import once
+from .call import prepared_call
 
 MARGIN = 1.01  # a kernel must beat aten by more than a repetition of the same measurement moves
 CALLS = 8  # at least so many calls between two clock readings
 SETS = 128  # at most so many sets of arguments in rotation
 BEFORE = "measured before"
 LOST = "lost the device"
+SECTIONS = ("entries", "graph")  # of the table: the choice for ordinary calls, and inside CUDA graphs
+
+Result = TypeVar("Result")
 
 
 class DeviceLost(RuntimeError):
@@ -36,8 +42,11 @@ class DeviceLost(RuntimeError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    """Return the first line of an error's message, or its type."""
+    message = str(error).strip()
+    if not message:
+        return type(error).__name__
+    return message.splitlines()[0]
 
 
 # ---------------------------------------------------------------- the device
@@ -45,7 +54,7 @@ def first_line(error: BaseException) -> str:
 
 @dataclass
 class Device:
-    """What tuning needs of a machine: the current CUDA device, or a test's stand-in that overrides the clock."""
+    """The machine as tuning uses it: the current CUDA device, or a test's stand-in that overrides the clock."""
 
     name: str
     kind: str = "cuda"
@@ -54,46 +63,54 @@ class Device:
 
     @classmethod
     def current(cls, seconds: float = 1.0) -> Device:
-        """The CUDA device in use; raises ValueError without one."""
+        """Return the CUDA device in use; raises ValueError without one."""
         if not torch.cuda.is_available():
             raise ValueError(f"tuning needs a CUDA device, and torch {torch.__version__} sees none here")
         return cls(tables.gpu_name(), cache_bytes=torch.cuda.get_device_properties().L2_cache_size, seconds=seconds)
 
     def verify(self, kernel: Kernel, problem: Problem) -> Verdict:
+        """Judge a kernel's results at full size."""
         return verify(kernel, problem)
 
     def clock(self, variants: dict[str, Callable[[], object]], confidence: float = 0.01) -> dict[str, Timing]:
+        """Time the variants interleaved."""
         return interleaved(
-            variants, device=self.kind, min_rounds=10, max_rounds=100, max_seconds=self.seconds, confidence=confidence
+            variants,
+            device=self.kind,
+            min_rounds=10,
+            max_rounds=100,
+            max_seconds=self.seconds,
+            confidence=confidence,
         )
 
     def capture(self, runs: dict[str, Callable]) -> tuple[dict[str, Callable], dict[str, str]]:
-        """(each run as a CUDA graph's replay, why a run cannot be captured); the graphs share their memory."""
+        """Return each run as a CUDA graph's replay, and why a run cannot be captured. The graphs share their memory."""
         pool, graphs, reasons = torch.cuda.graph_pool_handle(), {}, {}
         for id, run in runs.items():
             try:
                 graphs[id] = captured(run, pool=pool)[0].replay
-            except Exception as error:  # as outside of a graph, a kernel may fail in its own way
+            except Exception as error:  # as outside of a graph, a kernel may fail in any way
                 reasons[id], pool = first_line(error), torch.cuda.graph_pool_handle()
             self.settle()
         return graphs, reasons
 
     def settle(self) -> None:
-        """Wait for the device and give memory back; raises DeviceLost if an earlier kernel broke the context."""
-        if self.kind == "cuda":
-            try:
-                torch.cuda.synchronize()
-            except RuntimeError as error:
-                raise DeviceLost(f"the GPU stopped answering in this process: {first_line(error)}") from error
-            torch.cuda.empty_cache()
+        """Wait for the device and free its cached memory; raises DeviceLost if an earlier kernel broke the context."""
+        if self.kind != "cuda":
+            return
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise DeviceLost(f"the GPU stopped answering in this process: {first_line(error)}") from error
+        torch.cuda.empty_cache()
 
 
-# ---------------------------------------------------------------- outcomes
+# ---------------------------------------------------------------- results
 
 
 @dataclass
-class Outcome:
-    """What tuning found for a problem: its kernel for ordinary calls and inside graphs, each candidate's record."""
+class Tuned:
+    """The result for one problem: its kernel for ordinary calls and inside graphs, and each candidate's record."""
 
     problem: Problem
     calls: str = "aten"
@@ -103,17 +120,23 @@ class Outcome:
 
     @property
     def bad(self) -> dict[str, str]:
-        """Kernels that took the problem and failed it, and how."""
-        return {
-            id: f"{record['status']}: {record['reason']}"
-            for id, record in self.records.items()
-            if record["status"] != "right"
-        }
+        """The kernels that accepted the problem and failed, and how."""
+        reasons = {}
+        for id, record in self.records.items():
+            if record["status"] != "right":
+                reasons[id] = f"{record['status']}: {record['reason']}"
+        return reasons
 
     def __str__(self) -> str:
-        chosen = self.calls if self.calls == self.graph else f"{self.calls}, in graphs {self.graph}"
-        lines = [f"{self.problem.key}: {chosen}" + (f" ({self.note})" if self.note else "")]
-        return "\n".join([*lines, *(f"    {id:28} {tables.in_words(record)}" for id, record in self.records.items())])
+        line = f"{self.problem.key}: {self.calls}"
+        if self.graph != self.calls:
+            line += f", in graphs {self.graph}"
+        if self.note:
+            line += f" ({self.note})"
+        lines = [line]
+        for id, record in self.records.items():
+            lines.append(f"    {id:28} {tables.in_words(record)}")
+        return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- tuning
@@ -126,109 +149,129 @@ def tune(
     device: Device | None = None,
     folder: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
-) -> list[Outcome]:
+) -> list[Tuned]:
     """Fill the table of this GPU model for these problems.
 
-    ``kernels`` restricts the candidates (ids; ``aten`` and what the table names already always take part); ``folder``
-    is where the table is written, by default the user's. A kernel that is wrong, raises or runs out of memory is named
-    in outcome and table and never chosen. Raises ValueError without a GPU, LookupError for an unknown id, and if a
-    kernel broke the GPU's context DeviceLost, with everything so far written: the next run passes that kernel over.
+    ``kernels`` restricts the candidates to these ids; ``aten`` and what the table names already always take part.
+    ``folder`` is where the table is written, by default the user's. A kernel that is wrong, raises or runs out of
+    memory is named in result and table and never chosen. Raises ValueError without a GPU, LookupError for an unknown
+    id, and DeviceLost, with everything so far written, if a kernel broke the GPU's context: the next run passes that
+    kernel over.
     """
     device = device or Device.current()
-    wanted = None if kernels is None else {find(id).id for id in kernels}
+    only = None if kernels is None else {find(id).id for id in kernels}
     problems = list(dict.fromkeys(problems))
-    outcomes, start, measured = [], time.monotonic(), 0
+    results: list[Tuned] = []
+    start, measured = time.monotonic(), 0
     benchmark = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True  # cuDNN at its best is what a kernel has to beat
+    torch.backends.cudnn.benchmark = True  # a kernel has to beat cuDNN at its best
     try:
         for i, problem in enumerate(problems, 1):
-            outcomes.append(_Job(problem, device, folder).run(wanted))
-            measured += outcomes[-1].note != BEFORE
-            say(
-                f"[{i}/{len(problems)}] {_progress(time.monotonic() - start, measured, len(problems) - i)}{outcomes[-1]}"
-            )
+            result = _Job(problem, device, folder).run(only)
+            results.append(result)
+            measured += result.note != BEFORE
+            progress = _progress(time.monotonic() - start, measured, len(problems) - i)
+            say(f"[{i}/{len(problems)}] {progress}{result}")
     finally:
         torch.backends.cudnn.benchmark = benchmark
         registry.forget()  # choices made before the table changed
-    return outcomes
+    return results
 
 
 def _progress(seconds: float, measured: int, left: int) -> str:
-    """Time so far and to come, if any problem took time: at most, for some of those left may have been measured before."""
-    if not measured or not left:
-        return f"after {seconds:.0f} s: " if measured else ""
-    return f"after {seconds:.0f} s, at most some {seconds / measured * left / 60:.1f} min to go: "
+    """Time so far and, at most, to come; nothing if no problem was measured.
+
+    At most, because some of the problems left may have been measured before.
+    """
+    if not measured:
+        return ""
+    if not left:
+        return f"after {seconds:.0f} s: "
+    minutes = seconds / measured * left / 60
+    return f"after {seconds:.0f} s, at most some {minutes:.1f} min to go: "
+
+
+class State(Enum):
+    """What the table's record of a candidate is worth for its source and the versions of today."""
+
+    FRESH = "right, with this source and these versions"
+    FAILED = "failed, with this source and these versions"
+    PASSED_OVER = "broke the GPU's context, with this source and these versions"
+    TO_VERIFY = "right with this source under other versions: its times still hold if it is still right"
+    TO_MEASURE = "no record, another source, or failed under other versions"
+
+
+# With these nothing is left to do.
+KNOWN = {State.FRESH, State.FAILED, State.PASSED_OVER}
 
 
 class _Job:
-    """One problem: its candidates, what the table knows of them, and what is found now."""
+    """One problem: its candidates, their records in the table, and what is found now."""
 
     def __init__(self, problem: Problem, device: Device, folder: Path | None) -> None:
-        self.problem, self.device, self.folder = problem, device, folder
-        path = (folder or tables.user_folder()) / tables.file_name(device.name)
-        sections = tables.read(path, device.name)
+        self.problem = problem
+        self.device = device
+        self.folder = folder
+        table_folder = folder or tables.user_folder()
+        sections = tables.read(table_folder / tables.file_name(device.name), device.name)
         self.known: dict[str, dict] = sections["measured"].get(problem.key, {})
-        self.chosen: dict[str, dict] = {
-            name: sections[name][problem.key] for name in ("entries", "graph") if problem.key in sections[name]
-        }
+        self.chosen: dict[str, dict] = {}
+        for name in SECTIONS:
+            if problem.key in sections[name]:
+                self.chosen[name] = sections[name][problem.key]
         self.records: dict[str, dict] = {}
 
-    def run(self, wanted: set[str] | None) -> Outcome:
-        candidates = self.candidates(wanted)
-        if all(self.fresh(k.id, k) for k in candidates):
-            return self.outcome(BEFORE)
-        if all(self.fresh(k.id, k, versions=False) and self.known[k.id]["status"] == "right" for k in candidates):
-            if all(self.verified(k) for k in candidates if k.id in {e["kernel"] for e in self.chosen.values()}):
-                self.write(
-                    {id: {**record, "versions": tables.versions()} for id, record in self.known.items()},
-                    {name: {**entry, "versions": tables.versions()} for name, entry in self.chosen.items()},
-                )
-                return self.outcome("verified again for these versions; its timings are older")
-        passed_over = {k.id for k in candidates if self.fresh(k.id, k) and self.known[k.id]["status"] == LOST}
-        try:
-            right = [k for k in candidates if k.id not in passed_over and self.verified(k)]
-            timings = self.timed(right)
-        except DeviceLost as lost:
-            gone = {id: record for id, record in self.records.items() if record["status"] == LOST}
-            self.write(self.known | gone, self.chosen)
-            raise DeviceLost(
-                f"{lost}; the kernel was {', '.join(gone)} on {self.problem.key}. The table is intact; "
-                "the next run passes that kernel over until its source changes"
-            ) from lost
-        entries = {
-            name: entry
-            for name in ("entries", "graph")
-            if (entry := best(self.records, timings[name], find("aten", self.problem.op).id)) is not None
-        }
-        self.write(self.known | self.records, entries)
-        return self.outcome()
+    def run(self, only: set[str] | None) -> Tuned:
+        """Measure what the table does not know yet, and write it."""
+        candidates = self.candidates(only)
+        states = {kernel.id: self.state(kernel) for kernel in candidates}
+        found = set(states.values())
+        if found <= KNOWN:
+            return self.result(BEFORE)
+        if found <= {State.FRESH, State.TO_VERIFY} and self.chosen_are_still_right(candidates):
+            self.write_versions()
+            return self.result("verified again for these versions; its timings are older")
+        self.measure([kernel for kernel in candidates if states[kernel.id] is not State.PASSED_OVER])
+        return self.result()
 
-    def candidates(self, wanted: set[str] | None) -> list[Kernel]:
+    def candidates(self, only: set[str] | None) -> list[Kernel]:
         """``aten`` first, then the op's kernels that can run here and take the problem."""
         aten = find("aten", self.problem.op)
-        if wanted is not None:
-            wanted = wanted | {entry["kernel"] for entry in self.chosen.values()}
-        return [
-            aten,
-            *(
-                k
-                for k in registry.kernels(self.problem.op)
-                if k is not aten and (wanted is None or k.id in wanted) and k.reason(self.problem) is None
-            ),
-        ]
+        if only is not None:
+            only = only | {entry["kernel"] for entry in self.chosen.values()}
 
-    def fresh(self, id: str, kernel: Kernel, versions: bool = True) -> bool:
-        """Whether the table's record of a kernel is of this source (and these versions)."""
-        record = self.known.get(id)
-        return (
-            record is not None
-            and record["source"] == tables.source_hash(kernel.sources)
-            and (not versions or record["versions"] == tables.versions())
+        found = [aten]
+        for kernel in registry.kernels(self.problem.op):
+            if kernel is aten or only is not None and kernel.id not in only:
+                continue
+            if kernel.reason(self.problem) is None:
+                found.append(kernel)
+        return found
+
+    def state(self, kernel: Kernel) -> State:
+        """What the table's record of a kernel is worth today."""
+        record = self.known.get(kernel.id)
+        if record is None or record["source"] != tables.source_hash(kernel.sources):
+            return State.TO_MEASURE
+        is_right = record["status"] == "right"
+        if record["versions"] != tables.versions():
+            return State.TO_VERIFY if is_right else State.TO_MEASURE
+        if is_right:
+            return State.FRESH
+        return State.PASSED_OVER if record["status"] == LOST else State.FAILED
+
+    def result(self, note: str = "") -> Tuned:
+        """The result as the table has it now."""
+        chosen = {name: entry["kernel"] for name, entry in self.chosen.items()}
+        return Tuned(
+            self.problem,
+            calls=chosen.get("entries", "aten"),
+            graph=chosen.get("graph", "aten"),
+            records=self.known,
+            note=note,
         )
 
-    def outcome(self, note: str = "") -> Outcome:
-        calls, graph = (self.chosen.get(name, {}).get("kernel", "aten") for name in ("entries", "graph"))
-        return Outcome(self.problem, calls, graph, self.known, note)
+    # ------------------------------------------------------------ the table
 
     def write(self, records: dict[str, dict], chosen: dict[str, dict]) -> None:
         """Put this problem's records and entries into the table and keep them here."""
@@ -236,7 +279,7 @@ class _Job:
 
         def edit(sections: dict[str, dict]) -> None:
             sections["measured"].setdefault(key, {}).update(records)
-            for name in ("entries", "graph"):
+            for name in SECTIONS:
                 sections[name].pop(key, None)
                 if name in chosen:
                     sections[name][key] = chosen[name]
@@ -244,7 +287,15 @@ class _Job:
         tables.update(self.device.name, edit, self.folder)
         self.known, self.chosen = records, chosen
 
+    def write_versions(self) -> None:
+        """Write today's versions into the records and entries."""
+        versions = {"versions": tables.versions()}
+        records = {id: record | versions for id, record in self.known.items()}
+        chosen = {name: entry | versions for name, entry in self.chosen.items()}
+        self.write(records, chosen)
+
     def note(self, kernel: Kernel, status: str, **facts) -> None:
+        """Record a kernel's status with its source and the versions."""
         self.records[kernel.id] = {
             "status": status,
             "source": tables.source_hash(kernel.sources),
@@ -252,22 +303,48 @@ class _Job:
             **facts,
         }
 
-    def verified(self, kernel: Kernel) -> bool:
+    # ------------------------------------------------------------ verifying and timing
+
+    def measure(self, candidates: list[Kernel]) -> None:
+        """Verify the candidates, time those that are right, and write records and entries.
+
+        Raises DeviceLost if a kernel broke the GPU's context, with that kernel's record written.
+        """
+        try:
+            right = [kernel for kernel in candidates if self.is_right(kernel)]
+            timings = self.timed(right)
+        except DeviceLost as lost:
+            broke = {id: record for id, record in self.records.items() if record["status"] == LOST}
+            self.write(self.known | broke, self.chosen)
+            raise DeviceLost(
+                f"{lost}; the kernel was {', '.join(broke)} on {self.problem.key}. The table is intact; "
+                "the next run passes that kernel over until its source changes"
+            ) from lost
+        aten = find("aten", self.problem.op).id
+        chosen = {}
+        for name in SECTIONS:
+            entry = best(self.records, timings[name], aten)
+            if entry is not None:
+                chosen[name] = entry
+        self.write(self.known | self.records, chosen)
+
+    def chosen_are_still_right(self, candidates: list[Kernel]) -> bool:
+        """Whether the kernels that the table chooses are right under today's versions."""
+        ids = {entry["kernel"] for entry in self.chosen.values()}
+        return all(self.is_right(kernel) for kernel in candidates if kernel.id in ids)
+
+    def is_right(self, kernel: Kernel) -> bool:
         """Whether the kernel is right on the problem; its record says so, or why not."""
         verdict = self.attempt(kernel, lambda: self.device.verify(kernel, self.problem))
         if verdict is None:
             return False
-        self.note(
-            kernel,
-            "right" if verdict.ok else "wrong",
-            reason=verdict.reason,
-            error=verdict.error.rms,
-            eager_error=verdict.eager.rms,
-        )
+        status = "right" if verdict.ok else "wrong"
+        errors = {"error": verdict.error.rms, "eager_error": verdict.eager.rms}
+        self.note(kernel, status, reason=verdict.reason, **errors)
         return verdict.ok
 
-    def attempt(self, kernel: Kernel, work: Callable):
-        """work(), or None with a record that says what the kernel did instead."""
+    def attempt(self, kernel: Kernel, work: Callable[[], Result]) -> Result | None:
+        """Return ``work()``, or None with a record of how the kernel failed."""
         done = trouble = None
         try:
             done = work()
@@ -285,61 +362,87 @@ class _Job:
         return done
 
     def timed(self, kernels: list[Kernel]) -> dict[str, dict[str, Timing]]:
-        """Seconds a call of each kernel: with its host time ("entries") and inside a CUDA graph ("graph")."""
+        """Return seconds a call of each kernel, by section: with its host time, and inside a CUDA graph."""
         try:
             sets = argument_sets(self.problem, self.device.cache_bytes)
         except torch.OutOfMemoryError as error:
             for kernel in kernels:
                 self.note(kernel, "out of memory", reason=f"arguments to time it on: {first_line(error)}")
             self.device.settle()
-            return {"entries": {}, "graph": {}}
+            return {name: {} for name in SECTIONS}
         times = ceil(CALLS / len(sets))
-
-        def warmed(kernel: Kernel) -> Callable[[], object]:
-            calls = [once(kernel, self.problem, args) for args in sets] * times
-            run = lambda: [call() for call in calls]  # noqa: E731 the list keeps each output, so none is written twice
-            run()
-            return run
-
         with torch.no_grad():
-            runs = {k.id: self.attempt(k, lambda k=k: warmed(k)) for k in kernels}
-            ready = {id: run for id, run in runs.items() if run is not None}
-            timings = {"entries": self.device.clock(ready)}
-            graphs, reasons = self.device.capture(ready)
-            timings["graph"] = self.device.clock(graphs)
+            runs: dict[str, Callable[[], object]] = {}
+            for kernel in kernels:
+                run = self.attempt(kernel, partial(self.warmed, kernel, sets, times))
+                if run is not None:
+                    runs[kernel.id] = run
+            entries = self.device.clock(runs)
+            graphs, reasons = self.device.capture(runs)
+            in_graph = self.device.clock(graphs)
+        calls = times * len(sets)
         timings = {
-            name: {id: Timing(tuple(s / (times * len(sets)) for s in timing.seconds)) for id, timing in found.items()}
-            for name, found in timings.items()
+            "entries": _per_call(entries, calls),
+            "graph": _per_call(in_graph, calls),
         }
-        for id, timing in timings["entries"].items():
-            self.records[id] |= {"time_us": timing.median * 1e6, "spread": timing.spread}
-        for id, timing in timings["graph"].items():
-            self.records[id] |= {"device_us": timing.median * 1e6}
-        for id, reason in reasons.items():
-            self.records[id] |= {"not_captured": reason}
+        self.record_times(timings, reasons)
         return timings
+
+    def warmed(self, kernel: Kernel, sets: list[tuple], times: int) -> Callable[[], object]:
+        """Return a run that calls the kernel so many times on each set of arguments, after a first one."""
+        calls = [prepared_call(kernel, self.problem, args) for args in sets] * times
+
+        def run() -> list[object]:
+            return [call() for call in calls]  # the list keeps each output, so no memory is written twice
+
+        run()
+        return run
+
+    def record_times(self, timings: dict[str, dict[str, Timing]], reasons: dict[str, str]) -> None:
+        """Add times, and why a kernel was not captured, to the records."""
+        for id, timing in timings["entries"].items():
+            self.records[id]["time_us"] = timing.median * 1e6
+            self.records[id]["spread"] = timing.spread
+        for id, timing in timings["graph"].items():
+            self.records[id]["device_us"] = timing.median * 1e6
+        for id, reason in reasons.items():
+            self.records[id]["not_captured"] = reason
+
+
+def _per_call(timings: dict[str, Timing], calls: int) -> dict[str, Timing]:
+    """Return the timings of runs of so many calls as those of one call."""
+    found = {}
+    for id, timing in timings.items():
+        seconds = tuple(run / calls for run in timing.seconds)
+        found[id] = Timing(seconds)
+    return found
 
 
 def argument_sets(problem: Problem, cache_bytes: int) -> list[tuple]:
-    """Equal arguments at different addresses, three times the cache in all, so that no call finds its inputs there."""
-    first = full_args(problem)
-    size = sum(a.nbytes for a in first if isinstance(a, Tensor))
-    count = max(1, min(SETS, ceil(3 * cache_bytes / max(size, 1))))
-    return [first, *(tuple(a.clone() if isinstance(a, Tensor) else a for a in first) for _ in range(count - 1))]
+    """Return equal arguments at different addresses, three times the cache in all: no call finds its inputs there."""
+    sets = [full_args(problem)]
+    size = sum(arg.nbytes for arg in sets[0] if isinstance(arg, Tensor))
+    count = ceil(3 * cache_bytes / max(size, 1))
+    for _ in range(min(SETS, count) - 1):
+        copied = tuple(arg.clone() if isinstance(arg, Tensor) else arg for arg in sets[0])
+        sets.append(copied)
+    return sets
 
 
 def best(records: dict[str, dict], timings: dict[str, Timing], aten: str) -> dict | None:
-    """The table entry of the fastest kernel, or None where that is ``aten``, or not faster by the margin."""
+    """Return the table entry of the fastest kernel, or None where that is ``aten`` or is not faster by the margin."""
     if aten not in timings:
         return None
     id = min(timings, key=lambda id: timings[id].median)
     if timings[id].speedup_over(timings[aten]) < MARGIN:
         return None
-    kept = {name: records[id][name] for name in ("error", "eager_error", "source", "versions")}
     return {
         "kernel": id,
         "time_us": timings[id].median * 1e6,
         "aten_us": timings[aten].median * 1e6,
         "spread": timings[id].spread,
-        **kept,
+        "error": records[id]["error"],
+        "eager_error": records[id]["eager_error"],
+        "source": records[id]["source"],
+        "versions": records[id]["versions"],
     }

@@ -1,4 +1,4 @@
-"""Plans answer like their model by the error rule: for any shape, in threads, from a snapshot, in memory of their own."""
+"""Plans answer like their model by the error rule: for any shape, in threads, from a snapshot, in their own memory."""
 
 import copy
 import threading

@@ -1,4 +1,4 @@
-"""What a plan refuses, each in one sentence: models, options and inputs that it was not made for."""
+"""A plan refuses models, options and inputs that it was not made for, each in one sentence."""
 
 import copy
 
@@ -16,22 +16,70 @@ def model():
     return ready(resnet_fast.resnet18())
 
 
-def test_refusals_come_before_anything_is_built():
-    class Chooses(nn.Module):
-        def forward(self, x):
-            return x if x.sum() > 0 else -x
+# ---------------------------------------------------------------- models
 
+
+class Chooses(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+def test_network_that_cannot_be_traced_is_refused():
     with pytest.raises(ValueError, match="Chooses cannot be planned"):
         plan(Chooses(), images())
+
+
+def test_batch_norm_without_running_statistics_is_refused():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, track_running_stats=False)).eval()
     with pytest.raises(ValueError, match="1: a batch norm without running statistics"):
         plan(net, images())
-    with pytest.raises(ValueError, match="expected one 4-D tensor"):
-        plan(net, torch.zeros(3, 4))
+
+
+def test_a_plan_is_not_a_model(model):
+    with pytest.raises(ValueError, match="model: got Plan, expected an nn.Module"):
+        plan(plan(model, images()), images())
+
+
+@pytest.mark.parametrize("wrapper", [nn.DataParallel, torch.optim.swa_utils.AveragedModel])
+def test_wrapped_model_is_named(model, wrapper):
+    with pytest.raises(ValueError, match="it wraps another model: plan that, model.module$"):
+        plan(wrapper(model), images())
+
+
+def test_compiled_model_is_named(model):
+    with pytest.raises(ValueError, match="it wraps another model: plan that, model._orig_mod$"):
+        plan(torch.compile(model, backend="eager"), images())
+
+
+def test_meta_tensors_are_refused(model):
+    with pytest.raises(ValueError, match="plan: model: got one with meta tensors"):
+        plan(copy.deepcopy(model).to("meta"), images())
+
+
+def reads_what_a_relu_overwrote(self, x):
+    y = self.bn(self.conv(x))
+    self.relu(y)
+    return self.conv(y) + y
+
+
+def asks_for_strides(self, x):
+    return self.bn(self.conv(x)).as_strided((2, 3), (3, 1))
 
 
 @pytest.mark.parametrize(
-    ("how", "words"),
+    ("forward", "why"),
+    [(reads_what_a_relu_overwrote, "writes in place"), (asks_for_strides, "lies in memory")],
+)
+def test_forward_that_a_plan_would_answer_otherwise_is_refused(forward, why):
+    with pytest.raises(ValueError, match=why):
+        plan(block(forward), images(2, 12, 12))
+
+
+# ---------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
     [
         (dict(topk=0), "topk: got 0"),
         (dict(topk="5"), "topk: got '5', expected a whole number"),
@@ -50,70 +98,56 @@ def test_refusals_come_before_anything_is_built():
         (dict(normalize="imagenet"), "three numbers each"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(model, how, words):
+def test_impossible_options_are_refused(model, options, words):
     with pytest.raises(ValueError, match=f"plan: .*{words}"):
-        plan(model, images(), **how)
+        plan(model, images(), **options)
 
 
-def test_what_is_no_model_or_answers_no_classes_is_refused(model):
-    with pytest.raises(ValueError, match="model: got Plan, expected an nn.Module"):
-        plan(plan(model, images()), images())
+def test_softmax_of_a_network_without_classes_is_refused():
     with pytest.raises(ValueError, match=r"softmax=True.*got \[2, 3, 64, 64\]"):
         plan(block(lambda self, x: self.bn(self.conv(x))), images(), softmax=True)
-    with pytest.raises(ValueError, match="got torch.int64"):
-        plan(model, images().long())
 
 
-def test_what_wraps_a_model_is_told_apart_from_it(model):
-    for wrapper in (nn.DataParallel(model), torch.optim.swa_utils.AveragedModel(model)):
-        with pytest.raises(ValueError, match="it wraps another model: plan that, model.module$"):
-            plan(wrapper, images())
-    with pytest.raises(ValueError, match="it wraps another model: plan that, model._orig_mod$"):
-        plan(torch.compile(model, backend="eager"), images())
-    with pytest.raises(ValueError, match="plan: model: got one with meta tensors"):
-        plan(copy.deepcopy(model).to("meta"), images())
-
-
-def test_bad_input_is_one_sentence(model):
-    run = plan(model, images())
-    with pytest.raises(ValueError, match="step relu .conv1. does not fit"):
-        run(torch.randn(1, 4, 64, 64))
-    with pytest.raises(ValueError, match="3-D"):
-        run(torch.randn(3, 64, 64))
-    with pytest.raises(ValueError, match="uint8"):
-        run(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
-    judge(run(images()), model, images())  # and the plan is as good as before
-
-
-def test_tuning_needs_a_gpu(model):
+def test_tuning_on_a_cpu_is_refused(model):
     with pytest.raises(ValueError, match="GPU"):
         plan(model, images(), tune=True)
 
 
-def reads_what_a_relu_overwrote(self, x):
-    y = self.bn(self.conv(x))
-    self.relu(y)
-    return self.conv(y) + y
+# ---------------------------------------------------------------- inputs
 
 
-def asks_for_strides(self, x):
-    return self.bn(self.conv(x)).as_strided((2, 3), (3, 1))
+def test_example_of_another_rank_or_dtype_is_refused(model):
+    with pytest.raises(ValueError, match="expected one 4-D tensor"):
+        plan(model, torch.zeros(3, 4))
+    with pytest.raises(ValueError, match="got torch.int64"):
+        plan(model, images().long())
 
 
 @pytest.mark.parametrize(
-    ("forward", "why"), [(reads_what_a_relu_overwrote, "writes in place"), (asks_for_strides, "lies in memory")]
+    ("x", "words"),
+    [
+        (torch.randn(1, 4, 64, 64), "step relu .conv1. does not fit"),
+        (torch.randn(3, 64, 64), "3-D"),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "uint8"),
+    ],
+    ids=["channels", "rank", "dtype"],
 )
-def test_what_would_come_out_otherwise_is_refused(forward, why):
-    with pytest.raises(ValueError, match=why):
-        plan(block(forward), images(2, 12, 12))
+def test_wrong_input_is_refused_and_the_plan_goes_on(model, x, words):
+    run = plan(model, images())
+    with pytest.raises(ValueError, match=words):
+        run(x)
+    judge(run(images()), model, images())
 
 
-def test_refusals_of_another_size_name_the_one_it_was_made_for():
-    net = ready(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 5)))
-    run = plan(net, images(2, 8, 8))
+def test_wrong_image_size_names_the_size_the_plan_was_made_for():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 5))
+    run = plan(ready(net), images(2, 8, 8))
     sentence = r"got \[2, 3, 9, 9\] \(the plan was made for \[2, 3, 8, 8\]\): step .* \(torch.nn.functional.linear\)"
     with pytest.raises(ValueError, match=sentence):
         run(images(2, 9, 9))
+
+
+# ---------------------------------------------------------------- compare
 
 
 @pytest.mark.parametrize(
@@ -133,12 +167,17 @@ def test_refusals_of_another_size_name_the_one_it_was_made_for():
         ),
         (lambda x: resnet_fast.resnet18(), "got a ResNet, expected a plan"),
     ],
+    ids=["another depth", "other features", "other classes", "no plan"],
 )
-def test_only_plans_of_one_network_are_compared(model, other, words):
+@pytest.mark.parametrize("as_exact", [False, True])
+def test_only_plans_of_one_network_are_compared(model, other, words, as_exact):
     run, x = plan(model, images()), images()
-    for these in ((other(x), None), (run, other(x))):
-        with pytest.raises(ValueError, match=f"^plan: compare: .*{words}"):
-            run.compare(these[0], x, these[1])
+    plans = (run, x, other(x)) if as_exact else (other(x), x)
+    with pytest.raises(ValueError, match=f"^plan: compare: .*{words}"):
+        run.compare(*plans)
+
+
+# ---------------------------------------------------------------- transforms
 
 
 class Wrapped(nn.Module):
@@ -161,11 +200,9 @@ class Wrapped(nn.Module):
     ids=["vmap", "grad", "trace", "export"],
 )
 @pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:FutureWarning")
-def test_who_would_look_into_a_plan_is_told_to_take_the_model(model, transform, name):
+def test_transforms_of_a_plan_are_refused(model, transform, name):
     run, x = plan(model, images()), images()
-    with pytest.raises(
-        ValueError,
-        match=f"^plan: {name} cannot look into a plan, .*: give it the model, in eval, that the plan was made of",
-    ):
+    sentence = f"^plan: {name} cannot look into a plan, .*: give it the model, in eval, that the plan was made of"
+    with pytest.raises(ValueError, match=sentence):
         transform(Wrapped(run), x)
     assert run(x).shape == (2, 1000)

@@ -22,7 +22,7 @@ from resnet_fast.roofline import chips, cost
 from resnet_fast.roofline.floor import problem_floor
 from resnet_fast.testing import eager
 from resnet_fast.tuning import kernels
-from resnet_fast.tuning.call import once
+from resnet_fast.tuning.call import prepared_call
 from resnet_fast.util.timing import Timing
 
 from .check import place
@@ -122,7 +122,7 @@ def variants(problem: Problem, proved: list[str], arguments: list[tuple]) -> dic
     ids = dict.fromkeys([ATEN, *proved])
     for kernel in map(find, ids):
         if kernel.reason(problem) is None:
-            calls[kernel.id] = [once(kernel, problem, each) for each in arguments]
+            calls[kernel.id] = [prepared_call(kernel, problem, each) for each in arguments]
     return calls
 
 
