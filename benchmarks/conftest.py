@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from resnet_fast.bench.ledger import RESULTS, Row, here, measured_by, write_run
-from resnet_fast.bench.network import Case, Outcome
+from resnet_fast.bench.network import Case, Measured
 from resnet_fast.bench.providers import DTYPES, PROVIDERS
 from resnet_fast.models.family import list_models
 
@@ -141,7 +141,7 @@ def machine(pytestconfig: pytest.Config):
 
 
 @pytest.fixture(scope="session")
-def outcomes() -> dict[object, dict[str, Outcome]]:
+def outcomes() -> dict[object, dict[str, Measured]]:
     """Outcomes measured so far, by case or problem."""
     return {}
 
@@ -154,7 +154,7 @@ def together(request: pytest.FixtureRequest, outcomes) -> Callable:
     ``measure(value of key, [values of member])``.
     """
 
-    def get(key: str, member: str, measure: Callable) -> dict[str, Outcome]:
+    def get(key: str, member: str, measure: Callable) -> dict[str, Measured]:
         value = request.node.callspec.params[key]
         if value not in outcomes:
             tests = [item for item in request.session.items if item.function is request.function]
@@ -173,10 +173,10 @@ def rounds(pytestconfig: pytest.Config) -> int:
 
 
 @pytest.fixture
-def report(benchmark, machine, pytestconfig: pytest.Config) -> Callable[[Outcome, str], None]:
+def report(benchmark, machine, pytestconfig: pytest.Config) -> Callable[[Measured, str], None]:
     """``report(outcome, group)``: replay an outcome as this test's benchmark; skip it, or fail if its check failed."""
 
-    def replay(outcome: Outcome, group: str) -> None:
+    def replay(outcome: Measured, group: str) -> None:
         if outcome.skipped is not None:
             benchmark.skipped = True
             pytest.skip(outcome.skipped)

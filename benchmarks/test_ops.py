@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from resnet_fast.bench.op import BASELINES, measure_op, op_problems
-from resnet_fast.bench.providers import DTYPES
 from resnet_fast.dispatch.problem import Problem
 from resnet_fast.dispatch.registry import find, kernels, named
+from resnet_fast.util.machine import SHORT_DTYPES
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -37,7 +37,7 @@ def selected_problems(option: Callable) -> list[Problem]:
     batches = option("--batches") or [256 if on_gpu else 1]
     problems: dict[Problem, None] = {}
     for model, dtype, batch, size in itertools.product(models, dtypes, batches, option("--sizes")):
-        found = op_problems(model, batch, size, DTYPES[dtype], device, capability)
+        found = op_problems(model, batch, size, SHORT_DTYPES[dtype], device, capability)
         problems |= dict.fromkeys(found)
     return list(problems)
 

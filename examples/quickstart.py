@@ -1,4 +1,7 @@
-"""The drop-in, a model that you already have, and the deployed form, side by side. Run: python examples/quickstart.py"""
+"""The drop-in, a model that you already have, and the deployed form, side by side.
+
+Run: python examples/quickstart.py
+"""
 
 import torch
 
@@ -12,12 +15,14 @@ with torch.inference_mode():
     logits = model(x)
 
 # 2. Any conv + batch norm model, in place; its class, keys, parameters and hooks stay.
-mine = torch.nn.Sequential(
-    torch.nn.Conv2d(3, 16, 3, padding=1, bias=False), torch.nn.BatchNorm2d(16), torch.nn.ReLU()
+yours = torch.nn.Sequential(
+    torch.nn.Conv2d(3, 16, 3, padding=1, bias=False),
+    torch.nn.BatchNorm2d(16),
+    torch.nn.ReLU(),
 ).eval()
-resnet_fast.accelerate(mine)
+resnet_fast.accelerate(yours)
 with torch.inference_mode():
-    features = mine(x)
+    features = yours(x)
 
 # 3. The whole network as one schedule: a snapshot of the weights, to deploy.
 run = resnet_fast.plan(model, x)

@@ -1,4 +1,4 @@
-"""resnet_fast: ResNets at the speed the machine allows. A drop-in for torchvision's, fused kernels inside, eager PyTorch's answers."""
+"""Faster ResNets for PyTorch: a drop-in for torchvision with fused Triton, CUDA and CPU kernels."""
 
 from . import ops
 from .analysis.explain import explain

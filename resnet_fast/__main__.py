@@ -1,4 +1,4 @@
-"""The command line: ``python -m resnet_fast COMMAND``. Each command is a module of its own that adds its parser here."""
+"""The command line: ``python -m resnet_fast COMMAND``. Each command is a file of ``cli`` that adds its parser."""
 
 from __future__ import annotations
 
@@ -8,45 +8,35 @@ import os
 import sys
 from typing import NoReturn
 
-# Command modules, in the order in which a user meets them; each has add_parser(subparsers) and imports what is heavy only when it runs.
-COMMANDS = (
-    "cli.list",
-    "cli.info",
-    "cli.explain",
-    "cli.check",
-    "cli.bench",
-    "cli.predict",
-    "cli.tune",
-    "cli.report",
-    "cli.new_kernel",
-)
+# The files of cli, in the order of the help; each has add_parser(subparsers) and imports heavy modules only to run.
+COMMANDS = ("list", "info", "explain", "check", "bench", "predict", "tune", "report", "new_kernel")
 
 
 class Parser(argparse.ArgumentParser):
-    """Says a mistake in one sentence and where the help is, not all options over again."""
+    """A parser that reports a mistake in one sentence, with where the help is, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog.removeprefix('python -m ')}: {message} (see `{self.prog} --help`)\n")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """Return the parser of the whole command line."""
     top = Parser(
         prog="python -m resnet_fast",
-        description="ResNets at the speed the machine allows.",
+        description="Faster ResNets for PyTorch: a drop-in for torchvision with fused Triton, CUDA and CPU kernels.",
         epilog="`python -m resnet_fast COMMAND --help` tells more of each.",
     )
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
-        importlib.import_module(f"resnet_fast.{name}").add_parser(commands)
+        importlib.import_module(f"resnet_fast.cli.{name}").add_parser(commands)
     return top
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code.
 
-    What the user got wrong, and what the machine refuses (a folder, a full disk), ends in one sentence and code 2, Ctrl-C in 130, a reader of
-    the output that has seen enough (``| head``) in 1.
+    A user's mistake, and an error of the system (a folder, a full disk), ends in one sentence and code 2, Ctrl-C in
+    130, a closed output (``| head``) in 1.
     """
     from .dispatch.registry import NotUsed
 
@@ -70,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _flush_or_drop() -> None:
-    """What stdout still holds goes out if it can; else the interpreter, which tries again at exit, would complain."""
+    """Flush stdout, or drop what it holds: the interpreter tries again at exit and would report an error."""
     try:
         sys.stdout.flush()
     except OSError:

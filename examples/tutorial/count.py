@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from resnet_fast.analysis.launches import MATRIX, main
-from resnet_fast.cli.bench_kernel import fresh
+from resnet_fast.bench import fresh_process
 from resnet_fast.dispatch.problem import Problem
 from resnet_fast.dispatch.registry import load_file
 from resnet_fast.roofline.cost import problem_step
@@ -149,7 +149,7 @@ def _mega(n: int) -> str:
 
 def tables() -> dict[str, str]:
     """Marker → table, counted now."""
-    code, moved = fresh(False, compiled), fresh(True, loaded_and_stored)
+    code, moved = fresh_process.call(False, compiled), fresh_process.call(True, loaded_and_stored)
     moved_rows = {name: Moved(*pair, code[name][0]) for name, pair in moved.items()}
     code_rows = {name: row for name, (_, row) in code.items()}
     return {"moved": moved_table(moved_rows), "code": code_table(code_rows)}

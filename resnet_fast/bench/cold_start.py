@@ -1,4 +1,4 @@
-"""What the first answer costs: a fresh process builds one provider and runs it once; its wall time and its peak memory.
+"""The cost of the first answer: wall time and peak memory of a fresh process that builds a provider and runs it once.
 
 ``python -m resnet_fast.bench.cold_start PROVIDER MODE MODEL DTYPE BATCH SIZE DEVICE`` is that process.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from .fresh_process import run_module
 
 
 @dataclass(frozen=True)
@@ -27,30 +28,30 @@ class ColdStart:
 
 
 def cold_start(provider: str, mode: str, model: str, dtype: str, batch: int, size: int, device: str) -> ColdStart:
-    """Measure one cold start with empty compiler caches; raises RuntimeError with the process's last words."""
+    """Measure one cold start with empty compiler caches; raises RuntimeError with the end of the process's errors."""
     case = [provider, mode, model, dtype, str(batch), str(size), device]
     with tempfile.TemporaryDirectory() as cache:
-        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": str(Path(cache, "triton"))}
+        caches = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": str(Path(cache, "triton"))}
         start = time.perf_counter()
-        child = subprocess.run(
-            [sys.executable, "-m", "resnet_fast.bench.cold_start", *case], env=env, text=True, capture_output=True
-        )
+        process = run_module("resnet_fast.bench.cold_start", case, caches)
         seconds = time.perf_counter() - start
-    if child.returncode:
-        raise RuntimeError(f"cold start of {provider} failed: {child.stderr.strip()[-500:]}")
-    return ColdStart(seconds, json.loads(child.stdout.splitlines()[-1])["peak_bytes"])
+    if process.returncode:
+        raise RuntimeError(f"cold start of {provider} failed: {process.stderr.strip()[-500:]}")
+    result = json.loads(process.stdout.splitlines()[-1])
+    return ColdStart(seconds, result["peak_bytes"])
 
 
 def main(provider_id: str, mode: str, model: str, dtype: str, batch: str, size: str, device: str) -> None:
-    """Build, run once, print the peak, and leave without teardown, which no user waits for."""
+    """Build, run once, print the peak, and exit without teardown, which no user waits for."""
     import torch
 
-    from .providers import DTYPES, example_input, provider, reference_model
+    from ..util.machine import SHORT_DTYPES
+    from .providers import example_input, provider, reference_model
 
-    x = example_input(int(batch), int(size), DTYPES[dtype], device)
+    x = example_input(int(batch), int(size), SHORT_DTYPES[dtype], device)
     reference = reference_model(model, device)
     before = _resident(reset=True)
-    run = provider(provider_id).prepare(mode, reference, x, DTYPES[dtype])
+    run = provider(provider_id).prepare(mode, reference, x, SHORT_DTYPES[dtype])
     run(x)
     if device == "cuda":
         torch.cuda.synchronize()
@@ -62,9 +63,9 @@ def main(provider_id: str, mode: str, model: str, dtype: str, batch: str, size: 
 
 
 def _resident(reset: bool = False) -> int | None:
-    """The largest resident set since the last reset, in bytes; None where there is no procfs.
+    """Return the largest resident set since the last reset, in bytes; None where there is no procfs.
 
-    Not from getrusage, whose maximum is inherited from the parent and holds what importing took.
+    Not getrusage's maximum, which is inherited from the parent and includes the imports.
     """
     if not Path("/proc/self/clear_refs").exists():
         return None

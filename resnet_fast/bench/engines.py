@@ -10,13 +10,14 @@ import copy
 import importlib.util
 import io
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import folded
 
-# module → what to install: what runs on a CPU is in the extra ``bench``
+# Module → argument of pip install; engines that run on a CPU are in the extra ``bench``.
 PACKAGES = {
     **dict.fromkeys(("openvino", "onnxruntime", "onnx", "onnxscript"), "'resnet_fast[bench]'"),
     "torch_tensorrt": "torch-tensorrt",
@@ -25,7 +26,7 @@ PACKAGES = {
 
 
 def missing(*modules: str) -> Callable[[], str | None]:
-    """A check that says which of the modules is not installed, and what to install."""
+    """Return a check that says which of the modules are not installed, and what to install."""
 
     def unavailable() -> str | None:
         absent = dict.fromkeys(PACKAGES[name] for name in modules if importlib.util.find_spec(name) is None)
@@ -56,26 +57,12 @@ def openvino(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[
 
 def onnxruntime(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """ONNX Runtime on the example's device, all graph optimisations on."""
-    import onnxruntime as ort
-
-    buffer = io.BytesIO()
-    torch.onnx.export(
-        copy.deepcopy(model).to(dtype), (example,), input_names=["x"], output_names=["y"], dynamo=True, verbose=False
-    ).save(buffer)
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.intra_op_num_threads = torch.get_num_threads()
-    # Its threads would spin on into whatever is timed next: eager after it took 107 ms instead of 63 (two cores, November 2026).
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    kind = example.device.type
-    wanted = "CUDAExecutionProvider" if kind == "cuda" else "CPUExecutionProvider"
-    session = ort.InferenceSession(buffer.getvalue(), options, providers=[wanted])
-    if wanted not in session.get_providers():
-        raise RuntimeError(f"ONNX Runtime offers {session.get_providers()}, not {wanted}: install onnxruntime-gpu")
-    if kind == "cpu":
+    session = _onnx_session(copy.deepcopy(model).to(dtype), example)
+    if example.device.type == "cpu":
         return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
     binding = session.io_binding()
-    out = torch.empty(example.shape[0], model.fc.out_features, device=example.device, dtype=dtype)
+    classes = model.get_parameter("fc.weight").shape[0]
+    out = torch.empty(example.shape[0], classes, device=example.device, dtype=dtype)
     element = {torch.float32: 1, torch.float16: 10}[dtype]  # TensorProto.FLOAT, TensorProto.FLOAT16
 
     def run(x: Tensor) -> Tensor:
@@ -85,6 +72,26 @@ def onnxruntime(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callab
         return out
 
     return run
+
+
+def _onnx_session(model: nn.Module, example: Tensor) -> Any:
+    """Return an ONNX Runtime session of the exported model; its input is "x", its output "y"."""
+    import onnxruntime as ort
+
+    exported: Any = io.BytesIO()
+    program = torch.onnx.export(model, (example,), input_names=["x"], output_names=["y"], dynamo=True, verbose=False)
+    program.save(exported)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads would spin on into whatever is timed next: eager after it took 107 ms instead of 63 (two cores,
+    # November 2026).
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    wanted = "CUDAExecutionProvider" if example.device.type == "cuda" else "CPUExecutionProvider"
+    session = ort.InferenceSession(exported.getvalue(), options, providers=[wanted])
+    if wanted not in session.get_providers():
+        raise RuntimeError(f"ONNX Runtime offers {session.get_providers()}, not {wanted}: install onnxruntime-gpu")
+    return session
 
 
 def tensorrt(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -104,51 +111,57 @@ def cudnn_frontend(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Cal
     import cudnn
 
     handle = cudnn.create_handle()
-    kind = {torch.float16: cudnn.data_type.HALF, torch.bfloat16: cudnn.data_type.BFLOAT16}[dtype]
-
-    def make(conv: folded.Folded) -> folded.Conv:
-        stride, padding, dilation, _ = conv.geometry  # groups follow from the shapes
-        bias = None if conv.bias is None else conv.bias.view(1, -1, 1, 1).contiguous(memory_format=torch.channels_last)
-        built: dict[str, tuple] = {}
-
-        def tensors(x: Tensor, residual: Tensor | None) -> list[Tensor]:
-            return [t for t in (x, conv.weight, bias, residual) if t is not None]
-
-        def build(x: Tensor, residual: Tensor | None) -> tuple:
-            graph = cudnn.pygraph(
-                io_data_type=kind,
-                intermediate_data_type=cudnn.data_type.FLOAT,
-                compute_data_type=cudnn.data_type.FLOAT,
-                handle=handle,
-            )
-            inputs = [graph.tensor_like(t) for t in tensors(x, residual)]
-            y = graph.conv_fprop(
-                image=inputs[0], weight=inputs[1], padding=list(padding), stride=list(stride), dilation=list(dilation)
-            )
-            if bias is not None:
-                y = graph.bias(input=y, bias=inputs[2])
-            if residual is not None:
-                y = graph.add(a=y, b=inputs[-1])
-            y = graph.relu(input=y) if conv.act == "relu" else y
-            out = torch.nn.functional.conv2d(x, conv.weight, None, *conv.geometry)  # for its shape and strides
-            y.set_output(True).set_data_type(kind).set_dim(list(out.shape)).set_stride(list(out.stride()))
-            graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-            return graph, inputs, y, out, torch.empty(graph.get_workspace_size(), device=x.device, dtype=torch.uint8)
-
-        def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
-            if "graph" not in built:
-                built["graph"] = build(x, residual)
-            graph, inputs, y, out, workspace = built["graph"]
-            given = zip(inputs, tensors(x, residual), strict=True)
-            graph.execute({**dict(given), y: out}, workspace, handle=handle)
-            return out
-
-        return run
-
-    net = folded.FoldedNet(model, dtype, make)
+    net = folded.FoldedNet(model, dtype, lambda conv: _CudnnConv(conv, dtype, handle))
 
     def on_stream(x: Tensor) -> Tensor:
         cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)
         return net(x)
 
     return folded.graphed(on_stream, example)
+
+
+class _CudnnConv:
+    """A folded convolution as one cudnn-frontend graph, built for its first input."""
+
+    def __init__(self, conv: folded.Folded, dtype: torch.dtype, handle: Any) -> None:
+        self.conv, self.dtype, self.handle = conv, dtype, handle
+        self.bias = None
+        if conv.bias is not None:
+            self.bias = conv.bias.view(1, -1, 1, 1).contiguous(memory_format=torch.channels_last)
+        self.graph: Any = None
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        tensors = [t for t in (x, self.conv.weight, self.bias, residual) if t is not None]
+        if self.graph is None:
+            self._build(x, residual, tensors)
+        given = dict(zip(self.inputs, tensors, strict=True))
+        self.graph.execute({**given, self.output: self.out}, self.workspace, handle=self.handle)
+        return self.out
+
+    def _build(self, x: Tensor, residual: Tensor | None, tensors: list[Tensor]) -> None:
+        import cudnn
+
+        kind = {torch.float16: cudnn.data_type.HALF, torch.bfloat16: cudnn.data_type.BFLOAT16}[self.dtype]
+        graph = cudnn.pygraph(
+            io_data_type=kind,
+            intermediate_data_type=cudnn.data_type.FLOAT,
+            compute_data_type=cudnn.data_type.FLOAT,
+            handle=self.handle,
+        )
+        inputs = [graph.tensor_like(t) for t in tensors]
+        stride, padding, dilation, _ = self.conv.geometry  # groups follow from the shapes
+        y = graph.conv_fprop(
+            image=inputs[0], weight=inputs[1], padding=list(padding), stride=list(stride), dilation=list(dilation)
+        )
+        if self.bias is not None:
+            y = graph.bias(input=y, bias=inputs[2])
+        if residual is not None:
+            y = graph.add(a=y, b=inputs[-1])
+        if self.conv.act == "relu":
+            y = graph.relu(input=y)
+        # Run once by torch for the result's shape and strides.
+        out = torch.nn.functional.conv2d(x, self.conv.weight, None, *self.conv.geometry)
+        y.set_output(True).set_data_type(kind).set_dim(list(out.shape)).set_stride(list(out.stride()))
+        graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+        self.graph, self.inputs, self.output, self.out = graph, inputs, y, out
+        self.workspace = torch.empty(graph.get_workspace_size(), device=x.device, dtype=torch.uint8)

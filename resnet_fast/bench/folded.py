@@ -1,13 +1,15 @@
 """The bar: a ResNet with batch norm folded away, run by oneDNN, or by cuDNN in a CUDA graph: none of it ours.
 
-A peer to be measured against, made as fast as these libraries go, so it takes liberties that ``aten`` does not: weights
-are a snapshot, oneDNN's fused ReLU turns NaN into 0, the projection's bias moves into the block's last convolution.
+A peer as fast as these libraries allow. Unlike ``aten``, its weights are a snapshot, oneDNN's fused ReLU turns NaN into
+0, and the projection's bias moves into the block's last convolution.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +46,10 @@ def onednn(conv: Folded) -> Conv:
 
 
 def cudnn(conv: Folded) -> Conv:
-    """cuDNN's convolution with bias, residual add and ReLU in one call; one by one without ReLU, and where it has no such kernel."""
+    """cuDNN's convolution with bias, residual add and ReLU in one call.
+
+    They run one by one without ReLU, and where cuDNN has no such kernel.
+    """
     fused = conv.act == "relu"
 
     def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -54,7 +59,7 @@ def cudnn(conv: Folded) -> Conv:
                 return vendor.cudnn(x, conv.weight, conv.bias, residual, conv.geometry)
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError:  # of the three channels of a stem, say: one layer is no reason to lose the bar
+            except RuntimeError:  # a stem with three channels, for example: the other layers still fuse
                 fused = False
         out = F.conv2d(x, conv.weight, conv.bias, *conv.geometry)
         out = out if residual is None else out.add_(residual)
@@ -69,10 +74,10 @@ class FoldedNet:
     ``make`` turns a :class:`Folded` into a callable, so that one topology serves every library.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, make: Callable[[Folded], Conv]) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype, make: Callable[[Folded], Conv]) -> None:
         self.stem = make(Folded(*_weights(model.conv1, model.bn1, dtype), "relu"))
         stages = (model.layer1, model.layer2, model.layer3, model.layer4)
-        self.blocks = [_block(block, dtype, make) for stage in stages for block in stage]
+        self.blocks = [_block(block, dtype, make) for block in chain.from_iterable(stages)]
         self.fc = model.fc.weight.detach().to(dtype), model.fc.bias.detach().to(dtype)
 
     @torch.inference_mode()
@@ -86,22 +91,25 @@ class FoldedNet:
         return F.linear(F.adaptive_avg_pool2d(x, 1).flatten(1), *self.fc)
 
 
-def _block(
-    block: nn.Module, dtype: torch.dtype, make: Callable[[Folded], Conv]
-) -> tuple[Conv | None, list[Conv], Conv]:
-    pairs = [(getattr(block, f"conv{i}"), getattr(block, f"bn{i}")) for i in (1, 2, 3) if hasattr(block, f"conv{i}")]
+def _block(block: Any, dtype: torch.dtype, make: Callable[[Folded], Conv]) -> tuple[Conv | None, list[Conv], Conv]:
+    """Return (projection or None, inner convolutions, last convolution) of a residual block."""
+    numbers = [i for i in (1, 2, 3) if hasattr(block, f"conv{i}")]
+    pairs = [(getattr(block, f"conv{i}"), getattr(block, f"bn{i}")) for i in numbers]
     inner = [make(Folded(*_weights(*pair, dtype), "relu")) for pair in pairs[:-1]]
     weight, bias, geometry = _weights(*pairs[-1], dtype)
     if block.downsample is None:
         return None, inner, make(Folded(weight, bias, geometry, "relu"))
-    other, moved, other_geometry = _weights(*block.downsample, dtype)
-    projection = make(Folded(other, None, other_geometry, "none"))
-    return projection, inner, make(Folded(weight, bias + moved, geometry, "relu"))
+    conv, bn = block.downsample
+    projected, projected_bias, projected_geometry = _weights(conv, bn, dtype)
+    projection = make(Folded(projected, None, projected_geometry, "none"))
+    return projection, inner, make(Folded(weight, bias + projected_bias, geometry, "relu"))
 
 
 def _weights(conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple]:
-    parameters = (t.detach() for t in (conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var))
-    weight, bias = fold(*parameters, bn.eps)
+    """Return the folded weight, bias and geometry of a convolution and its batch norm."""
+    parameters = (conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    kernel, scale, shift, mean, var = (t.detach() for t in parameters)
+    weight, bias = fold(kernel, scale, shift, mean, var, bn.eps)
     geometry = conv.stride, conv.padding, conv.dilation, conv.groups
     return weight.to(dtype).contiguous(memory_format=torch.channels_last), bias.to(dtype), geometry
 

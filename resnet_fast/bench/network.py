@@ -1,4 +1,4 @@
-"""One case, every provider: built, judged against float64, timed in interleaved rounds, written down as ledger rows."""
+"""One case, every provider: built, checked against float64, timed in interleaved rounds, returned as ledger rows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,13 @@ from ..analysis.training_cost import TRAINING
 from ..dispatch.registry import NotUsed
 from ..roofline import chips, floor
 from ..testing.rule import FACTOR, FLOOR, GRADIENT_FACTOR, error
+from ..util.machine import SHORT_DTYPES
 from ..util.timing import Timing, interleaved
 from .cold_start import ColdStart, cold_start
 from .ledger import Row, case_name
-from .providers import DTYPES, PROVIDERS, Provider, TrainStep, example_input, fair, reference_model
+from .providers import PROVIDERS, Provider, TrainStep, example_input, fair, reference_model
 
-# The level of fusion whose floor a network's share of the roofline is taken of.
+# The level of fusion that a network's share of the roofline refers to.
 CEILING = {"infer": network_floor.LEVEL, "train": "+ fused backward"}
 ORACLE_IMAGES = 2  # inference only: images do not mix, and float64 is the slowest thing here
 
@@ -44,8 +46,8 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of one provider: a row and its rounds; or why it was ``skipped``; or how it is ``wrong`` (ours)."""
+class Measured:
+    """The result of one provider: a row and its rounds; or why it was ``skipped``; or how it is ``wrong`` (ours)."""
 
     provider: str
     row: Row | None = None
@@ -55,14 +57,23 @@ class Outcome:
 
 
 @dataclass
-class _Ready:
-    """A provider that is built and judged."""
+class _Built:
+    """A provider that is built and run once; ``error`` is its distance from float64."""
 
     provider: Provider
     run: Callable[[Tensor], Tensor]
     error: float
     first_s: float
     peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class _Oracle:
+    """What every provider is judged by: the float64 answers, eager's error, and the error that the rule allows."""
+
+    exact: Tensor
+    eager: float
+    allowed: float
 
 
 def measure(
@@ -76,75 +87,95 @@ def measure(
     cold: bool = False,
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int], None] | None = None,
-) -> dict[str, Outcome]:
+) -> dict[str, Measured]:
     """Measure the providers of one case together; ``x`` replaces the random images, ``cold`` adds cold starts.
 
     One of ours whose error breaks the rule gets no time: the whole-network form of it, RMS over the logits (in
     training, over all gradients) at most 2 × (3 ×) eager's plus the dtype's floor.
     """
-    x = example_input(case.batch, case.size, DTYPES[case.dtype], case.device) if x is None else x
+    if x is None:
+        x = example_input(case.batch, case.size, SHORT_DTYPES[case.dtype], case.device)
     with fair():
-        ready, outcomes, eager = _build(case, providers, x, say)
-        runs = {id: (lambda made=made: made.run(x)) for id, made in ready.items()}
-        timings = (
-            interleaved(
-                runs,
+        model = reference_model(case.model, case.device)
+        say("the answers in float64, and eager's error …")
+        judged_by = _oracle(case, model, x)
+        built, measured = _build_all(case, providers, model, x, judged_by, say)
+        timings: dict[str, Timing] = {}
+        if built:
+            timings = interleaved(
+                {id: partial(one.run, x) for id, one in built.items()},
                 device=case.device,
                 max_seconds=max_seconds,
                 max_rounds=max_rounds,
                 confidence=confidence,
                 progress=progress,
             )
-            if runs
-            else {}
-        )
     for id, timing in timings.items():
         started = None
         if cold:
             say(f"{id}: cold start …")
             started = cold_start(id, case.mode, case.model, case.dtype, case.batch, case.size, case.device)
-        outcomes[id] = Outcome(id, _row(case, ready[id], timing, timings, eager, started), timing)
-    return outcomes
+        row = _row(case, built[id], timings, judged_by.eager, started)
+        measured[id] = Measured(id, row, timing)
+    return measured
 
 
-def _build(
-    case: Case, providers: Iterable[Provider], x: Tensor, say: Callable[[str], None]
-) -> tuple[dict[str, _Ready], dict[str, Outcome], float]:
-    """(what may be timed, what became of the others, eager's error)."""
-    model = reference_model(case.model, case.device)
-    say("the answers in float64, and eager's error …")
+def _oracle(case: Case, model: nn.Module, x: Tensor) -> _Oracle:
     exact = oracle(case.mode, model, x)
-    eager = _distance(case.mode, PROVIDERS["eager-nchw"].prepare(case.mode, model, x, x.dtype), x, exact)
-    allowed = (FACTOR if case.mode == "infer" else GRADIENT_FACTOR) * eager + FLOOR[x.dtype]
-    ready: dict[str, _Ready] = {}
-    outcomes: dict[str, Outcome] = {}
-    for p in providers:
-        skipped, wrong = p.why_not(case.mode, case.device, case.dtype), None
+    eager = _distance(PROVIDERS["eager-nchw"].prepare(case.mode, model, x, x.dtype), x, exact)
+    factor = FACTOR if case.mode == "infer" else GRADIENT_FACTOR
+    return _Oracle(exact, eager, factor * eager + FLOOR[x.dtype])
+
+
+def _build_all(
+    case: Case,
+    providers: Iterable[Provider],
+    model: nn.Module,
+    x: Tensor,
+    judged_by: _Oracle,
+    say: Callable[[str], None],
+) -> tuple[dict[str, _Built], dict[str, Measured]]:
+    """Return the providers that may be timed, and why the others may not."""
+    built: dict[str, _Built] = {}
+    refused: dict[str, Measured] = {}
+    for provider in providers:
+        skipped = provider.why_not(case.mode, case.device, case.dtype)
         if skipped is None:
-            say(f"{p.id}: building …")
-            try:
-                made = _prepare(p, case, model, x, exact)
-                if p.ours and not made.error <= allowed:
-                    wrong = f"error {made.error:.3g} against float64, allowed {allowed:.3g} (eager's is {eager:.3g})"
-            except NotUsed as reason:
-                skipped = str(reason)
-            except Exception as error:  # engines fail in ways of their own: a finding, and no reason to lose the others
-                words = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-                if p.ours and not isinstance(error, torch.OutOfMemoryError):
-                    traceback.print_exc()
-                    wrong = words
-                else:
-                    skipped = words
-        if skipped is None and wrong is None:
-            ready[p.id] = made
+            say(f"{provider.id}: building …")
+            found = _build(provider, case, model, x, judged_by)
         else:
-            outcomes[p.id] = Outcome(p.id, skipped=skipped, wrong=wrong)
-            say(f"{p.id}: {f'skipped: {skipped}' if wrong is None else f'WRONG: {wrong}; not timed'}")
-    return ready, outcomes, eager
+            found = Measured(provider.id, skipped=skipped)
+        if isinstance(found, _Built):
+            built[provider.id] = found
+            continue
+        refused[provider.id] = found
+        reason = f"skipped: {found.skipped}" if found.wrong is None else f"WRONG: {found.wrong}; not timed"
+        say(f"{provider.id}: {reason}")
+    return built, refused
+
+
+def _build(provider: Provider, case: Case, model: nn.Module, x: Tensor, judged_by: _Oracle) -> _Built | Measured:
+    """Build a provider, or return why it is skipped or wrong."""
+    try:
+        built = _prepare(provider, case, model, x, judged_by.exact)
+    except NotUsed as reason:
+        return Measured(provider.id, skipped=str(reason))
+    except Exception as error:  # engines raise errors of many types: each is a finding, and the others are still timed
+        first_line = (str(error).splitlines() or [""])[0]
+        failed = f"failed: {type(error).__name__}: {first_line}"
+        if not provider.ours or isinstance(error, torch.OutOfMemoryError):
+            return Measured(provider.id, skipped=failed)
+        traceback.print_exc()
+        return Measured(provider.id, wrong=failed)
+    within = built.error <= judged_by.allowed  # false for a NaN
+    if provider.ours and not within:
+        limits = f"allowed {judged_by.allowed:.3g} (eager's is {judged_by.eager:.3g})"
+        return Measured(provider.id, wrong=f"error {built.error:.3g} against float64, {limits}")
+    return built
 
 
 def oracle(mode: str, model: nn.Module, x: Tensor) -> Tensor:
-    """Float64: the logits of the first images (on the CPU), or the gradients of a training step on all of them."""
+    """Return in float64 the logits of the first images, or the gradients of a training step on all; on the CPU."""
     wide = copy.deepcopy(model).double()
     if mode == "infer":
         with torch.no_grad():
@@ -154,45 +185,48 @@ def oracle(mode: str, model: nn.Module, x: Tensor) -> Tensor:
     return step.gradients().cpu()
 
 
-def _distance(mode: str, run: Callable[[Tensor], Tensor], x: Tensor, exact: Tensor) -> float:
-    """Relative RMS distance from the oracle of a provider that has not run before."""
+def _distance(run: Callable[[Tensor], Tensor], x: Tensor, exact: Tensor) -> float:
+    """Run a provider for the first time; returns its relative RMS distance from the oracle."""
     out = run(x)
-    got = out[:ORACLE_IMAGES] if mode == "infer" else run.gradients()
+    got = run.gradients() if isinstance(run, TrainStep) else out[:ORACLE_IMAGES]
     return error(got, exact).rms
 
 
-def _prepare(p: Provider, case: Case, model: nn.Module, x: Tensor, exact: Tensor) -> _Ready:
+def _prepare(provider: Provider, case: Case, model: nn.Module, x: Tensor, exact: Tensor) -> _Built:
+    """Build a provider and run it, on a GPU once more for its peak memory."""
     on_gpu = case.device == "cuda"
     if on_gpu:
         torch.cuda.empty_cache()
-        held, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     start = time.perf_counter()
-    run = p.prepare(case.mode, model, x, DTYPES[case.dtype])
-    found = _distance(case.mode, run, x, exact)  # reads the result back, so it waits for the device
+    run = provider.prepare(case.mode, model, x, SHORT_DTYPES[case.dtype])
+    distance = _distance(run, x, exact)  # reads the result back, so it waits for the device
     first = time.perf_counter() - start
     if not on_gpu:
-        return _Ready(p, run, found, first, None)
+        return _Built(provider, run, distance, first, None)
     torch.cuda.reset_peak_memory_stats()
     run(x)
     torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - held
+    peak = torch.cuda.max_memory_allocated() - allocated
     torch.cuda.empty_cache()
     # A graph's private pool is reserved, not allocated, so each of the two counts alone would miss something.
-    return _Ready(p, run, found, first, max(peak, torch.cuda.memory_reserved() - reserved))
+    return _Built(provider, run, distance, first, max(peak, torch.cuda.memory_reserved() - reserved))
 
 
 def work(case: Case) -> tuple[int, float | None]:
-    """FLOPs of one call, and its floor in seconds if this device's ceilings are known."""
+    """Return the FLOPs of one call, and its floor in seconds if this device's ceilings are known."""
     levels = {"infer": INFERENCE, "train": TRAINING}[case.mode]
-    dtype = DTYPES[case.dtype]
+    dtype = SHORT_DTYPES[case.dtype]
     steps = list(levels[CEILING[case.mode]](network(case.model, case.batch, case.size, dtype)))
+    flops = sum(step.flops for step in steps)
     limits = known_ceilings(case.device)
-    seconds = None if limits is None else sum(f.seconds for f in floor.predict(steps, limits, dtype))
-    return sum(step.flops for step in steps), seconds
+    if limits is None:
+        return flops, None
+    return flops, sum(step.seconds for step in floor.predict(steps, limits, dtype))
 
 
 def known_ceilings(device: str) -> chips.Ceilings | None:
-    """This GPU's ceilings, or None: a CPU, or a GPU that nobody wrote down."""
+    """Return this GPU's ceilings; None for a CPU and for an unlisted GPU."""
     if device != "cuda":
         return None
     try:
@@ -201,33 +235,34 @@ def known_ceilings(device: str) -> chips.Ceilings | None:
         return None
 
 
-def _row(
-    case: Case, made: _Ready, timing: Timing, timings: dict[str, Timing], eager: float, started: ColdStart | None
-) -> Row:
+def _row(case: Case, built: _Built, timings: dict[str, Timing], eager: float, started: ColdStart | None) -> Row:
+    provider = built.provider
+    timing = timings[provider.id]
     low, high = timing.quartiles
-    p = made.provider
-    flops, floor = work(case)
-    speed = {other: timing.speedup_over(base) for other, base in timings.items() if other != p.id}
+    flops, least = work(case)
+    peak = built.peak_bytes
+    if not peak and started:
+        peak = started.peak_bytes
     return Row(
-        "model",
-        case.name,
-        p.id,
-        p.ours,
-        case.dtype,
-        case.batch,
-        case.size,
-        "nchw",
-        timing.median,
-        low,
-        high,
-        len(timing.seconds),
+        level="model",
+        case=case.name,
+        provider=provider.id,
+        ours=provider.ours,
+        dtype=case.dtype,
+        batch=case.batch,
+        size=case.size,
+        layout="nchw",
+        seconds=timing.median,
+        low=low,
+        high=high,
+        rounds=len(timing.seconds),
         img_s=case.batch / timing.median,
         tflops=flops / timing.median / 1e12,
-        roofline=floor and floor / timing.median,
-        first_s=made.first_s,
-        cold_s=started and started.seconds,
-        peak_bytes=made.peak_bytes or started and started.peak_bytes,
-        error=made.error,
+        roofline=least and least / timing.median,
+        first_s=built.first_s,
+        cold_s=started.seconds if started else None,
+        peak_bytes=peak,
+        error=built.error,
         eager_error=eager,
-        speed_over=speed,
+        speed_over={other: timing.speedup_over(base) for other, base in timings.items() if other != provider.id},
     )

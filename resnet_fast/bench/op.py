@@ -7,72 +7,61 @@ of its arguments, together larger than the cache. On a GPU the walk is one CUDA 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from ..dispatch.problem import ACROSS, Problem
-from ..dispatch.registry import Kernel
+from ..dispatch import ACROSS, Kernel, Problem
 from ..kernels.prepack import fold
-from ..models.problems import across_layers, conv_layers
+from ..models.problems import TRAINING, across_layers, conv_layers, problem_after
 from ..roofline import cost
 from ..roofline.floor import problem_floor
 from ..runtime.cuda_graph import captured
 from ..testing.check import check_kernel
 from ..testing.eager import eager
 from ..testing.samples import make_args
+from ..util.machine import SHORT_DTYPES
 from ..util.timing import Timing, interleaved
 from . import folded
 from .ledger import Row
-from .network import Outcome, known_ceilings
-from .providers import DTYPES, fair
+from .network import Measured, known_ceilings
+from .providers import fair
 
 CPU_CACHE = 32 << 20  # at least this much is walked through: a server core's share of its last-level cache is smaller
 MAX_COPIES = 16
 CHECK_BATCH = 2  # the oracle is float64 on the CPU
 
 # What stands beside the kernels: torch's ops one by one, and for convolutions the bar of ``folded``.
-_EAGER = ("eager",)
-BASELINES = {
+BASELINES: dict[str, tuple[str, ...]] = {
     "conv_bn_act": ("eager", "folded"),
-    "bn_act": _EAGER,
-    "bn_act_backward": _EAGER,
-    "add_act": _EAGER,
-    "add_act_backward": _EAGER,
-    **dict.fromkeys(ACROSS, _EAGER),
+    **dict.fromkeys((*TRAINING, *ACROSS), ("eager",)),
 }
-TRAINING = tuple(op for op in BASELINES if op not in ("conv_bn_act", *ACROSS))
+
+Call = Callable[[tuple], object]
 
 
 def op_problems(
     model: str, batch: int, size: int, dtype: torch.dtype, device: str, capability: tuple[int, int] | None = None
 ) -> list[Problem]:
-    """Every distinct problem of a network: its convolutions, the batch norms and adds of its training step, its groups of convolutions."""
-    found: dict[Problem, None] = {}
+    """Return every distinct problem of a network: its convolutions, what training adds, groups of convolutions."""
     single = conv_layers(model, batch, size, dtype, device, capability)
     convs = [layer.problem for layer in single]
-    found |= dict.fromkeys(convs)
+    found = dict.fromkeys(convs)
     for conv in convs:
-        found |= dict.fromkeys(filter(None, (after(conv, op) for op in TRAINING)))
+        after = (problem_after(conv, op) for op in TRAINING)
+        found |= dict.fromkeys(problem for problem in after if problem is not None)
     found |= dict.fromkeys(group.problem for group in across_layers(single))
     return list(found)
 
 
-def after(conv: Problem, op: str) -> Problem | None:
-    """The batch norm or residual add that follows a convolution in training, or its derivative; None where nothing is added."""
-    if op.startswith("add_act") and not conv.residual:
-        return None
-    return Problem(
-        op,
-        conv.device,
-        conv.dtype,
-        (conv.x[0], conv.weight[0], *conv.out_hw),
-        "nhwc",
-        residual=conv.residual,
-        act=conv.act,
-        capability=conv.capability,
-    )
+@dataclass
+class _Checked:
+    """The calls that may be timed, the errors of each, and what became of the other kernels."""
+
+    calls: dict[str, Call]
+    errors: dict[str, float] = field(default_factory=dict)
+    refused: dict[str, Measured] = field(default_factory=dict)
 
 
 def measure_op(
@@ -83,59 +72,77 @@ def measure_op(
     max_rounds: int = 100,
     confidence: float = 0.01,
     progress: Callable[[int], None] | None = None,
-) -> dict[str, Outcome]:
+) -> dict[str, Measured]:
     """Measure kernels on one problem beside its ``BASELINES``.
 
     A kernel that breaks the error rule on the same problem at batch 2 gets no time.
     """
-    outcomes: dict[str, Outcome] = {}
-    errors: dict[str, float] = {}
-    calls: dict[str, Callable[[tuple], object]] = {"eager": lambda args: eager(problem.op, args)}
-    small = replace(problem, x=(min(problem.x[0], CHECK_BATCH), *problem.x[1:]))
-    for kernel in kernels:
-        reason = kernel.reason(problem)
-        if reason is not None:
-            outcomes[kernel.id] = Outcome(kernel.id, skipped=reason)
-            continue
-        verdict = check_kernel(kernel, small)
-        if not verdict.ok:
-            outcomes[kernel.id] = Outcome(kernel.id, wrong=verdict.reason)
-            continue
-        errors[kernel.id] = verdict.error.rms
-        errors["eager"] = verdict.eager.rms
-        calls[kernel.id] = lambda args, kernel=kernel: kernel.fn(*args)
+    checked = _check(problem, kernels)
     copies = _copies(problem)
     with fair(), torch.inference_mode():
-        variants = {
-            id: _walk(call, [make_args(problem, seed) for seed in range(copies)], problem.device)
-            for id, call in calls.items()
-        }
-        if "folded" in BASELINES[problem.op]:
-            bar = [_bar(make_args(problem, seed), problem) for seed in range(copies)]
-            variants["folded"] = _walk(lambda ready: ready[0](*ready[1:]), bar, problem.device)
         walks = interleaved(
-            variants,
+            _variants(problem, checked.calls, copies),
             device=problem.device,
             max_seconds=max_seconds,
             max_rounds=max_rounds,
             confidence=confidence,
             progress=progress,
         )
-    timings = {id: Timing(tuple(s / copies for s in walk.seconds)) for id, walk in walks.items()}
-    for id, timing in timings.items():
-        outcomes[id] = Outcome(id, _row(problem, id, timing, timings, errors.get(id), errors.get("eager")), timing)
-    return outcomes
+    timings = {id: _of_one_call(walk, copies) for id, walk in walks.items()}
+    timed = {id: Measured(id, _row(problem, id, timings, checked.errors), timings[id]) for id in timings}
+    return checked.refused | timed
+
+
+def _of_one_call(walk: Timing, calls: int) -> Timing:
+    return Timing(tuple(seconds / calls for seconds in walk.seconds))
+
+
+def _check(problem: Problem, kernels: Iterable[Kernel]) -> _Checked:
+    """Check each kernel on the problem at a small batch."""
+    checked = _Checked({"eager": lambda args: eager(problem.op, args)})
+    small = replace(problem, x=(min(problem.x[0], CHECK_BATCH), *problem.x[1:]))
+    for kernel in kernels:
+        reason = kernel.reason(problem)
+        if reason is not None:
+            checked.refused[kernel.id] = Measured(kernel.id, skipped=reason)
+            continue
+        verdict = check_kernel(kernel, small)
+        if not verdict.ok:
+            checked.refused[kernel.id] = Measured(kernel.id, wrong=verdict.reason)
+            continue
+        checked.errors[kernel.id] = verdict.error.rms
+        checked.errors["eager"] = verdict.eager.rms
+        checked.calls[kernel.id] = _call_of(kernel)
+    return checked
+
+
+def _call_of(kernel: Kernel) -> Call:
+    return lambda args: kernel.fn(*args)
 
 
 def _copies(problem: Problem) -> int:
-    """How many argument sets flush the cache four times over; at least two."""
+    """Return how many argument sets flush the cache four times over; at least two."""
     cache = torch.cuda.get_device_properties().L2_cache_size if problem.device == "cuda" else CPU_CACHE
     one = sum(a.nbytes for a in make_args(problem) if isinstance(a, Tensor))
-    return max(2, min(MAX_COPIES, -(-4 * cache // max(one, 1))))
+    needed = -(-4 * cache // max(one, 1))
+    return max(2, min(MAX_COPIES, needed))
 
 
-def _walk(call: Callable[[tuple], object], sets: list[tuple], device: str) -> Callable[[], object]:
-    """One pass over all argument sets; on a GPU captured as a graph after a first pass outside it."""
+def _variants(problem: Problem, calls: dict[str, Call], copies: int) -> dict[str, Callable[[], object]]:
+    """Return one walk for each call, and one for the bar; each has its own copies of the arguments."""
+
+    def argument_sets() -> list[tuple]:
+        return [make_args(problem, seed) for seed in range(copies)]
+
+    variants = {id: _walk(call, argument_sets(), problem.device) for id, call in calls.items()}
+    if "folded" in BASELINES[problem.op]:
+        bar = [_bar(args, problem) for args in argument_sets()]
+        variants["folded"] = _walk(lambda ready: ready[0](*ready[1:]), bar, problem.device)
+    return variants
+
+
+def _walk(call: Call, sets: list[tuple], device: str) -> Callable[[], object]:
+    """Return one pass over all argument sets; on a GPU captured as a graph after a first pass outside it."""
 
     def walk() -> None:
         for args in sets:
@@ -147,45 +154,37 @@ def _walk(call: Callable[[tuple], object], sets: list[tuple], device: str) -> Ca
 
 
 def _bar(args: tuple, problem: Problem) -> tuple:
-    """The bar's convolution for these arguments, folded beforehand, and the tensors to call it with."""
+    """Return the bar's convolution for these arguments, folded beforehand, and the tensors to call it with."""
     x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act = args
     weight, bias = fold(weight, scale, shift, mean, var, eps)
     conv = folded.Folded(weight, bias, (stride, padding, dilation, groups), act)
-    return (folded.onednn if problem.device == "cpu" else folded.cudnn)(conv), x, residual
+    library = folded.onednn if problem.device == "cpu" else folded.cudnn
+    return library(conv), x, residual
 
 
-def _row(
-    problem: Problem,
-    id: str,
-    timing: Timing,
-    timings: dict[str, Timing],
-    error: float | None,
-    eager_error: float | None,
-) -> Row:
+def _row(problem: Problem, id: str, timings: dict[str, Timing], errors: dict[str, float]) -> Row:
+    timing = timings[id]
     low, high = timing.quartiles
-    dtype = next(name for name, dtype in DTYPES.items() if dtype == problem.dtype)
-    speed = {other: timing.speedup_over(base) for other, base in timings.items() if other != id}
-    ours = id not in BASELINES[problem.op] and not id.startswith("aten")
     step, limits = cost.problem_step(problem), known_ceilings(problem.device)
-    floor = limits and problem_floor(problem, limits).seconds
+    floor = problem_floor(problem, limits).seconds if limits else None
     return Row(
-        "op",
-        f"op/{problem.key}",
-        id,
-        ours,
-        dtype,
-        problem.x[0],
-        None,
-        problem.layout,
-        timing.median,
-        low,
-        high,
-        len(timing.seconds),
+        level="op",
+        case=f"op/{problem.key}",
+        provider=id,
+        ours=id not in BASELINES[problem.op] and not id.startswith("aten"),
+        dtype=next(name for name, dtype in SHORT_DTYPES.items() if dtype == problem.dtype),
+        batch=problem.x[0],
+        size=None,
+        layout=problem.layout,
+        seconds=timing.median,
+        low=low,
+        high=high,
+        rounds=len(timing.seconds),
         problem=problem.key,
         tflops=step.flops / timing.median / 1e12 or None,
         gb_s=step.bytes / timing.median / 1e9,
         roofline=floor and floor / timing.median,
-        error=error,
-        eager_error=eager_error,
-        speed_over=speed,
+        error=errors.get(id),
+        eager_error=errors.get("eager"),
+        speed_over={other: timing.speedup_over(base) for other, base in timings.items() if other != id},
     )

@@ -1,7 +1,7 @@
 """Every way to run a network that a user could pick, as a Provider: eager, folded, compiled, ours, other engines.
 
-All are built from one reference model, so all compute with the same weights and each time can stand beside an error.
-Each takes the same input, contiguous NCHW in the case's dtype; what it does to that input first is part of its time.
+All are built from one reference model, so all compute with the same weights and each time has an error beside it. Each
+takes the same input, contiguous NCHW in the case's dtype; converting that input is part of a provider's time.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,15 @@ from ..dispatch import named, use
 from ..dispatch.problem import ACROSS
 from ..live.accelerate import accelerate
 from ..models.family import create_model
+from ..models.settle import settle
 from ..planning.make import plan
+from ..util.machine import SHORT_DTYPES
 from . import engines, folded
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = SHORT_DTYPES  # of a case
 MODES = ("infer", "train")
-Build = Callable[[nn.Module, Tensor, torch.dtype], Callable[[Tensor], Tensor]]
+Run = Callable[[Tensor], Tensor]
+Build = Callable[[nn.Module, Tensor, torch.dtype], Run]
 
 
 def _always() -> None:
@@ -59,19 +63,23 @@ class Provider:
             return f"{self.title} takes {', '.join(self.dtypes)}, not {dtype}"
         return self.unavailable()
 
-    def prepare(self, mode: str, model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    def prepare(self, mode: str, model: nn.Module, example: Tensor, dtype: torch.dtype) -> Run:
         """Build for "infer" or "train"."""
-        return (self.build if mode == "infer" else self.train)(model, example, dtype)
+        build = self.build if mode == "infer" else self.train
+        return build(model, example, dtype)
 
 
 # ---------------------------------------------------------------- what every provider shares
 
 
 def reference_model(name: str, device: str | torch.device = "cpu", seed: int = 0) -> nn.Module:
-    """The eager model that all providers share: torchvision's if installed, else our plain modules; settled, eval, fp32, NCHW."""
+    """Return the eager model that all providers share, settled, eval, fp32, NCHW.
+
+    It is torchvision's if that is installed, else ours held to its plain modules.
+    """
     torch.manual_seed(seed)
     if importlib.util.find_spec("torchvision") is None:
-        model = plain(create_model(name))
+        model: Any = plain(create_model(name))
     else:
         import torchvision
 
@@ -80,38 +88,27 @@ def reference_model(name: str, device: str | torch.device = "cpu", seed: int = 0
     return settle(model).eval().to(device)
 
 
-def settle(model: nn.Module) -> nn.Module:
-    """Random γ and β, and the statistics of random images: nothing is trivial and activations stay in range. Leaves it in train."""
-    for bn in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
-        nn.init.uniform_(bn.weight, 0.5, 1.0)
-        nn.init.normal_(bn.bias, std=0.2)
-        bn.momentum = 1.0
-    with torch.no_grad():
-        model.train()(torch.randn(4, 3, 64, 64))
-    for bn in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
-        bn.momentum = 0.1
-        bn.num_batches_tracked.zero_()
-    return model
-
-
 def plain(model: nn.Module) -> nn.Module:
-    """One of our models held to its plain modules: the path rule leaves alone what has its own forward."""
+    """Make one of our models run its plain modules: a module with its own forward is not fused."""
     for m in model.modules():
         if isinstance(m, nn.ReLU):
-            m.forward = m.forward
+            m.forward = m.forward  # type: ignore[method-assign]
     return model
 
 
 def example_input(batch: int, size: int, dtype: torch.dtype, device: str | torch.device, seed: int = 0) -> Tensor:
-    """Random normal images, contiguous NCHW (zeros would run 13 % faster on a GPU and prove nothing)."""
+    """Return random normal images, contiguous NCHW (zeros would run 13 % faster on a GPU and prove nothing)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, 3, size, size, generator=generator).to(device, dtype)
 
 
 @contextmanager
 def fair() -> Iterator[None]:
-    """What every provider of a case is measured under: cuDNN may choose its algorithms by timing, and the compiler
-    starts without specialisations of earlier cases (its limit counts every model of a process)."""
+    """Measure every provider of a case under the same settings.
+
+    cuDNN may choose its algorithms by timing, and the compiler starts without specialisations of earlier cases (its
+    limit counts every model of a process).
+    """
     benchmark = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     torch.compiler.reset()
@@ -125,10 +122,10 @@ def fair() -> Iterator[None]:
 
 
 def _inference(
-    run: Callable[[Tensor], Tensor],
+    run: Run,
     memory_format: torch.memory_format = torch.contiguous_format,
     guard: Callable = torch.inference_mode,
-) -> Callable[[Tensor], Tensor]:
+) -> Run:
     def infer(x: Tensor) -> Tensor:
         with guard():
             return run(x.contiguous(memory_format=memory_format))
@@ -137,64 +134,64 @@ def _inference(
 
 
 def _copy(model: nn.Module, dtype: torch.dtype, memory_format: torch.memory_format = torch.channels_last) -> nn.Module:
-    return copy.deepcopy(model).to(dtype=dtype, memory_format=memory_format)
+    return copy.deepcopy(model).to(dtype).to(memory_format=memory_format)
 
 
-def _eager_nchw(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _eager_nchw(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Run:
     return _inference(_copy(model, dtype, torch.contiguous_format))
 
 
-def _eager_nhwc(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _eager_nhwc(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Run:
     return _inference(_copy(model, dtype), torch.channels_last)
 
 
-def _folded(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _folded(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Run:
     if example.device.type == "cpu":
         return folded.FoldedNet(model, dtype, folded.onednn)
     return folded.graphed(folded.FoldedNet(model, dtype, folded.cudnn), example)
 
 
-def _compile(**how) -> Build:
-    def build(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        # no_grad, not inference_mode: what the compiler's own documentation uses, and enough for freezing.
-        compiled = torch.compile(_copy(model, dtype), fullgraph=True, dynamic=False, **how)
+def _compile(**options) -> Build:
+    def build(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Run:
+        # no_grad, not inference_mode: the compiler's own documentation uses it, and it is enough for freezing.
+        compiled = torch.compile(_copy(model, dtype), fullgraph=True, dynamic=False, **options)
         return _inference(compiled, torch.channels_last, torch.no_grad)
 
     return build
 
 
-def _best() -> dict:
+def _best_options() -> dict:
     return {"options": {**torch._inductor.list_mode_options("max-autotune"), "freezing": True}}
 
 
-def _compile_best(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    return _compile(**_best())(model, example, dtype)
+def _compile_best(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Run:
+    return _compile(**_best_options())(model, example, dtype)
 
 
-def _ours(model: nn.Module) -> nn.Module:
+def _ours(model: Any) -> nn.Module:
     net = create_model(model.architecture).to(next(model.parameters()).device)
     net.load_state_dict(model.state_dict())
     return net.eval()
 
 
-def _dropin(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    return _inference(_ours(model).to(dtype=dtype, memory_format=torch.channels_last))
+def _dropin(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Run:
+    return _inference(_ours(model).to(dtype).to(memory_format=torch.channels_last))
 
 
 def _accelerated(model: nn.Module) -> nn.Module:
     return accelerate(copy.deepcopy(model))
 
 
-def _accelerate(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    return _inference(_accelerated(model).to(dtype=dtype, memory_format=torch.channels_last))
+def _accelerate(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Run:
+    return _inference(_accelerated(model).to(dtype).to(memory_format=torch.channels_last))
 
 
-def _plan(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _plan(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Run:
     return plan(model, example, dtype=dtype)
 
 
-def _plan_across(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Every kind of group; one of which no kernel has won on this GPU runs step by step."""
+def _plan_across(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Run:
+    """Plan with every kind of group; a group runs step by step if no kernel has won on this GPU."""
     return plan(model, example, dtype=dtype, across=ACROSS)
 
 
@@ -204,14 +201,14 @@ def _plan_across(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Calla
 class TrainStep:
     """One step of SGD with momentum on cross-entropy: forward, backward, update; x: [N, 3, H, W] → the loss.
 
-    Half precision is autocast over float32 weights, as people train. The learning rate is tiny: the work is the same
-    and nothing diverges.
+    Half precision is autocast over float32 weights, as in common training recipes. The learning rate is tiny: the work
+    is the same and nothing diverges.
     """
 
     def __init__(
         self,
         net: nn.Module,
-        forward: Callable[[Tensor], Tensor],
+        forward: Run,
         dtype: torch.dtype,
         memory_format: torch.memory_format = torch.channels_last,
     ) -> None:
@@ -222,14 +219,15 @@ class TrainStep:
         x = x.contiguous(memory_format=self.memory_format)
         target = torch.arange(x.shape[0], device=x.device)
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype not in (torch.float32, torch.float64)):
+        half = self.dtype not in (torch.float32, torch.float64)
+        with torch.autocast(x.device.type, self.dtype, enabled=half):
             loss = nn.functional.cross_entropy(self.forward(x), target)
         loss.backward()
         self.optimizer.step()
         return loss.detach()
 
     def gradients(self) -> Tensor:
-        """The last step's gradients of all parameters, end to end."""
+        """Return the last step's gradients of all parameters, concatenated."""
         return torch.cat([p.grad.flatten() for p in self.net.parameters()])
 
 
@@ -248,50 +246,57 @@ def _train(
 
 # ---------------------------------------------------------------- the list
 
-PROVIDERS = {
-    p.id: p
-    for p in (
-        Provider("eager-nchw", "eager, NCHW", _eager_nchw, _train(copy.deepcopy, torch.contiguous_format)),
-        Provider("eager", "eager, channels_last", _eager_nhwc, _train(copy.deepcopy)),
-        Provider("folded", "folded + fused by torch", _folded),
-        Provider("compile", "torch.compile", _compile(), _train(copy.deepcopy, compiled=dict)),
-        Provider(
-            "compile-best",
-            "torch.compile, max-autotune",
-            _compile_best,
-            _train(copy.deepcopy, compiled=lambda: {"mode": "max-autotune"}),
-        ),
-        Provider("ours", "resnet_fast, drop-in", _dropin, _train(_ours), ours=True),
-        Provider("ours-accelerate", "resnet_fast, accelerate()", _accelerate, _train(_accelerated), ours=True),
-        Provider("ours-plan", "resnet_fast, plan()", _plan, ours=True),
-        Provider("ours-plan-across", "resnet_fast, plan(across=…)", _plan_across, devices=("cuda",), ours=True),
-        Provider(
-            "openvino", "OpenVINO", engines.openvino, None, engines.missing("openvino"), ("cpu",), ("fp32", "bf16")
-        ),
-        Provider(
-            "onnxruntime",
-            "ONNX Runtime",
-            engines.onnxruntime,
-            None,
-            engines.missing("onnxruntime", "onnx", "onnxscript"),
-            dtypes=("fp32", "fp16"),
-        ),
-        Provider("tensorrt", "TensorRT", engines.tensorrt, None, engines.missing("torch_tensorrt"), ("cuda",)),
-        Provider(
-            "cudnn-frontend",
-            "cudnn-frontend",
-            engines.cudnn_frontend,
-            None,
-            engines.missing("cudnn"),
-            ("cuda",),
-            ("fp16", "bf16"),
-        ),
-    )
-}
+_LIST = (
+    Provider("eager-nchw", "eager, NCHW", _eager_nchw, _train(copy.deepcopy, torch.contiguous_format)),
+    Provider("eager", "eager, channels_last", _eager_nhwc, _train(copy.deepcopy)),
+    Provider("folded", "folded + fused by torch", _folded),
+    Provider("compile", "torch.compile", _compile(), _train(copy.deepcopy, compiled=dict)),
+    Provider(
+        "compile-best",
+        "torch.compile, max-autotune",
+        _compile_best,
+        _train(copy.deepcopy, compiled=lambda: {"mode": "max-autotune"}),
+    ),
+    Provider("ours", "resnet_fast, drop-in", _dropin, _train(_ours), ours=True),
+    Provider("ours-accelerate", "resnet_fast, accelerate()", _accelerate, _train(_accelerated), ours=True),
+    Provider("ours-plan", "resnet_fast, plan()", _plan, ours=True),
+    Provider("ours-plan-across", "resnet_fast, plan(across=…)", _plan_across, devices=("cuda",), ours=True),
+    Provider(
+        "openvino",
+        "OpenVINO",
+        engines.openvino,
+        unavailable=engines.missing("openvino"),
+        devices=("cpu",),
+        dtypes=("fp32", "bf16"),
+    ),
+    Provider(
+        "onnxruntime",
+        "ONNX Runtime",
+        engines.onnxruntime,
+        unavailable=engines.missing("onnxruntime", "onnx", "onnxscript"),
+        dtypes=("fp32", "fp16"),
+    ),
+    Provider(
+        "tensorrt",
+        "TensorRT",
+        engines.tensorrt,
+        unavailable=engines.missing("torch_tensorrt"),
+        devices=("cuda",),
+    ),
+    Provider(
+        "cudnn-frontend",
+        "cudnn-frontend",
+        engines.cudnn_frontend,
+        unavailable=engines.missing("cudnn"),
+        devices=("cuda",),
+        dtypes=("fp16", "bf16"),
+    ),
+)
+PROVIDERS = {provider.id: provider for provider in _LIST}
 
 
 def provider(id: str) -> Provider:
-    """The provider of that id, or "kernel:ID" or "kernel:FILE": our plan with it forced where it applies.
+    """Return the provider of that id; "kernel:ID" or "kernel:FILE" is our plan with it forced where it applies.
 
     Raises LookupError for an unknown id, ImportError with what is wrong in a file.
     """
@@ -303,16 +308,20 @@ def provider(id: str) -> Provider:
 
 
 def _forced(kernel: str) -> Provider:
-    forced = named(kernel)  # now, and not when others have been measured for minutes
+    forced = named(kernel)  # raises now, not after others have been measured for minutes
 
-    def build(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    def build(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Run:
         with use(kernel):
             return _plan(model, example, dtype)
+
+    def unavailable() -> str | None:
+        reasons = [k.available() for k in forced]
+        return next((reason for reason in reasons if reason is not None), None)
 
     return Provider(
         f"kernel:{kernel}",
         f"plan() with {kernel}",
         build,
         ours=True,
-        unavailable=lambda: next(filter(None, (k.available() for k in forced)), None),
+        unavailable=unavailable,
     )

@@ -1,6 +1,6 @@
 """``bench``: ours against every way to run the same network here, interleaved, with the error beside each time.
 
-With ``--kernel`` it is single ops that are compared, which is ``bench_kernel``'s.
+With ``--kernel`` it compares single ops: see ``bench_kernel``.
 """
 
 from __future__ import annotations
@@ -8,22 +8,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
 
-from ..bench.ledger import Row, here, measured_by, write_run
-from ..bench.network import Case, Outcome, measure
-from ..bench.op import TRAINING, after
-from ..bench.providers import DTYPES, MODES, PROVIDERS, provider
-from ..dispatch import tables
+from ..bench.ledger import Machine, Row, here, measured_by, write_run
+from ..bench.network import Case, Measured, measure
+from ..bench.providers import MODES, PROVIDERS, Provider, provider
+from ..dispatch import Problem, tables
 from ..models.family import list_models
-from ..models.problems import conv_layers
-from ..util.machine import default_device, device_or_error
-from ..util.text import counted, table
-from .options import positive, seconds, target
+from ..models.problems import TRAINING, conv_layers, problem_after
+from ..util.machine import SHORT_DTYPES, default_device, device_or_error
+from ..util.text import Column, column_table, counted
+from .options import positive, seconds, writable_file
 
 DEFAULT = (
     "eager-nchw",
@@ -40,6 +39,7 @@ DEFAULT = (
 LEGEND = """\
 ratio: speed over eager NCHW, the median of same-round ratios; spread: interquartile range over median;
 error: relative RMS against float64; first s: build, compilation and first call."""
+WEIGHTS = "Weights: random, seeded, the same for all; no pretrained ones are at hand, so no accuracy is claimed."
 
 DESCRIPTION = """\
 Time every way to run a network in interleaved rounds, and print medians,
@@ -66,7 +66,14 @@ def add_parser(commands) -> None:
     p.add_argument(
         "model", metavar="MODEL", nargs="?", default="resnet50", help="an architecture (default %(default)s)"
     )
-    case = p.add_argument_group("what is run")
+    _add_case(p.add_argument_group("what is run"))
+    _add_comparison(p.add_argument_group("what is compared"))
+    _add_kernels(p.add_argument_group("single ops instead of networks"))
+    _add_output(p.add_argument_group("where it goes"))
+    p.set_defaults(run=run)
+
+
+def _add_case(case: argparse._ArgumentGroup) -> None:
     case.add_argument(
         "--mode",
         choices=MODES,
@@ -83,10 +90,12 @@ def add_parser(commands) -> None:
     case.add_argument(
         "--size", type=positive, default=224, metavar="N", help="height and width in pixels (default %(default)s)"
     )
-    case.add_argument("--dtype", choices=DTYPES, help="(default fp32, on a GPU bf16)")
+    case.add_argument("--dtype", choices=SHORT_DTYPES, help="(default fp32, on a GPU bf16)")
     case.add_argument("--device", default=default_device(), help="cpu or cuda (default here: %(default)s)")
     case.add_argument("--photos", action="store_true", help="real photographs (extra bench) instead of random images")
-    compared = p.add_argument_group("what is compared")
+
+
+def _add_comparison(compared: argparse._ArgumentGroup) -> None:
     compared.add_argument(
         "--providers",
         nargs="+",
@@ -100,13 +109,16 @@ def add_parser(commands) -> None:
     compared.add_argument(
         "--cold", action="store_true", help="also the first answer of a fresh process, and its peak memory"
     )
-    single = p.add_argument_group("single ops instead of networks")
+
+
+def _add_kernels(single: argparse._ArgumentGroup) -> None:
     single.add_argument(
         "--kernel",
         nargs="+",
         action="extend",
         metavar="ID|FILE",
-        help="these kernels on each distinct problem of MODEL, beside aten and rivals; without a GPU what the machine code says",
+        help="these kernels on each distinct problem of MODEL, beside aten and rivals; "
+        "without a GPU what the machine code says",
     )
     single.add_argument(
         "--layers", nargs="+", metavar="PATTERN", default=["*"], help="only these, as in 'layer3.*.conv3' (default all)"
@@ -114,17 +126,18 @@ def add_parser(commands) -> None:
     single.add_argument(
         "--gpu", metavar="GPU", default="h200", help="without a GPU: the model to compile for (default %(default)s)"
     )
-    output = p.add_argument_group("where it goes")
+
+
+def _add_output(output: argparse._ArgumentGroup) -> None:
     output.add_argument("--json", action="store_true", help="print the ledger rows as JSON instead of the table")
     output.add_argument(
         "--save",
         nargs="?",
         const=False,
-        type=target,
+        type=writable_file,
         metavar="FILE",
         help="write the run to FILE, or into benchmarks/results",
     )
-    p.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -137,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
     device = device_or_error(args.device)
     dtype, batches = defaults(device.type, args.mode)
     dtype, batches = args.dtype or dtype, args.batch or batches
-    chosen = [provider(id) for id in dict.fromkeys(["eager-nchw", *args.providers])]
+    providers = [provider(id) for id in dict.fromkeys(["eager-nchw", *args.providers])]
     machine = here(args.device)
     machine.facts["command"] = measured_by(["resnet_fast", *args.words], "--save")
     _say(f"{args.mode} {args.model}, {dtype}, {args.size}², on {where(machine)}")
@@ -145,124 +158,131 @@ def run(args: argparse.Namespace) -> int:
     wrong = False
     for batch in batches:
         case = Case(args.mode, args.model, dtype, batch, args.size, device.type)
-        lacking = untuned(case, batches) if device.type == "cuda" else None
-        if lacking:
-            _say(f"  {lacking}")
-        outcomes = measure(
-            case,
-            chosen,
-            x=_photos(args, batch, device, DTYPES[dtype]),
-            max_seconds=args.seconds or 40.0,
-            cold=args.cold,
-            say=lambda line: _say(f"  {line}"),
-            progress=_progress,
-        )
-        _say("")
-        found = [outcome.row for outcome in outcomes.values() if outcome.row is not None]
-        rows += found
-        wrong = wrong or any(outcome.wrong for outcome in outcomes.values())
-        if not args.json:
-            print(
-                "\n".join([case.name, show(found), _refusals(outcomes) + (f"{lacking}\n" if lacking else "")]),
-                flush=True,
-            )
+        measured = _run_case(args, case, batches, providers)
+        rows += _rows(measured)
+        wrong = wrong or any(one.wrong for one in measured.values())
+    _write(args, machine, rows)
+    return 1 if wrong else 0
+
+
+def _run_case(
+    args: argparse.Namespace, case: Case, batches: Sequence[int], providers: list[Provider]
+) -> dict[str, Measured]:
+    """Measure one case and print its table."""
+    not_tuned = untuned(case, batches) if case.device == "cuda" else None
+    if not_tuned:
+        _say(f"  {not_tuned}")
+    measured = measure(
+        case,
+        providers,
+        x=_photos(case, torch.device(args.device)) if args.photos else None,
+        max_seconds=args.seconds or 40.0,
+        cold=args.cold,
+        say=lambda line: _say(f"  {line}"),
+        progress=_progress,
+    )
+    _say("")
+    if not args.json:
+        notes = _refusals(measured) + (f"{not_tuned}\n" if not_tuned else "")
+        print("\n".join([case.name, show(_rows(measured)), notes]), flush=True)
+    return measured
+
+
+def _rows(measured: dict[str, Measured]) -> list[Row]:
+    return [one.row for one in measured.values() if one.row is not None]
+
+
+def _write(args: argparse.Namespace, machine: Machine, rows: list[Row]) -> None:
+    """Write the rows to a file, and print them as JSON, as --save and --json ask; else print what the tables mean."""
     if args.save is not None:
         _say(f"written: {write_run(rows, machine, args.save or None)}")
     if args.json:
         json.dump({"machine": asdict(machine), "rows": [asdict(row) for row in rows]}, sys.stdout, indent=1)
         print()
     else:
-        print(
-            LEGEND
-            + "\nWeights: random, seeded, the same for all; no pretrained ones are at hand, so no accuracy is claimed."
-        )
-    return 1 if wrong else 0
+        print(f"{LEGEND}\n{WEIGHTS}")
 
 
 def defaults(device: str, mode: str) -> tuple[str, tuple[int, ...]]:
-    """(dtype, batch sizes) that people run on such a device."""
+    """Return the (dtype, batch sizes) that are usual on such a device."""
     if device == "cpu":
         return "fp32", (1, 16)
     return "bf16", (256, 1) if mode == "infer" else (32,)
 
 
 def untuned(case: Case, batches: Sequence[int] = ()) -> str | None:
-    """What ours lacks on a GPU that was never tuned for a case, and the command that brings it; None where something was measured."""
-    capability, dtype = torch.cuda.get_device_capability(), DTYPES[case.dtype]
-    convs = [layer.problem for layer in conv_layers(case.model, case.batch, case.size, dtype, "cuda", capability)]
-    asked = (
-        {replace(conv, bn=False) for conv in convs}
-        if case.mode == "infer"
-        else {after(conv, op) for conv in convs for op in TRAINING} - {None}
-    )
-    if any(tables.records(problem) for problem in asked):
+    """Return the command that tunes this GPU for a case, as a sentence; None if something was measured for it."""
+    if any(tables.records(problem) for problem in _tuned_problems(case)):
         return None
+    dtype = str(SHORT_DTYPES[case.dtype]).removeprefix("torch.")
     command = ["python", "-m", "resnet_fast", "tune", case.model, "--batch", *map(str, batches or (case.batch,))]
     command += ["--size", str(case.size)] if case.size != 224 else []
-    command += ["--dtype", str(dtype).removeprefix("torch.")] if case.dtype != "bf16" else []
+    command += ["--dtype", dtype] if case.dtype != "bf16" else []
     command += ["--train"] if case.mode == "train" else []
     return (
-        f"{case.name}: no kernel of ours was measured for this on {tables.gpu_name()} yet, so ours runs torch's own kernels. "
-        f"`{' '.join(command)}` measures them, in minutes, and says how many; then run this again"
+        f"{case.name}: no kernel of ours was measured for this on {tables.gpu_name()} yet, so ours runs torch's own "
+        f"kernels. `{' '.join(command)}` measures them, in minutes, and says how many; then run this again"
     )
 
 
-def where(machine) -> str:
-    """The machine in a few words."""
+def _tuned_problems(case: Case) -> Iterator[Problem]:
+    """Yield the problems that `tune` measures for a case."""
+    capability, dtype = torch.cuda.get_device_capability(), SHORT_DTYPES[case.dtype]
+    for conv in conv_layers(case.model, case.batch, case.size, dtype, "cuda", capability):
+        if case.mode == "infer":
+            yield replace(conv.problem, bn=False)
+            continue
+        after = (problem_after(conv.problem, op) for op in TRAINING)
+        yield from (problem for problem in after if problem is not None)
+
+
+def where(machine: Machine) -> str:
+    """Return the machine in a few words."""
     facts = machine.facts
-    what = (
-        facts["gpu"]
-        if machine.device == "cuda"
-        else f"{facts['cpu']}, {facts['cpu isa']}, {counted(facts['threads'], 'thread')}"
-    )
-    return f"{what}, torch {facts['torch']}"
+    cpu = f"{facts['cpu']}, {facts['cpu isa']}, {counted(facts['threads'], 'thread')}"
+    return f"{facts['gpu'] if machine.device == 'cuda' else cpu}, torch {facts['torch']}"
+
+
+def _title(row: Row) -> str:
+    return PROVIDERS[row.provider].title if row.provider in PROVIDERS else row.provider
+
+
+COLUMNS = (
+    Column[Row]("", _title),
+    Column[Row]("ms", lambda row: f"{row.seconds * 1e3:.1f}"),
+    Column[Row]("img/s", lambda row: f"{row.img_s:.1f}"),
+    Column[Row]("ratio", lambda row: f"{row.speed_over.get('eager-nchw', 1.0):.2f}"),
+    Column[Row]("spread", lambda row: f"{(row.high - row.low) / row.seconds:.0%}"),
+    Column[Row]("error", lambda row: f"{row.error:.1e}"),
+    Column[Row]("eager's", lambda row: f"{row.eager_error:.1e}"),
+    Column[Row]("first s", lambda row: f"{row.first_s:.1f}"),
+    Column[Row]("cold s", lambda row: "" if row.cold_s is None else f"{row.cold_s:.1f}", optional=True),
+    Column[Row]("peak MB", lambda row: "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}", optional=True),
+)
 
 
 def show(rows: list[Row]) -> str:
-    """The comparison as a table."""
-
-    def line(row: Row) -> tuple[str, ...]:
-        title = PROVIDERS[row.provider].title if row.provider in PROVIDERS else row.provider
-        ratio = row.speed_over.get("eager-nchw", 1.0)
-        cold = "" if row.cold_s is None else f"{row.cold_s:.1f}"
-        peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}"
-        return (
-            title,
-            f"{row.seconds * 1e3:.1f}",
-            f"{row.img_s:.1f}",
-            f"{ratio:.2f}",
-            f"{(row.high - row.low) / row.seconds:.0%}",
-            f"{row.error:.1e}",
-            f"{row.eager_error:.1e}",
-            f"{row.first_s:.1f}",
-            cold,
-            peak,
-        )
-
-    header = ["", "ms", "img/s", "ratio", "spread", "error", "eager's", "first s", "cold s", "peak MB"]
-    lines = [line(row) for row in rows]
-    kept = [i for i in range(len(header)) if i < 8 or any(cells[i] for cells in lines)]
-    return table([header[i] for i in kept], [[cells[i] for i in kept] for cells in lines], right=range(1, len(kept)))
+    """Return the comparison as a table."""
+    return column_table(COLUMNS, rows)
 
 
-def _refusals(outcomes: dict[str, Outcome]) -> str:
-    return "".join(
-        f"{o.provider}: {'skipped: ' + o.skipped if o.skipped else 'WRONG: ' + o.wrong}\n"
-        for o in outcomes.values()
-        if o.row is None
-    )
+def _refusals(measured: dict[str, Measured]) -> str:
+    lines = []
+    for one in measured.values():
+        if one.row is None:
+            reason = f"skipped: {one.skipped}" if one.skipped else f"WRONG: {one.wrong}"
+            lines.append(f"{one.provider}: {reason}\n")
+    return "".join(lines)
 
 
-def _photos(args: argparse.Namespace, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-    if not args.photos:
-        return None
+def _photos(case: Case, device: torch.device) -> Tensor:
     from ..data import samples
 
-    return samples.batch(batch, args.size).to(device, dtype)
+    return samples.batch(case.batch, case.size).to(device, SHORT_DTYPES[case.dtype])
 
 
-def _progress(done: int) -> None:
-    print(f"\r  timing round {done} ", end="", file=sys.stderr, flush=True)
+def _progress(rounds: int) -> None:
+    print(f"\r  timing round {rounds} ", end="", file=sys.stderr, flush=True)
 
 
 def _say(text: str) -> None:

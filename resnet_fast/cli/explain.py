@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..analysis.explain import explain
 from ..dispatch import rejected
+from ..runtime.explanation import Explanation, Line
 from ..util.machine import DTYPES, device_or_error
 from .options import add_problem_options
 
@@ -44,8 +45,8 @@ def add_parser(commands) -> None:
         metavar="OP",
         default=(),
         help="explain plan(model, across=OP…), fused across convolutions by these "
-        "ops: pointwise_pair, conv_tail, conv_pool, pointwise_pool; with --diff that is the fused schedule, with --model-gpu "
-        "the one whose floors are told",
+        "ops: pointwise_pair, conv_tail, conv_pool, pointwise_pool; with --diff that is the fused schedule, "
+        "with --model-gpu the one whose floors are told",
     )
     p.add_argument(
         "--rejected", action="store_true", help="say for each distinct problem why every other kernel was not chosen"
@@ -57,14 +58,11 @@ def add_parser(commands) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..models.family import create_model
 
-    if args.model_gpu and args.json or args.rejected and (args.model_gpu or args.diff or args.json):
-        raise ValueError("--rejected goes with the plain table only, --json not with --model-gpu")
-    if args.across and args.train:
-        raise ValueError("--across is of plans, which do not train")
+    _refuse_combinations(args)
     if args.model_gpu:
-        from ..analysis.network_floor import table as roofline_table
+        from ..analysis.network_floor import table as floor_table
 
-        print(roofline_table(args.model, args.batch, args.size, DTYPES[args.dtype], args.model_gpu, args.across))
+        print(floor_table(args.model, args.batch, args.size, DTYPES[args.dtype], args.model_gpu, args.across))
         return 0
     device, dtype = device_or_error(args.device), DTYPES[args.dtype]
     torch.manual_seed(0)
@@ -76,39 +74,52 @@ def run(args: argparse.Namespace) -> int:
     if args.across:
         from ..planning.make import plan
 
-        model = plan(model.eval(), example, across=args.across)
-        _say_absent(model.notes)
-    found = explain(model, example)
+        planned = plan(model.eval(), example, across=args.across)
+        _say_absent(planned.notes)
+        found = explain(planned, example)  # type: ignore[arg-type]  # a plan knows its own steps
+    else:
+        found = explain(model, example)
     if args.json:
-        print(
-            json.dumps(
-                [
-                    {
-                        "layer": x.module,
-                        "op": x.op,
-                        "problem": x.problem and x.problem.key,
-                        "kernel": x.kernel,
-                        "why": x.why,
-                        "time_us": x.time_us,
-                        "floor_us": x.floor_us,
-                    }
-                    for x in found
-                ],
-                indent=1,
-            )
-        )
+        print(json.dumps([_record(line) for line in found], indent=1))
         return 0
     print(found)
     if args.rejected:
-        for problem in dict.fromkeys(line.problem for line in found if line.problem is not None):
-            print(f"\n{problem.key}")
-            for kernel, reason in rejected(problem).items():
-                print(f"  {kernel:26} {reason}")
+        _print_rejected(found)
     return 0
 
 
+def _refuse_combinations(args: argparse.Namespace) -> None:
+    json_of_floors = args.json and args.model_gpu
+    rejected_of_others = args.rejected and (args.model_gpu or args.diff or args.json)
+    if json_of_floors or rejected_of_others:
+        raise ValueError("--rejected goes with the plain table only, --json not with --model-gpu")
+    if args.across and args.train:
+        raise ValueError("--across is of plans, which do not train")
+
+
+def _record(line: Line) -> dict[str, object]:
+    """Return a line as it is printed by --json."""
+    return {
+        "layer": line.module,
+        "op": line.op,
+        "problem": line.problem and line.problem.key,
+        "kernel": line.kernel,
+        "why": line.why,
+        "time_us": line.time_us,
+        "floor_us": line.floor_us,
+    }
+
+
+def _print_rejected(found: Explanation) -> None:
+    problems = dict.fromkeys(line.problem for line in found if line.problem is not None)
+    for problem in problems:
+        print(f"\n{problem.key}")
+        for kernel, reason in rejected(problem).items():
+            print(f"  {kernel:26} {reason}")
+
+
 def _say_absent(notes: list[str]) -> None:
-    """What --across named and the network does not have: on stderr, for the table alone would not tell."""
+    """Print on stderr which ops of --across the network has no group for: the table does not show it."""
     for note in notes:
         print(f"explain: {note}", file=sys.stderr)
 
@@ -120,18 +131,16 @@ fused; each step is timed by itself, the least of three, so the sum is no whole 
 
 
 def _diff(args: argparse.Namespace, model: nn.Module, example: Tensor) -> int:
-    """The fused schedule beside the unfused one; 1 if a fused step breaks the error rule."""
-    from ..bench.providers import settle
+    """Print the fused schedule beside the unfused one; returns 1 if a fused step breaks the error rule."""
+    from ..models.settle import settle
     from ..planning.make import plan
 
     model = settle(model).eval().to(example.device)
-    fused, plain, exact = (
-        plan(model, example, dtype=dtype, fuse=fuse, cuda_graph=False, across=args.across if fuse else ())
-        for dtype, fuse in ((example.dtype, True), (example.dtype, False), (torch.float64, False))
-    )
+    fused = plan(model, example, dtype=example.dtype, cuda_graph=False, across=args.across)
+    plain = plan(model, example, dtype=example.dtype, cuda_graph=False, fuse=False, across=())
+    exact = plan(model, example, dtype=torch.float64, cuda_graph=False, fuse=False, across=())
     _say_absent(fused.notes)
     found = fused.compare(plain, example, exact)
-    broken = {row.name: row.broken for row in found if row.broken is not None}
     if args.json:
         case = {
             "model": args.model,
@@ -142,10 +151,10 @@ def _diff(args: argparse.Namespace, model: nn.Module, example: Tensor) -> int:
         }
         print(json.dumps({**case, "rows": [asdict(row) for row in found]}, indent=1))
     else:
-        print(
-            f"{args.model}, {args.dtype}, {'×'.join(map(str, example.shape))} on {example.device}: "
-            f"{len(fused.steps)} fused steps, other: {len(plain.steps)} unfused ones\n{found}\n{DIFF_LEGEND}"
-        )
-    for name, reason in broken.items():
-        print(f"WRONG {name}: {reason}", file=sys.stderr)
+        shape = "×".join(map(str, example.shape))
+        steps = f"{len(fused.steps)} fused steps, other: {len(plain.steps)} unfused ones"
+        print(f"{args.model}, {args.dtype}, {shape} on {example.device}: {steps}\n{found}\n{DIFF_LEGEND}")
+    broken = [row for row in found if row.broken is not None]
+    for row in broken:
+        print(f"WRONG {row.name}: {row.broken}", file=sys.stderr)
     return 1 if broken else 0

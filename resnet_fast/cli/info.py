@@ -12,6 +12,7 @@ import torch
 from ..util.machine import machine, version
 from ..util.text import table
 
+# Package → the extra of ours that installs it.
 EXTRAS = {
     "torchvision": "vision",
     "timm": "timm",
@@ -34,55 +35,65 @@ def add_parser(commands) -> None:
 
 
 def build() -> dict:
-    """What setup.py recorded when it built the extensions, or why there are none; and whether the CPU kernels run here."""
-    from ..kernels import cpu_library
-
+    """Return what setup.py recorded when it built the extensions, or why there are none; and how CPU kernels run."""
     record = Path(__file__).parents[1] / "_build.json"
     recorded = json.loads(record.read_text()) if record.is_file() else {"extension": "not built"}
-    why_not = cpu_library.available()
-    left = (
-        ""
-        if why_not or not cpu_library.onednn_has_amx()
-        else "; bfloat16 convolutions are left to oneDNN, which has AMX here"
-    )
-    return {**recorded, "cpu kernels": why_not or f"run with {cpu_library.instructions()}{left}"}
+    return {**recorded, "cpu kernels": cpu_kernels()}
+
+
+def cpu_kernels() -> str:
+    """Return what the CPU kernels run with, or why they do not run here."""
+    from ..kernels import cpu_library
+
+    reason = cpu_library.available()
+    if reason:
+        return reason
+    runs_with = f"run with {cpu_library.instructions()}"
+    if cpu_library.onednn_has_amx():
+        return f"{runs_with}; bfloat16 convolutions are left to oneDNN, which has AMX here"
+    return runs_with
 
 
 def kernel_rows() -> list[tuple[str, str, str]]:
-    """(id, op, "ready" or why it cannot run here) of every kernel."""
+    """Return (id, op, "ready" or why it cannot run here) of every kernel."""
     from ..dispatch.registry import kernels
 
     return [(k.id, k.op, k.available() or "ready") for k in kernels()]
 
 
 def missing() -> list[str]:
-    """One line for each thing that is not here and what would bring it."""
+    """Return one line for each thing that is not here, with how to get it."""
     from ..kernels import cpu_library
 
-    lines = [
-        f"{package}: pip install 'resnet_fast[{extra}]'"
-        for package, extra in EXTRAS.items()
-        if version(package) == "none"
-    ]
+    absent = [package for package in EXTRAS if version(package) == "none"]
+    lines = [f"{package}: pip install 'resnet_fast[{EXTRAS[package]}]'" for package in absent]
     if version("triton") == "none":
         lines.append("triton: comes with torch's CUDA builds on Linux")
-    if (why := cpu_library.available()) is not None:
-        lines.append(f"kernels for this processor, without which oneDNN runs: {why}")
+    reason = cpu_library.available()
+    if reason is not None:
+        lines.append(f"kernels for this processor, without which oneDNN runs: {reason}")
     if not torch.cuda.is_available():
         lines.append(
-            "a CUDA device: without one the CPU path runs (oneDNN); GPU kernels are compiled and interpreted in tests only"
+            "a CUDA device: without one the CPU path runs (oneDNN); "
+            "GPU kernels are compiled and interpreted in tests only"
         )
     return lines
 
 
 def run(args: argparse.Namespace) -> int:
-    facts = {"machine": machine(), "build": build(), "kernels": kernel_rows(), "missing": missing()}
+    sections = {"machine": machine(), "build": build()}
+    kernels, absent = kernel_rows(), missing()
     if args.json:
-        json.dump(facts, sys.stdout, indent=1)
+        json.dump({**sections, "kernels": kernels, "missing": absent}, sys.stdout, indent=1)
         print()
         return 0
-    for title in ("machine", "build"):
-        print(f"{title}\n" + "\n".join(f"  {key:14} {value}" for key, value in facts[title].items()) + "\n")
-    print(table(("kernel", "op", "here"), facts["kernels"]) + "\n")
-    print("missing\n" + "\n".join(f"  {line}" for line in facts["missing"] or ["nothing"]))
+    for title, facts in sections.items():
+        print(title)
+        for key, value in facts.items():
+            print(f"  {key:14} {value}")
+        print()
+    print(table(("kernel", "op", "here"), kernels) + "\n")
+    print("missing")
+    for line in absent or ["nothing"]:
+        print(f"  {line}")
     return 0

@@ -17,7 +17,6 @@ def add_parser(commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..models.family import MODELS, create_model
-    from ..models.problems import conv_layers
     from ..roofline.cost import flops
     from ..util.text import table
 
@@ -28,8 +27,9 @@ def run(args: argparse.Namespace) -> int:
     for name, spec in MODELS.items():
         with torch.device("meta"):
             model = create_model(name)
-        parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        gflop = (sum(flops(layer.problem) for layer in conv_layers(name, 1)) + 2 * model.fc.weight.numel()) / 1e9
-        rows.append((name, spec.block.__name__, "-".join(map(str, spec.layers)), f"{parameters:.1f}", f"{gflop:.2f}"))
+        parameters = sum(p.numel() for p in model.parameters())
+        total = sum(flops(layer.problem) for layer in conv_layers(name, 1)) + 2 * model.fc.weight.numel()
+        blocks = "-".join(map(str, spec.layers))
+        rows.append((name, spec.block.__name__, blocks, f"{parameters / 1e6:.1f}", f"{total / 1e9:.2f}"))
     print(table(("model", "block", "blocks", "Mparam", "GFLOP"), rows, right=(3, 4)))
     return 0

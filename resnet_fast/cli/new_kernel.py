@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def write(name: str, kind: str, folder: Path) -> Path:
-    """The template's file under ``name``; raises FileExistsError rather than overwrite."""
+    """Write the template under ``name`` and return its file; raises FileExistsError if there is one."""
     (source,) = TEMPLATES.glob(f"{kind}_kernel.*")
     target = folder / f"{name}{source.suffix}"
     if target.exists():

@@ -1,4 +1,4 @@
-"""Options that mean the same in every command."""
+"""Options that mean the same in every command, and types of options."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def seconds(text: str) -> float:
     return found
 
 
-def target(text: str) -> Path:
-    """A file to be written at the end of a long run, as an argparse type: what would be refused then is refused now."""
+def writable_file(text: str) -> Path:
+    """A file that is written at the end of a long run, as an argparse type: refuses now what would fail then."""
     path = Path(text)
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir():

@@ -1,4 +1,4 @@
-"""``tune``: measure the kernels on this GPU, layer by layer, then groups of layers by the whole network, and remember what won."""
+"""``tune``: measure kernels on this GPU by layer, groups of layers by the whole network, and store what won."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,69 +60,69 @@ def run(args: argparse.Namespace) -> int:
     device = Device.current()
     path = tables.user_folder() / tables.file_name(device.name)
     try:
-        outcomes = tune(problems(args, device), kernels=args.kernels, device=device, say=say)
-        print(table(("problem", "calls", "in graphs"), [(o.problem.key, o.calls, o.graph) for o in outcomes]))
-        planned = [groups(args, batch, device) for batch in args.batch] if not args.train else []
+        tuned = tune(problems(args, device), kernels=args.kernels, device=device, say=say)
+        print(table(("problem", "calls", "in graphs"), [(t.problem.key, t.calls, t.graph) for t in tuned]))
+        planned = [] if args.train else [groups(args, batch, device) for batch in args.batch]
     except KeyboardInterrupt:
         say(f"\nstopped; what was measured is in {path}, and the same command goes on from there")
         return 130
     except DeviceLost as error:
         say(f"tune: {error}")
         return 3
-    for outcome in outcomes:
-        for kernel, how in outcome.bad.items():
-            print(f"never chosen: {kernel} on {outcome.problem.key}: {how}")
-    print(
-        f"{len(outcomes)} problems, {sum(o.calls != 'aten' for o in outcomes)} with a kernel faster than aten, "
-        f"{sum(o.graph != 'aten' for o in outcomes)} in graphs; table: {path}"
-    )
-    return 1 if any(o.bad for o in outcomes) or not all(planned) else 0
+    for one in tuned:
+        for kernel, reason in one.bad.items():
+            print(f"never chosen: {kernel} on {one.problem.key}: {reason}")
+    faster = sum(one.calls != "aten" for one in tuned)
+    in_graphs = sum(one.graph != "aten" for one in tuned)
+    print(f"{len(tuned)} problems, {faster} with a kernel faster than aten, {in_graphs} in graphs; table: {path}")
+    failed = any(one.bad for one in tuned) or not all(planned)
+    return 1 if failed else 0
 
 
 def problems(args: argparse.Namespace, device: Device) -> list[Problem]:
-    """What the drop-in and what a plan asks for at each batch size (or what training does), the largest share of its network's time first."""
+    """Return the problems of all networks, the largest share of its network's time first."""
     from ..roofline.chips import GPUS, ceilings
     from ..roofline.floor import problem_floor
 
-    limits = ceilings(
-        device.name if device.name in {gpu.title for gpu in GPUS.values()} else "h200"
-    )  # only the order hangs on it
-    share: dict[Problem, float] = {}
+    listed = device.name in {gpu.title for gpu in GPUS.values()}
+    limits = ceilings(device.name if listed else "h200")  # decides the order only
+    shares: dict[Problem, float] = {}
     for network in networks(args, device.kind):
-        took = {problem: count * problem_floor(problem, limits).seconds for problem, count in Counter(network).items()}
-        share |= {problem: seconds / sum(took.values()) for problem, seconds in took.items()}
-    return sorted(share, key=share.get, reverse=True)
+        counts = Counter(network)
+        seconds = {problem: count * problem_floor(problem, limits).seconds for problem, count in counts.items()}
+        total = sum(seconds.values())
+        shares |= {problem: one / total for problem, one in seconds.items()}
+    return sorted(shares, key=shares.__getitem__, reverse=True)
 
 
 def networks(args: argparse.Namespace, device: str) -> Iterable[list[Problem]]:
-    """For each batch size the problems of the drop-in and those of a plan, single steps and groups; or those of training.
+    """Yield for each batch size the problems of the drop-in and those of a plan, or those of training.
 
-    Folded or not, our kernels do the same work; but torch's fold anew in each call of the drop-in and never in a plan, so each is timed
-    beside its own. Photographs are the stem of a plan with ``normalize``.
+    Folded or not, our kernels do the same work. But torch's kernels fold anew in each call of the drop-in and never in
+    a plan, so each is timed beside torch's way. A plan's are single steps and groups; with ``normalize`` its stem takes
+    photographs, so ``conv_pool`` is also timed on bytes.
     """
-    from ..bench.op import TRAINING, after
-    from ..models.problems import across_layers, conv_layers
+    from ..models.problems import TRAINING, across_layers, conv_layers, problem_after
 
     capability = torch.cuda.get_device_capability()
     for batch in args.batch:
         found = conv_layers(args.model, batch, args.size, DTYPES[args.dtype], device, capability)
         convs = [layer.problem for layer in found]
         if args.train:
-            yield [problem for conv in convs for op in TRAINING if (problem := after(conv, op)) is not None]
+            after = (problem_after(conv, op) for conv, op in product(convs, TRAINING))
+            yield [problem for problem in after if problem is not None]
             continue
         groups = [group.problem for group in across_layers(found)]
+        folded = [replace(conv, bn=False) for conv in convs]
+        of_bytes = [replace(group, bytes=True) for group in groups if group.op == "conv_pool"]
         yield convs
-        yield [
-            *(replace(conv, bn=False) for conv in convs),
-            *groups,
-            *(replace(p, bytes=True) for p in groups if p.op == "conv_pool"),
-        ]
+        yield [*folded, *groups, *of_bytes]
 
 
 def groups(args: argparse.Namespace, batch: int, device: Device) -> bool:
-    """Search among the groups of one network with the kernels that the table has now; whether it could be planned."""
-    from ..bench.providers import settle
+    """Search among the groups of one network with the table's kernels; returns whether it could be planned."""
     from ..models.family import create_model
+    from ..models.settle import settle
     from ..planning.make import plan
 
     dtype = DTYPES[args.dtype]
@@ -129,20 +130,18 @@ def groups(args: argparse.Namespace, batch: int, device: Device) -> bool:
     model = settle(create_model(args.model)).eval()
     try:
         example = torch.randn(batch, 3, args.size, args.size).to(device.kind, dtype)
-        made = plan(model, example, dtype=dtype, across=())
-    except (ValueError, torch.OutOfMemoryError) as trouble:
-        print(f"groups at batch {batch}: not searched: {trouble}")
+        planned = plan(model, example, dtype=dtype, across=())
+    except (ValueError, torch.OutOfMemoryError) as error:
+        print(f"groups at batch {batch}: not searched: {error}")
         return False
-    tuner = made.group_tuner(example, device, args.seconds, say)
-    made.use_groups(tuner.settled() or tuner.choose())
-    print(
-        "\n".join(
-            [f"groups at batch {batch}: {', '.join(made.across) or 'none'}", *(f"  {note}" for note in made.notes)]
-        )
-    )
+    tuner = planned.group_tuner(example, device, args.seconds, say)
+    planned.use_groups(tuner.settled() or tuner.choose())
+    print(f"groups at batch {batch}: {', '.join(planned.across) or 'none'}")
+    for note in planned.notes:
+        print(f"  {note}")
     return True
 
 
 def say(line: str) -> None:
-    """Progress goes to stderr, so that the result can be piped."""
+    """Print progress on stderr, so that the result can be piped."""
     print(line, file=sys.stderr, flush=True)

@@ -151,8 +151,29 @@ def model_problems(
     capability: tuple[int, int] | None = None,
     op: str = "conv_bn_act",
 ) -> list[Problem]:
-    """Every distinct convolution of a model, or every distinct group that ``op`` could replace."""
-    layers: list[Any] = conv_layers(model, batch, size, dtype, device, capability)
-    if op != "conv_bn_act":
-        layers = [group for group in across_layers(layers) if group.problem.op == op]
-    return [layer.problem for layer in distinct(layers)]
+    """Every distinct convolution of a model, or group of convolutions that ``op`` could take."""
+    single = conv_layers(model, batch, size, dtype, device, capability)
+    if op == "conv_bn_act":
+        return [layer.problem for layer in distinct(single)]
+    groups = [group for group in across_layers(single) if group.problem.op == op]
+    return [group.problem for group in distinct(groups)]
+
+
+# What training adds to a network's convolutions: batch norm by itself, the residual add, and their derivatives.
+TRAINING = ("bn_act", "bn_act_backward", "add_act", "add_act_backward")
+
+
+def problem_after(conv: Problem, op: str) -> Problem | None:
+    """Return the problem of a training op after a convolution, None for a residual add where nothing is added."""
+    if op.startswith("add_act") and not conv.residual:
+        return None
+    return Problem(
+        op,
+        conv.device,
+        conv.dtype,
+        (conv.x[0], conv.weight[0], *conv.out_hw),
+        "nhwc",
+        residual=conv.residual,
+        act=conv.act,
+        capability=conv.capability,
+    )

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that are replaced whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new file's path beside ``path``; what is written there replaces ``path`` at the end, or is gone if anything raises.
+    """Yield the path of a new file beside ``path`` that replaces it at the end, or is removed if anything raises.
 
-    A reader sees the old file or the new one. Opened as any file, so that the umask decides who may read it: tempfile's are 0600.
+    A reader sees the old file or the new one. The caller opens it as any file, so the umask sets its mode: tempfile's
+    are 0600.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:

@@ -10,16 +10,18 @@ from pathlib import Path
 
 import torch
 
+# torch's names, as options, plans and journals spell them; and the short ones of benchmarks and the ledger.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+SHORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def default_device() -> str:
-    """cuda where there is one, else cpu; asks the driver only, so it starts no CUDA context."""
+    """Return cuda where there is one, else cpu; asks the driver only, so it starts no CUDA context."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def device_or_error(name: str) -> torch.device:
-    """The device, or ValueError with what to do when this machine has none of it."""
+    """Return the device; raises ValueError with what to do if this machine has none of it."""
     if name.split(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"--device: got {name}, expected cpu or cuda")
     device = torch.device(name)
@@ -31,8 +33,8 @@ def device_or_error(name: str) -> torch.device:
 
 
 def machine() -> dict[str, str]:
-    """What a measurement should be read beside: processor, GPU, versions."""
-    found = {
+    """Return the facts that a measurement depends on: processor, GPU, versions."""
+    return {
         "python": platform.python_version(),
         "system": platform.platform(),
         "cpu": cpu_name(),
@@ -41,19 +43,19 @@ def machine() -> dict[str, str]:
         "torch": torch.__version__,
         "cuda (torch)": torch.version.cuda or "none",
         "triton": version("triton"),
-        "gpu": "none",
+        "gpu": _gpu() if torch.cuda.is_available() else "none",
     }
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        found["gpu"] = (
-            f"{properties.name}, compute {properties.major}.{properties.minor}, {properties.multi_processor_count} SMs, "
-            f"{properties.total_memory / 2**30:.0f} GiB"
-        )
-    return found
+
+
+def _gpu() -> str:
+    found = torch.cuda.get_device_properties(0)
+    capability = f"{found.major}.{found.minor}"
+    memory = found.total_memory / 2**30
+    return f"{found.name}, compute {capability}, {found.multi_processor_count} SMs, {memory:.0f} GiB"
 
 
 def cpu_name() -> str:
-    """The processor's name as the system tells it."""
+    """Return the processor's name as the system reports it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text().splitlines():
@@ -63,7 +65,7 @@ def cpu_name() -> str:
 
 
 def version(package: str) -> str:
-    """Installed version, or "none"; imports nothing."""
+    """Return the installed version, or "none"; imports nothing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -71,15 +73,18 @@ def version(package: str) -> str:
 
 
 def commit() -> str:
-    """The checked-out commit of this package's own repository, short, or "unknown" (an installed package)."""
+    """Return the checked-out commit of this package's repository, short, "+" if files differ; else "unknown"."""
     root = Path(__file__).parents[2]
     git = shutil.which("git")
-    if git is None or not (root / ".git").exists():
+    is_checkout = git is not None and (root / ".git").exists()
+    head = _output(git, "-C", str(root), "rev-parse", "--short=10", "HEAD") if is_checkout else None
+    changed = _output(git, "-C", str(root), "status", "--porcelain", "-uno") if is_checkout else None
+    if head is None or changed is None:
         return "unknown"
+    return f"{head}+" if changed else head
 
-    def ask(*words: str) -> str | None:
-        done = subprocess.run([git, "-C", str(root), *words], capture_output=True, text=True)
-        return None if done.returncode else done.stdout.strip()  # it may distrust a checkout of another user's
 
-    head, changed = ask("rev-parse", "--short=10", "HEAD"), ask("status", "--porcelain", "-uno")
-    return "unknown" if head is None or changed is None else head + ("+" if changed else "")
+def _output(*command: str) -> str | None:
+    """Return what a command prints; None if it fails, as git does in another user's checkout."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    return None if done.returncode else done.stdout.strip()

@@ -1,40 +1,70 @@
-"""What the commands share: tables that fit a terminal, and the options that mean the same everywhere."""
+"""Text for a terminal: aligned tables, wrapped prose, counted nouns."""
 
 from __future__ import annotations
 
 import shutil
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+Row = TypeVar("Row")
 
 
 def table(
     header: Sequence[str], rows: Iterable[Sequence[object]], *, right: Iterable[int] = (), width: int | None = None
 ) -> str:
-    """Columns aligned, the last one cut to the terminal's width; ``right`` are the columns of numbers."""
+    """Return columns aligned, the last one cut to the terminal's width; ``right`` are the columns of numbers."""
     cells = [list(map(str, row)) for row in (header, *rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    columns = zip(*cells, strict=True)
+    widths = [max(map(len, column)) for column in columns]
     right = set(right)
-    limit = width or shutil.get_terminal_size((120, 40)).columns
+    limit = width or _terminal_columns()
 
-    def line(row: Sequence[str]) -> str:
-        text = "  ".join(
-            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        return text if len(text) <= limit else text[: limit - 1] + "…"
+    def aligned(row: Sequence[str]) -> str:
+        padded = [
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        line = "  ".join(padded).rstrip()
+        return line if len(line) <= limit else f"{line[: limit - 1]}…"
 
-    rule = "  ".join("-" * w for w in widths)[:limit]
-    return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
+    first, *rest = [aligned(row) for row in cells]
+    rule = "  ".join("-" * width for width in widths)[:limit]
+    return "\n".join([first, rule, *rest])
+
+
+@dataclass(frozen=True)
+class Column(Generic[Row]):
+    """A table's column: its header and its value of a row; an ``optional`` one is shown if any row has a value."""
+
+    header: str
+    value: Callable[[Row], str]
+    optional: bool = False
+
+
+def column_table(columns: Iterable[Column[Row]], rows: Sequence[Row]) -> str:
+    """Return a table with a first column of names and other columns of numbers."""
+    header, cells = [], []
+    for column in columns:
+        values = [column.value(row) for row in rows]
+        if any(values) or not column.optional:
+            header.append(column.header)
+            cells.append(values)
+    return table(header, zip(*cells, strict=True), right=range(1, len(header)))
 
 
 def wrapped(text: str, bullet: str = "  - ") -> str:
-    """Prose as wide as the terminal; what a compiler said keeps its lines."""
+    """Return prose as wide as the terminal; text of several lines, as a compiler's message, keeps its lines."""
     if "\n" in text:
         return bullet + text
-    return textwrap.fill(
-        text, shutil.get_terminal_size((120, 40)).columns, initial_indent=bullet, subsequent_indent=" " * len(bullet)
-    )
+    return textwrap.fill(text, _terminal_columns(), initial_indent=bullet, subsequent_indent=" " * len(bullet))
+
+
+def _terminal_columns() -> int:
+    return shutil.get_terminal_size((120, 40)).columns
 
 
 def counted(count: object, noun: str) -> str:
-    """As "1 thread" and "2 threads"."""
+    """Return as "1 thread" or "2 threads"."""
     return f"{count} {noun}" if str(count) == "1" else f"{count} {noun}s"

@@ -1,8 +1,8 @@
 """One clock for tuner, command line and benchmarks: interleaved rounds, medians, ratios taken within a round.
 
 A machine's speed drifts; two variants timed one after the other measure the drift. So every round runs every variant
-once, in turn, and a ratio is the median of the ratios of the same round. CUDA work is timed by device events after warm-up, CPU work by
-``perf_counter``.
+once, in turn, and a ratio is the median of the ratios of the same round. CUDA work is timed by device events after
+warm-up, CPU work by ``perf_counter``.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Timing:
         return (high - low) / self.median
 
     def speedup_over(self, base: Timing) -> float:
-        """How many times faster than ``base``: the median of base/self, round by round."""
+        """Return how many times faster than ``base`` this is: the median of base/self, round by round."""
         return statistics.median(self._ratios(base))
 
     def lead_over(self, base: Timing) -> float:
-        """What of ``speedup_over`` is beyond noise: three standard errors less."""
+        """Return the part of ``speedup_over`` that is beyond noise: three standard errors less."""
         ratios = self._ratios(base)
         return statistics.median(ratios) * (1 - 3 * _standard_error(ratios))
 
@@ -64,10 +64,12 @@ def interleaved(
     confidence: float = 0.02,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Timing]:
-    """Time the variants in interleaved rounds, each round in an order of its own, or each would always run on what the same neighbour leaves.
+    """Time the variants in interleaved rounds.
 
-    Stops after ``min_rounds`` as soon as every variant's standard error of the median is below ``confidence`` of it, at ``max_rounds``, or
-    when ``max_seconds`` have passed (never before 3 rounds). ``progress`` is called with the round's number.
+    Each round has its own order, so that no variant always runs on the caches that the same neighbour leaves. Stops
+    after ``min_rounds`` as soon as every variant's standard error of the median is below ``confidence`` of it, at
+    ``max_rounds``, or when ``max_seconds`` have passed (never before 3 rounds). ``progress`` is called with the
+    round's number.
     """
     clock = _cuda_seconds if torch.device(device).type == "cuda" else _cpu_seconds
     for fn in variants.values():
@@ -75,19 +77,21 @@ def interleaved(
             fn()
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     start = time.perf_counter()
-    for done in range(1, max_rounds + 1):
-        for name in random.Random(done).sample(list(variants), len(variants)):
+    for rounds in range(1, max_rounds + 1):
+        for name in random.Random(rounds).sample(list(variants), len(variants)):
             seconds[name].append(clock(variants[name]))
         if progress is not None:
-            progress(done)
-        late = time.perf_counter() - start > max_seconds
-        if done >= 3 and late or done >= min_rounds and all(_standard_error(s) < confidence for s in seconds.values()):
+            progress(rounds)
+        out_of_time = time.perf_counter() - start > max_seconds
+        if rounds >= 3 and out_of_time:
+            break
+        if rounds >= min_rounds and all(_standard_error(s) < confidence for s in seconds.values()):
             break
     return {name: Timing(tuple(s)) for name, s in seconds.items()}
 
 
 def _standard_error(seconds: list[float]) -> float:
-    """Relative standard error of the median, from the interquartile range: 0.93·IQR/√n/median (normal theory)."""
+    """Return the relative standard error of the median: 0.93·IQR/√n/median (interquartile range, normal theory)."""
     low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return 0.93 * (high - low) / len(seconds) ** 0.5 / statistics.median(seconds)
 

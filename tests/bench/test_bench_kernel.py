@@ -1,4 +1,4 @@
-"""``bench --kernel``: occupancy and causes as pure functions, and the command without a GPU: checked, compiled, timed on a CPU."""
+"""``bench --kernel``: occupancy and causes, and the command without a GPU: checked, compiled, timed on a CPU."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from resnet_fast.__main__ import main
 from resnet_fast.analysis.bottlenecks import Facts, causes
 from resnet_fast.analysis.launches import Launch
 from resnet_fast.analysis.profiled import launches_of
+from resnet_fast.bench import kernel_report
+from resnet_fast.bench.kernel_report import CallCode
 from resnet_fast.cli import bench_kernel, new_kernel
 from resnet_fast.dispatch.problem import ACROSS, Problem
 from resnet_fast.dispatch.registry import find
@@ -115,7 +117,8 @@ def test_a_good_kernel_has_no_causes() -> None:
 )
 def test_each_cause_is_seen_and_named(changes: dict, words: str) -> None:
     found = causes(facts(**changes))
-    assert words in found[0] and "estimated" in found[0]
+    assert words in found[0]
+    assert "estimated" in found[0]
 
 
 def test_a_small_problem_is_launches() -> None:
@@ -133,7 +136,8 @@ def test_the_worst_three_come_first() -> None:
             torch_ops=("mul",),
         )
     )
-    assert len(found) == 3 and "129 of 132 SMs idle" in found[0]
+    assert len(found) == 3
+    assert "129 of 132 SMs idle" in found[0]
     shares = [float(text.rpartition("about ")[2].split("×")[0]) for text in found]
     assert shares == sorted(shares, reverse=True)
 
@@ -180,20 +184,22 @@ def test_triton_without_a_gpu_is_checked_and_compiled(mine, capsys, registry, mo
     said = capsys.readouterr().out
     assert "experimental.mine is right on 12 problems in Triton's interpreter" in said
     line = next(line for line in said.splitlines() if line.startswith("layer3.0.conv1"))
-    assert "1×1 512→256" in line and "12544×128" in line and "%" in line
+    assert "1×1 512→256" in line
+    assert "12544×128" in line
+    assert "%" in line
     assert "conv1: it takes only 1×1 convolutions of stride 1" in said
-    assert (
-        "6 launches (5 of torch's own: add, rsqrt, mul, sub)" in said
-        and "No time is given" in said
-        and "NVIDIA H200" in said
-    )
+    assert "6 launches (5 of torch's own: add, rsqrt, mul, sub)" in said
+    assert "No time is given" in said
+    assert "NVIDIA H200" in said
 
 
 @pytest.mark.parametrize("op", ["conv_bn_act", *ACROSS])
 def test_what_the_interpreter_is_given_fits_together(op) -> None:
     for problem in model_problems("resnet50", 256, op=op):
-        small = bench_kernel.interpreted(problem)
-        assert small.x[0] == 1 and max(small.x[2:]) <= bench_kernel.INTERPRETED_SIZE and small.weight == problem.weight
+        small = kernel_report.interpreted(problem)
+        assert small.x[0] == 1
+        assert max(small.x[2:]) <= kernel_report.INTERPRETED_SIZE
+        assert small.weight == problem.weight
         assert find(f"aten.{op}").reason(small) is None
         assert all(out.numel() for out in eager(op, make_args(small)))
 
@@ -201,12 +207,15 @@ def test_what_the_interpreter_is_given_fits_together(op) -> None:
 @TRITON
 def test_numbers_are_not_cut_by_the_terminal(monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    found = {"a layer": ((replace(GOOD, stack=648),), 0, ())}
-    said = bench_kernel.show_code("mine", found, {"a layer": PROBLEM}, bench_kernel.target("h200", torch.device("cpu")))
+    found = {"a layer": CallCode((replace(GOOD, stack=648),), 0, ())}
+    said = bench_kernel.show_code(
+        "mine", found, {"a layer": PROBLEM}, kernel_report.gpu_model("h200", torch.device("cpu"))
+    )
     header, line = (
         next(text for text in said.splitlines() if text.startswith(start)) for start in ("layer ", "a layer ")
     )
-    assert "648" in line.split() and header.split()[-2:] == ["spilled", "occupancy"]
+    assert "648" in line.split()
+    assert header.split()[-2:] == ["spilled", "occupancy"]
 
 
 @TRITON
@@ -215,7 +224,9 @@ def test_a_wrong_kernel_gets_no_numbers(mine, capsys, registry, monkeypatch) -> 
     mine.write_text(mine.read_text().replace("TRIPS=triton.cdiv(c, 32)", "TRIPS=c // 32"))
     assert main(["bench", "--kernel", str(mine), "--layers", "layer1.0.conv1"]) == 1
     said = capsys.readouterr().out
-    assert "WRONG experimental.mine" in said and "gets no time" in said and "registers" not in said
+    assert "WRONG experimental.mine" in said
+    assert "gets no time" in said
+    assert "registers" not in said
 
 
 def test_a_cpu_kernel_is_timed_beside_its_rivals(capsys, registry) -> None:
@@ -235,7 +246,10 @@ def test_a_cpu_kernel_is_timed_beside_its_rivals(capsys, registry) -> None:
     ]
     assert main(call) == 0
     said = capsys.readouterr().out
-    assert "→ aten.conv_bn_act" in said and "folded" in said and "× aten" in said and "No roofline on a CPU" in said
+    assert "→ aten.conv_bn_act" in said
+    assert "folded" in said
+    assert "× aten" in said
+    assert "No roofline on a CPU" in said
     assert main([*call, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert {row["provider"] for row in rows if not row["provider"].startswith("cpu.")} == {
@@ -248,10 +262,11 @@ def test_a_cpu_kernel_is_timed_beside_its_rivals(capsys, registry) -> None:
 
 def test_a_wrong_cpu_kernel_is_not_timed(capsys, registry, monkeypatch) -> None:
     wrong = replace(find("aten.add_act"), id="test.wrong", fn=lambda x, y, gate, act: aten.add_act(x, -y, gate, act))
-    monkeypatch.setattr(bench_kernel, "wanted", lambda names: [wrong])
+    monkeypatch.setattr(bench_kernel, "requested_kernels", lambda names: [wrong])
     assert main(["bench", "resnet18", "--kernel", "test.wrong", "--size", "32", "--device", "cpu"]) == 1
     said = capsys.readouterr().out
-    assert "WRONG test.wrong" in said and "µs" not in said
+    assert "WRONG test.wrong" in said
+    assert "µs" not in said
 
 
 def test_layers_that_are_not_there(capsys) -> None:

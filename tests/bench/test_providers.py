@@ -94,7 +94,8 @@ def test_reference_without_torchvision_is_our_plain_modules(monkeypatch: pytest.
     with_torchvision = reference_model("resnet18")
     monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: None)
     ours = reference_model("resnet18")
-    assert why_plain(x, [ours.relu]) is not None and why_plain(x, [copy.deepcopy(ours).relu]) is not None
+    assert why_plain(x, [ours.relu]) is not None
+    assert why_plain(x, [copy.deepcopy(ours).relu]) is not None
     assert torch.equal(ours(x), with_torchvision(x))
 
 
@@ -140,18 +141,24 @@ def test_a_kernel_is_a_provider_too(model: nn.Module, x: torch.Tensor, registry:
 
 def test_measured_rows_stand_beside_their_error_and_each_other() -> None:
     found = measure(CASE, [PROVIDERS["eager"], PROVIDERS["ours"], PROVIDERS["tensorrt"]], max_rounds=1)
-    assert found["tensorrt"].row is None and "does not run on cpu" in found["tensorrt"].skipped
+    assert found["tensorrt"].row is None
+    assert "does not run on cpu" in found["tensorrt"].skipped
     row = found["ours"].row
-    assert row.case == "infer/resnet18/fp32/2@64" and row.ours and row.rounds == 1
-    assert row.img_s == pytest.approx(2 / row.seconds) and 0 < row.error <= 2 * row.eager_error + 1e-6
-    assert row.speed_over.keys() == {"eager"} and found["eager"].row.speed_over.keys() == {"ours"}
+    assert row.case == "infer/resnet18/fp32/2@64"
+    assert row.ours
+    assert row.rounds == 1
+    assert row.img_s == pytest.approx(2 / row.seconds)
+    assert 0 < row.error <= 2 * row.eager_error + 1e-6
+    assert row.speed_over.keys() == {"eager"}
+    assert found["eager"].row.speed_over.keys() == {"ours"}
     assert row.tflops == pytest.approx(2 * 2 * 148e6 / row.seconds / 1e12, rel=0.02)  # 148 million multiply-adds at 64²
 
 
 def test_ours_gets_no_time_when_it_is_wrong() -> None:
     wrong = replace(PROVIDERS["ours"], build=lambda model, example, dtype: lambda x: model(x) * 1.001)
     found = measure(CASE, [PROVIDERS["eager"], wrong], max_rounds=1)
-    assert found["ours"].row is None and "against float64" in found["ours"].wrong
+    assert found["ours"].row is None
+    assert "against float64" in found["ours"].wrong
     peer = replace(wrong, id="peer", ours=False)
     assert measure(CASE, [peer], max_rounds=1)["peer"].row.error > 5e-4  # a peer's error is reported, not judged
 
@@ -162,8 +169,10 @@ def test_what_breaks_says_so_in_its_own_words_and_the_others_are_timed(capsys: p
 
     peer = replace(PROVIDERS["eager"], id="peer", build=broken)
     found = measure(CASE, [peer, replace(PROVIDERS["ours"], build=broken), PROVIDERS["eager"]], max_rounds=1)
-    assert found["peer"].skipped == "failed: RuntimeError: no engine today" and found["peer"].wrong is None
-    assert found["ours"].wrong == "failed: RuntimeError: no engine today" and found["ours"].skipped is None
+    assert found["peer"].skipped == "failed: RuntimeError: no engine today"
+    assert found["peer"].wrong is None
+    assert found["ours"].wrong == "failed: RuntimeError: no engine today"
+    assert found["ours"].skipped is None
     assert "a long tail" in capsys.readouterr().err  # where ours broke
     assert found["eager"].row is not None
 
@@ -176,7 +185,8 @@ def test_training_is_judged_by_its_gradients(monkeypatch: pytest.MonkeyPatch) ->
         lambda step: true(step) * (1.01 if "resnet_fast" in type(step.net).__module__ else 1),
     )
     found = measure(replace(CASE, mode="train"), [PROVIDERS["eager"], PROVIDERS["ours"]], max_rounds=1)
-    assert found["eager"].row.error < 1e-3 and "allowed" in found["ours"].wrong
+    assert found["eager"].row.error < 1e-3
+    assert "allowed" in found["ours"].wrong
 
 
 def test_ops_are_checked_before_they_are_timed(registry: dict) -> None:
@@ -186,16 +196,20 @@ def test_ops_are_checked_before_they_are_timed(registry: dict) -> None:
 
     problem = Problem("add_act", "cpu", torch.float32, (2, 8, 5, 5), "nhwc", residual="nhwc", act="relu")
     found = measure_op(problem, [find("aten.add_act"), find("test.wrong")], max_rounds=1)
-    assert found["test.wrong"].row is None and "error" in found["test.wrong"].wrong
-    assert found["aten.add_act"].row.error is not None and found["aten.add_act"].row.gb_s > 0
+    assert found["test.wrong"].row is None
+    assert "error" in found["test.wrong"].wrong
+    assert found["aten.add_act"].row.error is not None
+    assert found["aten.add_act"].row.gb_s > 0
     assert found["aten.add_act"].row.speed_over.keys() == {"eager"}
 
 
 def test_op_problems_are_those_of_the_network() -> None:
     found = op_problems("resnet50", 4, 224, DTYPES["fp32"], "cpu")
     by_op = {op: [p for p in found if p.op == op] for op in BASELINES}
-    assert len(by_op["conv_bn_act"]) == 24 and by_op["add_act"][0].x == (4, 256, 56, 56)
-    assert len(set(found)) == len(found) and all(p.residual or p.act for p in by_op["bn_act"])
+    assert len(by_op["conv_bn_act"]) == 24
+    assert by_op["add_act"][0].x == (4, 256, 56, 56)
+    assert len(set(found)) == len(found)
+    assert all(p.residual or p.act for p in by_op["bn_act"])
 
 
 def test_cold_start_is_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +249,8 @@ def test_suites_report_through_pytest_benchmark(tmp_path: Path) -> None:
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout
-    assert "2 passed, 1 skipped" in done.stdout and "does not run on cpu" in done.stdout
+    assert "2 passed, 1 skipped" in done.stdout
+    assert "does not run on cpu" in done.stdout
     benchmarks = {b["extra_info"]["provider"]: b for b in json.loads(saved.read_text())["benchmarks"]}
     rows = {row["provider"]: row for row in json.loads(ledger.read_text())["rows"]}
     assert benchmarks.keys() == rows.keys() == {"eager", "ours"}
@@ -280,4 +295,5 @@ def test_a_suite_refuses_a_wrong_kernel_of_ones_own(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     told = [b["extra_info"] for b in json.loads(saved.read_text())["benchmarks"]]
     assert done.returncode == 1 and "mine.add" in done.stdout, done.stdout
-    assert told and "mine.add" not in str(told)
+    assert told
+    assert "mine.add" not in str(told)

@@ -20,6 +20,7 @@ from resnet_fast.dispatch import registry as dispatch
 from resnet_fast.dispatch.problem import ACROSS, Problem
 from resnet_fast.graph import network
 from resnet_fast.kernels import aten
+from resnet_fast.models.problems import conv_layers, problem_after
 from resnet_fast.runtime.explanation import Explanation, Line, timed
 from resnet_fast.util import machine
 from resnet_fast.util import text as console
@@ -56,7 +57,8 @@ def test_a_mistake_is_one_sentence(argv, words, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(argv) == 2
     said = capsys.readouterr().err
-    assert words in said and "Traceback" not in said
+    assert words in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "x"])
@@ -85,7 +87,8 @@ def test_what_a_long_run_would_refuse_at_its_end_is_refused_before(words, said, 
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as stop:
         main(["bench", "resnet18", *words])
-    assert stop.value.code == 2 and re.match(f"resnet_fast bench: argument {said} ", capsys.readouterr().err)
+    assert stop.value.code == 2
+    assert re.match(f"resnet_fast bench: argument {said} ", capsys.readouterr().err)
 
 
 def test_a_folder_that_cannot_be_written_is_a_sentence(capsys, tmp_path):
@@ -113,7 +116,8 @@ def test_interrupted_while_the_commands_are_read_is_no_traceback(capsys, monkeyp
         raise KeyboardInterrupt
 
     monkeypatch.setattr("resnet_fast.__main__.parser", stop)
-    assert main(["list"]) == 130 and capsys.readouterr().err == "\ninterrupted\n"
+    assert main(["list"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
 
 
 @pytest.mark.parametrize(
@@ -123,7 +127,8 @@ def test_interrupted_while_the_commands_are_read_is_no_traceback(capsys, monkeyp
         ("x = 1\n1 / 0\n", "line 2: ZeroDivisionError: division by zero\n"),
         ("import nobody_has_this", "line 1: ModuleNotFoundError: No module named 'nobody_has_this'\n"),
         (
-            "import resnet_fast\n\n@resnet_fast.kernel('experimental.mine', op='convolve', supports=None)\ndef f(): pass",
+            "import resnet_fast\n\n"
+            "@resnet_fast.kernel('experimental.mine', op='convolve', supports=None)\ndef f(): pass",
             "line 3: ValueError: kernel ",
         ),
     ],
@@ -180,7 +185,7 @@ def test_info_says_what_the_cpu_kernels_run_with_or_why_they_do_not(monkeypatch)
 
 
 def test_missing_names_the_command(monkeypatch):
-    monkeypatch.setattr(machine, "version", lambda package: "none")
+    monkeypatch.setattr(info, "version", lambda package: "none")
     assert "timm: pip install 'resnet_fast[timm]'" in info.missing()
 
 
@@ -198,7 +203,7 @@ def test_check_of_a_kernel_that_cannot_run_is_no_success(capsys, monkeypatch):
         lambda p: None,
         lambda: "it needs a machine of a kind that nobody has, and a long sentence",
     )
-    monkeypatch.setattr(check, "wanted", lambda names: [absent])
+    monkeypatch.setattr(check, "requested_kernels", lambda names: [absent])
     assert main(["check", "--kernel", "test.absent"]) == 2
     said = capsys.readouterr()
     assert (
@@ -215,7 +220,7 @@ def test_check_fails_what_is_wrong(capsys, monkeypatch):
         return aten.add_act(x, -y, gate, act)
 
     bad = Kernel("test.bad", "add_act", swapped, lambda p: None, lambda: None)
-    monkeypatch.setattr(check, "wanted", lambda names: [bad])
+    monkeypatch.setattr(check, "requested_kernels", lambda names: [bad])
     monkeypatch.setattr(check, "find", lambda id: bad)
     assert main(["check", "--dtype", "float32"]) == 1
     assert "WRONG test.bad" in capsys.readouterr().out
@@ -229,7 +234,8 @@ def test_explain_says_fused_and_plain(capsys):
     by_module = {line.module: line for line in found}
     assert by_module["conv1"].kernel == "aten.conv_bn_act"
     assert by_module["layer1.0.conv1"].op == "conv_bn_act"
-    assert by_module["layer2.0"].op == "plain" and "hooks" in by_module["layer2.0"].why
+    assert by_module["layer2.0"].op == "plain"
+    assert "hooks" in by_module["layer2.0"].why
     assert "layer2.0.conv1" not in by_module
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
@@ -238,7 +244,8 @@ def test_explain_of_training_leaves_the_statistics_alone():
     model = resnet_fast.resnet18().train()
     found = resnet_fast.explain(model, torch.randn(2, 3, 32, 32))
     assert {line.op for line in found} == {"bn_act"}
-    assert model.bn1.num_batches_tracked.item() == 0 and not model.bn1.running_mean.any()
+    assert model.bn1.num_batches_tracked.item() == 0
+    assert not model.bn1.running_mean.any()
 
 
 def test_explain_across(capsys, monkeypatch):
@@ -246,7 +253,9 @@ def test_explain_across(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # a narrow terminal would cut the reason
     assert main(["explain", "resnet50", "--size", "32", "--across", "pointwise_pair", "conv_pool"]) == 0
     said = capsys.readouterr().out
-    assert said.count("pointwise_pair") == 4 and said.count("conv_pool") == 1 and "one by one" in said
+    assert said.count("pointwise_pair") == 4
+    assert said.count("conv_pool") == 1
+    assert "one by one" in said
     assert main(["explain", "resnet18", "--size", "32", "--diff", "--across", "conv_pool", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert sum(row["steps"] for row in rows) == 23 and rows[0]["other_steps"] == 4  # conv, batch norm, ReLU, pool
@@ -260,7 +269,8 @@ def test_explain_across(capsys, monkeypatch):
         )
     assert main(["explain", "resnet18", "--across", "conv_tail", "conv_pool", "--model-gpu", "h200"]) == 0
     said = capsys.readouterr().out
-    assert "across: this network has no conv_tail\n" in said and "no conv_pool" not in said
+    assert "across: this network has no conv_tail\n" in said
+    assert "no conv_pool" not in said
     for wrong in (
         ["--across", "conv_pools"],
         ["--across", "conv_pool", "--train"],
@@ -273,7 +283,9 @@ def test_explain_across(capsys, monkeypatch):
 def test_explain_rejected(capsys):
     assert main(["explain", "resnet18", "--size", "32", "--rejected"]) == 0
     said = capsys.readouterr().out
-    assert "triton.conv" in said and "native.conv" in said and "aten.cudnn_fused" in said
+    assert "triton.conv" in said
+    assert "native.conv" in said
+    assert "aten.cudnn_fused" in said
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -282,15 +294,20 @@ def test_explain_diff(capsys, monkeypatch, dtype):
     assert main(["explain", "resnet50", "--diff", "--batch", "3", "--size", "33", "--dtype", dtype]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"resnet50, {dtype}, 3×3×33×33 on cpu: 57 fused steps, other: 175 unfused ones"
-    assert max(map(len, said)) <= 100 and not any("…" in line for line in said)
+    assert max(map(len, said)) <= 100
+    assert not any("…" in line for line in said)
     total = next(line.split() for line in said if line.startswith("total"))
-    assert total[1:3] == ["57", "175"] and float(total[3]) > 0 and float(total[4]) > 0
+    assert total[1:3] == ["57", "175"]
+    assert float(total[3]) > 0
+    assert float(total[4]) > 0
 
 
 def test_explain_diff_as_json(capsys):
     assert main(["explain", "resnet18", "--diff", "--batch", "2", "--size", "32", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["model"] == "resnet18" and found["batch"] == 2 and len(found["rows"]) == 24
+    assert found["model"] == "resnet18"
+    assert found["batch"] == 2
+    assert len(found["rows"]) == 24
     assert all(0 <= row["error"] < 1e-4 and row["ms"] > 0 and row["broken"] is None for row in found["rows"])
 
 
@@ -306,17 +323,16 @@ def test_explain_diff_exits_1_when_the_fused_schedule_is_wrong(capsys, monkeypat
     monkeypatch.setattr(network, "_folded", off)
     assert main(["explain", "resnet18", "--diff", "--size", "32"]) == 1
     said = capsys.readouterr()
-    assert "WRONG conv1: rms error" in said.err and "WRONG" in said.out
+    assert "WRONG conv1: rms error" in said.err
+    assert "WRONG" in said.out
 
 
 def test_explain_as_json(capsys):
     assert main(["explain", "resnet18", "--size", "32", "--json"]) == 0
     lines = json.loads(capsys.readouterr().out)
-    assert (
-        lines[0]["layer"] == "conv1"
-        and lines[0]["kernel"] in ("aten.conv_bn_act", "cpu.conv")
-        and lines[0]["problem"].startswith("conv_bn_act")
-    )
+    assert lines[0]["layer"] == "conv1"
+    assert lines[0]["kernel"] in ("aten.conv_bn_act", "cpu.conv")
+    assert lines[0]["problem"].startswith("conv_bn_act")
 
 
 def test_explain_for_a_gpu_that_is_not_here_tells_every_fused_step_s_floor(capsys, monkeypatch):
@@ -328,14 +344,13 @@ def test_explain_for_a_gpu_that_is_not_here_tells_every_fused_step_s_floor(capsy
         == 0
     )
     said = capsys.readouterr().out.splitlines()
-    assert max(map(len, said)) <= 120 and not any("…" in line for line in said)
+    assert max(map(len, said)) <= 120
+    assert not any("…" in line for line in said)
     rows = {line.split()[0]: line.split()[1:] for line in said if line}
     assert rows["layer1.1.conv2"] == ["conv_tail", "1027.74", "111.80", "239.01", "memory"]
-    assert (
-        rows["layer2.0.conv3"][0] == "pointwise_pair"
-        and "layer2.1.conv3" not in rows
-        and "layer1.0.downsample.0" not in rows
-    )
+    assert rows["layer2.0.conv3"][0] == "pointwise_pair"
+    assert "layer2.1.conv3" not in rows
+    assert "layer1.0.downsample.0" not in rows
     kernels, _, _, img_s = next(line.split()[-4:] for line in said if line.startswith("infer  with "))
     assert (kernels, img_s) == ("26", "88,223")
 
@@ -379,9 +394,12 @@ def test_explain_tells_times_of_this_gpu(monkeypatch):
     line = Line("layer1.1.conv2", "conv_tail", "triton.conv_tail", "measured", problem)
     row = str(Explanation([timed(line, graph=True), Line("fc", "function", "torch", "why")])).splitlines()
     assert row[0].split()[-4:] == ["µs", "floor", "%", "why"]
-    assert row[2].split("  ")[-1].split() == ["measured"] and row[2].split()[-4:-1] == ["478.0", "239.0", "50"]
-    assert "256×64×56×56 → 64 → 256 → 64" in row[2] and row[3].split() == ["fc", "function", "torch", "why"]
-    assert timed(line).time_us == 500.0 and timed(replace(line, kernel="aten"), graph=True).time_us is None
+    assert row[2].split("  ")[-1].split() == ["measured"]
+    assert row[2].split()[-4:-1] == ["478.0", "239.0", "50"]
+    assert "256×64×56×56 → 64 → 256 → 64" in row[2]
+    assert row[3].split() == ["fc", "function", "torch", "why"]
+    assert timed(line).time_us == 500.0
+    assert timed(replace(line, kernel="aten"), graph=True).time_us is None
     assert timed(replace(line, kernel="aten")).time_us == 900.0  # a plan's word for the op's composition
     monkeypatch.setattr(Kernel, "reason", lambda self, problem: None)
     lost = rejected(problem)["triton.conv_tail"]
@@ -389,7 +407,8 @@ def test_explain_tells_times_of_this_gpu(monkeypatch):
     records["triton.conv_tail"] |= {"status": "wrong", "reason": "rms error 1 of 2"}
     assert rejected(problem)["triton.conv_tail"] == "WRONG: rms error 1 of 2"
     records["triton.conv_tail"]["source"] = "another"
-    assert rejected(problem)["triton.conv_tail"].startswith("no measurement") and timed(line).time_us is None
+    assert rejected(problem)["triton.conv_tail"].startswith("no measurement")
+    assert timed(line).time_us is None
     monkeypatch.setattr(tables, "gpu_name", lambda device=None: "Imaginary 1")
     assert timed(line).floor_us is None
 
@@ -405,7 +424,18 @@ def test_explain_lines_print():
 
 def test_tables_fit_the_terminal():
     text = console.table(("name", "ms"), [("x" * 50, 1), ("y", 22)], right=(1,), width=40)
-    assert all(len(line) <= 40 for line in text.splitlines()) and "…" in text
+    assert all(len(line) <= 40 for line in text.splitlines())
+    assert "…" in text
+
+
+def test_an_optional_column_without_values_is_left_out():
+    columns = [
+        console.Column("name", lambda row: row[0]),
+        console.Column("ms", lambda row: row[1]),
+        console.Column("cold", lambda row: row[2], optional=True),
+    ]
+    assert console.column_table(columns, [("a", "1", ""), ("b", "2", "")]).splitlines()[0] == "name  ms"
+    assert console.column_table(columns, [("a", "1", ""), ("b", "2", "9")]).splitlines()[0] == "name  ms  cold"
 
 
 def test_bench_prints_json_with_errors(capsys):
@@ -433,7 +463,8 @@ def test_a_kernel_from_the_environment_that_cannot_run_is_one_sentence(capsys, m
 
 def test_bench_takes_what_people_run_on_a_device():
     assert bench.defaults("cpu", "infer") == bench.defaults("cpu", "train") == ("fp32", (1, 16))
-    assert bench.defaults("cuda", "infer") == ("bf16", (256, 1)) and bench.defaults("cuda", "train") == ("bf16", (32,))
+    assert bench.defaults("cuda", "infer") == ("bf16", (256, 1))
+    assert bench.defaults("cuda", "train") == ("bf16", (32,))
 
 
 @pytest.mark.parametrize(
@@ -448,19 +479,15 @@ def test_bench_takes_what_people_run_on_a_device():
 )
 def test_bench_says_that_a_gpu_was_not_tuned(monkeypatch, tmp_path, case, command):
     """Pretended: a GPU without a table, then with one of this case."""
-    from resnet_fast.models.problems import conv_layers
-
     monkeypatch.setenv("RESNET_FAST_TABLES", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(tables, "gpu_name", lambda device=None: "Pretended GPU")
     tables.load.cache_clear()
     said = bench.untuned(case, (256, 1))
-    assert (
-        "no kernel of ours was measured for this on Pretended GPU yet" in said
-        and f"`python -m resnet_fast {command}" in said
-    )
-    conv = conv_layers(case.model, 256, case.size, bench.DTYPES[case.dtype], "cuda", (9, 0))[3].problem
-    problem = replace(conv, bn=False) if case.mode == "infer" else bench.after(conv, "bn_act_backward")
+    assert "no kernel of ours was measured for this on Pretended GPU yet" in said
+    assert f"`python -m resnet_fast {command}" in said
+    conv = conv_layers(case.model, 256, case.size, machine.SHORT_DTYPES[case.dtype], "cuda", (9, 0))[3].problem
+    problem = replace(conv, bn=False) if case.mode == "infer" else problem_after(conv, "bn_act_backward")
     kernel = "aten.conv_bn_act" if case.mode == "infer" else "aten.bn_act_backward"
     record = {
         "status": "right",
@@ -468,7 +495,8 @@ def test_bench_says_that_a_gpu_was_not_tuned(monkeypatch, tmp_path, case, comman
         "versions": tables.versions(),
     }
     tables.update("Pretended GPU", lambda sections: sections["measured"].update({problem.key: {kernel: record}}))
-    assert bench.untuned(case) is None and bench.untuned(replace(case, batch=1)) is not None
+    assert bench.untuned(case) is None
+    assert bench.untuned(replace(case, batch=1)) is not None
     tables.load.cache_clear()
 
 
@@ -492,7 +520,8 @@ def test_bench_skips_a_kernel_that_takes_no_layer(capsys):
         "kernel:aten.cudnn_fused: skipped: kernel 'aten.cudnn_fused' claimed no problem: cuDNN needs a CUDA tensor"
         in said.out
     )
-    assert "Traceback" not in said.err and "WRONG" not in said.out
+    assert "Traceback" not in said.err
+    assert "WRONG" not in said.out
 
 
 def test_bench_refuses_a_time_for_what_is_wrong(capsys, monkeypatch):
@@ -506,6 +535,6 @@ def test_ctrl_c_is_said_and_coded(capsys, monkeypatch):
     def interrupted(names):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(check, "wanted", interrupted)
+    monkeypatch.setattr(check, "requested_kernels", interrupted)
     assert main(["check"]) == 130
     assert "interrupted" in capsys.readouterr().err

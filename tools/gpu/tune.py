@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 
 from resnet_fast.bench.network import Case, known_ceilings
-from resnet_fast.bench.op import TRAINING
-from resnet_fast.bench.providers import DTYPES, example_input, fair, reference_model
+from resnet_fast.bench.providers import example_input, fair, reference_model
 from resnet_fast.dispatch import tables
 from resnet_fast.dispatch.problem import Problem
 from resnet_fast.dispatch.registry import find
-from resnet_fast.models.problems import across_layers, conv_layers
+from resnet_fast.models.problems import TRAINING, across_layers, conv_layers
 from resnet_fast.planning.make import plan
 from resnet_fast.roofline import chips
 from resnet_fast.tuning import kernels as autotune
+from resnet_fast.util.machine import SHORT_DTYPES
 
 from .check import of_network, place
 from .measure import ATEN, device, network_case
@@ -233,7 +233,7 @@ def tuned_plan(
 ) -> dict:
     """Plan and tune under the settings that networks are timed under, so that cuDNN's algorithms are the same."""
     alive("planning")
-    x = example_input(case.batch, case.size, DTYPES[case.dtype], case.device)
+    x = example_input(case.batch, case.size, SHORT_DTYPES[case.dtype], case.device)
     with fair():
         made = plan(reference_model(case.model, case.device), x, dtype=x.dtype, across=())
         made.use_groups(made.group_tuner(x, timer, seconds, alive).choose())
