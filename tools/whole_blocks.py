@@ -26,12 +26,12 @@ from itertools import product
 from math import ceil
 
 from resnet_fast.models.problems import conv_layers
-from resnet_fast.roofline.chips import ceilings
+from resnet_fast.roofline.chips import CHIPS, ceilings
 from resnet_fast.util.text import table
 
-# Hopper as ``kernels.triton.gemm_config`` has it: number of SMs; of one SM bytes of shared memory for a block, FLOP and
-# bytes from L2 a nanosecond.
-SMS, SHARED, MMA, L2 = 132, 227 * 1024, 5980.0, 49.0
+_H200 = CHIPS["h200"]
+SMS, SHARED = _H200.sms, _H200.shared
+MMA, L2 = _H200.mma, _H200.l2  # FLOP and bytes a nanosecond of one SM
 _ROWS, _STAGES, _DEPTH = 64, 2, 64  # of a matrix instruction; operands in flight, and their channels
 _ITEM = 2  # bytes of an element
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from resnet_fast.analysis.launches import MATRIX, main
+from resnet_fast.analysis.launches import MATRIX, dominant
 from resnet_fast.bench import fresh_process
 from resnet_fast.dispatch.problem import Problem
 from resnet_fast.dispatch.registry import load_file
@@ -103,7 +103,7 @@ def compiled() -> dict[str, tuple[int, Code]]:
     for step in STEPS:
         (kernel,) = load_file(step)
         call = compile_call(kernel, PROBLEM)
-        one = main(call.launches)
+        one = dominant(call.launches)
         torchs = call.torch_ops.total()
         share = occupancy(one.registers, one.shared, one.threads, PROBLEM.capability).share
         code = Code(

@@ -14,13 +14,13 @@ from ..runtime.explanation import Explanation, Line, timed
 
 
 def explain(model: nn.Module, example: Tensor) -> Explanation:
-    """Run one forward of a copy of ``model`` on ``example`` and say for each convolution and batch norm what ran it and why.
+    """Run one forward of a copy of ``model`` on ``example`` and say what ran each convolution and batch norm, and why.
 
-    The copy keeps the model's statistics as they are; its hooks run once. Accepts a plan too, which knows its own steps.
+    The copy keeps the model's statistics as they are; its hooks run once. Accepts a plan too, which knows its steps.
     """
-    steps = getattr(model, "explain", None)
-    if steps is not None:
-        return steps(example)
+    explain_plan = getattr(model, "explain", None)
+    if explain_plan is not None:
+        return explain_plan(example)
     if not isinstance(model, nn.Module):
         raise ValueError(f"explain: model: got {type(model).__name__}, expected an nn.Module or a plan")
     twin = copy.deepcopy(model)
@@ -28,25 +28,29 @@ def explain(model: nn.Module, example: Tensor) -> Explanation:
     with record() as choices, torch.no_grad():
         twin(example)
     lines = [timed(Line(owners.get(c.tensor, "(add)"), c.problem.op, c.kernel, c.why, c.problem)) for c in choices]
-    return Explanation(lines + _plain_lines(twin, example, {line.module for line in lines}))
+    fused = {line.module for line in lines}
+    return Explanation(lines + _plain_lines(twin, example, fused))
 
 
 def _plain_lines(model: nn.Module, example: Tensor, fused: set[str]) -> list[Line]:
-    """The blocks and lone convolutions that no op ran, with the path rule's sentence."""
-    lines, inside = [], []
-    for name, m in model.named_modules():
-        if any(name.startswith(prefix) for prefix in inside):
+    """The blocks and single convolutions that no op ran, with the reason."""
+    lines: list[Line] = []
+    blocks: list[str] = []  # prefixes of the modules inside a block
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in blocks):
             continue
-        if isinstance(m, (BasicBlock, Bottleneck)):
-            inside.append(f"{name}.")
-            reason = why_plain_block(m, example)
-            if reason is not None or type(m).forward not in (BasicBlock.forward, Bottleneck.forward):
+        if isinstance(module, (BasicBlock, Bottleneck)):
+            blocks.append(f"{name}.")
+            reason = why_plain_block(module, example)
+            overridden = type(module).forward not in (BasicBlock.forward, Bottleneck.forward)
+            if reason is not None or overridden:
                 lines.append(Line(name, "plain", "torch modules", reason or "a subclass overrides forward"))
-        elif isinstance(m, nn.Conv2d) and name not in fused and not _training_pair(name, fused):
-            lines.append(Line(name, "plain", "torch module", why_plain(example, [m]) or "not part of a fused block"))
+        elif isinstance(module, nn.Conv2d) and name not in fused and not _norm_is_fused(name, fused):
+            reason = why_plain(example, [module]) or "not part of a fused block"
+            lines.append(Line(name, "plain", "torch module", reason))
     return lines
 
 
-def _training_pair(name: str, fused: set[str]) -> bool:
+def _norm_is_fused(name: str, fused: set[str]) -> bool:
     """Whether the convolution's batch norm ran fused: in training the convolution itself is torch's."""
     return name.replace("conv", "bn") in fused

@@ -1,25 +1,32 @@
-"""What a compiler made of a kernel, read without a GPU: registers, stack, shared memory and instructions, by cuobjdump."""
+"""A kernel's launches from two sources: machine code, read by cuobjdump without a GPU, and the profiler of a GPU."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
+import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
+
+import torch
 
 MATRIX = r"\w*MMA"  # mma.sync is HMMA, wgmma HGMMA, tcgen05 UTCHMMA in SASS
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel. Registers and stack (spills, or arrays that are indexed dynamically) are a thread's, ``shared`` bytes a
-    block's; ``threads`` of a block and ``blocks`` of the grid are None where only the code is known, ``instructions`` (SASS, by full
-    name) where only the launch is; ``operands`` are those of wgmma as written, without register numbers; ``narrow`` are the pointers to
-    which a 32-bit offset is added, known of Triton only.
+    """One launch of a kernel.
+
+    Registers and stack (spills, or arrays that are indexed dynamically) are a thread's, ``shared`` bytes a block's.
+    ``threads`` of a block and ``blocks`` of the grid are None where only the code is known; ``instructions`` (SASS, by
+    full name) are empty where only the launch is. ``operands`` are those of wgmma as written, without register numbers;
+    ``narrow`` are the pointers to which a 32-bit offset is added, known of Triton only.
     """
 
     name: str
@@ -37,9 +44,16 @@ class Launch:
         return sum(n for name, n in self.instructions.items() if re.match(pattern, name))
 
 
-def main(launches: Iterable[Launch]) -> Launch:
+def dominant(launches: Iterable[Launch]) -> Launch:
     """The launch that does most: the one with matrix instructions, or else with the most threads."""
-    return max(launches, key=lambda one: (one.count(MATRIX) > 0, (one.threads or 0) * (one.blocks or 0)))
+
+    def work(launch: Launch) -> tuple[bool, int]:
+        return launch.count(MATRIX) > 0, (launch.threads or 0) * (launch.blocks or 0)
+
+    return max(launches, key=work)
+
+
+# ---------------------------------------------------------------- from machine code
 
 
 def cuobjdump() -> str | None:
@@ -53,7 +67,10 @@ def cuobjdump() -> str | None:
 
 
 def read(path: Path) -> list[Launch]:
-    """Every kernel in a cubin or shared library; raises LookupError without cuobjdump, ValueError if it finds no kernel."""
+    """Every kernel in a cubin or shared library.
+
+    Raises LookupError without cuobjdump, ValueError if it finds no kernel.
+    """
     tool = cuobjdump()
     if tool is None:
         raise LookupError("machine code: cuobjdump is in Triton's wheel and in the CUDA toolkit, and neither is here")
@@ -65,15 +82,20 @@ def read(path: Path) -> list[Launch]:
     code = _code(dump("-sass"))
     if not usage or not all(_instructions(code.get(name, "")) for name, _ in usage):
         raise ValueError(f"machine code: cuobjdump found none in {path}")
-    return [
-        Launch(
-            readable(name),
-            *(int(re.search(rf"\b{key}:(\d+)", line)[1]) for key in ("REG", "STACK", "SHARED")),
-            instructions=_instructions(code[name]),
-            operands=_operands(code[name]),
-        )
-        for name, line in usage
-    ]
+    return [_launch(name, line, code[name]) for name, line in usage]
+
+
+def _launch(name: str, usage: str, code: str) -> Launch:
+    """One kernel of a binary."""
+    registers, stack, shared = (int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "SHARED"))
+    return Launch(
+        readable(name),
+        registers,
+        stack,
+        shared,
+        instructions=_instructions(code),
+        operands=_operands(code),
+    )
 
 
 def readable(name: str) -> str:
@@ -91,8 +113,47 @@ def _code(sass: str) -> dict[str, str]:
 
 
 def _instructions(code: str) -> Counter:
+    """SASS instructions by full name, without their predicates."""
     return Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)", code, re.MULTILINE))
 
 
 def _operands(code: str) -> frozenset[str]:
+    """Operands of wgmma, without register numbers."""
     return frozenset(re.sub(r"\d+", "", listed) for listed in re.findall(r"HGMMA\S* +([^;]*?) *;", code))
+
+
+# ---------------------------------------------------------------- from the profiler
+
+
+def profiled(call: Callable[[], object]) -> list[Launch]:
+    """The launches of one call after a first, as the profiler recorded them; empty where profiling is forbidden."""
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return launches_of(json.loads(path.read_text()))
+
+
+def launches_of(trace: dict) -> list[Launch]:
+    """The kernels of a Chrome trace that Kineto wrote, in the order in which they began."""
+    events = [event for event in trace["traceEvents"] if event.get("cat") == "kernel"]
+    return [_profiled_launch(event) for event in sorted(events, key=lambda event: event["ts"])]
+
+
+def _profiled_launch(event: dict) -> Launch:
+    """One kernel event of a trace."""
+    facts = event["args"]
+    return Launch(
+        event["name"],
+        registers=int(facts["registers per thread"]),
+        stack=0,
+        shared=int(facts["shared memory"]),
+        threads=prod(facts["block"]),
+        blocks=prod(facts["grid"]),
+    )

@@ -1,6 +1,6 @@
-"""What every step of a network reads and writes, at each level of fusion: the data that ``roofline`` turns into floors.
+"""Costs of inference: what every kernel of a network reads and writes, at each level of fusion.
 
-A step moves each of its operands once: caches are perfect within a step and useless between steps. A strided 1×1
+A kernel moves each of its operands once: caches are perfect within a kernel and useless between kernels. A strided 1×1
 convolution touches only the pixels it uses. Filters count once a batch, per-channel vectors not at all.
 """
 
@@ -14,13 +14,13 @@ from math import prod
 
 import torch
 
-from ..models.problems import conv_layers
-from ..roofline.cost import CLASSES, Step, conv_flops, touched
+from ..models.problems import ConvLayer, conv_layers
+from ..roofline.cost import CLASSES, Cost, conv_flops, touched
 
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution's operands in bytes: ``x`` as far as it is touched, ``whole_x`` all of it."""
+    """A convolution's operands in bytes; ``x`` is the part that it reads, ``weights`` the elements of its filters."""
 
     name: str
     x: int
@@ -95,67 +95,118 @@ class Net:
 @functools.lru_cache(maxsize=16)
 def network(model: str, batch: int, size: int, dtype: torch.dtype) -> Net:
     """The operands of an architecture at [batch, 3, size, size] in ``dtype``."""
-    width = dtype.itemsize
-    convs: dict[str, Conv] = {}
-    for layer in conv_layers(model, batch, size, dtype):
-        p = layer.problem
-        y, weights = batch * p.weight[0] * prod(p.out_hw), prod(p.weight)
-        convs[layer.name] = Conv(
-            layer.name,
-            touched(p) * width,
-            prod(p.x) * width,
-            y * width,
-            weights * width,
-            weights,
-            p.weight[0],
-            conv_flops(p),
-        )
     members: dict[str, list[Conv]] = {}
-    for name, conv in convs.items():
-        members.setdefault(".".join(name.split(".")[:2]), []).append(conv)
+    for layer in conv_layers(model, batch, size, dtype):
+        block = ".".join(layer.name.split(".")[:2])
+        members.setdefault(block, []).append(_conv(layer))
     (stem,) = members.pop("conv1")
-    return Net(stem, tuple(_block(name, found) for name, found in members.items()), batch, width)
+    blocks = tuple(_block(name, convs) for name, convs in members.items())
+    return Net(
+        stem,
+        blocks,
+        batch,
+        dtype.itemsize,
+    )
 
 
-def _block(name: str, found: list[Conv]) -> Block:
-    projection = next((conv for conv in found if "downsample" in conv.name), None)
-    return Block(name, tuple(conv for conv in found if conv is not projection), projection)
+def _conv(layer: ConvLayer) -> Conv:
+    """The operands of one convolution."""
+    problem = layer.problem
+    width = layer.problem.dtype.itemsize
+    batch = problem.x[0]
+    filters = problem.weight[0]
+    weights = prod(problem.weight)
+    return Conv(
+        layer.name,
+        x=touched(problem) * width,
+        whole_x=prod(problem.x) * width,
+        y=batch * filters * prod(problem.out_hw) * width,
+        w=weights * width,
+        weights=weights,
+        channels=filters,
+        flops=conv_flops(problem),
+    )
 
 
-# ---------------------------------------------------------------- inference
+def _block(name: str, convs: list[Conv]) -> Block:
+    """A block from its convolutions in the order in which they run."""
+    projection = next((conv for conv in convs if "downsample" in conv.name), None)
+    return Block(name, tuple(conv for conv in convs if conv is not projection), projection)
 
 
-def fc_step(net: Net) -> Step:
+# ---------------------------------------------------------------- single kernels
+
+
+def fc_step(net: Net) -> Cost:
     """The fully connected layer."""
     reads = {"x": net.pooled, "w": net.fc_weights * net.itemsize}
-    return Step("fc", reads, {"y": net.logits}, 2 * net.batch * net.fc_weights)
+    return Cost(
+        "fc",
+        reads,
+        {"y": net.logits},
+        2 * net.batch * net.fc_weights,
+    )
 
 
-def head_steps(net: Net) -> Iterator[Step]:
+def head_steps(net: Net) -> Iterator[Cost]:
     """Average pool, then fc."""
-    yield Step("avgpool", {"x": net.blocks[-1].out}, {"y": net.pooled})
+    yield Cost(
+        "avgpool",
+        {"x": net.blocks[-1].out},
+        {"y": net.pooled},
+    )
     yield fc_step(net)
 
 
-def conv_step(conv: Conv) -> Step:
+def conv_step(conv: Conv) -> Cost:
     """A convolution alone."""
-    return Step(conv.name, conv.reads, {"y": conv.y}, conv.flops)
+    return Cost(
+        conv.name,
+        conv.reads,
+        {"y": conv.y},
+        conv.flops,
+    )
 
 
-def _pool(net: Net) -> Step:
-    return Step("maxpool", {"x": net.stem.y}, {"y": net.pool})
+def _pool(net: Net) -> Cost:
+    """The max pool alone."""
+    return Cost(
+        "maxpool",
+        {"x": net.stem.y},
+        {"y": net.pool},
+    )
 
 
-def unfused(name: str, y: int, *, last: bool, projection: bool = False) -> Iterator[Step]:
+def unfused(name: str, y: int, *, last: bool, projection: bool = False) -> Iterator[Cost]:
     """Batch norm, residual add and ReLU as torch's modules run them."""
-    yield Step(f"{name} bn", {"y": y}, {"z": y})
+    yield Cost(
+        f"{name} bn",
+        {"y": y},
+        {"z": y},
+    )
     if last:
-        yield Step(f"{name} add", {"z": y, "shortcut": y}, {"sum": y})
+        yield Cost(
+            f"{name} add",
+            {"z": y, "shortcut": y},
+            {"sum": y},
+        )
     if not projection:
-        yield Step(f"{name} relu", {"z": y}, {"out": y})
+        yield Cost(
+            f"{name} relu",
+            {"z": y},
+            {"out": y},
+        )
 
 
-def eager(net: Net) -> Iterator[Step]:
+def unfused_after(block: Block, conv: Conv) -> Iterator[Cost]:
+    """What torch's modules run after one convolution of a block."""
+    return unfused(conv.name, conv.y, last=conv is block.convs[-1], projection=conv is block.projection)
+
+
+# ---------------------------------------------------------------- levels of fusion
+
+
+def eager(net: Net) -> Iterator[Cost]:
     """One kernel for each module of torch's."""
     yield conv_step(net.stem)
     yield from unfused(net.stem.name, net.stem.y, last=False)
@@ -163,41 +214,70 @@ def eager(net: Net) -> Iterator[Step]:
     for block in net.blocks:
         for conv in block.all:
             yield conv_step(conv)
-            yield from unfused(conv.name, conv.y, last=conv is block.convs[-1], projection=conv is block.projection)
+            yield from unfused_after(block, conv)
     yield from head_steps(net)
 
 
-def pointwise(net: Net) -> Iterator[Step]:
+def pointwise(net: Net) -> Iterator[Cost]:
     """BN folded into the filters; what follows a convolution is one kernel (what a compiler does)."""
     yield conv_step(net.stem)
-    yield Step(f"{net.stem.name} relu", {"y": net.stem.y}, {"out": net.stem.y})
+    yield Cost(
+        f"{net.stem.name} relu",
+        {"y": net.stem.y},
+        {"out": net.stem.y},
+    )
     yield _pool(net)
     for block in net.blocks:
         for conv in block.all:
             yield conv_step(conv)
             if conv is not block.projection:
-                shortcut = {"shortcut": conv.y} if conv is block.convs[-1] else {}
-                yield Step(f"{conv.name} pointwise", {"y": conv.y, **shortcut}, {"out": conv.y})
+                reads = {"y": conv.y, **_shortcut(block, conv)}
+                yield Cost(
+                    f"{conv.name} pointwise",
+                    reads,
+                    {"out": conv.y},
+                )
     yield from head_steps(net)
 
 
-def _fused_conv(block: Block, conv: Conv) -> Step:
-    shortcut = {"shortcut": conv.y} if conv is block.convs[-1] else {}
-    return Step(conv.name, {**conv.reads, **shortcut}, {"out": conv.y}, conv.flops)
+def _fused_conv(block: Block, conv: Conv) -> Cost:
+    """conv + BN + ReLU (+ add) in one kernel."""
+    reads = {**conv.reads, **_shortcut(block, conv)}
+    return Cost(
+        conv.name,
+        reads,
+        {"out": conv.y},
+        conv.flops,
+    )
 
 
-def _ends(net: Net, steps: Iterator[Step]) -> Iterator[Step]:
+def _shortcut(block: Block, conv: Conv) -> dict[str, int]:
+    """What a block's last convolution reads besides its operands."""
+    return {"shortcut": conv.y} if conv is block.convs[-1] else {}
+
+
+def _ends(net: Net, steps: Iterator[Cost]) -> Iterator[Cost]:
     """The stem writes its pooled output only, the last convolution its average."""
-    yield Step("conv1 + maxpool", net.stem.reads, {"out": net.pool}, net.stem.flops)
+    yield Cost(
+        "conv1 + maxpool",
+        net.stem.reads,
+        {"out": net.pool},
+        net.stem.flops,
+    )
     last = net.blocks[-1].convs[-1].name
     for step in steps:
         if step.name == last:
-            step = Step(f"{step.name} + avgpool", step.reads, {"pooled": net.pooled}, step.flops)
+            step = Cost(
+                f"{step.name} + avgpool",
+                step.reads,
+                {"pooled": net.pooled},
+                step.flops,
+            )
         yield step
     yield fc_step(net)
 
 
-def per_conv(net: Net) -> Iterator[Step]:
+def per_conv(net: Net) -> Iterator[Cost]:
     """conv + BN + ReLU (+ add) in one kernel."""
     yield conv_step(net.stem)
     yield _pool(net)
@@ -205,18 +285,19 @@ def per_conv(net: Net) -> Iterator[Step]:
     yield from head_steps(net)
 
 
-def fused_ends(net: Net) -> Iterator[Step]:
+def fused_ends(net: Net) -> Iterator[Cost]:
     """And the max pool in the stem's kernel, the average pool in the last convolution's."""
     return _ends(net, (_fused_conv(block, conv) for block in net.blocks for conv in block.all))
 
 
-def tails(net: Net, stages: tuple[str, ...] = ("layer1", "layer2")) -> Iterator[Step]:
+def tails(net: Net, stages: tuple[str, ...] = ("layer1", "layer2")) -> Iterator[Cost]:
     """And conv2 → conv3 → + residual → ReLU → the next block's conv1 in one kernel; bottlenecks in ``stages`` only."""
     return _ends(net, _tail_steps(net, stages))
 
 
-def _tail_steps(net: Net, stages: tuple[str, ...]) -> Iterator[Step]:
-    taken: set[str] = set()
+def _tail_steps(net: Net, stages: tuple[str, ...]) -> Iterator[Cost]:
+    """The kernels of all blocks with tails in ``stages``."""
+    taken: set[str] = set()  # first convolutions that are in the tail of the block before
     for block, following in pairwise((*net.blocks, None)):
         if following is None or block.stage not in stages or len(block.convs) < 3:
             yield from (_fused_conv(block, conv) for conv in block.all if conv.name not in taken)
@@ -228,25 +309,43 @@ def _tail_steps(net: Net, stages: tuple[str, ...]) -> Iterator[Step]:
             yield _fused_conv(block, block.projection)
         after = following.convs[0]
         taken.add(after.name)
-        yield Step(
+        reads = {"x": middle.x, "shortcut": end.y, "w": middle.w + end.w + after.w}
+        flops = middle.flops + end.flops + after.flops
+        yield Cost(
             f"{block.name} tail",
-            {"x": middle.x, "shortcut": end.y, "w": middle.w + end.w + after.w},
+            reads,
             {"out": end.y, "next": after.y},
-            middle.flops + end.flops + after.flops,
+            flops,
         )
 
 
-def whole_blocks(net: Net) -> Iterator[Step]:
+def whole_blocks(net: Net) -> Iterator[Cost]:
     """Each residual block in one kernel; the head is one kernel too."""
-    yield Step("conv1 + maxpool", net.stem.reads, {"out": net.pool}, net.stem.flops)
+    yield Cost(
+        "conv1 + maxpool",
+        net.stem.reads,
+        {"out": net.pool},
+        net.stem.flops,
+    )
     for block in net.blocks:
         reads = {"x": block.x, "w": sum(conv.w for conv in block.all)}
-        yield Step(block.name, reads, {"out": block.out}, sum(conv.flops for conv in block.all))
+        flops = sum(conv.flops for conv in block.all)
+        yield Cost(
+            block.name,
+            reads,
+            {"out": block.out},
+            flops,
+        )
     fc = fc_step(net)
-    yield Step("avgpool + fc", {"x": net.blocks[-1].out, "w": fc.reads["w"]}, fc.writes, fc.flops)
+    yield Cost(
+        "avgpool + fc",
+        {"x": net.blocks[-1].out, "w": fc.reads["w"]},
+        fc.writes,
+        fc.flops,
+    )
 
 
-INFERENCE: dict[str, Callable[[Net], Iterator[Step]]] = {
+INFERENCE: dict[str, Callable[[Net], Iterator[Cost]]] = {
     "eager, unfused": eager,
     "BN folded, pointwise fused after each conv": pointwise,
     "conv+BN+ReLU(+add) in one kernel": per_conv,

@@ -1,7 +1,7 @@
-"""Floors: how fast a GPU could run a step, a layer or a whole network, given its ceilings and what must be moved.
+"""Floors of a network: how fast a GPU could run it, given its ceilings and what each kernel must move.
 
-A step's floor is max(bytes / copy bandwidth, FLOPs / matrix rate); a network's is the sum over its kernels, launches
-free and L2 ignored (its bandwidth is unmeasured). What a step moves stands in ``traffic`` and ``traffic_training``.
+A network's floor is the sum over its kernels, launches free and L2 ignored (its bandwidth is unmeasured). What a kernel
+moves is in ``network_cost`` and ``training_cost``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from ..graph.across import ORDER, checked_names
 from ..models.problems import AcrossLayer, across_layers, conv_layers
 from ..roofline.chips import FLOATING, Ceilings, ceilings
-from ..roofline.cost import Step, problem_step
+from ..roofline.cost import Cost, problem_step
 from ..roofline.floor import Floor, floor, predict, problem_floor
 from ..util import text
 from .network_cost import INFERENCE, network
@@ -22,12 +22,6 @@ from .training_cost import TRAINING
 
 # What explain and reports measure a network against: each convolution one kernel, stem and head fused too.
 LEVEL = "+ stem/pool and avgpool/fc fused"
-
-
-# ---------------------------------------------------------------- one step
-
-
-# ---------------------------------------------------------------- a network
 
 
 @dataclass(frozen=True)
@@ -47,26 +41,9 @@ class Total:
         return self.batch / self.seconds
 
 
-def total(
-    model: str, batch: int, size: int, dtype: torch.dtype, limits: Ceilings, level: str = LEVEL, mode: str = "infer"
-) -> Total:
-    """The floor of one pass ("infer") or iteration ("train") over a batch; raises KeyError for an unknown level."""
-    steps = {"infer": INFERENCE, "train": TRAINING}[mode][level](network(model, batch, size, dtype))
-    floors = predict(steps, limits, dtype)
-    return Total(
-        mode,
-        level,
-        len(floors),
-        sum(f.bytes for f in floors),
-        sum(f.flops for f in floors),
-        sum(f.seconds for f in floors),
-        batch,
-    )
-
-
 @dataclass(frozen=True)
 class Saving:
-    """All of a network's groups of one op across convolutions: the floors of their members one by one, and of the op."""
+    """All groups of one op across convolutions in a network: the floors of their members alone, and of the op."""
 
     op: str
     count: int
@@ -74,43 +51,12 @@ class Saving:
     together: Floor
 
 
-def savings(groups: Iterable[AcrossLayer], limits: Ceilings) -> list[Saving]:
-    """What each op across convolutions would save; ops that want the same convolutions are counted as if each were used alone."""
-    found: dict[str, list[AcrossLayer]] = {}
-    for group in groups:
-        found.setdefault(group.problem.op, []).append(group)
-    return [
-        Saving(
-            op,
-            len(each),
-            _sum(f"{op}, alone", [f for group in each for f in _alone(group, limits)]),
-            _sum(op, [problem_floor(group.problem, limits) for group in each]),
-        )
-        for op, each in found.items()
-    ]
-
-
-def _alone(group: AcrossLayer, limits: Ceilings) -> list[Floor]:
-    """The convolutions one by one, and the pool that follows."""
-    floors = [problem_floor(member, limits) for member in group.members]
-    if group.problem.op in ("conv_pool", "pointwise_pool"):
-        (read,) = problem_step(group.members[-1]).writes.values()
-        pool = Step(f"{group.name} pool", {"x": read}, problem_step(group.problem).writes)
-        floors.append(floor(pool, limits, group.problem.dtype))
-    return floors
-
-
-def _sum(name: str, floors: list[Floor]) -> Floor:
-    bound = max(("memory", "compute"), key=lambda bound: sum(f.seconds for f in floors if f.bound == bound))
-    return Floor(
-        name, sum(f.bytes for f in floors), sum(f.flops for f in floors), sum(f.seconds for f in floors), bound
-    )
-
-
 @dataclass(frozen=True)
-class Table:
-    """``rows``: each kernel, with convolutions, stem and head fused, and ops across convolutions that were asked for; ``totals``: every level
-    of fusion; ``groups``: what ``plan(across=…)`` may use.
+class NetworkFloors:
+    """The floors of a network on one GPU.
+
+    ``rows``: each kernel, with convolutions, stem and head fused, and the ops across convolutions that were asked for;
+    ``totals``: every level of fusion; ``groups``: what ``plan(across=…)`` may use.
     """
 
     heading: str
@@ -119,83 +65,166 @@ class Table:
     groups: list[Saving]
 
     def __str__(self) -> str:
-        kernels = [
-            (f.name, f"{f.bytes / 1e6:.2f}", f"{f.flops / 1e9:.2f}", f"{f.seconds * 1e6:.2f}", f.bound)
-            for f in self.rows
-        ]
-        levels = [
-            (t.mode, t.level, t.kernels, f"{t.bytes / t.batch / 1e6:.1f}", f"{t.seconds * 1e3:.3f}", f"{t.img_s:,.0f}")
-            for t in self.totals
-        ]
-        header = "", "level of fusion", "kernels", "MB/img", "floor ms", "img/s"
-        groups = [
-            (
-                g.op,
-                g.count,
-                f"{g.alone.bytes / 1e6:.1f}",
-                f"{g.together.bytes / 1e6:.1f}",
-                f"{g.alone.seconds * 1e6:.1f}",
-                f"{g.together.seconds * 1e6:.1f}",
-            )
-            for g in self.groups
-        ]
-        return "\n".join(
-            [
-                self.heading,
-                "",
-                text.table(("kernel", "MB", "GFLOP", "floor µs", "bound"), kernels, right=(1, 2, 3)),
-                "",
-                text.table(header, levels, right=(2, 3, 4, 5)),
-                "",
-                text.table(
-                    ("across convolutions", "groups", "MB alone", "together", "floor µs alone", "together"),
-                    groups,
-                    right=(1, 2, 3, 4, 5),
-                ),
-            ]
+        kernel_header = "kernel", "MB", "GFLOP", "floor µs", "bound"
+        level_header = "", "level of fusion", "kernels", "MB/img", "floor ms", "img/s"
+        group_header = "across convolutions", "groups", "MB alone", "together", "floor µs alone", "together"
+        tables = (
+            text.table(kernel_header, [_kernel_row(floor) for floor in self.rows], right=(1, 2, 3)),
+            text.table(level_header, [_level_row(total) for total in self.totals], right=(2, 3, 4, 5)),
+            text.table(group_header, [_group_row(saving) for saving in self.groups], right=(1, 2, 3, 4, 5)),
         )
+        return "\n\n".join([self.heading, *tables])
+
+
+def _kernel_row(f: Floor) -> tuple:
+    """The table's row of one kernel."""
+    return f.name, f"{f.bytes / 1e6:.2f}", f"{f.flops / 1e9:.2f}", f"{f.seconds * 1e6:.2f}", f.bound
+
+
+def _level_row(t: Total) -> tuple:
+    """The table's row of one level of fusion."""
+    megabytes_an_image = f"{t.bytes / t.batch / 1e6:.1f}"
+    return t.mode, t.level, t.kernels, megabytes_an_image, f"{t.seconds * 1e3:.3f}", f"{t.img_s:,.0f}"
+
+
+def _group_row(s: Saving) -> tuple:
+    """The table's row of one op across convolutions."""
+    megabytes = [f"{floor.bytes / 1e6:.1f}" for floor in (s.alone, s.together)]
+    microseconds = [f"{floor.seconds * 1e6:.1f}" for floor in (s.alone, s.together)]
+    return s.op, s.count, *megabytes, *microseconds
+
+
+def table(
+    model: str, batch: int, size: int, dtype: torch.dtype, gpu: str, across_by: Iterable[str] = ()
+) -> NetworkFloors:
+    """Floors of a network on a GPU model that need not be here.
+
+    Convolutions that ``across_by`` names (as a plan's ``across``) are fused across. Raises LookupError for an unknown
+    GPU or dtype, ValueError for an unknown op.
+    """
+    limits = ceilings(gpu)
+    names = checked_names(across_by)
+    groups = across_layers(conv_layers(model, batch, size, dtype))
+    single = predict(INFERENCE[LEVEL](network(model, batch, size, dtype)), limits, dtype)
+    rows = list(with_groups(single, groups, names, limits))
+    totals = [total(model, batch, size, dtype, limits, level) for level in INFERENCE]
+    if names:
+        asked = _sum(f"with {', '.join(names)}", rows)
+        totals.append(
+            Total(
+                "infer",
+                asked.name,
+                len(rows),
+                asked.bytes,
+                asked.flops,
+                asked.seconds,
+                batch,
+            )
+        )
+    if dtype in FLOATING:
+        totals += [total(model, batch, size, dtype, limits, level, "train") for level in TRAINING]
+    rate = limits.rates[dtype] / 1e12
+    heading = [
+        f"{model}, batch {batch}, {size}², {str(dtype).removeprefix('torch.')}: the least time physics allows",
+        f"{limits.title} at {limits.copy / 1e12:g} TB/s and {rate:g} TFLOP/s",
+        limits.source,
+        *(f"across: this network has no {name}" for name in names if not any(_is_named(g, (name,)) for g in groups)),
+    ]
+    return NetworkFloors("\n".join(heading), rows, totals, savings(groups, limits))
+
+
+def total(
+    model: str, batch: int, size: int, dtype: torch.dtype, limits: Ceilings, level: str = LEVEL, mode: str = "infer"
+) -> Total:
+    """The floor of one pass ("infer") or iteration ("train") over a batch; raises KeyError for an unknown level."""
+    costs = {"infer": INFERENCE, "train": TRAINING}[mode][level](network(model, batch, size, dtype))
+    floors = predict(costs, limits, dtype)
+    return Total(
+        mode,
+        level,
+        kernels=len(floors),
+        bytes=sum(f.bytes for f in floors),
+        flops=sum(f.flops for f in floors),
+        seconds=sum(f.seconds for f in floors),
+        batch=batch,
+    )
+
+
+def savings(groups: Iterable[AcrossLayer], limits: Ceilings) -> list[Saving]:
+    """What each op across convolutions would save.
+
+    Ops that compete for the same convolutions are counted as if each were used alone.
+    """
+    by_op: dict[str, list[AcrossLayer]] = {}
+    for group in groups:
+        by_op.setdefault(group.problem.op, []).append(group)
+    return [_saving(op, found, limits) for op, found in by_op.items()]
+
+
+def _saving(op: str, groups: list[AcrossLayer], limits: Ceilings) -> Saving:
+    """What one op saves over all of its groups."""
+    alone: list[Floor] = []
+    for group in groups:
+        alone += _members_alone(group, limits)
+    together = [problem_floor(group.problem, limits) for group in groups]
+    return Saving(
+        op,
+        len(groups),
+        _sum(f"{op}, alone", alone),
+        _sum(op, together),
+    )
+
+
+def _members_alone(group: AcrossLayer, limits: Ceilings) -> list[Floor]:
+    """The convolutions one by one, and the pool that follows."""
+    floors = [problem_floor(member, limits) for member in group.members]
+    if group.problem.op in ("conv_pool", "pointwise_pool"):
+        (read,) = problem_step(group.members[-1]).writes.values()
+        pool = Cost(
+            f"{group.name} pool",
+            {"x": read},
+            problem_step(group.problem).writes,
+        )
+        floors.append(floor(pool, limits, group.problem.dtype))
+    return floors
+
+
+def _sum(name: str, floors: list[Floor]) -> Floor:
+    """One floor of several kernels; its bound is the one that takes most of the time."""
+    memory = sum(f.seconds for f in floors if f.bound == "memory")
+    compute = sum(f.seconds for f in floors if f.bound == "compute")
+    return Floor(
+        name,
+        bytes=sum(f.bytes for f in floors),
+        flops=sum(f.flops for f in floors),
+        seconds=sum(f.seconds for f in floors),
+        bound="memory" if memory >= compute else "compute",
+    )
 
 
 def with_groups(
-    rows: Iterable[Floor], groups: Iterable[AcrossLayer], wanted: Iterable[str], limits: Ceilings
+    rows: Iterable[Floor], groups: Iterable[AcrossLayer], names: Iterable[str], limits: Ceilings
 ) -> Iterator[Floor]:
-    """The rows with the groups of these names in place of their members: larger ones first, each convolution in one, as in ``fusion``."""
-    place: dict[str, AcrossLayer] = {}
+    """The rows with the groups of these names in place of their members.
+
+    Larger groups come first and each convolution is in one, as in ``graph.across``.
+    """
+    names = tuple(names)
+    group_of: dict[str, AcrossLayer] = {}
     for group in sorted(groups, key=lambda group: ORDER.index(group.problem.op)):
-        op = group.problem.op
-        if {op, f"{op}:{group.name}"} & set(wanted) and not place.keys() & set(group.names):
-            place |= dict.fromkeys(group.names, group)
-    told: set[str] = set()
+        if _is_named(group, names) and group_of.keys().isdisjoint(group.names):
+            group_of |= dict.fromkeys(group.names, group)
+    shown: set[str] = set()
     for row in rows:
-        group = place.get(row.name.split()[0])
+        group = group_of.get(row.name.split()[0])
         if group is None:
             yield row
-        elif group.name not in told:
-            told.add(group.name)
+        elif group.name not in shown:
+            shown.add(group.name)
             yield replace(problem_floor(group.problem, limits), name=f"{group.name} {group.problem.op}")
 
 
-def table(model: str, batch: int, size: int, dtype: torch.dtype, gpu: str, across_by: Iterable[str] = ()) -> Table:
-    """Floors of a network on a GPU model that need not be here, with ``across_by``, names as a plan's ``across``, fused across convolutions.
-
-    Raises LookupError for an unknown GPU or dtype, ValueError for an unknown op.
-    """
-    limits, wanted = ceilings(gpu), checked_names(across_by)
-    net = network(model, batch, size, dtype)
-    levels = [("infer", level) for level in INFERENCE] + [("train", level) for level in TRAINING if dtype in FLOATING]
-    groups = across_layers(conv_layers(model, batch, size, dtype))
-    rows = list(with_groups(predict(INFERENCE[LEVEL](net), limits, dtype), groups, wanted, limits))
-    rate = limits.rates[dtype] / 1e12
-    heading = (
-        f"{model}, batch {batch}, {size}², {str(dtype).removeprefix('torch.')}: the least time physics allows\n"
-        f"{limits.title} at {limits.copy / 1e12:g} TB/s and {rate:g} TFLOP/s\n{limits.source}"
-    )
-    formed = {name for group in groups for name in (group.problem.op, f"{group.problem.op}:{group.name}")}
-    heading += "".join(f"\nacross: this network has no {name}" for name in wanted if name not in formed)
-    totals = [total(model, batch, size, dtype, limits, level, mode) for mode, level in levels]
-    if wanted:
-        asked = _sum(f"with {', '.join(wanted)}", rows)
-        totals.insert(
-            len(INFERENCE), Total("infer", asked.name, len(rows), asked.bytes, asked.flops, asked.seconds, batch)
-        )
-    return Table(heading, rows, totals, savings(groups, limits))
+def _is_named(group: AcrossLayer, names: tuple[str, ...]) -> bool:
+    """Whether the names have the group's op, or the op at the group's first convolution ("conv_pool:conv1")."""
+    op = group.problem.op
+    return op in names or f"{op}:{group.name}" in names

@@ -15,14 +15,13 @@ from typing import NamedTuple
 import torch
 
 from ..analysis.bottlenecks import Facts
-from ..analysis.launches import Launch
-from ..analysis.profiled import profiled
+from ..analysis.launches import Launch, profiled
 from ..dispatch import ACROSS, Kernel, Problem, kernels, named
 from ..models import problems as model_problems
 from ..models.problems import problem_after
 from ..roofline import chips
+from ..roofline.chips import CHIPS
 from ..roofline.floor import problem_floor
-from ..roofline.occupancy import CHIPS
 from ..testing.check import check_kernel
 from ..testing.diagnose import diagnose
 from ..testing.grids import nasty_problems

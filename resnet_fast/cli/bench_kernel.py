@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..analysis.bottlenecks import NEAR, Facts, causes
-from ..analysis.launches import main, read
+from ..analysis.launches import dominant, read
 from ..bench.kernel_report import (
     CallCode,
     Check,
@@ -217,7 +217,7 @@ def _numbers(code: CallCode | str | None, gpu: Gpu) -> tuple[str, str, str]:
     """Registers, KiB of shared memory and occupancy of a call's main launch; empty without its code."""
     if not isinstance(code, CallCode) or not code.launches:
         return "", "", ""
-    launch = main(code.launches)
+    launch = dominant(code.launches)
     share = occupancy(launch.registers, launch.shared, launch.threads, gpu.capability)
     return str(launch.registers), f"{launch.shared / 1024:.0f}", f"{share.share:.0%} ({share.limit})"
 

@@ -17,6 +17,7 @@ def add_parser(commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..models.family import MODELS, create_model
+    from ..models.problems import conv_layers
     from ..roofline.cost import flops
     from ..util.text import table
 

@@ -1,4 +1,4 @@
-"""The least time that one problem takes on a chip."""
+"""Floors: the least time that one problem takes on a chip, max(bytes / copy bandwidth, FLOPs / matrix rate)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 from ..dispatch.problem import Problem
 from .chips import Ceilings
-from .cost import Step, problem_step
+from .cost import Cost, problem_step
 
 
 @dataclass(frozen=True)
 class Floor:
-    """The least time of a step in seconds and which ceiling sets it, "memory" or "compute"."""
+    """The least time of one kernel in seconds and which ceiling sets it, "memory" or "compute"."""
 
     name: str
     bytes: int
@@ -23,17 +23,26 @@ class Floor:
     bound: str
 
 
-def floor(step: Step, limits: Ceilings, dtype: torch.dtype) -> Floor:
-    """The floor of one step; raises LookupError for a dtype that GPU has no rate for."""
+def floor(cost: Cost, limits: Ceilings, dtype: torch.dtype) -> Floor:
+    """The floor of one kernel; raises LookupError for a dtype that GPU has no rate for."""
     if dtype not in limits.rates:
-        raise LookupError(f"no rate for {dtype} on {limits.title}; known: {', '.join(map(str, limits.rates))}")
-    memory, compute = step.bytes / limits.copy, step.flops / limits.rates[dtype]
-    return Floor(step.name, step.bytes, step.flops, max(memory, compute), "memory" if memory >= compute else "compute")
+        known = ", ".join(map(str, limits.rates))
+        raise LookupError(f"no rate for {dtype} on {limits.title}; known: {known}")
+    memory = cost.bytes / limits.copy
+    compute = cost.flops / limits.rates[dtype]
+    bound = "memory" if memory >= compute else "compute"
+    return Floor(
+        cost.name,
+        cost.bytes,
+        cost.flops,
+        max(memory, compute),
+        bound,
+    )
 
 
-def predict(steps: Iterable[Step], limits: Ceilings, dtype: torch.dtype) -> list[Floor]:
-    """The floor of each step."""
-    return [floor(step, limits, dtype) for step in steps]
+def predict(costs: Iterable[Cost], limits: Ceilings, dtype: torch.dtype) -> list[Floor]:
+    """The floor of each kernel."""
+    return [floor(cost, limits, dtype) for cost in costs]
 
 
 def problem_floor(problem: Problem, limits: Ceilings) -> Floor:

@@ -1,56 +1,21 @@
-"""How many blocks of a kernel an SM holds at a time, computed from registers, shared memory and threads; and the chips' limits.
+"""Occupancy: how many blocks of a kernel an SM holds at a time, from registers, shared memory and threads.
 
-    blocks = min(registers of an SM / those of a block, shared memory likewise, warps likewise, the most blocks an SM takes)
+    blocks = min(registers of an SM / those of a block, shared memory likewise, warps likewise, the SM's limit)
 
-Source: CUDA C++ Programming Guide, technical specifications per compute capability; the granularities are those of NVIDIA's occupancy
-calculator: registers go to a warp 256 at a time and warps to four schedulers, shared memory goes 128 bytes at a time and 1 KiB more.
+The granularities are those of NVIDIA's occupancy calculator: registers go to a warp 256 at a time and warps to four
+schedulers, shared memory goes 128 bytes at a time and 1 KiB more.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-REGISTERS = 65536  # of one SM, on every chip here
-_KIB = 1024
+from .chips import nearest_chip
 
-
-@dataclass(frozen=True)
-class Limits:
-    """What one SM of a compute capability holds: warps, blocks, bytes of shared memory."""
-
-    warps: int
-    blocks: int
-    shared: int
-
-
-LIMITS = {
-    (8, 0): Limits(64, 32, 164 * _KIB),
-    (8, 6): Limits(48, 16, 100 * _KIB),
-    (8, 7): Limits(48, 16, 164 * _KIB),
-    (8, 9): Limits(48, 24, 100 * _KIB),
-    (9, 0): Limits(64, 32, 228 * _KIB),
-    (10, 0): Limits(64, 32, 228 * _KIB),
-    (12, 0): Limits(48, 24, 100 * _KIB),
-}
-
-
-@dataclass(frozen=True)
-class Chip:
-    """A GPU as far as a grid is concerned: compute capability and SMs."""
-
-    capability: tuple[int, int]
-    sms: int
-
-
-# By the short names of ``roofline.GPUS``.
-CHIPS = {
-    "h200": Chip((9, 0), 132),
-    "h100": Chip((9, 0), 132),
-    "b200": Chip((10, 0), 148),
-    "a100": Chip((8, 0), 108),
-    "l40s": Chip((8, 9), 142),
-    "rtx4090": Chip((8, 9), 128),
-}
+_REGISTER_UNIT = 256  # registers are given to a warp in such pieces
+_SHARED_UNIT = 128  # bytes
+_SHARED_RESERVED = 1024  # bytes of each block that are the system's
+_SCHEDULERS = 4
 
 
 @dataclass(frozen=True)
@@ -63,20 +28,32 @@ class Occupancy:
 
 
 def occupancy(registers: int, shared: int, threads: int, capability: tuple[int, int]) -> Occupancy:
-    """Registers a thread, bytes of shared memory and threads a block → what an SM holds; blocks is 0 for a block that does not fit.
+    """What an SM holds of a block with so many registers a thread, bytes of shared memory and threads.
 
-    A capability that is not listed counts as the nearest older one; raises LookupError below 8.0.
+    ``blocks`` is 0 for a block that does not fit. A capability that is not listed counts as the nearest older one;
+    raises LookupError below 8.0.
     """
-    known = [c for c in LIMITS if c <= capability]
-    if not known:
+    chip = nearest_chip(capability)
+    if chip is None:
         raise LookupError("occupancy: got compute capability {}.{}, expected 8.0 or later".format(*capability))
-    sm, warps = LIMITS[max(known)], -(-threads // 32)
-    per_warp = max(256, -(-registers * 32 // 256) * 256)
-    by = {
-        "warps": sm.warps // warps,
-        "registers": REGISTERS // per_warp // 4 * 4 // warps,
-        "shared memory": sm.shared // (-(-shared // 128) * 128 + _KIB),
-        "blocks": sm.blocks,
+    warps = -(-threads // 32)
+    registers_a_warp = max(_REGISTER_UNIT, _rounded_up(registers * 32, _REGISTER_UNIT))
+    warps_by_registers = chip.registers // registers_a_warp // _SCHEDULERS * _SCHEDULERS
+    blocks_by = {
+        "warps": chip.warps // warps,
+        "registers": warps_by_registers // warps,
+        "shared memory": chip.shared_sm // (_rounded_up(shared, _SHARED_UNIT) + _SHARED_RESERVED),
+        "blocks": chip.blocks,
     }
-    limit = min(by, key=by.get)
-    return Occupancy(by[limit], by[limit] * warps / sm.warps, limit)
+    limit = min(blocks_by, key=blocks_by.__getitem__)
+    blocks = blocks_by[limit]
+    return Occupancy(
+        blocks,
+        blocks * warps / chip.warps,
+        limit,
+    )
+
+
+def _rounded_up(n: int, unit: int) -> int:
+    """The least multiple of ``unit`` that is at least n."""
+    return -(-n // unit) * unit

@@ -1,8 +1,7 @@
-"""Where a wrong kernel is wrong: which elements of its output, in the words of the mistakes that kernels usually have."""
+"""Diagnosis of a wrong kernel: which elements of its output are wrong, and which usual mistake makes such a pattern."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..dispatch.problem import Problem
@@ -12,23 +11,19 @@ from . import check, rule, samples
 
 def diagnose(kernel: Kernel, problem: Problem, seed: int = 0) -> str:
     """Run the kernel once more in poisoned memory and say which elements are wrong and what that points to."""
-    args = _telling(problem, samples.make_args(problem, seed))
-    with check.poisoned(), torch.no_grad():
-        outputs = kernel.fn(*args)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    args = _with_visible_scales(problem, samples.make_args(problem, seed))
+    outputs = check.run_poisoned(kernel, problem, args)
     found = [
         locate(got.cpu(), exact, problem)
         for got, exact in zip(outputs, check.oracle(problem.op, args), strict=True)
         if exact.numel()
     ]
-    return (
-        "; ".join(f"output {i}: {text}" for i, text in enumerate(found) if text)
-        or "right this time: the error moves, so suspect a race"
-    )
+    wrong = [f"output {i}: {text}" for i, text in enumerate(found) if text]
+    return "; ".join(wrong) or "right this time: the error moves, so suspect a race"
 
 
-def _telling(problem: Problem, args: tuple) -> tuple:
-    """The grid's zero and tiny scales would hide wrong channels here: give every channel a scale that shows."""
+def _with_visible_scales(problem: Problem, args: tuple) -> tuple:
+    """The arguments with no zero or tiny scale, which would hide a wrong channel."""
     if problem.op != "conv_bn_act":
         return args
     x, weight, scale, *rest = args
@@ -38,13 +33,15 @@ def _telling(problem: Problem, args: tuple) -> tuple:
 def locate(got: Tensor, exact: Tensor, problem: Problem) -> str | None:
     """One sentence about the wrong elements of one output, or None if there are none.
 
-    An element is wrong if it is NaN where the oracle is not, or off by more than sixteen roundings of the largest value.
+    An element is wrong if it is NaN where the oracle is not, or off by more than sixteen roundings of the largest
+    value.
     """
     if got.shape != exact.shape:
         return f"its shape is {list(got.shape)}, expected {list(exact.shape)}"
-    low = got.double()
-    off = (low - exact).abs() > 16 * rule.FLOOR[got.dtype] * exact[exact.isfinite()].abs().max()
-    unwritten = low.isnan() & ~exact.isnan()
+    values = got.double()
+    tolerance = 16 * rule.FLOOR[got.dtype] * exact[exact.isfinite()].abs().max()
+    off = (values - exact).abs() > tolerance
+    unwritten = values.isnan() & ~exact.isnan()
     wrong = off | unwritten
     if not wrong.any():
         return None
@@ -52,10 +49,11 @@ def locate(got: Tensor, exact: Tensor, problem: Problem) -> str | None:
     if unwritten.any():
         share = "all" if bool((wrong == unwritten).all()) else str(int(unwritten.sum()))
         count += f", {share} of them NaN (memory was poisoned: never written, or read where nobody wrote)"
-    return f"{count}: {_pattern(wrong, low, exact, problem)}"
+    return f"{count}: {_pattern(wrong, values, exact, problem)}"
 
 
 def _pattern(wrong: Tensor, got: Tensor, exact: Tensor, problem: Problem) -> str:
+    """What the places of the wrong elements have in common and point to."""
     if wrong.dim() == 4:
         return _pattern_images(wrong, got, exact, problem)
     channels = wrong.any(0) if wrong.dim() == 2 else wrong
@@ -63,11 +61,13 @@ def _pattern(wrong: Tensor, got: Tensor, exact: Tensor, problem: Problem) -> str
 
 
 def _pattern_images(wrong: Tensor, got: Tensor, exact: Tensor, problem: Problem) -> str:
-    channels, pixels = wrong.any(0).flatten(1).any(1), wrong.any(1).flatten()
+    """The usual mistake that fits the wrong channels and pixels of images."""
+    channels = wrong.any(0).flatten(1).any(1)
+    pixels = wrong.any(1).flatten()
     where = f"channels {_ranges(channels)} of {len(channels)}, pixels {_ranges(pixels)} of {len(pixels)} in NHWC order"
-    if not channels.all() and channels[-1] and _one_run(channels):
+    if _is_tail(channels):
         return f"{where}: the tail of the filter tile"
-    if not pixels.all() and pixels[-1] and _one_run(pixels):
+    if _is_tail(pixels):
         return f"{where}: the tail of the pixel tile"
     border = _border(wrong.any(1))
     if border:
@@ -80,7 +80,7 @@ def _pattern_images(wrong: Tensor, got: Tensor, exact: Tensor, problem: Problem)
 
 
 def _magnitude(got: Tensor, exact: Tensor, problem: Problem) -> str:
-    """Everything is wrong: by how much tells which part of the formula is missing."""
+    """Which part of the formula is missing, from the size of the error where every element is wrong."""
     if problem.act == "relu" and bool((got < 0).any()):
         return "there are negative results after a ReLU: the activation is missing"
     ratio = (got * exact).sum() / exact.square().sum()
@@ -104,18 +104,23 @@ def _border(wrong: Tensor) -> str | None:
     return ", ".join(name for name, side in sides.items() if side.any()) or "the corners"
 
 
-def _one_run(flags: Tensor) -> bool:
-    return int((flags[1:] != flags[:-1]).sum()) == 1
+def _is_tail(flags: Tensor) -> bool:
+    """Whether the set flags are one run, and it ends the sequence without being all of it."""
+    if flags.all() or not flags[-1]:
+        return False
+    changes = flags[1:] != flags[:-1]
+    return int(changes.sum()) == 1
 
 
 def _ranges(flags: Tensor, most: int = 4) -> str:
     """ "0–63, 128" of the indices that are set."""
-    index = flags.nonzero().flatten().tolist()
     runs: list[list[int]] = []
-    for i in index:
+    for i in flags.nonzero().flatten().tolist():
         if runs and runs[-1][1] == i - 1:
             runs[-1][1] = i
         else:
             runs.append([i, i])
-    text = ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in runs[:most])
-    return text + (f" and {len(runs) - most} more runs" if len(runs) > most else "")
+    text = ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in runs[:most])
+    if len(runs) > most:
+        text += f" and {len(runs) - most} more runs"
+    return text

@@ -1,4 +1,8 @@
-"""The error rule: a kernel's error against float64 is at most twice eager's own, three times for gradients."""
+"""The error rule: a kernel's error against float64 is at most twice eager's own, three times for gradients.
+
+The rule: err(kernel, float64) ≤ 2 × err(eager in the same dtype, float64) + floor, 3 × for gradients, by RMS and by
+maximum, both relative to the oracle's own. The floor is a few roundings of the dtype. Nothing here loosens it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,6 @@ from torch import Tensor
 from ..dispatch.problem import Problem
 
 FACTOR, GRADIENT_FACTOR = 2.0, 3.0
-
 
 # An eager result can be exact by luck; no kernel is asked for better than a few roundings of its own dtype.
 FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -40,30 +43,43 @@ class Verdict:
 
 
 def error(got: Tensor, oracle: Tensor) -> Error:
-    """Distance of ``got`` from a float64 oracle, over the elements where the oracle is finite; empty tensors have none."""
+    """Distance of ``got`` from a float64 oracle, over the elements where the oracle is finite.
+
+    Empty tensors have none.
+    """
     got, oracle = got.detach().to("cpu", torch.float64), oracle.detach().cpu()
     finite = oracle.isfinite()
-    diff, true = (got - oracle)[finite], oracle[finite]
-    if true.numel() == 0:
+    difference = (got - oracle)[finite]
+    exact = oracle[finite]
+    if exact.numel() == 0:
         return Error(0.0, 0.0)
     tiny = torch.finfo(torch.float64).tiny
-    return Error(
-        (diff.square().mean().sqrt() / true.square().mean().sqrt().clamp_min(tiny)).item(),
-        (diff.abs().max() / true.abs().max().clamp_min(tiny)).item(),
-    )
+    rms = difference.square().mean().sqrt() / exact.square().mean().sqrt().clamp_min(tiny)
+    largest = difference.abs().max() / exact.abs().max().clamp_min(tiny)
+    return Error(rms.item(), largest.item())
 
 
 def broken_rule(got: Tensor, eager: Tensor, oracle: Tensor, *, gradient: bool = False) -> str | None:
-    """The sentence that says how ``got`` breaks the error rule, or None if it obeys it; NaN and infinities must lie where eager's lie."""
+    """The sentence that says how ``got`` breaks the error rule, or None if it obeys it.
+
+    NaN and infinities must lie where eager's lie.
+    """
     if got.shape != oracle.shape:
         return f"shape {list(got.shape)}, expected {list(oracle.shape)}"
     if not same_nonfinite(got, eager):
         return "NaN or infinity where eager has none, or the other way round"
+    return too_large(error(got, oracle), error(eager, oracle), eager.dtype, gradient=gradient)
+
+
+def too_large(found: Error, eager: Error, dtype: torch.dtype, *, gradient: bool = False) -> str | None:
+    """The sentence that says which error is larger than eager's allows, or None; NaN is too large."""
     factor = GRADIENT_FACTOR if gradient else FACTOR
-    mine, bar, floor = error(got, oracle), error(eager, oracle), FLOOR[eager.dtype]
+    floor = FLOOR[dtype]
     for name in ("rms", "max"):
-        if not getattr(mine, name) <= factor * getattr(bar, name) + floor:
-            return f"{name} error {getattr(mine, name):.3g}, allowed {factor:g} × {getattr(bar, name):.3g} + {floor:g}"
+        mine = getattr(found, name)
+        bar = getattr(eager, name)
+        if not mine <= factor * bar + floor:
+            return f"{name} error {mine:.3g}, allowed {factor:g} × {bar:.3g} + {floor:g}"
     return None
 
 
@@ -80,4 +96,5 @@ def same_nonfinite(got: Tensor, eager: Tensor) -> bool:
 
 
 def as_tuple(value) -> tuple[Tensor, ...]:
+    """A kernel's result as a tuple of its outputs."""
     return value if isinstance(value, tuple) else (value,)

@@ -1,156 +1,356 @@
-"""How a kernel is judged: the error rule against a float64 oracle, problem grids, inputs for a problem, poisoned memory.
+"""One row for each op: its sample arguments, eager form, edge cases, and what its arguments and results mean.
 
-The rule: err(kernel, float64) ≤ 2 × err(eager in the same dtype, float64) + floor, 3 × for gradients, by RMS and by
-maximum, both relative to the oracle's own. The floor is a few roundings of the dtype. Nothing here loosens it.
+Add an op here to have its kernels checked, verified at full size, compiled ahead of time and measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch.problem import ACROSS, Problem
+from ..dispatch.problem import Problem
 from ..ops import reference
+from .edges import (
+    Fields,
+    add_edges,
+    bn_edges,
+    conv_edges,
+    conv_pool_edges,
+    pair_edges,
+    pointwise_pool_edges,
+    tail_edges,
+)
+from .inputs import Inputs, MetaInputs, RandomInputs, lay
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# ImageNet's mean and standard deviation of each channel, for pixels in [0, 1].
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-# ---------------------------------------------------------------- inputs
+@dataclass(frozen=True)
+class OpSamples:
+    """What judging and measuring a kernel needs to know about its op."""
+
+    args: Callable[[Problem, Inputs], tuple]  # the flat arguments of a problem
+    eager: Callable[..., Tensor | tuple[Tensor, ...]]  # what a user has without this package, in the arguments' dtype
+    edges: Callable[[], Iterable[Fields]]  # small problems with awkward sizes, layouts and options
+    images: tuple[int, ...]  # the flat arguments with one entry for each image
+    sums: tuple[int, ...] = ()  # the results that are sums over the batch
+    gradient: bool = False  # whether the results are gradients
+    baselines: tuple[str, ...] = ("eager",)  # what stands beside its kernels when they are measured
 
 
 def make_args(problem: Problem, seed: int = 0, device: str | torch.device | None = None) -> tuple:
-    """Random flat arguments for a problem, in its dtypes, layouts and device; the affine has negative, zero and tiny scales among others."""
-    generator = torch.Generator().manual_seed(seed)
-    device = device or problem.device
-
-    def normal(*shape: int, layout: str = "nhwc", dtype: torch.dtype = problem.dtype, std: float = 1.0) -> Tensor:
-        return _lay(torch.randn(shape, generator=generator).mul_(std).to(device, dtype), layout)
-
-    def vectors(k: int) -> list[Tensor]:
-        wide = torch.promote_types(problem.dtype, torch.float32)
-        scale, shift, mean = (normal(k, dtype=wide) for _ in range(3))
-        scale[::5], scale[1::7] = 0.0, 1e-3
-        return [scale, shift, mean * 0.5, torch.rand(k, generator=generator).add_(0.1).to(device, wide)]
-
-    if problem.op == "conv_bn_act":
-        return _conv_args(problem, normal, vectors)
-    if problem.op == "bn_act":
-        scale, shift, *_ = vectors(problem.x[1])
-        x = normal(*problem.x, layout=problem.layout) + 0.5
-        return x, scale, shift, _maybe(problem.residual, normal, problem.x), 1e-5, problem.act
-    if problem.op == "bn_act_backward":
-        forward = make_args(replace(problem, op="bn_act"), seed, device)
-        y, mean, var = reference.bn_act(*forward)
-        dy = normal(*problem.x, layout=problem.layout)
-        return (
-            dy,
-            forward[0],
-            _lay(y, problem.layout),
-            forward[1],
-            mean,
-            var,
-            1e-5,
-            problem.act,
-            problem.residual is not None,
-        )
-    if problem.op in ACROSS:
-        return across_args(problem, normal, vectors)
-    x, y = normal(*problem.x, layout=problem.layout), normal(*problem.x, layout=problem.residual or problem.layout)
-    gate = torch.sigmoid(normal(*problem.x[:2], 1, 1)) if problem.gate else None
-    if problem.op == "add_act":
-        return x, y, gate, problem.act
-    out = _lay(reference.add_act(x, y, gate, problem.act), problem.layout)
-    dout = normal(*problem.x, layout=problem.layout)
-    return dout, out, x if problem.gate else None, gate, problem.act
+    """Random flat arguments for a problem, in its dtypes, layouts and device."""
+    return SAMPLES[problem.op].args(problem, RandomInputs(problem, seed, device or problem.device))
 
 
-def _conv_args(problem: Problem, normal: Callable, vectors: Callable) -> tuple:
-    k, c, r, s = problem.weight
-    x = normal(*problem.x, layout=problem.layout)
-    weight = normal(*problem.weight, layout=problem.layout, std=(2.0 / (c * r * s)) ** 0.5)
-    scale, shift, mean, var = vectors(k)
-    residual = _maybe(problem.residual, normal, (problem.x[0], k, *problem.out_hw))
-    four = (mean, var, 1e-5) if problem.bn else (None, None, 0.0)
+def meta_args(problem: Problem) -> tuple:
+    """Flat arguments for a problem without data, on the meta device."""
+    return SAMPLES[problem.op].args(problem, MetaInputs(problem))
+
+
+# ---------------------------------------------------------------- conv_bn_act
+
+
+def _conv_args(problem: Problem, inputs: Inputs) -> tuple:
+    """x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act."""
+    k = problem.weight[0]
+    x = inputs.normal(*problem.x, layout=problem.layout)
+    weight = _filter(problem.weight, inputs, layout=problem.layout)
+    scale, shift, mean, var = inputs.vectors(k)
+    residual = None
+    if problem.residual is not None:
+        residual = inputs.normal(problem.x[0], k, *problem.out_hw, layout=problem.residual)
+    statistics = (mean, var, 1e-5) if problem.bn else (None, None, 0.0)
+    geometry = problem.stride, problem.padding, problem.dilation, problem.groups
     return (
         x,
         weight,
         scale,
         shift,
         residual,
-        *four,
-        problem.stride,
-        problem.padding,
-        problem.dilation,
-        problem.groups,
+        *statistics,
+        *geometry,
         problem.act,
     )
 
 
-def across_args(problem: Problem, normal: Callable, vectors: Callable) -> tuple:
-    """Filters that keep the variance, biases as a folded batch norm has them."""
+def _filter(shape: tuple[int, ...], inputs: Inputs, layout: str = "nhwc") -> Tensor:
+    """A filter that keeps the variance of its input."""
+    _, c, r, s = shape
+    return inputs.normal(*shape, layout=layout, std=(2.0 / (c * r * s)) ** 0.5)
 
-    def conv(shape: tuple[int, ...]) -> Tensor:
-        return normal(*shape, std=(2.0 / (shape[1] * shape[2] * shape[3])) ** 0.5)
 
-    def bias(shape: tuple[int, ...]) -> Tensor:
-        return vectors(shape[0])[1]
+def _eager_conv(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
+    """Torch's convolution and batch norm one after the other."""
+    out = F.conv2d(x, weight, None, stride, padding, dilation, groups)
+    if mean is None:
+        mean = torch.zeros_like(scale)
+        var = torch.ones_like(scale)
+        eps = 1e-30  # torch 2.11 refuses 0
+    out = F.batch_norm(out, mean, var, scale, shift, False, 0.0, eps)
+    if residual is not None:
+        out = out + residual
+    return torch.relu(out) if act == "relu" else out
 
+
+# ---------------------------------------------------------------- bn_act
+
+
+def _bn_args(problem: Problem, inputs: Inputs) -> tuple:
+    """x, weight, bias, residual, eps, act."""
+    weight, bias, *_ = inputs.vectors(problem.x[1])
+    x = inputs.normal(*problem.x, layout=problem.layout) + 0.5
+    residual = None if problem.residual is None else inputs.normal(*problem.x, layout=problem.residual)
+    return (
+        x,
+        weight,
+        bias,
+        residual,
+        1e-5,
+        problem.act,
+    )
+
+
+def _bn_backward_args(problem: Problem, inputs: Inputs) -> tuple:
+    """dy, x, y, weight, mean, var, eps, act, whether there is a residual; y, mean and var are a forward's."""
+    forward = _bn_args(replace(problem, op="bn_act"), inputs.restarted())
+    x, weight, _, residual, eps, act = forward
+    y, mean, var = reference.bn_act(*forward)
+    dy = inputs.normal(*problem.x, layout=problem.layout)
+    return (
+        dy,
+        x,
+        lay(y, problem.layout),
+        weight,
+        mean,
+        var,
+        eps,
+        act,
+        residual is not None,
+    )
+
+
+def _eager_bn(x, weight, bias, residual, eps, act) -> tuple[Tensor, Tensor, Tensor]:
+    """Torch's own statistics.
+
+    Its one-pass variance in bfloat16 NHWC is ten times less exact than the reference's (CPU, torch 2.15).
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    mean = torch.zeros_like(weight, dtype=wide)
+    var = torch.zeros_like(bias, dtype=wide)
+    out = F.batch_norm(x, mean, var, weight, bias, True, 1.0, eps)
+    if residual is not None:
+        out = out + residual
+    n = x.numel() // x.shape[1]
+    biased_var = var * ((n - 1) / n)
+    return torch.relu(out) if act == "relu" else out, mean, biased_var
+
+
+# ---------------------------------------------------------------- add_act
+
+
+def _add_args(problem: Problem, inputs: Inputs) -> tuple:
+    """x, y, gate, act."""
+    x = inputs.normal(*problem.x, layout=problem.layout)
+    y = inputs.normal(*problem.x, layout=problem.residual or problem.layout)
+    gate = torch.sigmoid(inputs.normal(*problem.x[:2], 1, 1)) if problem.gate else None
+    return (
+        x,
+        y,
+        gate,
+        problem.act,
+    )
+
+
+def _add_backward_args(problem: Problem, inputs: Inputs) -> tuple:
+    """dout, out, x, gate, act; out is a forward's."""
+    x, y, gate, act = _add_args(problem, inputs)
+    out = lay(reference.add_act(x, y, gate, act), problem.layout)
+    dout = inputs.normal(*problem.x, layout=problem.layout)
+    return (
+        dout,
+        out,
+        x if problem.gate else None,
+        gate,
+        act,
+    )
+
+
+# ---------------------------------------------------------------- across convolutions
+
+
+def _bias(shape: tuple[int, ...], inputs: Inputs) -> Tensor:
+    """A bias of this filter as a folded batch norm has it."""
+    return inputs.vectors(shape[0])[1]
+
+
+def _eager_block(x, weight, bias, residual, padding=0) -> Tensor:
+    """Folded convolution, residual, ReLU, each rounded."""
+    out = F.conv2d(x, weight, bias.to(weight.dtype), padding=padding)
+    return torch.relu(out if residual is None else out + residual)
+
+
+def _pair_args(problem: Problem, inputs: Inputs) -> tuple:
+    """x, weight, x2, weight2, bias, stride2."""
+    (second,) = problem.chain
+    weight = _filter(problem.weight, inputs)
+    x = inputs.normal(*problem.x, layout=problem.layout)
+    hw = problem.second or tuple(size * s for size, s in zip(problem.x[2:], problem.stride, strict=True))
+    x2 = inputs.normal(problem.x[0], second[1], *hw, layout=problem.residual or "nhwc")
+    return (
+        x,
+        weight,
+        x2,
+        _filter(second, inputs),
+        _bias(second, inputs),
+        problem.stride,
+    )
+
+
+def _eager_pair(x, weight, x2, weight2, bias, stride2) -> Tensor:
+    """The second convolution is the first one's residual."""
+    return _eager_block(x, weight, bias, F.conv2d(x2, weight2, None, stride2))
+
+
+def _tail_args(problem: Problem, inputs: Inputs) -> tuple:
+    """x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1."""
+    third, projection, following = problem.chain
+    weight2 = _filter(problem.weight, inputs)
+    x = inputs.normal(*problem.x, layout=problem.layout)
+    residual_channels = projection[1] if projection else third[0]
+    residual_layout = problem.residual or "nhwc"
+    residual = inputs.normal(problem.x[0], residual_channels, *problem.x[2:], layout=residual_layout)
+    bias2 = _bias(problem.weight, inputs)
+    weight3 = _filter(third, inputs)
+    bias3 = _bias(third, inputs)
+    projected = _filter(projection, inputs) if projection else None
+    weight1 = _filter(following, inputs)
+    bias1 = _bias(following, inputs)
+    return (
+        x,
+        weight2,
+        bias2,
+        weight3,
+        bias3,
+        residual,
+        projected,
+        weight1,
+        bias1,
+    )
+
+
+def _eager_tail(x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1) -> tuple[Tensor, Tensor]:
+    """Three folded convolutions, and the projection of the residual."""
+    shortcut = residual if projection is None else F.conv2d(residual, projection)
+    middle = _eager_block(x, weight2, bias2, None, padding=1)
+    y = _eager_block(middle, weight3, bias3, shortcut)
+    return y, _eager_block(y, weight1, bias1, None)
+
+
+def _conv_pool_args(problem: Problem, inputs: Inputs) -> tuple:
+    """x, weight, bias, mean, std; the last two for bytes only."""
+    weight = _filter(problem.weight, inputs)
+    if not problem.bytes:
+        x = inputs.normal(*problem.x, layout=problem.layout)
+        return x, weight, _bias(problem.weight, inputs), None, None
     wide = torch.promote_types(problem.dtype, torch.float32)
-    n, (k, *_), first = problem.x[0], problem.weight, conv(problem.weight)
-    x = normal(*problem.x, layout=problem.layout, **({"dtype": wide} if problem.bytes else {}))
-    if problem.op == "pointwise_pair":
-        (second,) = problem.chain
-        sizes = problem.second or tuple(size * s for size, s in zip(problem.x[2:], problem.stride, strict=True))
-        x2 = normal(n, second[1], *sizes, layout=problem.residual or "nhwc")
-        return x, first, x2, conv(second), bias(second), problem.stride
-    if problem.op == "conv_tail":
-        third, projection, after = problem.chain
-        residual = normal(
-            n, projection[1] if projection else third[0], *problem.x[2:], layout=problem.residual or "nhwc"
-        )
-        return (
-            x,
-            first,
-            bias(problem.weight),
-            conv(third),
-            bias(third),
-            residual,
-            conv(projection) if projection else None,
-            conv(after),
-            bias(after),
-        )
-    if problem.op == "conv_pool":
-        if not problem.bytes:
-            return x, first, bias(problem.weight), None, None
-        mean, std = (
-            torch.tensor(v, dtype=wide, device=x.device).repeat(problem.x[1])[: problem.x[1]] * 255 for v in IMAGENET
-        )
-        pixels = _lay((x * 64 + 128).clamp(0, 255).to(torch.uint8), problem.layout)
-        return pixels, first, bias(problem.weight), mean, std
-    return x, first, bias(problem.weight), normal(n, k, *problem.x[2:], layout=problem.residual or "nhwc")
+    x = inputs.normal(*problem.x, layout=problem.layout, dtype=wide)
+    pixels = lay((x * 64 + 128).clamp(0, 255).to(torch.uint8), problem.layout)
+    c = problem.x[1]
+    mean, std = (torch.tensor(each, dtype=wide, device=x.device).repeat(c)[:c] * 255 for each in (_MEAN, _STD))
+    return (
+        pixels,
+        weight,
+        _bias(problem.weight, inputs),
+        mean,
+        std,
+    )
 
 
-def _maybe(layout: str | None, normal: Callable, shape: tuple[int, ...]) -> Tensor | None:
-    return None if layout is None else normal(*shape, layout=layout)
+def _eager_conv_pool(x, weight, bias, mean, std) -> Tensor:
+    """Normalisation, folded convolution, ReLU, max pool."""
+    padding = weight.shape[2] // 2, weight.shape[3] // 2
+    x = reference.normalized(x, mean, std, weight.dtype)
+    out = F.conv2d(x, weight, bias.to(weight.dtype), 2, padding)
+    return F.max_pool2d(torch.relu(out), 3, 2, 1)
 
 
-def _lay(t: Tensor, layout: str) -> Tensor:
-    """The same values in the named layout; "strided" is a slice of something wider."""
-    if t.dim() != 4:
-        return t
-    if layout == "nhwc":
-        return t.contiguous(memory_format=torch.channels_last)
-    if layout == "nchw":
-        return t.contiguous()
-    wide = t.new_zeros(*t.shape[:-1], t.shape[-1] + 3)
-    wide[..., 1:-2] = t
-    return wide[..., 1:-2]
+def _pointwise_pool_args(problem: Problem, inputs: Inputs) -> tuple:
+    """x, weight, bias, residual."""
+    weight = _filter(problem.weight, inputs)
+    x = inputs.normal(*problem.x, layout=problem.layout)
+    bias = _bias(problem.weight, inputs)
+    residual_shape = problem.x[0], problem.weight[0], *problem.x[2:]
+    return (
+        x,
+        weight,
+        bias,
+        inputs.normal(*residual_shape, layout=problem.residual or "nhwc"),
+    )
 
 
-# ---------------------------------------------------------------- judging
+def _eager_pointwise_pool(x, weight, bias, residual) -> Tensor:
+    """Folded convolution, residual, ReLU, mean over height and width."""
+    return _eager_block(x, weight, bias, residual).mean((2, 3))
 
 
-# ---------------------------------------------------------------- grids
+# ---------------------------------------------------------------- rows
+
+# Of the pointwise ops and derivatives, eager is the reference, which rounds once where torch's modules round twice: a
+# stricter bar.
+SAMPLES: dict[str, OpSamples] = {
+    "conv_bn_act": OpSamples(
+        _conv_args,
+        _eager_conv,
+        conv_edges,
+        images=(0, 4),
+        baselines=("eager", "folded"),
+    ),
+    "bn_act": OpSamples(
+        _bn_args,
+        _eager_bn,
+        bn_edges,
+        images=(0, 3),
+    ),
+    "bn_act_backward": OpSamples(
+        _bn_backward_args, reference.bn_act_backward, bn_edges, images=(0, 1, 2), sums=(1, 2), gradient=True
+    ),
+    "add_act": OpSamples(
+        _add_args,
+        reference.add_act,
+        add_edges,
+        images=(0, 1, 2),
+    ),
+    "add_act_backward": OpSamples(
+        _add_backward_args, reference.add_act_backward, add_edges, images=(0, 1, 2, 3), gradient=True
+    ),
+    "pointwise_pair": OpSamples(
+        _pair_args,
+        _eager_pair,
+        pair_edges,
+        images=(0, 2),
+    ),
+    "conv_tail": OpSamples(
+        _tail_args,
+        _eager_tail,
+        tail_edges,
+        images=(0, 5),
+    ),
+    "conv_pool": OpSamples(
+        _conv_pool_args,
+        _eager_conv_pool,
+        conv_pool_edges,
+        images=(0,),
+    ),
+    "pointwise_pool": OpSamples(
+        _pointwise_pool_args,
+        _eager_pointwise_pool,
+        pointwise_pool_edges,
+        images=(0, 3),
+    ),
+}

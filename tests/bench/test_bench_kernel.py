@@ -12,8 +12,7 @@ import torch
 
 from resnet_fast.__main__ import main
 from resnet_fast.analysis.bottlenecks import Facts, causes
-from resnet_fast.analysis.launches import Launch
-from resnet_fast.analysis.profiled import launches_of
+from resnet_fast.analysis.launches import Launch, launches_of
 from resnet_fast.bench import kernel_report
 from resnet_fast.bench.kernel_report import CallCode
 from resnet_fast.cli import bench_kernel, new_kernel
@@ -22,7 +21,7 @@ from resnet_fast.dispatch.registry import find
 from resnet_fast.kernels import aten
 from resnet_fast.models.problems import model_problems
 from resnet_fast.roofline import chips, floor
-from resnet_fast.roofline.occupancy import CHIPS, occupancy
+from resnet_fast.roofline.occupancy import occupancy
 from resnet_fast.testing.eager import eager
 from resnet_fast.testing.samples import make_args
 
@@ -58,8 +57,10 @@ def test_occupancy_before_its_tables() -> None:
         occupancy(32, 0, 128, (7, 5))
 
 
-def test_every_gpu_with_ceilings_has_a_chip() -> None:
-    assert CHIPS.keys() == chips.GPUS.keys()
+def test_chips_of_one_capability_agree_in_what_an_sm_holds() -> None:
+    for chip in chips.CHIPS.values():
+        listed = chips.BY_CAPABILITY[chip.capability]
+        assert (chip.warps, chip.blocks, chip.shared) == (listed.warps, listed.blocks, listed.shared)
 
 
 # ---------------------------------------------------------------- causes

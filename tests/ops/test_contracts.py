@@ -220,8 +220,8 @@ def test_empty_batch_forward_and_backward() -> None:
 def test_nonfinite_numbers_as_in_eager(bad, where, layout, dtype) -> None:
     """One NaN or infinity in any operand: NaN and infinities come out where eager has them (oneDNN's fused ReLU drops NaN).
 
-    Not for a negative variance, which has no meaning. Without padding, because eager's own kernels differ in whether they multiply a
-    non-finite weight by the zeros there.
+    Not for a negative variance, which has no meaning. Without padding, because eager's own kernels differ in whether
+    they multiply a non-finite weight by the zeros there.
     """
     if where == 6 and bad < 0:
         return

@@ -11,7 +11,7 @@ from resnet_fast.analysis.training_cost import TRAINING
 from resnet_fast.dispatch.problem import Problem
 from resnet_fast.models.family import create_model
 from resnet_fast.roofline import chips, cost, floor
-from resnet_fast.roofline.cost import Step
+from resnet_fast.roofline.cost import Cost
 
 BF16 = torch.bfloat16
 H200 = chips.ceilings("h200")
@@ -97,9 +97,9 @@ def test_a_tail_moves_640_channels_a_pixel_where_three_kernels_move_1024() -> No
 
 
 def test_the_binding_ceiling() -> None:
-    memory = floor.floor(Step("copy", {"x": 43}, {"y": 0}, 1), H200, BF16)
+    memory = floor.floor(Cost("copy", {"x": 43}, {"y": 0}, 1), H200, BF16)
     assert (memory.bound, memory.seconds) == ("memory", pytest.approx(1e-11))
-    compute = floor.floor(Step("matmul", {"x": 1}, {}, 790), H200, BF16)
+    compute = floor.floor(Cost("matmul", {"x": 1}, {}, 790), H200, BF16)
     assert (compute.bound, compute.seconds) == ("compute", pytest.approx(1e-12))
 
 

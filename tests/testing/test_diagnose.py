@@ -1,7 +1,12 @@
-"""diagnose() names the mistake: each kernel here has one, made the way kernels usually have it."""
+"""``diagnose`` names the mistake: each kernel here has one that kernels usually have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from resnet_fast.dispatch.problem import Problem
 from resnet_fast.dispatch.registry import Kernel
@@ -22,26 +27,30 @@ PROBLEM = Problem(
 )
 
 
-def wrong(edit):
-    """A kernel that computes the reference and then spoils it."""
+def kernel(id: str, fn: Callable[..., Tensor]) -> Kernel:
+    return Kernel(id, "conv_bn_act", fn, lambda problem: None, lambda: None)
+
+
+def spoilt(edit: Callable[[Tensor, tuple], Tensor | None]) -> Kernel:
+    """A kernel that computes the reference and then spoils it, in place or by another result."""
 
     def fn(*args):
         out = reference.conv_bn_act(*args)
         edited = edit(out, args)
         return out if edited is None else edited
 
-    return Kernel("test.wrong", "conv_bn_act", fn, lambda p: None, lambda: None)
+    return kernel("test.wrong", fn)
 
 
-def tail_of_filters(out, args):
+def unwritten_filters(out, args):
     out[:, 16:] = torch.nan
 
 
-def tail_of_pixels(out, args):
+def wrong_last_pixels(out, args):
     out[1, :, 8, 3:] += 1
 
 
-def padding(out, args):
+def wrong_first_row(out, args):
     out[:, :, 0, :] += 5
 
 
@@ -49,7 +58,7 @@ def no_activation(out, args):
     return reference.conv_bn_act(*args[:-1], "none")
 
 
-def factor(out, args):
+def wrong_factor(out, args):
     return out * 1.25
 
 
@@ -60,26 +69,25 @@ def no_residual(out, args):
 @pytest.mark.parametrize(
     "edit, words",
     [
-        (tail_of_filters, "channels 16–19 of 20"),
-        (tail_of_filters, "tail of the filter tile"),
-        (tail_of_filters, "never written"),
-        (tail_of_pixels, "tail of the pixel tile"),
-        (padding, "the first row"),
-        (padding, "padding mask"),
+        (unwritten_filters, "channels 16–19 of 20"),
+        (unwritten_filters, "tail of the filter tile"),
+        (unwritten_filters, "never written"),
+        (wrong_last_pixels, "tail of the pixel tile"),
+        (wrong_first_row, "the first row"),
+        (wrong_first_row, "padding mask"),
         (no_activation, "activation is missing"),
-        (factor, "same factor 1.25"),
+        (wrong_factor, "same factor 1.25"),
         (no_residual, "the residual"),
     ],
 )
-def test_the_mistake_is_named(edit, words):
-    assert words in diagnose(wrong(edit), PROBLEM)
+def test_mistake_is_named(edit, words) -> None:
+    assert words in diagnose(spoilt(edit), PROBLEM)
 
 
-def test_a_right_kernel_is_a_suspected_race():
-    assert "race" in diagnose(
-        Kernel("test.right", "conv_bn_act", reference.conv_bn_act, lambda p: None, lambda: None), PROBLEM
-    )
+def test_correct_kernel_is_suspected_of_a_race() -> None:
+    assert "race" in diagnose(kernel("test.right", reference.conv_bn_act), PROBLEM)
 
 
-def test_a_shape_is_said():
-    assert "shape" in locate(torch.zeros(2, 3), torch.zeros(3, 2, dtype=torch.float64), PROBLEM)
+def test_wrong_shape_is_reported() -> None:
+    got, exact = torch.zeros(2, 3), torch.zeros(3, 2, dtype=torch.float64)
+    assert "shape" in locate(got, exact, PROBLEM)

@@ -106,12 +106,3 @@ def test_weights_stay_where_they_fit(monkeypatch) -> None:
 def test_without_room_there_is_no_kernel(monkeypatch) -> None:
     monkeypatch.setattr(whole_blocks, "SHARED", 1024)
     assert predict(LAYER1, True) is None
-
-
-def test_the_rates_are_the_heuristics_own() -> None:
-    chips = pytest.importorskip("resnet_fast.kernels.triton.gemm_config").CHIPS
-    hopper = chips[9, 0]
-    assert hopper.sms == whole_blocks.SMS
-    assert hopper.shared == whole_blocks.SHARED
-    assert hopper.mma == whole_blocks.MMA
-    assert hopper.l2 == whole_blocks.L2

@@ -1,4 +1,4 @@
-"""Configs of the convolutions as matrix products: the chips, the shape of a product, and its config as a pure function.
+"""Configs of the convolutions as matrix products: the shape of a product, and its config as a pure function.
 
 In the manner of DeepGEMM: enumerate the tiles that fit the chip, predict the time of each from a few rates, take the
 least. Nothing is timed and nothing is remembered, so every machine gives the same answer. The prediction only ranks
@@ -8,10 +8,12 @@ the tiles of one problem; a measured table overrules it problem by problem.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from math import ceil
+
+from ...roofline.chips import BY_CAPABILITY, Chip
 
 # Up to here a block of 16 channels would be half padding: taps and channels are walked as one axis.
 FLAT_CHANNELS = 8
@@ -21,32 +23,12 @@ FILL_NS = 1000.0  # the first operands' way from DRAM
 _LAUNCH_NS = 2500.0  # one more launch in a graph
 KIB = 1024
 _MOST_REGISTERS = 255  # of a thread; above it the compiler spills
-_REGISTERS_SM = 65536  # 32-bit registers of one SM, the same on every chip listed
 
-
-@dataclass(frozen=True)
-class Chip:
-    """Rates that rank tiles: data sheets, but for the H200's matrix rate (790 TFLOP/s, measured) and L2 (guessed)."""
-
-    sms: int
-    shared: int  # bytes of shared memory one block may use
-    shared_sm: int  # bytes one SM has
-    mma: float  # 16-bit matrix FLOP per ns and SM, float32 accumulation
-    fma: float  # float32 FLOP per ns and SM
-    l2: float  # bytes per ns and SM out of L2
-
-
-CHIPS = {
-    (8, 0): Chip(108, 163 * KIB, 164 * KIB, 2890, 180, 40),  # A100
-    (8, 6): Chip(84, 99 * KIB, 100 * KIB, 900, 420, 30),  # A40, RTX 3090
-    (8, 9): Chip(142, 99 * KIB, 100 * KIB, 2550, 640, 40),  # L40S
-    (9, 0): Chip(132, 227 * KIB, 228 * KIB, 5980, 500, 49),  # H100, H200
-    (10, 0): Chip(148, 227 * KIB, 228 * KIB, 15200, 540, 65),  # B200
-    (12, 0): Chip(188, 99 * KIB, 100 * KIB, 2600, 660, 40),  # RTX PRO 6000
-}
+# The chips that have rates to rank tiles, by compute capability.
+CHIPS = {capability: chip for capability, chip in BY_CAPABILITY.items() if chip.mma is not None}
 # The interpreter runs one block after the other in Python, at a cost for each operation and not for each element:
 # few, large blocks.
-INTERPRETER = Chip(1, 163 * KIB, 164 * KIB, 1e6, 1e6, 1e6)
+INTERPRETER = replace(CHIPS[8, 0], sms=1, mma=1e6, fma=1e6, l2=1e6, ceilings=None)
 
 
 def chip(capability: tuple[int, int] | None) -> Chip:
@@ -210,7 +192,7 @@ def uses_tensor_memory(g: Gemm) -> bool:
 def _resident_blocks(g: Gemm, c: GemmConfig, on: Chip) -> int:
     """Blocks that fit one SM at a time, by shared memory and registers."""
     by_shared = on.shared_sm // (c.shared(g.itemsize) + KIB)
-    by_registers = _REGISTERS_SM // (registers(g, c) * 32 * c.num_warps)
+    by_registers = on.registers // (registers(g, c) * 32 * c.num_warps)
     return max(1, min(by_shared, by_registers, 8))
 
 

@@ -33,8 +33,10 @@ DEPENDENT_LAUNCH = (9, 0)  # the first compute capability with programmatic depe
 
 
 def sources(*names: str) -> tuple[str, ...]:
-    """Paths of the files beside this one that a kernel depends on; this one and the table of chips always count."""
-    return tuple(str(Path(__file__).with_name(f"{name}.py")) for name in ("launch", "gemm_config", *names))
+    """Paths of the files beside this one that a kernel depends on; this one, its configs and the chips always count."""
+    beside = [Path(__file__).with_name(f"{name}.py") for name in ("launch", "gemm_config", *names)]
+    chips = Path(__file__).parents[2] / "roofline" / "chips.py"
+    return tuple(map(str, (*beside, chips)))
 
 
 def available() -> str | None:

@@ -96,7 +96,7 @@ def head_ns(h: Head, c: HeadConfig) -> float:
     blocks = ceil(h.images / c.images) * ceil(h.filters / c.block_n)
     per_sm = ceil(blocks / on.sms)
     by_shared = on.shared_sm // (c.shared(h.itemsize) + KIB)
-    by_registers = 65536 // (head_registers(c) * 32 * c.num_warps)
+    by_registers = on.registers // (head_registers(c) * 32 * c.num_warps)
     resident = max(1, min(by_shared, by_registers))
 
     rate = on.mma if h.itemsize == 2 else on.fma
@@ -223,7 +223,7 @@ def stem_ns(s: Stem, c: StemConfig) -> float:
     on = chip(s.capability)
     blocks = ceil(s.filters / c.block_n) * ceil(s.pooled[0] / c.rows) * s.tiles(c.block_m)
     by_shared = on.shared_sm // (c.shared(s) + KIB)
-    by_registers = 65536 // (128 * 32 * c.num_warps)
+    by_registers = on.registers // (128 * 32 * c.num_warps)
     resident = max(1, min(by_shared, by_registers))
     working = min(resident, ceil(blocks / on.sms))
     waves = ceil(blocks / (on.sms * resident))

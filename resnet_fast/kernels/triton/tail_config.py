@@ -14,7 +14,8 @@ from itertools import product
 from math import ceil
 
 from ...dispatch.registry import Problem
-from .gemm_config import FILL_NS, KIB, TRIP_NS, Chip, chip, power_of_two, useful_sizes, uses_tensor_memory
+from ...roofline.chips import Chip
+from .gemm_config import FILL_NS, KIB, TRIP_NS, chip, power_of_two, useful_sizes, uses_tensor_memory
 
 MIDDLES = (16, 32, 64, 128)  # channels that are one block of a matrix instruction, and fit
 
@@ -107,7 +108,7 @@ def _blocks_per_sm(g: Tail, c: TailConfig, on: Chip) -> int:
         return 1  # float32 only spills under a cap
     by_shared = on.shared_sm // (shared(g, c) + 2 * KIB)
     # 15 registers more than the least: a cap that ptxas reaches without contortions.
-    by_registers = 65536 // (32 * c.num_warps * (registers(g, c) + 15))
+    by_registers = on.registers // (32 * c.num_warps * (registers(g, c) + 15))
     return max(1, min(by_shared, by_registers, 4))
 
 

@@ -12,7 +12,8 @@ from functools import lru_cache
 from itertools import product
 from math import ceil, prod
 
-from .gemm_config import FILL_NS, KIB, TRIP_NS, Chip, Gemm, chip, power_of_two, useful_sizes
+from ...roofline.chips import Chip
+from .gemm_config import FILL_NS, KIB, TRIP_NS, Gemm, chip, power_of_two, useful_sizes
 
 # Estimates as in ``gemm_config``.
 _LATENCY_NS = 1000.0  # a dependent load from memory
@@ -123,7 +124,7 @@ def _largest_side(g: Gemm) -> int:
 
 def _blocks_per_sm(g: Gemm, c: TileConfig, on: Chip) -> int:
     by_shared = on.shared_sm // (shared(g, c) + 2 * KIB)
-    by_registers = 65536 // (registers(g, c) * c.threads)
+    by_registers = on.registers // (registers(g, c) * c.threads)
     return min(by_shared, by_registers, 4)
 
 
