@@ -70,7 +70,7 @@ def host_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def gpu(host_library: Path) -> Iterator[host_gpu.HostGpu]:
-    """The pretended GPU. Its settings are put back: one process has them once, for every library compiled against the emulation."""
+    """The emulated GPU. Its settings are reset after the test: all libraries of a process share them."""
     pretended = host_gpu.HostGpu(host_library)
     yield pretended
     pretended.settings()

@@ -34,8 +34,8 @@ MAY_IMPORT = {
     "bench": "analysis planning models testing live runtime kernels roofline dispatch data util",
     "predict": "planning models data util",
     "report": "bench models testing roofline dispatch util",
-    "cli": "analysis bench data dispatch graph kernels live models ops planning predict report roofline runtime testing "
-    "tuning util",
+    "cli": "analysis bench data dispatch graph kernels live models ops planning predict report roofline runtime "
+    "testing tuning util",
 }
 
 
@@ -90,7 +90,7 @@ def file_of(name: str) -> Path | None:
 
 
 def own_files(path: Path, *, at_load: bool) -> set[Path]:
-    """The files of this package among a file's imports; ``from ..ops import reference`` is an import of that file alone."""
+    """The files of this package that a file imports; ``from ..ops import reference`` imports that file alone."""
     names = imports(path, at_load=at_load)
     files = {name: file for name in names if (file := file_of(name))}
     doors = {name for name, file in files.items() if file.name == "__init__.py"}
@@ -169,7 +169,7 @@ def test_one_file_imports_the_extension() -> None:
 
 def test_the_reference_stands_on_torch_alone() -> None:
     roots = {name.split(".")[0] for name in imports(ROOT / "ops" / "reference.py", at_load=False)}
-    assert roots == {"__future__", "torch"}
+    assert roots <= {"__future__", "collections", "torch"}
 
 
 def test_importing_the_package_needs_torch_alone() -> None:
@@ -213,7 +213,7 @@ BESIDE_IT = [path for folder in ("benchmarks", "tools") for path in sorted((ROOT
 
 @pytest.mark.parametrize("path", [*FILES, *BESIDE_IT], ids=lambda path: str(path.relative_to(ROOT.parent)))
 def test_torch_has_what_is_asked_of_it(path) -> None:
-    """Without a GPU nothing else would tell of a name that only a GPU's code asks for. Ops of our own come with their libraries."""
+    """Every torch.* name in the code exists: no other test without a GPU sees code that only a GPU runs."""
     chains = {
         ast.unparse(node)
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))

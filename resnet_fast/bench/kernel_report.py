@@ -101,7 +101,7 @@ def network_problems(request: Request, op: str, timed: bool) -> dict[str, Proble
     capability = request.gpu.capability if on_gpu else None
     found: dict[Problem, str] = {}
     for batch in batches:
-        convs = model_problems.layers(request.model, batch, request.size, dtype, device, capability)
+        convs = model_problems.conv_layers(request.model, batch, request.size, dtype, device, capability)
         for name, problem in _problems_of_op(op, convs):
             if any(fnmatch(name, pattern) for pattern in request.layers):
                 found.setdefault(problem, name)
@@ -118,7 +118,7 @@ def network_problems(request: Request, op: str, timed: bool) -> dict[str, Proble
 def _problems_of_op(op: str, convs: list) -> list[tuple[str, Problem]]:
     """Return (layer, problem) of each call of ``op`` in a network of these convolutions."""
     if op in ACROSS:
-        groups = model_problems.across(convs)
+        groups = model_problems.across_layers(convs)
         return [(group.name, group.problem) for group in groups if group.problem.op == op]
     if op == "conv_bn_act":
         return [(conv.name, conv.problem) for conv in convs]

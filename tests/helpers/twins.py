@@ -30,7 +30,7 @@ def shake(model: nn.Module, seed: int = 1) -> nn.Module:
 
 
 def twins(name: str = "small", num_classes: int = 10, **kwargs) -> tuple[nn.Module, nn.Module]:
-    """(ours, torchvision's) in eval with equal state. "small": Bottlenecks with and without projection, quarter width."""
+    """(ours, torchvision's) in eval with equal state; "small" has Bottlenecks of a quarter of the width."""
     torch.manual_seed(0)
     pair = []
     for module in (resnet_fast, torchvision.models.resnet):

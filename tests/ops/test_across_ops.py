@@ -92,7 +92,7 @@ def test_opcheck(case, dtype, grad) -> None:
 @pytest.mark.parametrize("op", ACROSS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_error_rule_at_the_edges(op, dtype) -> None:
-    """``aten`` through the op, NHWC and others, batch 0, odd sizes, one pixel; the problem names what its arguments are."""
+    """``aten`` through the op: NHWC and other layouts, batch 0, odd sizes, one pixel; the problem is right."""
     for problem in grids.nasty_problems(op, dtype):
         args = samples.make_args(problem)
         out = OPS[op](*args)

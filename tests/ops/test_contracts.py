@@ -127,7 +127,7 @@ def test_autocast_gradients_come_back_in_the_parameters_dtype() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides_are_those_of_conv2d(dtype) -> None:
-    """For every layout of input, weight and residual: values by the rule, strides those of F.conv2d, inputs untouched."""
+    """For each layout of input, weight and residual: error rule, strides of F.conv2d, inputs unchanged."""
     (x, weight, scale, shift, res, mean, var), keywords = conv_case(dtype, size=(7, 6), stride=1)
     oracle = call_conv(eager_conv, [t.double() for t in (x, weight, scale, shift, res, mean, var)], "relu", **keywords)
     for (a, xl), (b, wl), (c, rl) in itertools.product(
@@ -161,7 +161,7 @@ def test_ambiguouslayouts(shape, kernel) -> None:
 @pytest.mark.parametrize("shape", [(2, 1, 5, 4), (2, 4, 1, 1), (1, 4, 5, 1), (1, 1, 1, 1), (3, 4, 1, 6), (0, 4, 3, 3)])
 @pytest.mark.parametrize("filters", (1, 6))
 def test_without_onednn_it_is_eager_itself(shape, filters) -> None:
-    """In float64, which oneDNN does not take: eager's bits, and the strides of F.conv2d though batch norm has others for one pixel or channel."""
+    """float64 does not run in oneDNN: the result has eager's bits and the strides of F.conv2d."""
     weight, vectors = (
         torch.randn(filters, shape[1], 1, 1).double(),
         [torch.rand(filters).double() + 0.5 for _ in range(4)],
@@ -174,7 +174,7 @@ def test_without_onednn_it_is_eager_itself(shape, filters) -> None:
 
 
 def test_expanded_and_sliced_vectors() -> None:
-    """A BN vector that is an expanded scalar or every second of a longer one: the byte guard must not read past its end."""
+    """A strided BN vector (expanded, or every second element): the byte comparison stays inside its memory."""
     x, weight = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 1, 1)
     long = torch.arange(1.0, 9.0)
     for v in (torch.tensor([1.5]).expand(4), long[::2], long[2:6]):
@@ -218,7 +218,7 @@ def test_empty_batch_forward_and_backward() -> None:
 @pytest.mark.parametrize("layout", ("nchw", "nhwc"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_nonfinite_numbers_as_in_eager(bad, where, layout, dtype) -> None:
-    """One NaN or infinity in any operand: NaN and infinities come out where eager has them (oneDNN's fused ReLU drops NaN).
+    """One NaN or infinity in any operand comes out where eager has it (oneDNN's fused ReLU drops NaN).
 
     Not for a negative variance, which has no meaning. Without padding, because eager's own kernels differ in whether
     they multiply a non-finite weight by the zeros there.
@@ -372,7 +372,7 @@ def test_aten_on_the_convolutions_of_resnet18() -> None:
 
 @given(st.data())
 def test_any_convolution(data) -> None:
-    """Random shapes, kernels, strides, paddings, dilations, groups, layouts and dtypes against eager by the error rule."""
+    """Random shapes, geometries, groups, layouts and dtypes against eager by the error rule."""
     draw = data.draw
     groups, dtype = draw(st.sampled_from((1, 1, 2, 3))), draw(st.sampled_from(DTYPES))
     c, k = groups * draw(st.integers(1, 5)), groups * draw(st.integers(1, 5))

@@ -1,4 +1,4 @@
-"""Every derivative of every op beside eager's: reverse, forward, double, batched, under functorch, and each input alone."""
+"""Every derivative of every op beside eager's: reverse, forward, double, batched, functorch, each input alone."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_forward_mode_equals_eager(ours, eager, tensors) -> None:
 
 @pytest.mark.parametrize(("ours", "eager", "tensors"), PAIRS)
 def test_double_backward_equals_eager(ours, eager, tensors) -> None:
-    """The gradient of a gradient penalty, which runs through the saved statistics: 48 % wrong once while gradcheck was green."""
+    """A gradient penalty differentiates the saved statistics: 48 % wrong once, while gradcheck was green."""
     found = []
     for f in (ours, eager):
         live = leaves(tuple(tensors))
@@ -177,7 +177,7 @@ def test_batched_gradients_equal_eager() -> None:
 
 
 def test_gradients_keep_strides() -> None:
-    """Gradients of contiguous weights come back contiguous whatever the input's layout: callers of autograd.grad ``view`` them."""
+    """Gradients of contiguous weights are contiguous in every input layout: callers of autograd.grad ``view`` them."""
     for x_format, kernel in itertools.product((torch.contiguous_format, CL), (1, 3)):
         x = torch.randn(2, 4, 6, 5).contiguous(memory_format=x_format).requires_grad_()
         weight = torch.randn(8, 4, kernel, kernel, requires_grad=True)
@@ -190,7 +190,7 @@ def test_gradients_keep_strides() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("low_vectors", (False, True))
 def test_bn_act_every_dtype(dtype, low_vectors) -> None:
-    """Output, statistics and gradients by the rule; statistics are float32 at least, also with low-precision parameters."""
+    """Output, statistics and gradients by the rule; statistics are float32 or wider for low-precision parameters."""
     vector = dtype if low_vectors else torch.promote_types(dtype, torch.float32)
     x, res = (torch.randn(4, 6, 5, 5) * 2 + 3).to(dtype), torch.randn(4, 6, 5, 5).to(dtype)
     scale, shift = torch.randn(6).to(vector), torch.randn(6).to(vector)
@@ -241,7 +241,7 @@ def test_conv_bn_act_gradients_every_dtype(dtype) -> None:
 
 @pytest.mark.parametrize(("ours", "eager", "tensors"), [pytest.param(*p[1:], id=p[0]) for p in pairs(torch.float32)])
 def test_nan_gradients_as_in_eager(ours, eager, tensors) -> None:
-    """A NaN in the input: the gradients are NaN where eager's are (eager's ReLU lets a NaN output's gradient through)."""
+    """A NaN in the input: the gradients are NaN where eager's are (its ReLU passes a NaN output's gradient)."""
     tensors = [t.clone() for t in tensors]
     tensors[0].view(-1)[5] = torch.nan
     for create_graph in (False, True):
