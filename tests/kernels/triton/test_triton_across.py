@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="no Triton on this platform")
 
 import triton
-from triton_ahead import TENSOR, Cubin, ahead, cubins
+from triton_ahead import TENSOR, Cubin, ahead, assert_nothing_spilled, cubins
 from triton_interpreter import run_lane
 
 from resnet_fast.dispatch.problem import Problem
@@ -179,7 +179,7 @@ def test_a_tail_says_what_a_block_cannot_keep() -> None:
 
 def sound(cubin: Cubin, at: tuple[int, int], least_shared: int) -> None:
     """Nothing spilled, shared memory within the chip's limit and the config's count, 16-byte copies, 64-bit offsets."""
-    assert cubin.stack == 0 and not cubin.count("STL|LDL"), f"{cubin.stack} bytes spilled"
+    assert_nothing_spilled(cubin)
     assert cubin.shared <= min(least_shared + 1024, CHIPS[at].shared)
     assert cubin.count(r"LDG(STS)?\.E.*\.128") and not cubin.count(r"LDG(STS)?\.E\.U?(16|8)\b")
     assert not cubin.narrow & {"x", "x2", "out", "residual", "y", "z"}
@@ -220,7 +220,7 @@ def test_pairs_by_tma(name: str, at: tuple[int, int], batch: int) -> None:
     (cubin,) = cubins("triton.pointwise_pair_tma", problem)
     # Triton 3.6's assembler keeps a few addresses on sm_120's stack, as of every kernel on descriptors.
     kept = 64 if at == (12, 0) and triton.__version__.startswith("3.6.") else 0
-    assert cubin.stack <= kept and (kept or not cubin.count("STL|LDL")), f"{cubin.stack} bytes spilled"
+    assert_nothing_spilled(cubin, kept)
     assert (
         cubin.count(rf"{TENSOR[at]}\b")
         and cubin.count("UTMALDG.4D")

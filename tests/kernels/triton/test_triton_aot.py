@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("triton", reason="no Triton on this platform")
 
-from triton_ahead import TENSOR, Cubin, ahead, cubins
+from triton_ahead import TENSOR, Cubin, ahead, assert_nothing_spilled, cubins
 from triton_shapes import gemm
 
 from resnet_fast.dispatch.problem import Problem
@@ -69,7 +69,7 @@ IMAGES = {"x", "y", "out", "residual", "partials", "dout", "dy", "dx", "dz", "g"
 
 def sound(cubin: Cubin, capability: tuple[int, int]) -> None:
     """Holds for every launch: nothing spilled, shared memory within the chip's limit, 64-bit offsets into images."""
-    assert cubin.stack == 0 and not cubin.count("STL|LDL"), f"{cubin.name} spills {cubin.stack} bytes"
+    assert_nothing_spilled(cubin)
     assert cubin.shared <= CHIPS[capability].shared, f"{cubin.name} wants {cubin.shared} bytes of shared memory"
     narrow = IMAGES & cubin.narrow
     assert not narrow, f"{cubin.name} finds its way in {narrow} with 32-bit offsets"

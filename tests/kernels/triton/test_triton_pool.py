@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="no Triton on this platform")
 
-from triton_ahead import TENSOR, Cubin, ahead, cubins
+from triton_ahead import TENSOR, Cubin, ahead, assert_nothing_spilled, cubins
 from triton_interpreter import run_lane
 from triton_shapes import head_of, stem_of
 
@@ -163,7 +163,7 @@ def test_a_declined_problem_names_the_reason(id: str, problem: Problem, sentence
 
 def sound(cubin: Cubin, at: tuple[int, int]) -> None:
     """Nothing spilled, shared memory within the chip's limit, 64-bit offsets into what grows with the batch."""
-    assert cubin.stack == 0 and not cubin.count("STL|LDL"), f"{cubin.name} spills {cubin.stack} bytes"
+    assert_nothing_spilled(cubin)
     assert cubin.shared <= CHIPS[at].shared, f"{cubin.name} wants {cubin.shared} bytes of shared memory"
     assert not {"x", "residual", "out"} & cubin.narrow, f"32-bit offsets into {cubin.narrow}"
 
