@@ -1,7 +1,6 @@
 """Build of resnet_fast: pure Python everywhere, and where the toolchain allows ``_C`` and ``_cpu``.
 
-``resnet_fast._C`` holds the CUDA kernels, ``resnet_fast._cpu`` the CPU kernels: a library of torch ops, not a Python
-module.
+``resnet_fast._C`` holds the CUDA kernels, ``resnet_fast._cpu`` the CPU kernels as a library of torch ops.
 
 RESNET_FAST_BUILD=auto (default)  _C if nvcc works and torch is a CUDA build, _cpu if a C++ compiler works; an extension
                                   that then fails to compile is left out, and the record says so
@@ -368,10 +367,7 @@ def run(command: list[str]) -> None:
 
 
 def source_hash(without: str) -> str:
-    """Return the hash of csrc without the folder of the other extension.
-
-    With compiler and targets it identifies the source that a kernel was measured with.
-    """
+    """Return the hash of csrc without the other extension's folder: it identifies the source that was measured."""
     digest = hashlib.sha256()
     for source in sorted(CSRC.rglob("*")):
         if source.is_file() and CSRC / without not in source.parents:

@@ -7,9 +7,9 @@ convolution touches only the pixels it uses. Filters count once a batch, per-cha
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 from math import prod
 
 import torch
@@ -54,7 +54,9 @@ class Block:
 
     @property
     def all(self) -> tuple[Conv, ...]:
-        return self.convs if self.projection is None else (*self.convs, self.projection)
+        if self.projection is None:
+            return self.convs
+        return (*self.convs, self.projection)
 
     @property
     def stage(self) -> str:
@@ -74,22 +76,31 @@ class Net:
     logits: int = field(init=False)
 
     def __post_init__(self) -> None:
+        itemsize = self.itemsize
         object.__setattr__(self, "pool", self.blocks[0].x)
-        object.__setattr__(self, "pooled", self.batch * self.blocks[-1].convs[-1].channels * self.itemsize)
-        object.__setattr__(self, "logits", self.batch * CLASSES * self.itemsize)
+        object.__setattr__(self, "pooled", self.batch * self.features * itemsize)
+        object.__setattr__(self, "logits", self.batch * CLASSES * itemsize)
 
     @property
     def convs(self) -> tuple[Conv, ...]:
-        return (self.stem, *(conv for block in self.blocks for conv in block.all))
+        in_blocks = itertools.chain.from_iterable(block.all for block in self.blocks)
+        return (self.stem, *in_blocks)
+
+    @property
+    def features(self) -> int:
+        """Channels of the last convolution, which fc takes."""
+        return self.blocks[-1].convs[-1].channels
 
     @property
     def fc_weights(self) -> int:
-        return self.blocks[-1].convs[-1].channels * CLASSES
+        return self.features * CLASSES
 
     @property
     def parameters(self) -> int:
         """Filters, two vectors for each batch norm, fc with bias."""
-        return sum(conv.weights + 2 * conv.channels for conv in self.convs) + self.fc_weights + CLASSES
+        in_convs = sum(conv.weights + 2 * conv.channels for conv in self.convs)
+        in_fc = self.fc_weights + CLASSES
+        return in_convs + in_fc
 
 
 @functools.lru_cache(maxsize=16)
@@ -131,7 +142,8 @@ def _conv(layer: ConvLayer) -> Conv:
 def _block(name: str, convs: list[Conv]) -> Block:
     """A block from its convolutions in the order in which they run."""
     projection = next((conv for conv in convs if "downsample" in conv.name), None)
-    return Block(name, tuple(conv for conv in convs if conv is not projection), projection)
+    others = tuple(conv for conv in convs if conv is not projection)
+    return Block(name, others, projection)
 
 
 # ---------------------------------------------------------------- single kernels
@@ -200,7 +212,9 @@ def unfused(name: str, y: int, *, last: bool, projection: bool = False) -> Itera
 
 def unfused_after(block: Block, conv: Conv) -> Iterator[Cost]:
     """What torch's modules run after one convolution of a block."""
-    return unfused(conv.name, conv.y, last=conv is block.convs[-1], projection=conv is block.projection)
+    is_last = conv is block.convs[-1]
+    is_projection = conv is block.projection
+    return unfused(conv.name, conv.y, last=is_last, projection=is_projection)
 
 
 # ---------------------------------------------------------------- levels of fusion
@@ -251,9 +265,18 @@ def _fused_conv(block: Block, conv: Conv) -> Cost:
     )
 
 
+def _fused_convs(net: Net) -> Iterator[Cost]:
+    """Each convolution of the blocks with what follows it in one kernel."""
+    for block in net.blocks:
+        for conv in block.all:
+            yield _fused_conv(block, conv)
+
+
 def _shortcut(block: Block, conv: Conv) -> dict[str, int]:
     """What a block's last convolution reads besides its operands."""
-    return {"shortcut": conv.y} if conv is block.convs[-1] else {}
+    if conv is not block.convs[-1]:
+        return {}
+    return {"shortcut": conv.y}
 
 
 def _ends(net: Net, steps: Iterator[Cost]) -> Iterator[Cost]:
@@ -281,13 +304,13 @@ def per_conv(net: Net) -> Iterator[Cost]:
     """conv + BN + ReLU (+ add) in one kernel."""
     yield conv_step(net.stem)
     yield _pool(net)
-    yield from (_fused_conv(block, conv) for block in net.blocks for conv in block.all)
+    yield from _fused_convs(net)
     yield from head_steps(net)
 
 
 def fused_ends(net: Net) -> Iterator[Cost]:
     """And the max pool in the stem's kernel, the average pool in the last convolution's."""
-    return _ends(net, (_fused_conv(block, conv) for block in net.blocks for conv in block.all))
+    return _ends(net, _fused_convs(net))
 
 
 def tails(net: Net, stages: tuple[str, ...] = ("layer1", "layer2")) -> Iterator[Cost]:
@@ -298,7 +321,7 @@ def tails(net: Net, stages: tuple[str, ...] = ("layer1", "layer2")) -> Iterator[
 def _tail_steps(net: Net, stages: tuple[str, ...]) -> Iterator[Cost]:
     """The kernels of all blocks with tails in ``stages``."""
     taken: set[str] = set()  # first convolutions that are in the tail of the block before
-    for block, following in pairwise((*net.blocks, None)):
+    for block, following in itertools.pairwise((*net.blocks, None)):
         if following is None or block.stage not in stages or len(block.convs) < 3:
             yield from (_fused_conv(block, conv) for conv in block.all if conv.name not in taken)
             continue

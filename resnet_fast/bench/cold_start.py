@@ -31,12 +31,14 @@ def cold_start(provider: str, mode: str, model: str, dtype: str, batch: int, siz
     """Measure one cold start with empty compiler caches; raises RuntimeError with the end of the process's errors."""
     case = [provider, mode, model, dtype, str(batch), str(size), device]
     with tempfile.TemporaryDirectory() as cache:
-        caches = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": str(Path(cache, "triton"))}
+        triton_cache = str(Path(cache, "triton"))
+        caches = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": triton_cache}
         start = time.perf_counter()
         process = run_module("resnet_fast.bench.cold_start", case, caches)
         seconds = time.perf_counter() - start
     if process.returncode:
-        raise RuntimeError(f"cold start of {provider} failed: {process.stderr.strip()[-500:]}")
+        errors = process.stderr.strip()[-500:]
+        raise RuntimeError(f"cold start of {provider} failed: {errors}")
     result = json.loads(process.stdout.splitlines()[-1])
     return ColdStart(seconds, result["peak_bytes"])
 

@@ -29,8 +29,11 @@ def missing(*modules: str) -> Callable[[], str | None]:
     """Return a check that says which of the modules are not installed, and what to install."""
 
     def unavailable() -> str | None:
-        absent = dict.fromkeys(PACKAGES[name] for name in modules if importlib.util.find_spec(name) is None)
-        return f"not installed: pip install {' '.join(absent)}" if absent else None
+        absent = [name for name in modules if importlib.util.find_spec(name) is None]
+        if not absent:
+            return None
+        packages = dict.fromkeys(PACKAGES[name] for name in absent)
+        return f"not installed: pip install {' '.join(packages)}"
 
     return unavailable
 
@@ -46,7 +49,8 @@ def openvino(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
-    request = ov.Core().compile_model(converted, "CPU", settings).create_infer_request()
+    compiled = ov.Core().compile_model(converted, "CPU", settings)
+    request = compiled.create_infer_request()
 
     def run(x: Tensor) -> Tensor:
         request.infer([x.float().numpy()], share_inputs=True)
@@ -59,7 +63,7 @@ def onnxruntime(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callab
     """ONNX Runtime on the example's device, all graph optimisations on."""
     session = _onnx_session(copy.deepcopy(model).to(dtype), example)
     if example.device.type == "cpu":
-        return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+        return _onnx_on_cpu(session)
     binding = session.io_binding()
     classes = model.get_parameter("fc.weight").shape[0]
     out = torch.empty(example.shape[0], classes, device=example.device, dtype=dtype)
@@ -70,6 +74,14 @@ def onnxruntime(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callab
         binding.bind_output("y", "cuda", out.get_device(), element, tuple(out.shape), out.data_ptr())
         session.run_with_iobinding(binding)
         return out
+
+    return run
+
+
+def _onnx_on_cpu(session: Any) -> Callable[[Tensor], Tensor]:
+    def run(x: Tensor) -> Tensor:
+        (out,) = session.run(None, {"x": x.numpy()})
+        return torch.from_numpy(out)
 
     return run
 
@@ -131,11 +143,13 @@ class _CudnnConv:
         self.graph: Any = None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        tensors = [t for t in (x, self.conv.weight, self.bias, residual) if t is not None]
+        operands = (x, self.conv.weight, self.bias, residual)
+        tensors = [t for t in operands if t is not None]
         if self.graph is None:
             self._build(x, residual, tensors)
-        given = dict(zip(self.inputs, tensors, strict=True))
-        self.graph.execute({**given, self.output: self.out}, self.workspace, handle=self.handle)
+        bindings = dict(zip(self.inputs, tensors, strict=True))
+        bindings[self.output] = self.out
+        self.graph.execute(bindings, self.workspace, handle=self.handle)
         return self.out
 
     def _build(self, x: Tensor, residual: Tensor | None, tensors: list[Tensor]) -> None:

@@ -39,7 +39,8 @@ def onednn(conv: Folded) -> Conv:
 
     def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
         if not packed:
-            packed.append(vendor.onednn_filters(conv.weight, conv.bias, conv.geometry, x.shape)[0])
+            filters, *_ = vendor.onednn_filters(conv.weight, conv.bias, conv.geometry, x.shape)
+            packed.append(filters)
         return vendor.onednn(x, packed[0], conv.bias, residual, conv.geometry, in_place=True, relu=relu)
 
     return run
@@ -75,34 +76,44 @@ class FoldedNet:
     """
 
     def __init__(self, model: Any, dtype: torch.dtype, make: Callable[[Folded], Conv]) -> None:
-        self.stem = make(Folded(*_weights(model.conv1, model.bn1, dtype), "relu"))
+        stem = _weights(model.conv1, model.bn1, dtype)
+        self.stem = make(Folded(*stem, "relu"))
         stages = (model.layer1, model.layer2, model.layer3, model.layer4)
-        self.blocks = [_block(block, dtype, make) for block in chain.from_iterable(stages)]
-        self.fc = model.fc.weight.detach().to(dtype), model.fc.bias.detach().to(dtype)
+        blocks = chain.from_iterable(stages)
+        self.blocks = [_block(block, dtype, make) for block in blocks]
+        self.fc_weight = model.fc.weight.detach().to(dtype)
+        self.fc_bias = model.fc.bias.detach().to(dtype)
 
     @torch.inference_mode()
     def __call__(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(self.stem(x.contiguous(memory_format=torch.channels_last), None), 3, 2, 1)
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.stem(x, None)
+        x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
         for projection, inner, last in self.blocks:
             y = x
             for conv in inner:
                 y = conv(y, None)
-            x = last(y, x if projection is None else projection(x, None))
-        return F.linear(F.adaptive_avg_pool2d(x, 1).flatten(1), *self.fc)
+            shortcut = x if projection is None else projection(x, None)
+            x = last(y, shortcut)
+        pooled = F.adaptive_avg_pool2d(x, 1).flatten(1)
+        return F.linear(pooled, self.fc_weight, self.fc_bias)
 
 
 def _block(block: Any, dtype: torch.dtype, make: Callable[[Folded], Conv]) -> tuple[Conv | None, list[Conv], Conv]:
     """Return (projection or None, inner convolutions, last convolution) of a residual block."""
     numbers = [i for i in (1, 2, 3) if hasattr(block, f"conv{i}")]
     pairs = [(getattr(block, f"conv{i}"), getattr(block, f"bn{i}")) for i in numbers]
-    inner = [make(Folded(*_weights(*pair, dtype), "relu")) for pair in pairs[:-1]]
-    weight, bias, geometry = _weights(*pairs[-1], dtype)
+    *inner_weights, last_weights = [_weights(conv, bn, dtype) for conv, bn in pairs]
+    inner = [make(Folded(*weights, "relu")) for weights in inner_weights]
+    weight, bias, geometry = last_weights
     if block.downsample is None:
-        return None, inner, make(Folded(weight, bias, geometry, "relu"))
+        last = Folded(weight, bias, geometry, "relu")
+        return None, inner, make(last)
     conv, bn = block.downsample
     projected, projected_bias, projected_geometry = _weights(conv, bn, dtype)
-    projection = make(Folded(projected, None, projected_geometry, "none"))
-    return projection, inner, make(Folded(weight, bias + projected_bias, geometry, "relu"))
+    projection = Folded(projected, None, projected_geometry, "none")
+    last = Folded(weight, bias + projected_bias, geometry, "relu")
+    return make(projection), inner, make(last)
 
 
 def _weights(conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple]:
@@ -110,8 +121,9 @@ def _weights(conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[T
     parameters = (conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var)
     kernel, scale, shift, mean, var = (t.detach() for t in parameters)
     weight, bias = fold(kernel, scale, shift, mean, var, bn.eps)
+    weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
     geometry = conv.stride, conv.padding, conv.dilation, conv.groups
-    return weight.to(dtype).contiguous(memory_format=torch.channels_last), bias.to(dtype), geometry
+    return weight, bias.to(dtype), geometry
 
 
 def graphed(run: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:

@@ -19,7 +19,8 @@ def call(interpret: bool, function: Callable[..., Result], *args) -> Result:
 
     Triton reads TRITON_INTERPRET when it is imported, so one process cannot do both.
     """
-    with _triton_interpret(interpret), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    spawn = get_context("spawn")
+    with _triton_interpret(interpret), ProcessPoolExecutor(1, mp_context=spawn) as pool:
         return pool.submit(function, *args).result()
 
 
@@ -40,4 +41,5 @@ def _triton_interpret(interpret: bool) -> Iterator[None]:
 def run_module(module: str, args: list[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     """Run ``python -m module`` with these variables added to the environment; its output is captured."""
     command = [sys.executable, "-m", module, *args]
-    return subprocess.run(command, env={**os.environ, **environment}, text=True, capture_output=True)
+    variables = {**os.environ, **environment}
+    return subprocess.run(command, env=variables, text=True, capture_output=True)

@@ -29,7 +29,7 @@ from ..testing.samples import make_args
 from . import fresh_process
 from .ledger import Row
 from .network import Measured, known_ceilings
-from .op import CHECK_BATCH, measure_op
+from .op import at_check_batch, measure_op
 
 INTERPRETED_SIZE = 9  # height and width in the interpreter: channels and filters are the network's own
 
@@ -75,18 +75,22 @@ class Request:
 
 def requested_kernels(names: Iterable[str]) -> list[Kernel]:
     """Return the kernels that the names stand for: ids, families or files."""
-    return list(chain.from_iterable(named(name) for name in names))
+    found = chain.from_iterable(named(name) for name in names)
+    return list(found)
 
 
 def can_be_timed(kernel: Kernel, device: torch.device) -> bool:
     """Whether a time would mean something: the kernel runs here, and not only in an interpreter."""
-    return kernel.available() is None and (device.type == "cuda" or not is_triton(kernel))
+    if kernel.available() is not None:
+        return False
+    return device.type == "cuda" or not is_triton(kernel)
 
 
 def is_triton(kernel: Kernel) -> bool:
     """Whether the kernel's module holds Triton functions."""
     module = sys.modules[kernel.fn.__module__]
-    return any(type(value).__module__.startswith("triton.") for value in vars(module).values())
+    types = [type(value) for value in vars(module).values()]
+    return any(kind.__module__.startswith("triton.") for kind in types)
 
 
 def network_problems(request: Request, op: str, timed: bool) -> dict[str, Problem]:
@@ -122,8 +126,12 @@ def _problems_of_op(op: str, convs: list) -> list[tuple[str, Problem]]:
         return [(group.name, group.problem) for group in groups if group.problem.op == op]
     if op == "conv_bn_act":
         return [(conv.name, conv.problem) for conv in convs]
-    after = [(conv.name, problem_after(conv.problem, op)) for conv in convs]
-    return [(name, problem) for name, problem in after if problem is not None]
+    found = []
+    for conv in convs:
+        after = problem_after(conv.problem, op)
+        if after is not None:
+            found.append((conv.name, after))
+    return found
 
 
 # ---------------------------------------------------------------- checking
@@ -155,19 +163,20 @@ def check_here(kernel: Kernel, problems: list[Problem]) -> Check:
     """Check a kernel on the grid of its op and on the network's problems at a small batch."""
     first = problems[0]
     grid = nasty_problems(kernel.op, first.dtype, first.device, first.capability)
-    small = [replace(p, x=(min(p.x[0], CHECK_BATCH), *p.x[1:])) for p in problems]
+    small = [at_check_batch(problem) for problem in problems]
     return check(kernel, [*grid, *small])
 
 
 def check_interpreted(names: tuple[str, ...], kernel: Kernel, problems: list[Problem]) -> Check:
     """Check a Triton kernel in Triton's interpreter, in a fresh process, on CPU copies of the problems."""
-    grid = nasty_problems(kernel.op, problems[0].dtype)
-    small = dict.fromkeys(map(interpreted, problems))
-    return fresh_process.call(True, _check_named, names, kernel.id, [*grid, *small])
+    small = dict.fromkeys(interpreted(problem) for problem in problems)
+    grid = [*nasty_problems(kernel.op, problems[0].dtype), *small]
+    return fresh_process.call(True, _check_named, names, kernel.id, grid)
 
 
 def _check_named(names: tuple[str, ...], id: str, grid: list[Problem]) -> Check:
-    kernel = next(k for k in requested_kernels(names) if k.id == id)
+    requested = requested_kernels(names)
+    kernel = next(k for k in requested if k.id == id)
     return check(kernel, grid)
 
 
@@ -200,15 +209,17 @@ def compiled(names: tuple[str, ...], chosen: list[Kernel], problems: list[Proble
     """Compile Triton kernels for each problem in a fresh process."""
     if not chosen:
         return {}
-    return fresh_process.call(False, _compile_named, names, [k.id for k in chosen], problems)
+    ids = [kernel.id for kernel in chosen]
+    return fresh_process.call(False, _compile_named, names, ids, problems)
 
 
 def _compile_named(names: tuple[str, ...], ids: list[str], problems: list[Problem]) -> CodeTable:
     known = {k.id: k for k in (*requested_kernels(names), *kernels())}
     found: CodeTable = {}
     for id in ids:
+        kernel = known[id]
         for problem in problems:
-            found[id, problem] = known[id].supports(problem) or _compile(known[id], problem)
+            found[id, problem] = kernel.supports(problem) or _compile(kernel, problem)
     return found
 
 
@@ -265,15 +276,19 @@ class Times:
 
 def rivals(chosen: list[Kernel], device: torch.device) -> list[Kernel]:
     """Return the other kernels of the same op that can be timed here."""
-    return [k for k in kernels(chosen[0].op) if k not in chosen and can_be_timed(k, device)]
+    of_op = kernels(chosen[0].op)
+    return [k for k in of_op if k not in chosen and can_be_timed(k, device)]
 
 
 def time_problem(
     name: str, problem: Problem, chosen: list[Kernel], others: list[Kernel], code: CodeTable, seconds: float
 ) -> Times:
     """Time the chosen kernels beside the others that take the problem; ``code`` is that of the Triton kernels."""
-    able = [*chosen, *(k for k in others if k.reason(problem) is None)]
+    able_others = [k for k in others if k.reason(problem) is None]
+    able = [*chosen, *able_others]
     measured = measure_op(problem, able, max_seconds=seconds)
-    timed = [k for k in able if measured[k.id].row is not None]
-    codes = {k.id: code.get((k.id, problem)) or _profile(k, problem) for k in timed}
+    codes = {}
+    for kernel in able:
+        if measured[kernel.id].row is not None:
+            codes[kernel.id] = code.get((kernel.id, problem)) or _profile(kernel, problem)
     return Times(name, problem, measured, codes)

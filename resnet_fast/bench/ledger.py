@@ -82,7 +82,9 @@ class Run:
 def case_name(mode: str, model: str, dtype: str, batch: int, size: int = 224) -> str:
     """Return a model case's name, as "infer/resnet50/bf16/256"; an image size other than 224 is appended as "@320"."""
     name = f"{mode}/{model}/{dtype}/{batch}"
-    return name if size == 224 else f"{name}@{size}"
+    if size == 224:
+        return name
+    return f"{name}@{size}"
 
 
 def parse_case(case: str) -> tuple[str, str, str, int, int]:

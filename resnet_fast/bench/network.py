@@ -122,7 +122,8 @@ def measure(
 
 def _oracle(case: Case, model: nn.Module, x: Tensor) -> _Oracle:
     exact = oracle(case.mode, model, x)
-    eager = _distance(PROVIDERS["eager-nchw"].prepare(case.mode, model, x, x.dtype), x, exact)
+    run = PROVIDERS["eager-nchw"].prepare(case.mode, model, x, x.dtype)
+    eager = _distance(run, x, exact)
     factor = FACTOR if case.mode == "infer" else GRADIENT_FACTOR
     return _Oracle(exact, eager, factor * eager + FLOOR[x.dtype])
 
@@ -161,7 +162,7 @@ def _build(provider: Provider, case: Case, model: nn.Module, x: Tensor, judged_b
     except NotUsed as reason:
         return Measured(provider.id, skipped=str(reason))
     except Exception as error:  # engines raise errors of many types: each is a finding, and the others are still timed
-        first_line = (str(error).splitlines() or [""])[0]
+        first_line = next(iter(str(error).splitlines()), "")
         failed = f"failed: {type(error).__name__}: {first_line}"
         if not provider.ours or isinstance(error, torch.OutOfMemoryError):
             return Measured(provider.id, skipped=failed)
@@ -179,7 +180,8 @@ def oracle(mode: str, model: nn.Module, x: Tensor) -> Tensor:
     wide = copy.deepcopy(model).double()
     if mode == "infer":
         with torch.no_grad():
-            return wide.cpu()(x[:ORACLE_IMAGES].cpu().double())
+            images = x[:ORACLE_IMAGES].cpu().double()
+            return wide.cpu()(images)
     step = TrainStep(wide.train(), wide, torch.float64, torch.contiguous_format)
     step(x.double())
     return step.gradients().cpu()
@@ -216,13 +218,16 @@ def _prepare(provider: Provider, case: Case, model: nn.Module, x: Tensor, exact:
 def work(case: Case) -> tuple[int, float | None]:
     """Return the FLOPs of one call, and its floor in seconds if this device's ceilings are known."""
     levels = {"infer": INFERENCE, "train": TRAINING}[case.mode]
+    level = levels[CEILING[case.mode]]
     dtype = SHORT_DTYPES[case.dtype]
-    steps = list(levels[CEILING[case.mode]](network(case.model, case.batch, case.size, dtype)))
+    net = network(case.model, case.batch, case.size, dtype)
+    steps = list(level(net))
     flops = sum(step.flops for step in steps)
     limits = known_ceilings(case.device)
     if limits is None:
         return flops, None
-    return flops, sum(step.seconds for step in floor.predict(steps, limits, dtype))
+    floors = floor.predict(steps, limits, dtype)
+    return flops, sum(step.seconds for step in floors)
 
 
 def known_ceilings(device: str) -> chips.Ceilings | None:

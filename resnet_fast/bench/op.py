@@ -89,18 +89,22 @@ def measure_op(
             progress=progress,
         )
     timings = {id: _of_one_call(walk, copies) for id, walk in walks.items()}
-    timed = {id: Measured(id, _row(problem, id, timings, checked.errors), timings[id]) for id in timings}
-    return checked.refused | timed
+    measured = dict(checked.refused)
+    for id, timing in timings.items():
+        row = _row(problem, id, timings, checked.errors)
+        measured[id] = Measured(id, row, timing)
+    return measured
 
 
 def _of_one_call(walk: Timing, calls: int) -> Timing:
-    return Timing(tuple(seconds / calls for seconds in walk.seconds))
+    seconds_a_call = tuple(seconds / calls for seconds in walk.seconds)
+    return Timing(seconds_a_call)
 
 
 def _check(problem: Problem, kernels: Iterable[Kernel]) -> _Checked:
     """Check each kernel on the problem at a small batch."""
     checked = _Checked({"eager": lambda args: eager(problem.op, args)})
-    small = replace(problem, x=(min(problem.x[0], CHECK_BATCH), *problem.x[1:]))
+    small = at_check_batch(problem)
     for kernel in kernels:
         reason = kernel.reason(problem)
         if reason is not None:
@@ -116,15 +120,23 @@ def _check(problem: Problem, kernels: Iterable[Kernel]) -> _Checked:
     return checked
 
 
+def at_check_batch(problem: Problem) -> Problem:
+    """Return the problem with at most ``CHECK_BATCH`` images."""
+    batch, *image = problem.x
+    return replace(problem, x=(min(batch, CHECK_BATCH), *image))
+
+
 def _call_of(kernel: Kernel) -> Call:
     return lambda args: kernel.fn(*args)
 
 
 def _copies(problem: Problem) -> int:
     """Return how many argument sets flush the cache four times over; at least two."""
-    cache = torch.cuda.get_device_properties().L2_cache_size if problem.device == "cuda" else CPU_CACHE
+    cache = CPU_CACHE
+    if problem.device == "cuda":
+        cache = torch.cuda.get_device_properties().L2_cache_size
     one = sum(a.nbytes for a in make_args(problem) if isinstance(a, Tensor))
-    needed = -(-4 * cache // max(one, 1))
+    needed = -(-4 * cache // max(one, 1))  # rounded up
     return max(2, min(MAX_COPIES, needed))
 
 
@@ -134,10 +146,11 @@ def _variants(problem: Problem, calls: dict[str, Call], copies: int) -> dict[str
     def argument_sets() -> list[tuple]:
         return [make_args(problem, seed) for seed in range(copies)]
 
-    variants = {id: _walk(call, argument_sets(), problem.device) for id, call in calls.items()}
+    device = problem.device
+    variants = {id: _walk(call, argument_sets(), device) for id, call in calls.items()}
     if "folded" in BASELINES[problem.op]:
         bar = [_bar(args, problem) for args in argument_sets()]
-        variants["folded"] = _walk(lambda ready: ready[0](*ready[1:]), bar, problem.device)
+        variants["folded"] = _walk(_call_bar, bar, device)
     return variants
 
 
@@ -150,22 +163,30 @@ def _walk(call: Call, sets: list[tuple], device: str) -> Callable[[], object]:
 
     if device != "cuda":
         return walk
-    return captured(walk, warm=1)[0].replay
+    graph, _ = captured(walk, warm=1)
+    return graph.replay
 
 
 def _bar(args: tuple, problem: Problem) -> tuple:
     """Return the bar's convolution for these arguments, folded beforehand, and the tensors to call it with."""
     x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act = args
     weight, bias = fold(weight, scale, shift, mean, var, eps)
-    conv = folded.Folded(weight, bias, (stride, padding, dilation, groups), act)
+    geometry = stride, padding, dilation, groups
+    conv = folded.Folded(weight, bias, geometry, act)
     library = folded.onednn if problem.device == "cpu" else folded.cudnn
     return library(conv), x, residual
+
+
+def _call_bar(prepared: tuple) -> object:
+    conv, x, residual = prepared
+    return conv(x, residual)
 
 
 def _row(problem: Problem, id: str, timings: dict[str, Timing], errors: dict[str, float]) -> Row:
     timing = timings[id]
     low, high = timing.quartiles
-    step, limits = cost.problem_step(problem), known_ceilings(problem.device)
+    step = cost.problem_step(problem)
+    limits = known_ceilings(problem.device)
     floor = problem_floor(problem, limits).seconds if limits else None
     return Row(
         level="op",

@@ -13,9 +13,9 @@ SUFFIXES = frozenset(
 
 
 class Item(NamedTuple):
-    """One file: its index in the walk, the name to report, the path to open, and why not to open it (or None)."""
+    """One file: its position in the walk, the name to report, the path to open, and why not to open it (or None)."""
 
-    index: int
+    position: int
     name: str
     path: str
     error: str | None = None
@@ -28,12 +28,12 @@ def walk(arguments: Sequence[str]) -> Iterator[Item]:
     followed, links to folders inside it are not (the walk reaches these folders anyway). A link that leads out of the
     folder becomes an Item with an error. A file that is itself an argument is always taken.
     """
-    index = 0
+    position = 0
     for argument in arguments:
         entries = _folder(argument) if os.path.isdir(argument) else [(argument, argument, None)]
         for name, path, error in entries:
-            yield Item(index, name, path, error)
-            index += 1
+            yield Item(position, name, path, error)
+            position += 1
 
 
 def _folder(root: str) -> Iterator[tuple[str, str, str | None]]:

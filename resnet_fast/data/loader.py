@@ -209,12 +209,12 @@ class Loader:
         connections = [worker.connection for worker in self._workers]
         for source in wait([self._wakeup_receiver, *connections]):
             if source is self._wakeup_receiver:
-                if source.recv_bytes() == b"stop":
+                if self._wakeup_receiver.recv_bytes() == b"stop":
                     return False
                 continue
             worker = next(worker for worker in self._workers if worker.connection is source)
             try:
-                answer = source.recv()
+                answer = worker.connection.recv()
             except (EOFError, ConnectionResetError):
                 self._replace(worker)
                 continue

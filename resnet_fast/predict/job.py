@@ -41,7 +41,7 @@ class Job:
         device = _device(args.device, ranks)
         source = weights.load(args.model, args.weights, args.random_weights)
         self.labels = weights.read_labels(args.labels) if args.labels else source.categories
-        classes = source.model.fc.out_features
+        classes = source.classes
         _check_classes(args, self.labels, classes)
         self.preset = _preset(args, source)
         self.batch = args.batch or (128 if device.type == "cuda" else 16)
@@ -70,7 +70,7 @@ class Job:
         for item in walk(self.args.inputs):
             name = os.fsencode(item.name)
             digest.update(name + b"\0")
-            rank = item.index % self.ranks.world
+            rank = item.position % self.ranks.world
             if rank == self.ranks.rank:
                 yield item
         self.files_digest = digest.hexdigest()

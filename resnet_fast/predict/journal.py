@@ -88,7 +88,7 @@ class Journal:
                 self._last_line_start = start
                 return iter(())
             partial.append(item)
-            if record is None or (record.get("i"), record.get("name")) != (item.index, item.name):
+            if record is None or (record.get("i"), record.get("name")) != (item.position, item.name):
                 break
             partial_failed += "error" in record
             if len(partial) == batch:
@@ -118,7 +118,7 @@ class Journal:
     def write(self, items: Iterable[Item], rows: Iterable[dict]) -> None:
         """Append one row for each item."""
         pairs = zip(items, rows, strict=True)
-        self._append({"i": item.index, "name": item.name, **row} for item, row in pairs)
+        self._append({"i": item.position, "name": item.name, **row} for item, row in pairs)
 
     def finish(self, count: int, files: str) -> None:
         """Mark the record complete with ``count`` files, those of earlier runs included, and sync it to disk.

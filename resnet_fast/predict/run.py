@@ -61,7 +61,7 @@ def _finish(batch: _Started, sink: Sink, progress: Progress) -> None:
     """Wait for the batch's answer, write its rows and count it."""
     answer = batch.answer
     if answer is None:
-        rows = [{} for _ in batch.items]
+        rows: list[dict] = [{} for _ in batch.items]
         transfer = compute = 0.0
     else:
         rows = answer.rows()

@@ -8,6 +8,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +28,11 @@ class Weights:
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
     categories: list[str] | None = None
+
+    @property
+    def classes(self) -> int:
+        """How many classes the model's last layer has."""
+        return self.model.get_parameter("fc.weight").shape[0]
 
     def digest(self) -> str:
         """Return the SHA-256 of the state's names and bytes; it identifies a set of weights."""
@@ -92,7 +98,7 @@ def _from_file(name: str, path: str) -> Weights:
             f"--weights {path}: not a checkpoint of tensors that can be read safely ({type(error).__name__})"
         ) from error
     state = _clean(_unwrap(content))
-    options = {"num_classes": len(state["fc.weight"])} if "fc.weight" in state else {}
+    options: dict[str, Any] = {"num_classes": len(state["fc.weight"])} if "fc.weight" in state else {}
     model = create_model(name, **options)
     return Weights(load_checkpoint(model, state).eval())
 

@@ -307,7 +307,7 @@ def _draw_layers(title: str, each: list[tuple], limits: Ceilings | None, figure,
 def _draw_lane(axis, y: int, stages: list[str], seconds: list[float], total: float, theme: Theme) -> None:
     """Draw the layers' times one after the other, coloured by stage, with each stage's sum above."""
     names = list(dict.fromkeys(stages))
-    sums = dict.fromkeys(names, 0)
+    sums = dict.fromkeys(names, 0.0)
     left = 0.0
     for stage, value in zip(stages, seconds, strict=True):
         axis.barh(

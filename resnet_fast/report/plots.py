@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,7 +181,7 @@ def scientific_scale(axes, low: float, high: float) -> None:
     axes.minorticks_off()
 
 
-def label_ends(axis, ends: list[tuple[tuple[float, float], str]], theme: Theme) -> None:
+def label_ends(axis, ends: Sequence[tuple[tuple[float, float], str]], theme: Theme) -> None:
     """Write names at the right ends of the lines, moved apart where they would overlap, within the axes' height."""
     ends = sorted(ends, key=lambda end: end[0][1])
     axis.autoscale(False)
@@ -228,7 +228,7 @@ def spread(positions: list[float], gap: float) -> list[float]:
             n += m
             mean = total / n
         blocks.append((mean, n))
-    places = []
+    places: list[float] = []
     for mean, n in blocks:
         places += [mean + i * gap for i in range(len(places), len(places) + n)]
     return places

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..bench.ledger import Row, Run, newest, parse_case
@@ -128,11 +128,11 @@ def model_tables(runs: list[Run], columns: int | None = None) -> list[Table]:
         group = by_network[key]
         main = in_main_size(group)
         others = [case for case in group if case not in main]
-        _, *network = key
+        _, mode, model, dtype = key
         for cases in (main, others):
             if cases:
                 shown = {case: group[case] for case in spaced(cases, columns)}
-                table = _model_table(*network, shown)
+                table = _model_table(mode, model, dtype, shown)
                 found.append(table)
     return found
 
@@ -252,12 +252,12 @@ def mean_lines(runs: list[Run]) -> list[str]:
     """Return the geometric means of the fastest of ours over each baseline, a line for each machine."""
     best: dict[str, list[Row]] = {}
     for (machine, _), (_, rows) in sorted(newest(runs).items()):
-        ours = best_ours(row for row in rows if row.level == "model")
-        if ours is not None:
-            best.setdefault(machine, []).append(ours)
+        fastest = best_ours(row for row in rows if row.level == "model")
+        if fastest is not None:
+            best.setdefault(machine, []).append(fastest)
     lines = []
     for machine, ours in best.items():
-        baselines = {"eager NCHW": ("eager-nchw",)}
+        baselines: dict[str, Sequence[str]] = {"eager NCHW": ("eager-nchw",)}
         baselines |= {title: BASELINES[name] for name, title in TITLES.items()}
         parts = []
         for title, ids in baselines.items():

@@ -136,7 +136,7 @@ def test_two_runs_cannot_write_one_record(path):
 
 
 def write_rank(path: Path, rank: int, share: list[Item]) -> None:
-    rows = [{"class": [item.index]} for item in share]
+    rows = [{"class": [item.position]} for item in share]
     with Journal(path, {**SETTINGS, "rank": rank}) as journal:
         journal.write(share, rows)
         journal.finish(len(share), "digest")
