@@ -77,9 +77,10 @@ def _compile_only(capability: tuple[int, int]) -> Iterator[list]:
 
     def compile_only(self, *args, grid, warmup, **options):
         compiled = run(self, *args, grid=grid, warmup=True, **options)
-        arguments = {**dict(zip(self.arg_names, args, strict=False)), **options}
-        blocks = prod(grid(arguments) if callable(grid) else grid)
-        launched.append((self.fn.__name__, compiled, blocks))
+        if callable(grid):
+            positional = dict(zip(self.arg_names, args, strict=False))
+            grid = grid({**positional, **options})
+        launched.append((self.fn.__name__, compiled, prod(grid)))
 
     JITFunction.run = compile_only
     launch.capability = lambda x: capability
@@ -107,11 +108,14 @@ class TorchOps(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        name = str(func)  # aten.add.Tensor
+        without_overload, _, _ = name.rpartition(".")
+        if func.is_view or without_overload in self.FREE:
+            return out
         results = out if isinstance(out, tuple) else (out,)
         tensors = [value for value in (*args, *results) if isinstance(value, Tensor)]
-        allocates = str(func).rpartition(".")[0] in self.FREE
-        if tensors and not func.is_view and not allocates:
-            self.ops[str(func).split(".")[1]] += 1
+        if tensors:
+            self.ops[name.split(".")[1]] += 1
             self.bytes += sum(t.nbytes for t in tensors)
         return out
 
@@ -148,4 +152,5 @@ def _narrow(ttir: str) -> frozenset[str]:
             return {pointer.lstrip("%")}
         return set().union(*map(arguments, sources[pointer]))
 
-    return frozenset().union(*map(arguments, _NARROW_OFFSET.findall(ttir)))
+    offset_pointers = _NARROW_OFFSET.findall(ttir)
+    return frozenset().union(*map(arguments, offset_pointers))

@@ -41,14 +41,17 @@ class Launch:
 
     def count(self, pattern: str) -> int:
         """How many instructions match a regular expression from their start."""
-        return sum(n for name, n in self.instructions.items() if re.match(pattern, name))
+        start = re.compile(pattern)
+        return sum(n for name, n in self.instructions.items() if start.match(name))
 
 
 def dominant(launches: Iterable[Launch]) -> Launch:
     """The launch that does most: the one with matrix instructions, or else with the most threads."""
 
     def work(launch: Launch) -> tuple[bool, int]:
-        return launch.count(MATRIX) > 0, (launch.threads or 0) * (launch.blocks or 0)
+        has_matrix_instructions = launch.count(MATRIX) > 0
+        threads = (launch.threads or 0) * (launch.blocks or 0)
+        return has_matrix_instructions, threads
 
     return max(launches, key=work)
 
@@ -76,7 +79,8 @@ def read(path: Path) -> list[Launch]:
         raise LookupError("machine code: cuobjdump is in Triton's wheel and in the CUDA toolkit, and neither is here")
 
     def dump(flag: str) -> str:
-        return subprocess.run([tool, flag, str(path)], capture_output=True, text=True, check=True).stdout
+        command = [tool, flag, str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     usage = re.findall(r"Function (\S+?):?\n\s*(REG:.*)", dump("-res-usage"))
     code = _code(dump("-sass"))
@@ -108,8 +112,12 @@ def readable(name: str) -> str:
 
 def _code(sass: str) -> dict[str, str]:
     """Kernel → its part of a disassembly."""
-    parts = (part.partition("\n") for part in re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:])
-    return {name.strip(): body for name, _, body in parts}
+    _, *parts = re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)
+    found = {}
+    for part in parts:
+        name, _, body = part.partition("\n")
+        found[name.strip()] = body
+    return found
 
 
 def _instructions(code: str) -> Counter:
@@ -119,7 +127,8 @@ def _instructions(code: str) -> Counter:
 
 def _operands(code: str) -> frozenset[str]:
     """Operands of wgmma, without register numbers."""
-    return frozenset(re.sub(r"\d+", "", listed) for listed in re.findall(r"HGMMA\S* +([^;]*?) *;", code))
+    listed = re.findall(r"HGMMA\S* +([^;]*?) *;", code)
+    return frozenset(re.sub(r"\d+", "", operands) for operands in listed)
 
 
 # ---------------------------------------------------------------- from the profiler
@@ -143,7 +152,8 @@ def profiled(call: Callable[[], object]) -> list[Launch]:
 def launches_of(trace: dict) -> list[Launch]:
     """The kernels of a Chrome trace that Kineto wrote, in the order in which they began."""
     events = [event for event in trace["traceEvents"] if event.get("cat") == "kernel"]
-    return [_profiled_launch(event) for event in sorted(events, key=lambda event: event["ts"])]
+    events.sort(key=lambda event: event["ts"])
+    return [_profiled_launch(event) for event in events]
 
 
 def _profiled_launch(event: dict) -> Launch:

@@ -68,29 +68,38 @@ class NetworkFloors:
         kernel_header = "kernel", "MB", "GFLOP", "floor µs", "bound"
         level_header = "", "level of fusion", "kernels", "MB/img", "floor ms", "img/s"
         group_header = "across convolutions", "groups", "MB alone", "together", "floor µs alone", "together"
+        kernel_rows = [_kernel_row(floor) for floor in self.rows]
+        level_rows = [_level_row(total) for total in self.totals]
+        group_rows = [_group_row(saving) for saving in self.groups]
         tables = (
-            text.table(kernel_header, [_kernel_row(floor) for floor in self.rows], right=(1, 2, 3)),
-            text.table(level_header, [_level_row(total) for total in self.totals], right=(2, 3, 4, 5)),
-            text.table(group_header, [_group_row(saving) for saving in self.groups], right=(1, 2, 3, 4, 5)),
+            text.table(kernel_header, kernel_rows, right=(1, 2, 3)),
+            text.table(level_header, level_rows, right=(2, 3, 4, 5)),
+            text.table(group_header, group_rows, right=(1, 2, 3, 4, 5)),
         )
         return "\n\n".join([self.heading, *tables])
 
 
 def _kernel_row(f: Floor) -> tuple:
     """The table's row of one kernel."""
-    return f.name, f"{f.bytes / 1e6:.2f}", f"{f.flops / 1e9:.2f}", f"{f.seconds * 1e6:.2f}", f.bound
+    megabytes = f"{f.bytes / 1e6:.2f}"
+    gigaflops = f"{f.flops / 1e9:.2f}"
+    microseconds = f"{f.seconds * 1e6:.2f}"
+    return f.name, megabytes, gigaflops, microseconds, f.bound
 
 
 def _level_row(t: Total) -> tuple:
     """The table's row of one level of fusion."""
     megabytes_an_image = f"{t.bytes / t.batch / 1e6:.1f}"
-    return t.mode, t.level, t.kernels, megabytes_an_image, f"{t.seconds * 1e3:.3f}", f"{t.img_s:,.0f}"
+    milliseconds = f"{t.seconds * 1e3:.3f}"
+    images_a_second = f"{t.img_s:,.0f}"
+    return t.mode, t.level, t.kernels, megabytes_an_image, milliseconds, images_a_second
 
 
 def _group_row(s: Saving) -> tuple:
     """The table's row of one op across convolutions."""
-    megabytes = [f"{floor.bytes / 1e6:.1f}" for floor in (s.alone, s.together)]
-    microseconds = [f"{floor.seconds * 1e6:.1f}" for floor in (s.alone, s.together)]
+    floors = (s.alone, s.together)
+    megabytes = [f"{floor.bytes / 1e6:.1f}" for floor in floors]
+    microseconds = [f"{floor.seconds * 1e6:.1f}" for floor in floors]
     return s.op, s.count, *megabytes, *microseconds
 
 

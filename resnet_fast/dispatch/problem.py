@@ -71,27 +71,36 @@ class Problem:
     @property
     def pointwise(self) -> bool:
         """Whether this is a 1×1 convolution without padding: a matrix product over pixels."""
-        return self.weight is not None and self.weight[2:] == (1, 1) and self.padding == (0, 0)
+        if self.weight is None:
+            return False
+        return self.weight[2:] == (1, 1) and self.padding == (0, 0)
 
     @cached_property
     def key(self) -> str:
         """One line that names this problem in tables and reports, the same on every machine."""
-        parts = [self.op, str(self.dtype).removeprefix("torch."), "x".join(map(str, self.x)), self.layout]
+        dtype = str(self.dtype).removeprefix("torch.")
+        parts = [self.op, dtype, _sizes(self.x), self.layout]
         if self.weight is not None:
             parts += [
-                "w" + "x".join(map(str, self.weight)),
-                f"s{self.stride[0]}x{self.stride[1]}",
-                f"p{self.padding[0]}x{self.padding[1]}",
-                f"d{self.dilation[0]}x{self.dilation[1]}",
+                f"w{_sizes(self.weight)}",
+                f"s{_sizes(self.stride)}",
+                f"p{_sizes(self.padding)}",
+                f"d{_sizes(self.dilation)}",
                 f"g{self.groups}",
             ]
-        parts += ["w" + "x".join(map(str, shape)) if shape else "w-none" for shape in self.chain]
+        for shape in self.chain:
+            parts.append(f"w{_sizes(shape)}" if shape else "w-none")
         if self.second:
-            parts.append(f"second-{self.second[0]}x{self.second[1]}")
+            parts.append(f"second-{_sizes(self.second)}")
         if self.residual:
             parts.append(f"res-{self.residual}")
         parts += [name for name in ("bn", "gate", "bytes") if getattr(self, name)]
         return " ".join([*parts, self.act])
+
+
+def _sizes(sizes: Sequence[int]) -> str:
+    """The sizes as in a key: "256x64x56x56"."""
+    return "x".join(map(str, sizes))
 
 
 def nhwc_or_why(problem: Problem, *, any_residual: bool = False) -> str | None:

@@ -151,8 +151,9 @@ def kernels(op: str | None = None) -> list[Kernel]:
 def find(id: str, op: str | None = None) -> Kernel:
     """The kernel of that id; ``aten`` with an op is that op's. Raises LookupError with similar ids, or all of them."""
     name = f"{id}.{op}" if id in FAMILIES and op else id
-    if name not in _registry and name.split(".")[0] in FAMILIES:
-        load(name.split(".")[0])
+    family = name.split(".")[0]
+    if name not in _registry and family in FAMILIES:
+        load(family)
     if name not in _registry:
         raise LookupError(f"kernel {id!r} is unknown; {_hint(id)}")
     return _registry[name]
@@ -161,8 +162,11 @@ def find(id: str, op: str | None = None) -> Kernel:
 def _hint(id: str) -> str:
     """The ids that an unknown id may stand for, or all known ids."""
     ids = sorted(k.id for k in kernels())
-    meant = [k for k in ids if k.startswith(f"{id}.")] or difflib.get_close_matches(id, ids, cutoff=0.8)
-    return f"did you mean one of these: {', '.join(meant)}?" if meant else f"known: {', '.join(ids)}"
+    in_family = [k for k in ids if k.startswith(f"{id}.")]
+    similar = in_family or difflib.get_close_matches(id, ids, cutoff=0.8)
+    if similar:
+        return f"did you mean one of these: {', '.join(similar)}?"
+    return f"known: {', '.join(ids)}"
 
 
 def named(name: str) -> list[Kernel]:

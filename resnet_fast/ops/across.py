@@ -101,7 +101,9 @@ def _check_filter(
 
 
 def _check_bias(op: str, name: str, bias: Tensor, weight: Tensor) -> None:
-    require(tuple(bias.shape) == (weight.shape[0],), op, f"{name} shape", list(bias.shape), [weight.shape[0]])
+    shape = list(bias.shape)
+    filters = weight.shape[0]
+    require(shape == [filters], op, f"{name} shape", shape, [filters])
     wide = torch.promote_types(weight.dtype, torch.float32)
     require(bias.dtype == wide, op, f"{name} dtype", bias.dtype, f"{wide} (weights are {weight.dtype})")
 
@@ -198,14 +200,18 @@ def check_conv_pool(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None
         for name, t in (("weight", weight), ("bias", bias), ("mean", mean), ("std", std)):
             require(t.device == x.device, op, f"{name} device", t.device, f"{x.device} (that of x)")
     require(weight.dim() == 4, op, "weight", f"{weight.dim()}-D shape {list(weight.shape)}", "4-D [K, C, R, S]")
-    taps = weight.shape[2:]
-    require(taps[0] % 2 == 1 and taps[1] % 2 == 1, op, "weight shape", list(weight.shape), "[K, C, R, S], R and S odd")
-    _check_filter(op, "weight", weight, x.shape[1], weight.dtype if mean is not None else x.dtype, "x", tuple(taps))
+    *_, r, s = weight.shape
+    is_odd = r % 2 == 1 and s % 2 == 1
+    require(is_odd, op, "weight shape", list(weight.shape), "[K, C, R, S], R and S odd")
+    dtype = x.dtype if mean is None else weight.dtype
+    _check_filter(op, "weight", weight, x.shape[1], dtype, "x", (r, s))
     require(min(x.shape[2:]) > 0, op, "x shape", list(x.shape), "at least one pixel")
     _check_bias(op, "bias", bias, weight)
     if mean is not None and std is not None:
+        channels = x.shape[1]
         for name, v in (("mean", mean), ("std", std)):
-            require(tuple(v.shape) == (x.shape[1],), op, f"{name} shape", list(v.shape), [x.shape[1]])
+            shape = list(v.shape)
+            require(shape == [channels], op, f"{name} shape", shape, [channels])
             require(v.dtype in (torch.float32, bias.dtype), op, f"{name} dtype", v.dtype, "torch.float32")
 
 
@@ -214,7 +220,8 @@ def check_pointwise_pool(x: Tensor, weight: Tensor, bias: Tensor, residual: Tens
     check_images(op, x, weight=weight, bias=bias, residual=residual)
     _check_filter(op, "weight", weight, x.shape[1], x.dtype, "x")
     _check_bias(op, "bias", bias, weight)
-    check_like(op, "residual", residual, (x.shape[0], weight.shape[0], *x.shape[2:]), x.dtype)
+    n, _, h, w = x.shape
+    check_like(op, "residual", residual, (n, weight.shape[0], h, w), x.dtype)
 
 
 # ---------------------------------------------------------------- fakes: shapes and strides without data
@@ -250,9 +257,10 @@ def _fake_conv_tail(
 
 def _fake_conv_pool(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, std: Tensor | None) -> Tensor:
     check_conv_pool(x, weight, bias, mean, std)
-    pooled = F.max_pool2d(
-        F.conv2d(x.to(weight.dtype), weight, None, 2, (weight.shape[2] // 2, weight.shape[3] // 2)), 3, 2, 1
-    )
+    *_, r, s = weight.shape
+    padding = r // 2, s // 2
+    z = F.conv2d(x.to(weight.dtype), weight, None, stride=2, padding=padding)
+    pooled = F.max_pool2d(z, kernel_size=3, stride=2, padding=1)
     return _nhwc(weight, *pooled.shape)
 
 
@@ -276,7 +284,8 @@ def _function(name: str, formula: Callable[..., Any]) -> type[torch.autograd.Fun
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
-            args = tuple(b if a is None else a for a, b in zip(ctx.saved_tensors, ctx.rest, strict=True))
+            pairs = zip(ctx.saved_tensors, ctx.rest, strict=True)
+            args = tuple(other if tensor is None else tensor for tensor, other in pairs)
             return differentiable(formula, args, grads)
 
     Across.__name__ = f"_{name}"

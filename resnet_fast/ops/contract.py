@@ -70,7 +70,8 @@ def require(ok: bool, op: str, what: str, got: object, expected: object) -> None
 def check_act(op: str, act: str) -> None:
     """Raise ValueError for an activation that no op has."""
     if act not in reference.ACTIVATIONS:
-        raise ValueError(f"{op}: act: got {act!r}, expected one of {', '.join(map(repr, reference.ACTIVATIONS))}")
+        known = ", ".join(map(repr, reference.ACTIVATIONS))
+        raise ValueError(f"{op}: act: got {act!r}, expected one of {known}")
 
 
 def check_images(op: str, x: Tensor, **others: Tensor | None) -> None:
@@ -78,23 +79,29 @@ def check_images(op: str, x: Tensor, **others: Tensor | None) -> None:
     require(x.dim() == 4, op, "x", f"{x.dim()}-D shape {list(x.shape)}", "4-D [N, C, H, W]")
     require(x.is_floating_point(), op, "x dtype", x.dtype, "a floating dtype")
     for name, t in others.items():
-        if t is not None:
-            require(t.device == x.device, op, f"{name} device", t.device, f"{x.device} (that of x)")
+        if t is None:
+            continue
+        require(t.device == x.device, op, f"{name} device", t.device, f"{x.device} (that of x)")
 
 
 def check_like(op: str, name: str, t: Tensor | None, shape: Iterable[int], dtype: torch.dtype) -> None:
     """``t``, if given, has this shape and dtype."""
-    if t is not None:
-        require(tuple(t.shape) == tuple(shape), op, f"{name} shape", list(t.shape), list(shape))
-        require(t.dtype == dtype, op, f"{name} dtype", t.dtype, f"{dtype} (that of x)")
+    if t is None:
+        return
+    expected = list(shape)
+    got = list(t.shape)
+    require(got == expected, op, f"{name} shape", got, expected)
+    require(t.dtype == dtype, op, f"{name} dtype", t.dtype, f"{dtype} (that of x)")
 
 
 def check_vectors(op: str, channels: int, **vectors: Tensor | None) -> None:
     """Each vector, if given, is [channels] and floating."""
     for name, v in vectors.items():
-        if v is not None:
-            require(tuple(v.shape) == (channels,), op, f"{name} shape", list(v.shape), [channels])
-            require(v.is_floating_point(), op, f"{name} dtype", v.dtype, "a floating dtype")
+        if v is None:
+            continue
+        shape = list(v.shape)
+        require(shape == [channels], op, f"{name} shape", shape, [channels])
+        require(v.is_floating_point(), op, f"{name} dtype", v.dtype, "a floating dtype")
 
 
 def unchecked(*args: object) -> None:

@@ -65,14 +65,16 @@ def check_convolution(x: Tensor, weight: Tensor, groups: int, **others: Tensor |
     """Raise RuntimeError unless ``weight`` fits ``x``; a training block asks it before it calls torch's convolution."""
     op = "conv_bn_act"
     check_images(op, x, weight=weight, **others)
-    require(weight.dim() == 4, op, "weight", f"{weight.dim()}-D shape {list(weight.shape)}", "4-D [K, C/groups, R, S]")
+    shape = list(weight.shape)
+    require(weight.dim() == 4, op, "weight", f"{weight.dim()}-D shape {shape}", "4-D [K, C/groups, R, S]")
     require(weight.dtype == x.dtype, op, "x dtype", x.dtype, f"{weight.dtype} (that of weight)")
+    channels = weight.shape[1] * groups
     require(
-        x.shape[1] == weight.shape[1] * groups,
+        x.shape[1] == channels,
         op,
         "x channels",
         x.shape[1],
-        f"{weight.shape[1] * groups} (weight is {list(weight.shape)}, groups {groups})",
+        f"{channels} (weight is {shape}, groups {groups})",
     )
 
 
@@ -221,7 +223,8 @@ class _ConvBnAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        saved, needs = _Saved(*ctx.saved_tensors), _Arguments(*ctx.needs_input_grad)
+        saved = _Saved(*ctx.saved_tensors)
+        needs = _Arguments(*ctx.needs_input_grad)
         gradients = _differentiable_gradients if torch.is_grad_enabled() else _gradients
         return tuple(gradients(saved, ctx.settings, needs, dy))
 

@@ -57,7 +57,8 @@ def check_bn_act(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | Non
     check_images(op, x, weight=weight, bias=bias, residual=residual)
     check_vectors(op, x.shape[1], weight=weight, bias=bias)
     check_like(op, "residual", residual, x.shape, x.dtype)
-    if x.shape[0] * x.shape[2] * x.shape[3] == 1:
+    n, _, h, w = x.shape
+    if n * h * w == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()} (bn_act)")
 
 

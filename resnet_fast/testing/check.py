@@ -46,8 +46,9 @@ def run_poisoned(kernel: Kernel, problem: Problem, args: tuple) -> tuple[Tensor,
 
 def oracle(op: str, args: tuple) -> tuple[Tensor, ...]:
     """The reference in float64 on the CPU, on exactly the values that the kernel gets."""
-    wide = tuple(a.detach().to("cpu", torch.float64) if isinstance(a, Tensor) else a for a in args)
-    return as_tuple(getattr(reference, op)(*wide))
+    formula = getattr(reference, op)
+    wide = [a.detach().to("cpu", torch.float64) if isinstance(a, Tensor) else a for a in args]
+    return as_tuple(formula(*wide))
 
 
 def check_kernel(kernel: Kernel, problem: Problem, seed: int = 0) -> Verdict:
@@ -80,4 +81,6 @@ def check_kernel(kernel: Kernel, problem: Problem, seed: int = 0) -> Verdict:
 
 def _differ(a: Any, b: Any) -> bool:
     """Whether a tensor differs from what it was; NaN equals NaN."""
-    return isinstance(a, Tensor) and not torch.equal(a.nan_to_num(), b.nan_to_num())
+    if not isinstance(a, Tensor):
+        return False
+    return not torch.equal(a.nan_to_num(), b.nan_to_num())

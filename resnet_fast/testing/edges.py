@@ -69,14 +69,17 @@ def _conv_case(
 
 def bn_edges() -> Iterator[Fields]:
     """No empty batch, since it has no statistics."""
-    for x, act, residual, layout in itertools.product(_IMAGE_SHAPES, _ACTIVATIONS, (False, True), _LAYOUTS):
-        yield {"x": x, "layout": layout, "act": act, "residual": layout if residual else None}
+    cases = itertools.product(_IMAGE_SHAPES, _ACTIVATIONS, (False, True), _LAYOUTS)
+    for x, act, has_residual, layout in cases:
+        residual = layout if has_residual else None
+        yield {"x": x, "layout": layout, "act": act, "residual": residual}
 
 
 def add_edges() -> Iterator[Fields]:
     """The shapes of batch norm and an empty batch, with and without a gate."""
     shapes = [*_IMAGE_SHAPES, (0, 8, 4, 4)]
-    for x, act, gate, layout in itertools.product(shapes, _ACTIVATIONS, (False, True), _LAYOUTS):
+    cases = itertools.product(shapes, _ACTIVATIONS, (False, True), _LAYOUTS)
+    for x, act, gate, layout in cases:
         yield {"x": x, "layout": layout, "act": act, "residual": layout, "gate": gate}
 
 
@@ -162,7 +165,13 @@ def conv_pool_edges() -> Iterator[Fields]:
 
 def _conv_pool_case(n: int, c: int, h: int, w: int, k: int, r: int) -> Fields:
     """n images of c×h×w by k filters of r×r, of stride 2."""
-    return {"x": (n, c, h, w), "weight": (k, c, r, r), "stride": (2, 2), "padding": (r // 2, r // 2)}
+    padding = r // 2
+    return {
+        "x": (n, c, h, w),
+        "weight": (k, c, r, r),
+        "stride": (2, 2),
+        "padding": (padding, padding),
+    }
 
 
 def pointwise_pool_edges() -> Iterator[Fields]:

@@ -58,19 +58,25 @@ def repeats(problem: Problem) -> int:
     n = problem.x[0]
     if n <= ORACLE_IMAGES or problem.layout == "strided" or problem.residual == "strided":
         return 1
-    return n // max(d for d in range(1, ORACLE_IMAGES + 1) if n % d == 0)
+    small_batch = max(d for d in range(1, ORACLE_IMAGES + 1) if n % d == 0)
+    return n // small_batch
 
 
 def full_args(problem: Problem, seed: int = 0) -> tuple:
     """Flat arguments at the problem's own size: random images, repeated beyond four."""
     copies = repeats(problem)
-    return repeat(problem, samples.make_args(_small(problem, copies), seed), copies)
+    small = samples.make_args(_small(problem, copies), seed)
+    return repeat(problem, small, copies)
 
 
 def repeat(problem: Problem, args: tuple, copies: int) -> tuple:
     """The arguments with each per-image tensor ``copies`` times along the batch, in the same layout."""
     images = samples.SAMPLES[problem.op].images
-    return tuple(_repeat(arg, copies) if i in images and isinstance(arg, Tensor) else arg for i, arg in enumerate(args))
+    repeated = list(args)
+    for i in images:
+        if isinstance(args[i], Tensor):
+            repeated[i] = _repeat(args[i], copies)
+    return tuple(repeated)
 
 
 def _repeat(t: Tensor, copies: int) -> Tensor:
@@ -85,39 +91,48 @@ def _repeat(t: Tensor, copies: int) -> Tensor:
 
 def _small(problem: Problem, copies: int) -> Problem:
     """The problem of the batch that repeats."""
-    return replace(problem, x=(problem.x[0] // copies, *problem.x[1:]))
+    batch, *image = problem.x
+    return replace(problem, x=(batch // copies, *image))
 
 
 @functools.lru_cache(maxsize=2)
 def _small_case(small: Problem) -> tuple[tuple, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """(arguments, float64 oracle, eager's answer) of a small problem; the next kernel asks for the same."""
     args = samples.make_args(small)
-    return args, check.oracle(small.op, args), eager(small.op, args)
+    exact = check.oracle(small.op, args)
+    bar = eager(small.op, args)
+    return args, exact, bar
 
 
 def _changed(problem: Problem, args: tuple, small: tuple, copies: int) -> bool:
     """Whether any argument is no longer the small one, repeated."""
     images = samples.SAMPLES[problem.op].images
     for i, (arg, one) in enumerate(zip(args, small, strict=True)):
-        if isinstance(arg, Tensor) and not _repeats(arg, one, copies if i in images else 1):
+        times = copies if i in images else 1
+        if isinstance(arg, Tensor) and not _repeats(arg, one, times):
             return True
     return False
 
 
 def _repeats(t: Tensor, small: Tensor, copies: int) -> bool:
     """Whether the tensor is the small one, ``copies`` times."""
-    return bool((t.unflatten(0, (copies, small.shape[0])) == small).all())
+    repetitions = t.unflatten(0, (copies, small.shape[0]))
+    return bool((repetitions == small).all())
 
 
 def _judge(got: Tensor, bar: Tensor, exact: Tensor, copies: int, *, gradient: bool) -> tuple[Error, str | None]:
     """The worst error of any repetition and how it breaks the rule, or None."""
-    has_images = exact.dim() > 1
-    shape = (copies * exact.shape[0], *exact.shape[1:]) if has_images else exact.shape
-    if got.shape != shape:
-        return Error(float("nan"), float("nan")), f"shape {list(got.shape)}, expected {list(shape)}"
+    shape = list(exact.shape)
+    has_images = exact.dim() > 1  # else it is a sum over the batch
+    if has_images:
+        shape[0] *= copies
+    if list(got.shape) != shape:
+        nan = float("nan")
+        return Error(nan, nan), f"shape {list(got.shape)}, expected {shape}"
     repetitions = got.unflatten(0, (copies, exact.shape[0])) if has_images else got.unsqueeze(0)
     worst = _worst(repetitions, exact)
-    return worst, rule.too_large(worst, rule.error(bar, exact), bar.dtype, gradient=gradient)
+    eager_error = rule.error(bar, exact)
+    return worst, rule.too_large(worst, eager_error, bar.dtype, gradient=gradient)
 
 
 def _worst(got: Tensor, exact: Tensor) -> Error:

@@ -34,11 +34,14 @@ class RandomInputs:
         self.generator = torch.Generator().manual_seed(seed)
 
     def normal(self, *shape: int, layout: str = "nhwc", dtype: torch.dtype | None = None, std: float = 1.0) -> Tensor:
+        dtype = dtype or self.problem.dtype
         values = torch.randn(shape, generator=self.generator).mul_(std)
-        return lay(values.to(self.device, dtype or self.problem.dtype), layout)
+        return lay(values.to(self.device, dtype), layout)
 
     def vectors(self, channels: int) -> list[Tensor]:
-        scale, shift, mean = (self.normal(channels, dtype=self.wide) for _ in range(3))
+        scale = self.normal(channels, dtype=self.wide)
+        shift = self.normal(channels, dtype=self.wide)
+        mean = self.normal(channels, dtype=self.wide)
         scale[::5] = 0.0
         scale[1::7] = 1e-3
         var = torch.rand(channels, generator=self.generator).add_(0.1)

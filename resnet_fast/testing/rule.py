@@ -91,10 +91,14 @@ def assert_rule(got: Tensor, eager: Tensor, oracle: Tensor, *, gradient: bool = 
 
 def same_nonfinite(got: Tensor, eager: Tensor) -> bool:
     """NaN, +inf and −inf at the same places."""
-    got, eager = got.detach().cpu(), eager.detach().cpu()
-    return all(torch.equal(test(got), test(eager)) for test in (torch.isnan, torch.isposinf, torch.isneginf))
+    got = got.detach().cpu()
+    eager = eager.detach().cpu()
+    tests = (torch.isnan, torch.isposinf, torch.isneginf)
+    return all(torch.equal(test(got), test(eager)) for test in tests)
 
 
 def as_tuple(value) -> tuple[Tensor, ...]:
     """A kernel's result as a tuple of its outputs."""
-    return value if isinstance(value, tuple) else (value,)
+    if isinstance(value, tuple):
+        return value
+    return (value,)

@@ -45,7 +45,8 @@ class OpSamples:
 
 def make_args(problem: Problem, seed: int = 0, device: str | torch.device | None = None) -> tuple:
     """Random flat arguments for a problem, in its dtypes, layouts and device."""
-    return SAMPLES[problem.op].args(problem, RandomInputs(problem, seed, device or problem.device))
+    inputs = RandomInputs(problem, seed, device or problem.device)
+    return SAMPLES[problem.op].args(problem, inputs)
 
 
 def meta_args(problem: Problem) -> tuple:
@@ -82,7 +83,8 @@ def _conv_args(problem: Problem, inputs: Inputs) -> tuple:
 def _filter(shape: tuple[int, ...], inputs: Inputs, layout: str = "nhwc") -> Tensor:
     """A filter that keeps the variance of its input."""
     _, c, r, s = shape
-    return inputs.normal(*shape, layout=layout, std=(2.0 / (c * r * s)) ** 0.5)
+    std = (2.0 / (c * r * s)) ** 0.5
+    return inputs.normal(*shape, layout=layout, std=std)
 
 
 def _eager_conv(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
@@ -192,7 +194,9 @@ def _bias(shape: tuple[int, ...], inputs: Inputs) -> Tensor:
 def _eager_block(x, weight, bias, residual, padding=0) -> Tensor:
     """Folded convolution, residual, ReLU, each rounded."""
     out = F.conv2d(x, weight, bias.to(weight.dtype), padding=padding)
-    return torch.relu(out if residual is None else out + residual)
+    if residual is not None:
+        out = out + residual
+    return torch.relu(out)
 
 
 def _pair_args(problem: Problem, inputs: Inputs) -> tuple:
@@ -214,7 +218,8 @@ def _pair_args(problem: Problem, inputs: Inputs) -> tuple:
 
 def _eager_pair(x, weight, x2, weight2, bias, stride2) -> Tensor:
     """The second convolution is the first one's residual."""
-    return _eager_block(x, weight, bias, F.conv2d(x2, weight2, None, stride2))
+    second = F.conv2d(x2, weight2, None, stride2)
+    return _eager_block(x, weight, bias, second)
 
 
 def _tail_args(problem: Problem, inputs: Inputs) -> tuple:
@@ -249,7 +254,8 @@ def _eager_tail(x, weight2, bias2, weight3, bias3, residual, projection, weight1
     shortcut = residual if projection is None else F.conv2d(residual, projection)
     middle = _eager_block(x, weight2, bias2, None, padding=1)
     y = _eager_block(middle, weight3, bias3, shortcut)
-    return y, _eager_block(y, weight1, bias1, None)
+    z = _eager_block(y, weight1, bias1, None)
+    return y, z
 
 
 def _conv_pool_args(problem: Problem, inputs: Inputs) -> tuple:
@@ -260,11 +266,11 @@ def _conv_pool_args(problem: Problem, inputs: Inputs) -> tuple:
         return x, weight, _bias(problem.weight, inputs), None, None
     wide = torch.promote_types(problem.dtype, torch.float32)
     x = inputs.normal(*problem.x, layout=problem.layout, dtype=wide)
-    pixels = lay((x * 64 + 128).clamp(0, 255).to(torch.uint8), problem.layout)
-    c = problem.x[1]
-    mean, std = (torch.tensor(each, dtype=wide, device=x.device).repeat(c)[:c] * 255 for each in (_MEAN, _STD))
+    pixels = (x * 64 + 128).clamp(0, 255).to(torch.uint8)
+    mean = _in_bytes(_MEAN, x)
+    std = _in_bytes(_STD, x)
     return (
-        pixels,
+        lay(pixels, problem.layout),
         weight,
         _bias(problem.weight, inputs),
         mean,
@@ -272,12 +278,20 @@ def _conv_pool_args(problem: Problem, inputs: Inputs) -> tuple:
     )
 
 
+def _in_bytes(channels: tuple[float, ...], x: Tensor) -> Tensor:
+    """Values of three channels in units of a byte, repeated for the channels of ``x``, in its dtype."""
+    c = x.shape[1]
+    values = torch.tensor(channels, dtype=x.dtype, device=x.device)
+    return values.repeat(c)[:c] * 255
+
+
 def _eager_conv_pool(x, weight, bias, mean, std) -> Tensor:
     """Normalisation, folded convolution, ReLU, max pool."""
-    padding = weight.shape[2] // 2, weight.shape[3] // 2
+    *_, r, s = weight.shape
+    padding = r // 2, s // 2
     x = reference.normalized(x, mean, std, weight.dtype)
-    out = F.conv2d(x, weight, bias.to(weight.dtype), 2, padding)
-    return F.max_pool2d(torch.relu(out), 3, 2, 1)
+    out = F.conv2d(x, weight, bias.to(weight.dtype), stride=2, padding=padding)
+    return F.max_pool2d(torch.relu(out), kernel_size=3, stride=2, padding=1)
 
 
 def _pointwise_pool_args(problem: Problem, inputs: Inputs) -> tuple:

@@ -36,8 +36,11 @@ SECTIONS = ("entries", "graph", "measured", "networks")
 
 def user_folder() -> Path:
     """The folder of this user's own measurements."""
+    folder = os.environ.get("RESNET_FAST_TABLES")
+    if folder:
+        return Path(folder)
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("RESNET_FAST_TABLES") or Path(cache) / "resnet_fast")
+    return Path(cache) / "resnet_fast"
 
 
 def gpu_name(device: int | None = None) -> str:
@@ -46,7 +49,8 @@ def gpu_name(device: int | None = None) -> str:
 
 
 def file_name(gpu: str) -> str:
-    return gpu.lower().replace(" ", "-").replace("/", "-") + ".json"
+    name = gpu.lower().replace(" ", "-").replace("/", "-")
+    return f"{name}.json"
 
 
 # ---------------------------------------------------------------- reading
@@ -73,7 +77,9 @@ def read(path: Path, gpu: str) -> dict[str, dict[str, Any]]:
 @functools.cache
 def load(gpu: str) -> tuple[dict[str, dict[str, Any]], ...]:
     """The sections of the user's own file, then those of the shipped one; cached until ``update`` writes."""
-    return tuple(read(folder / file_name(gpu), gpu) for folder in (user_folder(), SHIPPED))
+    name = file_name(gpu)
+    folders = (user_folder(), SHIPPED)
+    return tuple(read(folder / name, gpu) for folder in folders)
 
 
 def lookup(problem: Problem, *, graph: bool = False) -> dict[str, Any] | None:
@@ -85,12 +91,15 @@ def lookup(problem: Problem, *, graph: bool = False) -> dict[str, Any] | None:
 def why_not(problem: Problem, *, graph: bool = False) -> str | None:
     """Why the entry for this problem is not used, or None if it is used or there is none."""
     found = list(_entries(problem, graph))
-    return None if lookup(problem, graph=graph) or not found else stale(found[0])
+    if not found or lookup(problem, graph=graph):
+        return None
+    return stale(found[0])
 
 
 def _entries(problem: Problem, graph: bool) -> Iterator[dict[str, Any]]:
+    section = "graph" if graph else "entries"
     for sections in load(gpu_name()):
-        entry = sections["graph" if graph else "entries"].get(problem.key)
+        entry = sections[section].get(problem.key)
         if entry is not None:
             yield entry
 
@@ -100,7 +109,11 @@ def records(problem: Problem) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for sections in reversed(load(gpu_name())):
         found |= sections["measured"].get(problem.key, {})
-    return {kernel: record for kernel, record in found.items() if stale({"kernel": kernel, **record}) is None}
+    valid = {}
+    for kernel, record in found.items():
+        if stale({"kernel": kernel, **record}) is None:
+            valid[kernel] = record
+    return valid
 
 
 def in_words(record: dict[str, Any]) -> str:
@@ -109,11 +122,15 @@ def in_words(record: dict[str, Any]) -> str:
         return f"{record['status'].upper()}: {record['reason']}"
     call = _microseconds(record, "time_us")
     device = _microseconds(record, "device_us")
-    return f"{call} µs a call, {device} in a graph; error {record['error']:.2g}, eager's {record['eager_error']:.2g}"
+    error = f"{record['error']:.2g}"
+    eager_error = f"{record['eager_error']:.2g}"
+    return f"{call} µs a call, {device} in a graph; error {error}, eager's {eager_error}"
 
 
 def _microseconds(record: dict[str, Any], name: str) -> str:
-    return f"{record[name]:.1f}" if name in record else "not"
+    if name not in record:
+        return "not"
+    return f"{record[name]:.1f}"
 
 
 def stale(entry: dict[str, Any]) -> str | None:
@@ -133,7 +150,8 @@ def stale(entry: dict[str, Any]) -> str | None:
 
 
 def _spell(found: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in found.items())
+    parts = [f"{name} {version}" for name, version in found.items()]
+    return ", ".join(parts)
 
 
 @functools.cache
