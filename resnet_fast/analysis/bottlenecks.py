@@ -88,8 +88,9 @@ def _no_matrix_instructions(f: Facts) -> Cause | None:
         return None
     if any(one.count(MATRIX) for one in f.launches):
         return None
-    slow = f.floor.flops / f.limits.rates[torch.float32]
-    fast = f.floor.flops / f.limits.rates[f.dtype]
+    rates = f.limits.rates
+    slow = f.floor.flops / rates[torch.float32]
+    fast = f.floor.flops / rates[f.dtype]
     return slow / f.floor.seconds, (
         f"its products are no matrix instructions: the FMA units need {slow * 1e6:.0f} µs for them, the tensor "
         f"cores {fast * 1e6:.0f} (tl.dot, mma)"
@@ -181,9 +182,12 @@ def _launches(f: Facts) -> Cause | None:
     """Launches that take a share of a small problem's time."""
     n = len(f.launches) + len(f.torch_ops)
     plural = "es" if n > 1 else ""
-    torchs = f" ({len(f.torch_ops)} of torch's own: {_distinct(f.torch_ops)})" if f.torch_ops else ""
-    return 1 + n * LAUNCH / f.floor.seconds, (
-        f"{n} launch{plural}{torchs} for a floor of {f.floor.seconds * 1e6:.1f} µs: each costs "
+    torchs = ""
+    if f.torch_ops:
+        torchs = f" ({len(f.torch_ops)} of torch's own: {_distinct(f.torch_ops)})"
+    floor = f.floor.seconds
+    return 1 + n * LAUNCH / floor, (
+        f"{n} launch{plural}{torchs} for a floor of {floor * 1e6:.1f} µs: each costs "
         f"about {LAUNCH * 1e6:g} µs, less in a CUDA graph; fuse what is small with a neighbour"
     )
 

@@ -27,7 +27,11 @@ def explain(model: nn.Module, example: Tensor) -> Explanation:
     owners = {id(p): name.rpartition(".")[0] for name, p in twin.named_parameters(remove_duplicate=False)}
     with record() as choices, torch.no_grad():
         twin(example)
-    lines = [timed(Line(owners.get(c.tensor, "(add)"), c.problem.op, c.kernel, c.why, c.problem)) for c in choices]
+    lines = []
+    for choice in choices:
+        module = owners.get(choice.tensor, "(add)")
+        line = Line(module, choice.problem.op, choice.kernel, choice.why, choice.problem)
+        lines.append(timed(line))
     fused = {line.module for line in lines}
     return Explanation(lines + _plain_lines(twin, example, fused))
 

@@ -268,7 +268,10 @@ def _backward_pointwise(net: Net) -> Iterator[Cost]:
 
 def _raw(block: Block) -> dict[str, int]:
     """The raw outputs whose batch norms end in this block's sum: the last convolution's and the projection's."""
-    return {"y": block.out} if block.projection is None else {"y": block.out, "projection": block.projection.y}
+    outputs = {"y": block.out}
+    if block.projection is not None:
+        outputs["projection"] = block.projection.y
+    return outputs
 
 
 def _backward_fused(net: Net, shared: bool) -> Iterator[Cost]:

@@ -69,12 +69,15 @@ def _resident(reset: bool = False) -> int | None:
 
     Not getrusage's maximum, which is inherited from the parent and includes the imports.
     """
-    if not Path("/proc/self/clear_refs").exists():
+    clear_refs = Path("/proc/self/clear_refs")
+    if not clear_refs.exists():
         return None
     if reset:
-        Path("/proc/self/clear_refs").write_text("5")
+        clear_refs.write_text("5")
     status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    peak = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    _, kibibytes, *_ = peak.split()
+    return int(kibibytes) * 1024
 
 
 if __name__ == "__main__":

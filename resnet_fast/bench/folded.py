@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from ..kernels.prepack import fold
 from ..runtime.cuda_graph import captured
 
 Conv = Callable[[Tensor, Tensor | None], Tensor]
+Block = tuple[Conv | None, list[Conv], Conv]  # projection, inner convolutions, last convolution
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,12 @@ class FoldedNet:
     def __init__(self, model: Any, dtype: torch.dtype, make: Callable[[Folded], Conv]) -> None:
         stem = _weights(model.conv1, model.bn1, dtype)
         self.stem = make(Folded(*stem, "relu"))
-        stages = (model.layer1, model.layer2, model.layer3, model.layer4)
-        blocks = chain.from_iterable(stages)
-        self.blocks = [_block(block, dtype, make) for block in blocks]
-        self.fc_weight = model.fc.weight.detach().to(dtype)
-        self.fc_bias = model.fc.bias.detach().to(dtype)
+        self.blocks: list[Block] = []
+        for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+            self.blocks += [_block(block, dtype, make) for block in stage]
+        fc = model.fc
+        self.fc_weight = fc.weight.detach().to(dtype)
+        self.fc_bias = fc.bias.detach().to(dtype)
 
     @torch.inference_mode()
     def __call__(self, x: Tensor) -> Tensor:
@@ -99,10 +100,11 @@ class FoldedNet:
         return F.linear(pooled, self.fc_weight, self.fc_bias)
 
 
-def _block(block: Any, dtype: torch.dtype, make: Callable[[Folded], Conv]) -> tuple[Conv | None, list[Conv], Conv]:
-    """Return (projection or None, inner convolutions, last convolution) of a residual block."""
-    numbers = [i for i in (1, 2, 3) if hasattr(block, f"conv{i}")]
-    pairs = [(getattr(block, f"conv{i}"), getattr(block, f"bn{i}")) for i in numbers]
+def _block(block: Any, dtype: torch.dtype, make: Callable[[Folded], Conv]) -> Block:
+    """Return the convolutions of a residual block."""
+    pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
+    if hasattr(block, "conv3"):
+        pairs.append((block.conv3, block.bn3))
     *inner_weights, last_weights = [_weights(conv, bn, dtype) for conv, bn in pairs]
     inner = [make(Folded(*weights, "relu")) for weights in inner_weights]
     weight, bias, geometry = last_weights

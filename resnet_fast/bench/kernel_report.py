@@ -169,8 +169,10 @@ def check_here(kernel: Kernel, problems: list[Problem]) -> Check:
 
 def check_interpreted(names: tuple[str, ...], kernel: Kernel, problems: list[Problem]) -> Check:
     """Check a Triton kernel in Triton's interpreter, in a fresh process, on CPU copies of the problems."""
+    dtype = problems[0].dtype
+    nasty = nasty_problems(kernel.op, dtype)
     small = dict.fromkeys(interpreted(problem) for problem in problems)
-    grid = [*nasty_problems(kernel.op, problems[0].dtype), *small]
+    grid = [*nasty, *small]
     return fresh_process.call(True, _check_named, names, kernel.id, grid)
 
 

@@ -122,10 +122,12 @@ def measure(
 
 def _oracle(case: Case, model: nn.Module, x: Tensor) -> _Oracle:
     exact = oracle(case.mode, model, x)
-    run = PROVIDERS["eager-nchw"].prepare(case.mode, model, x, x.dtype)
+    provider = PROVIDERS["eager-nchw"]
+    run = provider.prepare(case.mode, model, x, x.dtype)
     eager = _distance(run, x, exact)
     factor = FACTOR if case.mode == "infer" else GRADIENT_FACTOR
-    return _Oracle(exact, eager, factor * eager + FLOOR[x.dtype])
+    allowed = factor * eager + FLOOR[x.dtype]
+    return _Oracle(exact, eager, allowed)
 
 
 def _build_all(

@@ -99,7 +99,8 @@ def plain(model: nn.Module) -> nn.Module:
 def example_input(batch: int, size: int, dtype: torch.dtype, device: str | torch.device, seed: int = 0) -> Tensor:
     """Return random normal images, contiguous NCHW (zeros would run 13 % faster on a GPU and prove nothing)."""
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(batch, 3, size, size, generator=generator)
+    shape = (batch, 3, size, size)
+    images = torch.randn(shape, generator=generator)
     return images.to(device, dtype)
 
 

@@ -176,21 +176,43 @@ def _describe_conv(
 
 
 def _describe_bn(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, act: str) -> Problem:
-    return Problem(op="bn_act", residual=_layout_or_none(residual), act=act, **_place(x))
+    return Problem(
+        op="bn_act",
+        residual=_layout_or_none(residual),
+        act=act,
+        **_place(x),
+    )
 
 
 def _describe_bn_backward(
     dy: Tensor, x: Tensor, y: Tensor, weight: Tensor, mean: Tensor, var: Tensor, eps: float, act: str, residual: bool
 ) -> Problem:
-    return Problem(op="bn_act_backward", residual=layout(dy) if residual else None, act=act, **_place(x))
+    return Problem(
+        op="bn_act_backward",
+        residual=layout(dy) if residual else None,
+        act=act,
+        **_place(x),
+    )
 
 
 def _describe_add(x: Tensor, y: Tensor, gate: Tensor | None, act: str) -> Problem:
-    return Problem(op="add_act", residual=layout(y), gate=gate is not None, act=act, **_place(x))
+    return Problem(
+        op="add_act",
+        residual=layout(y),
+        gate=gate is not None,
+        act=act,
+        **_place(x),
+    )
 
 
 def _describe_add_backward(dout: Tensor, out: Tensor, x: Tensor | None, gate: Tensor | None, act: str) -> Problem:
-    return Problem(op="add_act_backward", residual=layout(out), gate=gate is not None, act=act, **_place(dout))
+    return Problem(
+        op="add_act_backward",
+        residual=layout(out),
+        gate=gate is not None,
+        act=act,
+        **_place(dout),
+    )
 
 
 def _describe_pair(
@@ -245,7 +267,13 @@ def _describe_conv_pool(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | 
 
 
 def _describe_pointwise_pool(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Problem:
-    return Problem(op="pointwise_pool", weight=tuple(weight.shape), residual=layout(residual), act="relu", **_place(x))
+    return Problem(
+        op="pointwise_pool",
+        weight=tuple(weight.shape),
+        residual=layout(residual),
+        act="relu",
+        **_place(x),
+    )
 
 
 DESCRIBE: dict[str, Callable[..., Problem]] = {

@@ -57,9 +57,10 @@ class use:
             named = load_file(id) if is_file(id) else [find(id)]
             self._uses += [_Forced(k, strict) for k in named]
         for entry in self._uses:
-            reason = entry.kernel.available()
+            kernel = entry.kernel
+            reason = kernel.available()
             if reason:
-                raise NotUsed(f"kernel {entry.kernel.id!r} cannot run here: {reason}")
+                raise NotUsed(f"kernel {kernel.id!r} cannot run here: {reason}")
 
     def __enter__(self) -> None:
         with registry._lock:
@@ -97,7 +98,8 @@ class _Forced:
         return False
 
     def why_unused(self) -> str:
-        return f"kernel {self.kernel.id!r} claimed no problem: {self.declined or 'its op was never called'}"
+        reason = self.declined or "its op was never called"
+        return f"kernel {self.kernel.id!r} claimed no problem: {reason}"
 
 
 # ---------------------------------------------------------------- one call
@@ -185,7 +187,9 @@ def _measured_kernel(problem: Problem, graph: bool) -> Chosen | None:
     if kernel.reason(problem) is not None:
         return None
     gpu = tables.gpu_name()
-    return kernel, f"measured in a graph on {gpu}" if graph else f"measured: {entry['time_us']:.1f} µs on {gpu}"
+    if graph:
+        return kernel, f"measured in a graph on {gpu}"
+    return kernel, f"measured: {entry['time_us']:.1f} µs on {gpu}"
 
 
 def _preferred_cpu_kernel(problem: Problem, live: bool) -> Chosen | None:
@@ -207,8 +211,11 @@ def rejected(problem: Problem) -> dict[str, str]:
     chosen, _ = choose(problem)
     passed_over = _yielded if problem.device == "cpu" else _measured_slower
     reasons = passed_over(problem, chosen)
-    others = [k for k in registry.kernels(problem.op) if k is not chosen]
-    return {k.id: k.reason(problem) or reasons(k) for k in others}
+    found = {}
+    for kernel in registry.kernels(problem.op):
+        if kernel is not chosen:
+            found[kernel.id] = kernel.reason(problem) or reasons(kernel)
+    return found
 
 
 def _yielded(problem: Problem, chosen: Kernel) -> Callable[[Kernel], str]:

@@ -235,7 +235,8 @@ def _fake_pointwise_pair(
     x: Tensor, weight: Tensor, x2: Tensor, weight2: Tensor, bias: Tensor, stride2: Sequence[int]
 ) -> Tensor:
     check_pointwise_pair(x, weight, x2, weight2, bias, stride2)
-    return _nhwc(x, x.shape[0], weight.shape[0], *x.shape[2:])
+    n, _, h, w = x.shape
+    return _nhwc(x, n, weight.shape[0], h, w)
 
 
 def _fake_conv_tail(
@@ -250,8 +251,9 @@ def _fake_conv_tail(
     bias1: Tensor,
 ) -> tuple[Tensor, Tensor]:
     check_conv_tail(x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1)
-    y = _nhwc(x, x.shape[0], weight3.shape[0], *x.shape[2:])
-    z = _nhwc(x, x.shape[0], weight1.shape[0], *x.shape[2:])
+    n, _, h, w = x.shape
+    y = _nhwc(x, n, weight3.shape[0], h, w)
+    z = _nhwc(x, n, weight1.shape[0], h, w)
     return y, z
 
 

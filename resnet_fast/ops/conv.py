@@ -218,7 +218,8 @@ class _ConvBnAct(torch.autograd.Function):
     ) -> Tensor:
         out: Tensor = below_autograd(CONV_BN_ACT, x, weight, scale, shift, residual, mean, var, *settings)
         ctx.settings = _Settings(*settings)
-        ctx.save_for_backward(x, weight, scale, shift, mean, var, out if ctx.settings.act == "relu" else None)
+        mask = out if ctx.settings.act == "relu" else None
+        ctx.save_for_backward(x, weight, scale, shift, mean, var, mask)
         return out
 
     @staticmethod
@@ -265,11 +266,12 @@ def _gradients(saved: _Saved, settings: _Settings, needs: _Arguments, dy: Tensor
     unscaled: Any = None  # the filter's gradient before it is multiplied by s
     if needs.x:
         folded = (saved.weight * s4).to(saved.weight.dtype)
-        dx = _convolution_backward(dz, saved.x, folded, settings, (True, False, False))[0]
+        dx, _, _ = _convolution_backward(dz, saved.x, folded, settings, (True, False, False))
     if needs.weight or needs.scale or needs.var:
-        unscaled = _convolution_backward(dz, saved.x, saved.weight, settings, (False, True, False))[1]
+        _, unscaled, _ = _convolution_backward(dz, saved.x, saved.weight, settings, (False, True, False))
     if needs.weight:
-        dweight = contiguous_gradient((unscaled * s4).to(saved.weight.dtype), saved.weight)
+        scaled = (unscaled * s4).to(saved.weight.dtype)
+        dweight = contiguous_gradient(scaled, saved.weight)
     dscale, dshift, dmean, dvar = _vector_gradients(saved, settings, needs, dz, unscaled, s.dtype)
     dresidual = dz if needs.residual else None
     return _Arguments(dx, dweight, dscale, dshift, dresidual, dmean, dvar)
@@ -296,10 +298,13 @@ def _vector_gradients(
     dt = dz.sum((0, 2, 3), dtype=wide)
     ds = (saved.weight.to(wide) * unscaled).sum((1, 2, 3)) if needs.scale or needs.var else None
     gradients = _affine_backward(ds, dt, saved.scale, saved.mean, saved.var, settings.eps)
-    return [
-        gradient.to(vector.dtype) if need and gradient is not None and vector is not None else None
-        for gradient, vector, need in zip(gradients, vectors, needed, strict=True)
-    ]
+    found: list[Tensor | None] = []
+    for gradient, vector, need in zip(gradients, vectors, needed, strict=True):
+        if not need or gradient is None or vector is None:
+            found.append(None)
+        else:
+            found.append(gradient.to(vector.dtype))
+    return found
 
 
 def _affine_backward(

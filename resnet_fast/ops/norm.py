@@ -83,13 +83,16 @@ def _fake_bn_act_backward(
     act: str,
     residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+    dx = torch.empty_like(x)
+    dweight = torch.empty_like(weight)
+    dbias = torch.empty_like(weight)
     dresidual = torch.empty_like(y) if residual else x.new_empty(0)
     return dx, dweight, dbias, dresidual
 
 
 def _before_activation(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return reference.bn_act(x, weight, bias, None, eps, "none")[0]
+    y, _, _ = reference.bn_act(x, weight, bias, None, eps, "none")
+    return y
 
 
 class _Saved(NamedTuple):
@@ -111,8 +114,10 @@ class _BnAct(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, act: str
     ) -> tuple[Tensor, Tensor, Tensor]:
         y, mean, var = below_autograd(BN_ACT, x, weight, bias, residual, eps, act)
-        ctx.save_for_backward(x, weight, bias, y if act == "relu" else None, mean, var)
-        ctx.eps, ctx.act = eps, act
+        mask = y if act == "relu" else None
+        ctx.save_for_backward(x, weight, bias, mask, mean, var)
+        ctx.eps = eps
+        ctx.act = act
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
 
@@ -128,7 +133,9 @@ class _BnAct(torch.autograd.Function):
             y = dy if saved.y is None else saved.y  # without an activation the mask is not read
             args = (dy, saved.x, y, saved.weight, saved.mean, saved.var, ctx.eps, ctx.act, needs_residual)
             dx, dweight, dbias, dresidual = below_autograd(BN_ACT_BACKWARD, *args)
-        return dx, dweight, dbias, dresidual if needs_residual else None, None, None
+        if not needs_residual:
+            return dx, dweight, dbias, None, None, None
+        return dx, dweight, dbias, dresidual, None, None
 
 
 BN_ACT = define(

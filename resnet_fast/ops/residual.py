@@ -26,20 +26,25 @@ def check_add_act(x: Tensor, y: Tensor, gate: Tensor | None, act: str) -> None:
     check_act(op, act)
     check_images(op, x, y=y, gate=gate)
     check_like(op, "y", y, x.shape, x.dtype)
-    check_like(op, "gate", gate, (*x.shape[:2], 1, 1), x.dtype)
+    n, c, _, _ = x.shape
+    check_like(op, "gate", gate, (n, c, 1, 1), x.dtype)
 
 
 def _fake_add_act(x: Tensor, y: Tensor, gate: Tensor | None, act: str) -> Tensor:
     check_images("add_act", x, y=y, gate=gate)
-    return x + y if gate is None else torch.addcmul(y, x, gate)
+    if gate is None:
+        return x + y
+    return torch.addcmul(y, x, gate)
 
 
 def _fake_add_act_backward(
     dout: Tensor, out: Tensor, x: Tensor | None, gate: Tensor | None, act: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    dy = torch.empty_like(out)
     if gate is None:
-        return torch.empty_like(out), dout.new_empty(0), dout.new_empty(0)
-    return torch.empty_like(out), torch.empty_like(out), torch.empty_like(gate)
+        return dy, dout.new_empty(0), dout.new_empty(0)
+    dx = torch.empty_like(out)
+    return dy, dx, torch.empty_like(gate)
 
 
 class _AddAct(torch.autograd.Function):
@@ -61,7 +66,9 @@ class _AddAct(torch.autograd.Function):
             dy, dx, dgate = reference.add_act_backward(*args)
         else:
             dy, dx, dgate = below_autograd(ADD_ACT_BACKWARD, *args)
-        return (dy, dy, None, None) if gate is None else (dx, dy, dgate, None)
+        if gate is None:
+            return dy, dy, None, None
+        return dx, dy, dgate, None
 
 
 ADD_ACT = define(

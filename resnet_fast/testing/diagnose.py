@@ -13,11 +13,11 @@ def diagnose(kernel: Kernel, problem: Problem, seed: int = 0) -> str:
     """Run the kernel once more in poisoned memory and say which elements are wrong and what that points to."""
     args = _with_visible_scales(problem, samples.make_args(problem, seed))
     outputs = check.run_poisoned(kernel, problem, args)
-    found = [
-        locate(got.cpu(), exact, problem)
-        for got, exact in zip(outputs, check.oracle(problem.op, args), strict=True)
-        if exact.numel()
-    ]
+    oracle = check.oracle(problem.op, args)
+    found = []
+    for got, exact in zip(outputs, oracle, strict=True):
+        if exact.numel():
+            found.append(locate(got.cpu(), exact, problem))
     wrong = [f"output {i}: {text}" for i, text in enumerate(found) if text]
     return "; ".join(wrong) or "right this time: the error moves, so suspect a race"
 
@@ -83,8 +83,10 @@ def _magnitude(got: Tensor, exact: Tensor, problem: Problem) -> str:
     """Which part of the formula is missing, from the size of the error where every element is wrong."""
     if problem.act == "relu" and bool((got < 0).any()):
         return "there are negative results after a ReLU: the activation is missing"
-    ratio = (got * exact).sum() / exact.square().sum()
-    if (got - ratio * exact).square().sum() < 1e-4 * exact.square().sum():
+    norm = exact.square().sum()
+    ratio = (got * exact).sum() / norm
+    distance = (got - ratio * exact).square().sum()
+    if distance < 1e-4 * norm:
         return f"everywhere by the same factor {ratio:.4g}: a scale, eps or a divisor"
     residual = "the residual, " if problem.residual else ""
     return f"everywhere: {residual}swapped taps, a remainder of K (C·R·S), or the affine"
@@ -101,7 +103,8 @@ def _border(wrong: Tensor) -> str | None:
         "the first column": wrong[:, 1:-1, 0],
         "the last column": wrong[:, 1:-1, -1],
     }
-    return ", ".join(name for name, side in sides.items() if side.any()) or "the corners"
+    wrong_sides = [name for name, side in sides.items() if side.any()]
+    return ", ".join(wrong_sides) or "the corners"
 
 
 def _is_tail(flags: Tensor) -> bool:
@@ -120,7 +123,15 @@ def _ranges(flags: Tensor, most: int = 4) -> str:
             runs[-1][1] = i
         else:
             runs.append([i, i])
-    text = ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in runs[:most])
-    if len(runs) > most:
-        text += f" and {len(runs) - most} more runs"
+    shown = [_range(first, last) for first, last in runs[:most]]
+    text = ", ".join(shown)
+    more = len(runs) - most
+    if more > 0:
+        text += f" and {more} more runs"
     return text
+
+
+def _range(first: int, last: int) -> str:
+    if first == last:
+        return str(first)
+    return f"{first}–{last}"

@@ -20,8 +20,9 @@ _LAYOUTS = ("nhwc", "nchw")
 
 def conv_edges() -> Iterator[Fields]:
     """Channels around the sizes of tiles with each kind of filter, then one case for each option."""
-    for c, k in zip(_CHANNELS, _CHANNELS[::-1], strict=True):
-        for r, stride in ((1, 1), (1, 2), (3, 1), (3, 2)):
+    filters = ((1, 1), (1, 2), (3, 1), (3, 2))  # size, stride
+    for c, k in zip(_CHANNELS, reversed(_CHANNELS), strict=True):
+        for r, stride in filters:
             residual = "nhwc" if r == stride else None
             yield _conv_case(2, c, 7, 5, k, r, stride, residual=residual, bn=stride == 1)
     yield _conv_case(1, 3, 33, 47, 64, 7, 2)

@@ -83,9 +83,11 @@ def _repeat(t: Tensor, copies: int) -> Tensor:
     """The tensor ``copies`` times along its first axis."""
     nhwc = t.is_contiguous(memory_format=torch.channels_last)
     memory_format = torch.channels_last if nhwc else torch.contiguous_format
-    shape = copies * t.shape[0], *t.shape[1:]
+    n, *rest = t.shape
+    shape = copies * n, *rest
     out = torch.empty(shape, dtype=t.dtype, device=t.device, memory_format=memory_format)
-    out.unflatten(0, (copies, t.shape[0])).copy_(t)
+    repetitions = out.unflatten(0, (copies, n))
+    repetitions.copy_(t)
     return out
 
 
@@ -141,8 +143,9 @@ def _worst(got: Tensor, exact: Tensor) -> Error:
     tiny = torch.finfo(torch.float64).tiny
     rms = exact.square().mean().sqrt().clamp_min(tiny)
     largest = exact.abs().max().clamp_min(tiny)
+    images_at_once = max(1, CHUNK // exact.numel())
     found = []
-    for part in got.split(max(1, CHUNK // exact.numel())):
+    for part in got.split(images_at_once):
         distance = (part.double() - exact).flatten(1)
         part_rms = distance.square().mean(1).sqrt().max() / rms
         part_max = distance.abs().max() / largest
