@@ -86,13 +86,15 @@ def _by_op(kernels: list[Kernel]) -> list[list[Kernel]]:
 def _write(args: argparse.Namespace, rows: list[Row]) -> None:
     """Print the rows as JSON and write them to a file, as --json and --save ask."""
     if args.json:
-        record = {"machine": asdict(here(args.device)), "rows": [asdict(row) for row in rows]}
+        as_dicts = [asdict(row) for row in rows]
+        record = {"machine": asdict(here(args.device)), "rows": as_dicts}
         json.dump(record, sys.stdout, indent=1)
         print()
     if args.save is not None and rows:
         machine = here(args.device)
         machine.facts["command"] = measured_by(["resnet_fast", *args.words], "--save")
-        print(f"written: {write_run(rows, machine, args.save or None)}", file=sys.stderr)
+        path = write_run(rows, machine, args.save or None)
+        print(f"written: {path}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- kernels that run here
@@ -108,13 +110,19 @@ def report_times(request: Request, kernels: list[Kernel]) -> tuple[bool, list[Ro
         return all_right, []
     others = rivals(right, request.device)
     on_gpu = request.device.type == "cuda"
-    code = compiled(request.names, [k for k in (*right, *others) if is_triton(k)], grid) if on_gpu else {}
+    code = {}
+    if on_gpu:
+        in_triton = [k for k in (*right, *others) if is_triton(k)]
+        code = compiled(request.names, in_triton, grid)
+    ids = [k.id for k in right]
     rows: list[Row] = []
     for name, problem in problems.items():
         print(f"  {name} …", file=sys.stderr, flush=True)
         times = time_problem(name, problem, right, others, code, request.seconds)
-        rows += [measured.row for measured in times.measured.values() if measured.row is not None]
-        print(show_times(times, [k.id for k in right], request.gpu))
+        for measured in times.measured.values():
+            if measured.row is not None:
+                rows.append(measured.row)
+        print(show_times(times, ids, request.gpu))
     if not on_gpu:
         print("No roofline on a CPU: nobody wrote its ceilings down. Ratios are medians of same-round ratios.")
     return all_right, rows
@@ -169,17 +177,21 @@ def _or_empty(value: float | None, spec: str) -> str:
 
 def show_times(times: Times, requested: list[str], gpu: Gpu) -> str:
     """One problem: every way to compute it, fastest first, and why the requested kernels are not faster."""
-    problem, rows = times.problem, times.rows
+    problem = times.problem
+    rows = times.rows
     bar = f"aten.{problem.op}"
     lines = []
     for row in rows:
-        ratio = 1.0 if row.provider == bar else row.speed_over.get(bar)
-        lines.append(Line(row, row.provider in requested, ratio, *_numbers(times.code.get(row.provider), gpu)))
+        id = row.provider
+        ratio = 1.0 if id == bar else row.speed_over.get(bar)
+        numbers = _numbers(times.code.get(id), gpu)
+        lines.append(Line(row, id in requested, ratio, *numbers))
     on_gpu = problem.device == "cuda"
     parts = [heading(times.name, problem, gpu if on_gpu else None), column_table(COLUMNS, lines)]
     for measured in times.measured.values():
         if measured.row is None:
-            parts.append(f"{measured.provider}: {measured.skipped or f'WRONG: {measured.wrong}: not timed'}")
+            reason = measured.skipped or f"WRONG: {measured.wrong}: not timed"
+            parts.append(f"{measured.provider}: {reason}")
     if on_gpu and gpu.limits is not None:
         seconds = {row.provider: row.seconds for row in rows}
         for id in requested:

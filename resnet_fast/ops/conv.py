@@ -258,20 +258,24 @@ def _before_activation(
 
 def _gradients(saved: _Saved, settings: _Settings, needs: _Arguments, dy: Tensor) -> _Arguments:
     """First derivatives by ATen's convolution_backward on the folded filter, and reductions for the affine."""
-    dz = torch.ops.aten.threshold_backward(dy, saved.out, 0) if settings.act == "relu" else dy
+    dz = dy
+    if settings.act == "relu":
+        dz = torch.ops.aten.threshold_backward(dy, saved.out, 0)
+    x = saved.x
+    weight = saved.weight
     s, _ = reference.affine(saved.scale, saved.shift, saved.mean, saved.var, settings.eps)
     s4 = s.view(-1, 1, 1, 1)
     dx: Tensor | None = None
     dweight: Tensor | None = None
     unscaled: Any = None  # the filter's gradient before it is multiplied by s
     if needs.x:
-        folded = (saved.weight * s4).to(saved.weight.dtype)
-        dx, _, _ = _convolution_backward(dz, saved.x, folded, settings, (True, False, False))
+        folded = (weight * s4).to(weight.dtype)
+        dx, _, _ = _convolution_backward(dz, x, folded, settings, (True, False, False))
     if needs.weight or needs.scale or needs.var:
-        _, unscaled, _ = _convolution_backward(dz, saved.x, saved.weight, settings, (False, True, False))
+        _, unscaled, _ = _convolution_backward(dz, x, weight, settings, (False, True, False))
     if needs.weight:
-        scaled = (unscaled * s4).to(saved.weight.dtype)
-        dweight = contiguous_gradient(scaled, saved.weight)
+        scaled = (unscaled * s4).to(weight.dtype)
+        dweight = contiguous_gradient(scaled, weight)
     dscale, dshift, dmean, dvar = _vector_gradients(saved, settings, needs, dz, unscaled, s.dtype)
     dresidual = dz if needs.residual else None
     return _Arguments(dx, dweight, dscale, dshift, dresidual, dmean, dvar)

@@ -65,7 +65,8 @@ def bn_act(
     z = wide * s.view(1, -1, 1, 1) + t.view(1, -1, 1, 1)
     if residual is not None:
         z = z + residual
-    return ACTIVATIONS[act](z).to(x.dtype), mean, var
+    y = ACTIVATIONS[act](z)
+    return y.to(x.dtype), mean, var
 
 
 def bn_act_backward(
@@ -77,13 +78,17 @@ def bn_act_backward(
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     dz = relu_mask(dy, y, act)
-    g, xw = dz.to(wide), x.to(wide)
+    g = dz.to(wide)
     rstd = torch.rsqrt(var + eps)
-    xhat = (xw - mean.view(1, -1, 1, 1)) * rstd.view(1, -1, 1, 1)
-    dbias, dweight = g.sum((0, 2, 3)), (g * xhat).sum((0, 2, 3))
+    centred = x.to(wide) - mean.view(1, -1, 1, 1)
+    xhat = centred * rstd.view(1, -1, 1, 1)
+    dbias = g.sum((0, 2, 3))
+    dweight = (g * xhat).sum((0, 2, 3))
     n = x.numel() // x.shape[1]
-    dx = g - (dbias / n).view(1, -1, 1, 1) - xhat * (dweight / n).view(1, -1, 1, 1)
-    dx = dx * (weight.to(wide) * rstd).view(1, -1, 1, 1)
+    mean_g = (dbias / n).view(1, -1, 1, 1)
+    mean_gx = (dweight / n).view(1, -1, 1, 1)
+    s = (weight.to(wide) * rstd).view(1, -1, 1, 1)
+    dx = (g - mean_g - xhat * mean_gx) * s
     dresidual = dz if residual else x.new_empty(0)
     return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype), dresidual
 
@@ -91,7 +96,9 @@ def bn_act_backward(
 def add_act(x: Tensor, y: Tensor, gate: Tensor | None = None, act: str = "none") -> Tensor:
     """act(x·gate + y); ``gate``, [N, C, 1, 1], scales each channel of each image (squeeze-and-excitation)."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    z = x.to(wide) if gate is None else x.to(wide) * gate
+    z = x.to(wide)
+    if gate is not None:
+        z = z * gate
     return ACTIVATIONS[act](z + y).to(x.dtype)
 
 
@@ -150,9 +157,10 @@ def normalized(x: Tensor, mean: Tensor | None, std: Tensor | None, dtype: torch.
 
 def conv_pool(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
     """maxpool3×3(relu(conv(x', weight) + bias)), both of stride 2; x' = x or (x − mean)/std."""
-    padding = weight.shape[2] // 2, weight.shape[3] // 2
+    *_, r, s = weight.shape
     x = normalized(x, mean, std, weight.dtype)
-    z = F.conv2d(x, weight, None, stride=2, padding=padding) + bias.view(1, -1, 1, 1)
+    z = F.conv2d(x, weight, None, stride=2, padding=(r // 2, s // 2))
+    z = z + bias.view(1, -1, 1, 1)
     pooled = F.max_pool2d(torch.relu(z), kernel_size=3, stride=2, padding=1)
     return pooled.to(weight.dtype)
 
