@@ -27,12 +27,18 @@ _F = "torch.nn.functional."
 
 def checked_names(across: Iterable[str]) -> tuple[str, ...]:
     """The names as a tuple: kinds, or "kind:step" for one group. Raises ValueError for an unknown kind."""
-    across = (across,) if isinstance(across, str) or not isinstance(across, Iterable) else tuple(across)
-    unknown = [name for name in across if not isinstance(name, str) or _kind_of(name) not in ACROSS]
+    is_one_name = isinstance(across, str) or not isinstance(across, Iterable)
+    given: tuple[Any, ...] = (across,) if is_one_name else tuple(across)
+    unknown = [name for name in given if not _is_known(name)]
     if unknown:
-        got, expected = ", ".join(map(repr, unknown)), ", ".join(map(repr, ACROSS))
+        got = ", ".join(map(repr, unknown))
+        expected = ", ".join(map(repr, ACROSS))
         raise ValueError(f"plan: across: got {got}, expected some of {expected}")
-    return across
+    return given
+
+
+def _is_known(name: object) -> bool:
+    return isinstance(name, str) and _kind_of(name) in ACROSS
 
 
 def _kind_of(name: str) -> str:
@@ -80,11 +86,15 @@ def _with_groups(kind: str, steps: list[Step], lowered: Lowered, across: tuple[s
 def _with_normalizing_stem(steps: list[Step], lowered: Lowered, normalize: Normalize) -> list[Step]:
     given = lowered.inputs[0]
     readers = [step for step in steps if given in references(step)]
-    if len(readers) != 1 or readers[0].op != "conv_pool" or given in names(lowered.output):
+    if len(readers) != 1 or given in names(lowered.output):
+        return steps
+    (stem,) = readers
+    if stem.op != "conv_pool":
         return steps
     mean, std = normalize
-    stem = replace(readers[0], kwargs={"mean": tuple(mean), "std": tuple(std)})
-    return [stem if step is readers[0] else step for step in steps]
+    statistics = {"mean": tuple(mean), "std": tuple(std)}
+    normalizing = replace(stem, kwargs=statistics)
+    return [normalizing if step is stem else step for step in steps]
 
 
 # ---------------------------------------------------------------- matching
@@ -107,7 +117,9 @@ class _Net:
     def only_reader(self, step: Step) -> Step | None:
         """The step that alone reads this one's value, once."""
         readers = self.readers.get(step.output, [])
-        return readers[0] if len(readers) == 1 and step.output not in self.returned else None
+        if len(readers) != 1 or step.output in self.returned:
+            return None
+        return readers[0]
 
     def are_uninterrupted(self, members: Sequence[Step]) -> bool:
         """Whether no module runs between the members; one might write to what they read."""
@@ -137,7 +149,9 @@ class _Net:
 
     def adds_shortcut(self, step: Step, stride: int | None = 1) -> bool:
         """Whether this is a block's last 1×1, which adds a residual other than its own input."""
-        return self.is_conv(step, 1, stride=stride) and step.residual is not None and step.residual != step.args[0]
+        if step.residual is None or not self.is_conv(step, 1, stride=stride):
+            return False
+        return step.residual != step.args[0]
 
 
 def _pair(value: Any) -> tuple:
@@ -240,7 +254,9 @@ def _pointwise_pool(net: _Net, step: Step) -> Group | None:
 
 def _is_global_average_pool(step: Step) -> bool:
     given = _call(step, f"{_F}adaptive_avg_pool2d", ("output_size",))
-    return given is not None and given.get("output_size") in (1, (1, 1)) and len(given) == 1
+    if given is None or len(given) != 1:
+        return False
+    return given.get("output_size") in (1, (1, 1))
 
 
 def _is_flatten(step: Step) -> bool:
@@ -271,17 +287,22 @@ _MAX_POOL = {
 def _is_max_pool(step: Step) -> bool:
     defaults = {"dilation": 1, "ceil_mode": False, "return_indices": False}
     given = _call(step, f"{_F}max_pool2d", tuple(_MAX_POOL), **defaults)
-    return given is not None and {key: _pair(value) for key, value in given.items()} == _MAX_POOL
+    if given is None:
+        return False
+    pairs = {name: _pair(value) for name, value in given.items()}
+    return pairs == _MAX_POOL
 
 
 def _call(step: Step, target: str, parameters: tuple[str, ...], **defaults: Any) -> dict[str, Any] | None:
     """A call's arguments after its input by name, lists as tuples; None if this is no such call of that function."""
-    if step.op != "function" or step.target != target:
+    if step.op != "function" or step.target != target or not step.args:
         return None
-    if len(step.args) > 1 + len(parameters) or not isinstance(step.args[0], Value):
+    x, *arguments = step.args
+    if len(arguments) > len(parameters) or not isinstance(x, Value):
         return None
-    given = defaults | dict(zip(parameters, step.args[1:], strict=False)) | step.kwargs
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    positional = dict(zip(parameters, arguments, strict=False))
+    given = defaults | positional | step.kwargs
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 _MATCHERS: dict[str, Callable[[_Net, Step], Group | None]] = {

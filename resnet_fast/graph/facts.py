@@ -6,6 +6,7 @@ import builtins
 import math
 import operator
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +63,7 @@ _KINDS = {
     "mul": "mul",
     "mul_": "mul",
 }
+_PLAIN_KINDS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Identity: "identity"}
 _FRESH_MODULES = (*NORMS, nn.Conv2d, nn.Linear, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.ReLU, nn.Sigmoid)
 _FRESH_FUNCTIONS = {
     "mean",
@@ -82,18 +84,38 @@ _PLAIN_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
 _IN_PLACE = {"iadd", "imul", "isub", "itruediv", "ifloordiv", "ipow", "imod", "iand", "ior", "ixor", "setitem"}
 
 
+def module_path(node: fx.Node) -> str:
+    """The target of a "call_module" or "get_attr" node. Torch's stubs allow a function too, for other nodes."""
+    return cast(str, node.target)
+
+
+def operands(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The positional arguments of a node whose :func:`kind` is not "": nodes alone. Torch's stubs allow constants."""
+    return cast("tuple[fx.Node, ...]", node.args)
+
+
+def called_module(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module:
+    """The module that a "call_module" node calls."""
+    return modules[module_path(node)]
+
+
 def kind(node: fx.Node, modules: dict[str, nn.Module]) -> str:
     """The part that a node can take in a fused step: "conv", "bn", "relu", "add", "mul", "identity", or "" for none."""
     if node.op == "call_module":
-        takes_one_value = len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], fx.Node)
-        return _module_kind(modules[node.target]) if takes_one_value else ""
+        return _module_kind(called_module(node, modules)) if _takes_values(node, 1) else ""
     if node.op not in ("call_function", "call_method"):
         return ""
     found = _KINDS.get(node.target, "")
     if found == "relu":
         return found
-    takes_two_values = len(node.args) == 2 and not node.kwargs and all(isinstance(a, fx.Node) for a in node.args)
-    return found if takes_two_values else ""
+    return found if _takes_values(node, 2) else ""
+
+
+def _takes_values(node: fx.Node, count: int) -> bool:
+    """Whether the arguments are so many values and no constant."""
+    if node.kwargs or len(node.args) != count:
+        return False
+    return all(isinstance(argument, fx.Node) for argument in node.args)
 
 
 def _module_kind(m: nn.Module) -> str:
@@ -101,16 +123,20 @@ def _module_kind(m: nn.Module) -> str:
         return ""
     if type(m) is nn.Conv2d:
         pads_zeros = m.padding_mode == "zeros" and not isinstance(m.padding, str)
-        return "conv" if pads_zeros and m._parameters.get("weight") is not None else ""
-    if is_frozen_bn(m) or type(m) in NORMS and m._parameters.get("weight") is not None:
+        return "conv" if pads_zeros and _has_weight(m) else ""
+    if is_frozen_bn(m) or type(m) in NORMS and _has_weight(m):
         return "bn"
-    return {nn.ReLU: "relu", nn.Identity: "identity"}.get(type(m), "")
+    return _PLAIN_KINDS.get(type(m), "")
+
+
+def _has_weight(m: nn.Module) -> bool:
+    return m._parameters.get("weight") is not None
 
 
 def writes(node: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node]:
     """The arguments that a node may write to: an in-place operation's first, every argument of an unknown module."""
     if node.op == "call_module":
-        return list(node.all_input_nodes) if _may_write(modules[node.target]) else []
+        return list(node.all_input_nodes) if _may_write(called_module(node, modules)) else []
     if node.op not in ("call_function", "call_method"):
         return []
     if "out" in node.kwargs:
@@ -119,17 +145,23 @@ def writes(node: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node]:
 
 
 def _may_write(m: nn.Module) -> bool:
-    known = type(m).__module__.startswith("torch.nn.") and not m._modules or is_frozen_bn(m)
-    return not known or touched(m) or bool(getattr(m, "inplace", False))
+    is_torch_layer = type(m).__module__.startswith("torch.nn.") and not m._modules
+    known = is_torch_layer or is_frozen_bn(m)
+    if not known or touched(m):
+        return True
+    return bool(getattr(m, "inplace", False))
 
 
 def _is_in_place(node: fx.Node) -> bool:
     name = node.target if isinstance(node.target, str) else node.target.__name__
-    if name.endswith("_") and not name.endswith("__") or name in _IN_PLACE:
+    ends_in_underscore = name.endswith("_") and not name.endswith("__")
+    if ends_in_underscore or name in _IN_PLACE:
         return True
     # A True among the positional arguments of torch.nn.functional may be ``inplace``.
     is_functional = getattr(node.target, "__module__", "") == "torch.nn.functional"
-    return is_functional and any(a is True for a in node.args) or bool(node.kwargs.get("inplace"))
+    if is_functional and any(argument is True for argument in node.args):
+        return True
+    return bool(node.kwargs.get("inplace"))
 
 
 def fresh(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -137,11 +169,13 @@ def fresh(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if writes(node, modules):
         return False
     if node.op == "call_module":
-        m = modules[node.target]
+        m = called_module(node, modules)
         return type(m) in _FRESH_MODULES or is_frozen_bn(m)
     if node.target is getattr:
         return node.args[1] in _PLAIN_ATTRIBUTES
-    return node.op in ("call_function", "call_method") and (node.target in _FRESH_FUNCTIONS or node.target in _KINDS)
+    if node.op not in ("call_function", "call_method"):
+        return False
+    return node.target in _FRESH_FUNCTIONS or node.target in _KINDS
 
 
 # ---------------------------------------------------------------- functions by name

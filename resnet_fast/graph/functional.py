@@ -51,26 +51,37 @@ def _layer_as_function(step: Step, m: nn.Module) -> Step:
 
 
 def _weights(path: str, m: nn.Module, *names: str) -> tuple[Attribute | None, ...]:
-    return tuple(None if getattr(m, name) is None else Attribute(f"{path}.{name}") for name in names)
+    """The parameters or buffers of those names; None for one that the module does not have."""
+    return tuple(_attribute_or_none(path, m, name) for name in names)
 
 
-def _norm(m: nn.Module, path: str) -> _Call:
+def _attribute_or_none(path: str, m: nn.Module, name: str) -> Attribute | None:
+    if getattr(m, name) is None:
+        return None
+    return Attribute(f"{path}.{name}")
+
+
+def _norm(m: nn.BatchNorm1d | nn.BatchNorm2d | nn.SyncBatchNorm, path: str) -> _Call:
     weights = _weights(path, m, "running_mean", "running_var", "weight", "bias")
     return f"{_F}batch_norm", (*weights, False, 0.0, m.eps), {}
 
 
-def _conv(m: nn.Module, path: str) -> _Call:
+def _conv(m: nn.Conv1d | nn.Conv2d, path: str) -> _Call:
     weights = _weights(path, m, "weight", "bias")
-    return f"{_F}conv{m.weight.dim() - 2}d", (*weights, m.stride, m.padding, m.dilation, m.groups), {}
+    dimensions = m.weight.dim() - 2
+    args = *weights, m.stride, m.padding, m.dilation, m.groups
+    return f"{_F}conv{dimensions}d", args, {}
 
 
 def _avg_pool(m: nn.AvgPool2d, path: str) -> _Call:
-    args = m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override
+    window = m.kernel_size, m.stride, m.padding
+    args = *window, m.ceil_mode, m.count_include_pad, m.divisor_override
     return f"{_F}avg_pool2d", args, {}
 
 
 def _max_pool(m: nn.MaxPool2d, path: str) -> _Call:
-    args = m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices
+    window = m.kernel_size, m.stride, m.padding, m.dilation
+    args = *window, m.ceil_mode, m.return_indices
     return f"{_F}max_pool2d", args, {}
 
 
@@ -132,7 +143,9 @@ def _pure(step: Step) -> Step:
     except AttributeError:
         raise ValueError(f"plan: step {step.output}: {step.target} writes in place and has no other form") from None
     args, kwargs = step.args, step.kwargs
-    if space == "torch.nn.functional" and "inplace" in getattr(getattr(call, "__code__", None), "co_varnames", ()):
+    code = getattr(call, "__code__", None)
+    takes_inplace = "inplace" in getattr(code, "co_varnames", ())
+    if space == "torch.nn.functional" and takes_inplace:
         bound = inspect.signature(call).bind(*args, **kwargs)
         bound.arguments.pop("inplace", None)
         args, kwargs = bound.args, bound.kwargs

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from .facts import fresh, function_name, is_norm, kind, touched, writes
+from .facts import called_module, fresh, function_name, is_norm, kind, module_path, operands, touched, writes
 from .ir import Attribute, Schedule, Step, Value
 from .trace import Traced, Untraceable, found_nodes, trace
 from .tree import mapped
@@ -63,12 +63,15 @@ class _Matcher:
     """Finds the chains of one graph and writes the steps."""
 
     def __init__(self, traced: Traced, lone: bool) -> None:
-        self.traced, self.modules, self.lone = traced, traced.modules, lone
+        self.traced = traced
+        self.modules = traced.modules
+        self.lone = lone
         self.identities = self._pass_identities()
-        self.nodes = [n for n in traced.graph.nodes if n.op != "output"]
-        self.position = {n: i for i, n in enumerate(traced.graph.nodes)}
-        self.kinds = {n: kind(n, self.modules) for n in self.nodes}
-        self.writes = {n: w for n in self.nodes if (w := writes(n, self.modules))}
+        self.nodes = [node for node in traced.graph.nodes if node.op != "output"]
+        self.position = {node: i for i, node in enumerate(traced.graph.nodes)}
+        self.kinds = {node: kind(node, self.modules) for node in self.nodes}
+        written = {node: writes(node, self.modules) for node in self.nodes}
+        self.writes = {node: arguments for node, arguments in written.items() if arguments}
         self.memory = self._memory()
         self.results = set(found_nodes(traced.output))
         self.chains: dict[fx.Node, list[fx.Node]] = {}
@@ -78,8 +81,9 @@ class _Matcher:
         replaced: dict[fx.Node, fx.Node] = {}
         for node in list(self.traced.graph.nodes):
             if node.op == "call_module" and kind(node, self.modules) == "identity":
-                replaced[node] = node.args[0]
-                node.replace_all_uses_with(node.args[0])
+                (given,) = operands(node)
+                replaced[node] = given
+                node.replace_all_uses_with(given)
                 self.traced.graph.erase_node(node)
 
         def followed(part: Any) -> Any:
@@ -87,7 +91,7 @@ class _Matcher:
 
         self.traced.output = mapped(self.traced.output, followed)
         self.traced.returned = {path: mapped(result, followed) for path, result in self.traced.returned.items()}
-        return [node.target for node in replaced]
+        return [module_path(node) for node in replaced]
 
     def _memory(self) -> dict[fx.Node, fx.Node]:
         """For each value one value that represents all that may share its memory.
@@ -140,28 +144,36 @@ class _Matcher:
     def _calls(self) -> list[fx.Node]:
         """The nodes that become steps: of each chain the last, and every other call."""
         calls = [node for node in self.nodes if node.op.startswith("call_")]
-        return [node for node in calls if node not in self.chains or node is self.chains[node][-1]]
+        return [node for node in calls if node is self._chain(node)[-1]]
+
+    def _chain(self, node: fx.Node) -> list[fx.Node]:
+        """The chain that a node is part of; of a node outside of chains itself alone."""
+        return self.chains.get(node) or [node]
 
     def _inlined_modules(self) -> tuple[str, ...]:
         """The modules whose forward was traced into, whose attributes were read, or that are an Identity."""
-        read = [node.target.rpartition(".")[0] for node in self.nodes if node.op == "get_attr"]
-        return _distinct([*self.traced.inlined, *self.identities, *read])
+        attributes = [module_path(node) for node in self.nodes if node.op == "get_attr"]
+        owners = [path.rpartition(".")[0] for path in attributes]
+        return _distinct([*self.traced.inlined, *self.identities, *owners])
 
     def _idle_modules(self) -> tuple[str, ...]:
         """The inlined modules with calls inside but no fused step."""
-        with_calls, with_fused_steps = _scopes(self.nodes), _scopes(self.chains)
-        return tuple(sorted(with_calls & set(self.traced.inlined) - with_fused_steps))
+        with_calls = _scopes(self.nodes)
+        with_fused_steps = _scopes(self.chains)
+        idle = with_calls & set(self.traced.inlined) - with_fused_steps
+        return tuple(sorted(idle))
 
     def _skipped_modules(self) -> tuple[str, ...]:
         """The modules that no step calls, because a fused one replaces them."""
-        targets = []
+        paths: list[str] = []
         for chain in self.chains.values():
-            targets += [node.target for node in chain if node.op == "call_module"]
-        return _distinct(targets)
+            paths += _module_paths(chain)
+        return _distinct(paths)
 
     def _unfused_convolutions(self) -> dict[str, str]:
         """The convolutions with a batch norm that are not fused, by path, and why."""
-        reasons = {node.target: self._why_left(node) for node in self.nodes if node not in self.chains}
+        unfused = [node for node in self.nodes if node.op == "call_module" and node not in self.chains]
+        reasons = {module_path(node): self._why_left(node) for node in unfused}
         return {path: why for path, why in reasons.items() if why}
 
     def _writes_an_input(self) -> bool:
@@ -171,8 +183,9 @@ class _Matcher:
 
     def _entangled_steps(self) -> tuple[str, ...]:
         """The steps of known effect that write in place what is read later under another name."""
-        unfused = [node for node in self.writes if node not in self.chains and not _is_opaque(node, self.modules)]
-        return tuple(node.name for node in unfused if self._seen_later(node))
+        unfused = [node for node in self.writes if node not in self.chains]
+        known = [node for node in unfused if not _is_opaque(node, self.modules)]
+        return tuple(node.name for node in known if self._seen_later(node))
 
     def _written_by(self, node: fx.Node) -> set[fx.Node]:
         """The memory that a node writes, by its representatives."""
@@ -189,7 +202,7 @@ class _Matcher:
             return []
         add = self._next(chain, "add")
         # An in-place addition may write the chain's own value, nobody else's.
-        if add is not None and all(w is chain[-1] for w in self.writes.get(add, ())):
+        if add is not None and all(written is chain[-1] for written in self.writes.get(add, ())):
             chain.append(add)
         relu = self._next(chain, "relu")
         return chain if relu is None else [*chain, relu]
@@ -197,27 +210,37 @@ class _Matcher:
     def _add_chain(self, add: fx.Node) -> list[fx.Node]:
         """(× gate) + residual → ReLU."""
         chain = [add]
-        for product in add.args:
-            if self.kinds[product] == "mul" and self._next([product], "add") is add and self._private(product):
-                chain = [product, add]
+        for operand in operands(add):
+            if self._is_gated(operand, add):
+                chain = [operand, add]
         relu = self._next(chain, "relu") if self._private(add) else None
         return [] if relu is None else [*chain, relu]
+
+    def _is_gated(self, product: fx.Node, add: fx.Node) -> bool:
+        """Whether this is a product that may be part of the addition's chain."""
+        if self.kinds[product] != "mul" or self._next([product], "add") is not add:
+            return False
+        return self._private(product)
 
     def _next(self, chain: list[fx.Node], wanted: str) -> fx.Node | None:
         """The only reader of the chain's value, if it is of the wanted kind and may be part of the chain."""
         last = chain[-1]
-        user = next(iter(last.users)) if len(last.users) == 1 and last not in self.results else None
-        if user is None or self.kinds.get(user) != wanted or user in self.chains or user.args.count(last) != 1:
+        if len(last.users) != 1 or last in self.results:
             return None
-        return user if self._may_wait(chain, user) else None
+        (user,) = last.users
+        if self.kinds.get(user) != wanted or user in self.chains:
+            return None
+        reads_it_once = user.args.count(last) == 1
+        return user if reads_it_once and self._may_wait(chain, user) else None
 
     def _may_wait(self, chain: list[fx.Node], end: fx.Node) -> bool:
         """Whether the chain, run in the place of ``end``, reads and updates the same as its members one by one."""
         members = {*chain, end}
-        norms = {n.target for n in members if self.kinds[n] == "bn"}
+        norms = {node.target for node in members if self.kinds[node] == "bn"}
         for member in chain:
-            read = {self.memory[a] for a in member.all_input_nodes if a not in members}
-            for node in self.nodes[self.position[member] + 1 : self.position[end]]:
+            read = {self.memory[value] for value in member.all_input_nodes if value not in members}
+            between = self.nodes[self.position[member] + 1 : self.position[end]]
+            for node in between:
                 if node in members:
                     continue
                 updates_statistics = node.op == "call_module" and node.target in norms
@@ -227,28 +250,34 @@ class _Matcher:
 
     def _private(self, node: fx.Node) -> bool:
         """Whether only the readers of its result, and not the caller, can see what this node writes in place."""
-        lent = {self.memory[n] for n in self.nodes if n.op in ("placeholder", "get_attr")}
-        return not self._seen_later(node) and lent.isdisjoint(self._written_by(node))
+        if self._seen_later(node):
+            return False
+        callers = [value for value in self.nodes if value.op in ("placeholder", "get_attr")]
+        callers_memory = {self.memory[value] for value in callers}
+        return callers_memory.isdisjoint(self._written_by(node))
 
     def _seen_later(self, node: fx.Node) -> bool:
         """Whether what this node writes in place is read later under another name than its result."""
         written = self._written_by(node)
-        earlier = [value for value in self.nodes[: self.position[node]] if self.memory[value] in written]
-        return any(value in self.results or self._read_after(value, node) for value in earlier)
+        earlier = self.nodes[: self.position[node]]
+        overwritten = [value for value in earlier if self.memory[value] in written]
+        return any(value in self.results or self._read_after(value, node) for value in overwritten)
 
     def _read_after(self, value: fx.Node, node: fx.Node) -> bool:
-        return any(self.position[user] > self.position[node] for user in value.users)
+        position = self.position[node]
+        return any(self.position[user] > position for user in value.users)
 
     def _why_left(self, conv: fx.Node) -> str | None:
-        """Why a convolution that a batch norm reads is not fused with it; None if none does."""
-        if conv.op != "call_module" or not isinstance(self.modules[conv.target], nn.Conv2d):
+        """Why a convolution that a batch norm reads is not fused with it; None for any other module's call."""
+        if not isinstance(called_module(conv, self.modules), nn.Conv2d):
             return None
-        norms = [u for u in conv.users if u.op == "call_module" and is_norm(self.modules[u.target])]
+        calls = [user for user in conv.users if user.op == "call_module"]
+        norms = [call for call in calls if is_norm(called_module(call, self.modules))]
         if not norms:
             return None
         for node, wanted in ((conv, "conv"), (norms[0], "bn")):
-            m = self.modules[node.target]
             if self.kinds[node] != wanted:
+                m = called_module(node, self.modules)
                 why = "has hooks or a forward of its own" if touched(m) else "is of a form that no op states"
                 return f"its {type(m).__name__} {why}"
         if len(conv.users) > 1:
@@ -261,25 +290,51 @@ class _Matcher:
         chain = self.chains.get(node)
         if chain is None:
             return _plain_step(node)
-        first, kinds = chain[0], [self.kinds[n] for n in chain]
-        paths = tuple(n.target for n in chain if n.op == "call_module")
-        act = "relu" if kinds[-1] == "relu" else "none"
-        if kinds[0] == "conv":
-            modules = paths if "bn" in kinds else (paths[0], "", *paths[1:])
-            x, residual = _value(first.args[0]), self._residual(chain, kinds)
-            return Step("conv_bn_act", first.target, node.name, (x,), {}, modules, residual, None, act)
+        return self._conv_step(chain) if self.kinds[chain[0]] == "conv" else self._add_step(chain)
+
+    def _conv_step(self, chain: list[fx.Node]) -> Step:
+        conv, last = chain[0], chain[-1]
+        kinds = [self.kinds[node] for node in chain]
+        modules = _module_paths(chain)
+        if "bn" not in kinds:
+            modules.insert(1, "")
+        (x,) = operands(conv)
+        return Step(
+            op="conv_bn_act",
+            target=module_path(conv),
+            output=last.name,
+            args=(_value(x),),
+            modules=tuple(modules),
+            residual=self._residual(chain, kinds),
+            act="relu" if kinds[-1] == "relu" else "none",
+        )
+
+    def _add_step(self, chain: list[fx.Node]) -> Step:
+        first, last = chain[0], chain[-1]
+        kinds = [self.kinds[node] for node in chain]
+        add, gate = first, None
+        x, y = map(_value, operands(first))
         if kinds[0] == "mul":
-            x, gate = map(_value, first.args)
-            args = x, self._residual(chain, kinds)
-            return Step("add_act", chain[1].name, node.name, args, {}, paths, None, gate, act)
-        return Step("add_act", first.name, node.name, tuple(map(_value, first.args)), {}, paths, None, None, act)
+            add, gate = chain[1], y
+            y = self._residual(chain, kinds)
+        return Step(
+            op="add_act",
+            target=add.name,
+            output=last.name,
+            args=(x, y),
+            modules=tuple(_module_paths(chain)),
+            gate=gate,
+            act="relu" if kinds[-1] == "relu" else "none",
+        )
 
     def _residual(self, chain: list[fx.Node], kinds: list[str]) -> Value | None:
         """The other operand of the chain's addition, if it has one."""
         if "add" not in kinds:
             return None
         i = kinds.index("add")
-        return next(_value(a) for a in chain[i].args if a is not chain[i - 1])
+        add, before = chain[i], chain[i - 1]
+        others = [operand for operand in operands(add) if operand is not before]
+        return _value(others[0])
 
 
 def _scopes(nodes: Iterable[fx.Node]) -> set[str]:
@@ -293,22 +348,40 @@ def _scopes(nodes: Iterable[fx.Node]) -> set[str]:
 
 def _is_opaque(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """A call of a module that is not torch's: nothing is known of what it writes."""
-    return node.op == "call_module" and not type(modules[node.target]).__module__.startswith("torch.nn.")
+    if node.op != "call_module":
+        return False
+    m = called_module(node, modules)
+    return not type(m).__module__.startswith("torch.nn.")
+
+
+def _module_paths(chain: Iterable[fx.Node]) -> list[str]:
+    """The modules that these nodes call."""
+    return [module_path(node) for node in chain if node.op == "call_module"]
 
 
 def _plain_step(node: fx.Node) -> Step:
-    args, kwargs = mapped(tuple(node.args), _reference), mapped(dict(node.kwargs), _reference)
+    args = mapped(tuple(node.args), _reference)
+    kwargs = mapped(dict(node.kwargs), _reference)
     if node.op == "call_module":
-        return Step("module", node.target, node.name, args, kwargs, (node.target,))
-    name = f"Tensor.{node.target}" if node.op == "call_method" else function_name(node.target)
-    return Step("function", name, node.name, args, kwargs)
+        path = module_path(node)
+        return Step("module", path, node.name, args, kwargs, modules=(path,))
+    return Step("function", _called_name(node), node.name, args, kwargs)
+
+
+def _called_name(node: fx.Node) -> str:
+    """The name of a node's function, by which :func:`facts.function` finds it."""
+    if callable(node.target):
+        return function_name(node.target)
+    return f"Tensor.{node.target}"
 
 
 def _reference(part: Any) -> Any:
     """A node as a reference; constants stay."""
     if not isinstance(part, fx.Node):
         return part
-    return Attribute(part.target) if part.op == "get_attr" else _value(part)
+    if part.op == "get_attr":
+        return Attribute(module_path(part))
+    return _value(part)
 
 
 def _value(node: fx.Node) -> Value:

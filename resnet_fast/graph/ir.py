@@ -89,8 +89,12 @@ class Schedule:
         return [s for s in self.steps if s.op in FUSED]
 
     def __str__(self) -> str:
-        rows = [(s.output, s.op, s.target, s.act, s.residual.name if s.residual else "") for s in self.steps]
-        return table(("value", "op", "what", "act", "residual"), rows)
+        header = ("value", "op", "what", "act", "residual")
+        rows = []
+        for step in self.steps:
+            residual = step.residual.name if step.residual else ""
+            rows.append((step.output, step.op, step.target, step.act, residual))
+        return table(header, rows)
 
 
 def outputs(step: Step) -> tuple[str, ...]:

@@ -64,10 +64,13 @@ class Lowered:
 
     def to(self, device: torch.device) -> Lowered:
         """The same network with its weights on that device."""
-        filters = {k: FoldedConv(f.weight.to(device), f.bias.to(device), f.geometry) for k, f in self.filters.items()}
-        tensors = {k: t.to(device) for k, t in self.tensors.items()}
-        modules = {k: copy.deepcopy(m).to(device) for k, m in self.modules.items()}
-        return replace(self, filters=filters, tensors=tensors, modules=modules).shared()
+        moved = replace(
+            self,
+            filters={name: conv.to(device) for name, conv in self.filters.items()},
+            tensors={path: tensor.to(device) for path, tensor in self.tensors.items()},
+            modules={path: copy.deepcopy(m).to(device) for path, m in self.modules.items()},
+        )
+        return moved.shared()
 
 
 def lowered_network(
@@ -91,9 +94,15 @@ def live_network(model: nn.Module) -> Lowered:
     found = network_schedule(model, lone=False)
     steps = tuple(as_function(step, model) for step in found.steps)
     paths = attributes([(step.args, step.kwargs) for step in steps])
-    tensors = {path: attribute(model, path) for path in paths}
-    modules = {step.target: model.get_submodule(step.target) for step in steps if step.op == "module"}
-    return Lowered(steps, found.inputs, found.output, {}, tensors, modules)
+    called = [step.target for step in steps if step.op == "module"]
+    return Lowered(
+        steps=steps,
+        inputs=found.inputs,
+        output=found.output,
+        filters={},
+        tensors={path: attribute(model, path) for path in paths},
+        modules={path: model.get_submodule(path) for path in called},
+    )
 
 
 # ---------------------------------------------------------------- schedule
@@ -126,9 +135,10 @@ def stays_one_call(path: str, m: nn.Module) -> bool:
 
 
 def _raise_refused(reasons: dict[str, str], name: str, hint: str) -> None:
-    if reasons:
-        sentences = "; ".join(f"{what}: {reason}" for what, reason in reasons.items())
-        raise ValueError(f"plan: cannot plan {name}: {sentences}{hint}")
+    if not reasons:
+        return
+    sentences = [f"{what}: {reason}" for what, reason in reasons.items()]
+    raise ValueError(f"plan: cannot plan {name}: {'; '.join(sentences)}{hint}")
 
 
 def _wrapper_hint(model: nn.Module) -> str:
@@ -173,7 +183,10 @@ def refused(model: nn.Module, found: Schedule | None = None) -> dict[str, str]:
 
 def called_name(step: Step) -> Any:
     """The short name of the function that a step calls; for ``getattr`` the attribute's."""
-    return step.args[1] if step.target == "builtins.getattr" else step.target.rpartition(".")[2]
+    if step.target == "builtins.getattr":
+        return step.args[1]
+    _, _, short = step.target.rpartition(".")
+    return short
 
 
 # ---------------------------------------------------------------- snapshot
@@ -187,37 +200,53 @@ def lower(found: Schedule, model: nn.Module, dtype: torch.dtype, device: torch.d
     with torch.inference_mode(False), torch.no_grad():
         for step in found.steps:
             if step.op == "conv_bn_act":
-                conv, bn = (model.get_submodule(path) if path else None for path in step.modules[:2])
+                conv_path, bn_path, *_ = step.modules
+                conv = model.get_submodule(conv_path)
+                bn = model.get_submodule(bn_path) if bn_path else None
                 filters[step.output] = _folded(conv, bn, dtype, device)
             step = as_function(step, model)
             if step.op == "module":
-                modules[step.target] = _inference_copy(model.get_submodule(step.target)).to(device, dtype)
+                module = model.get_submodule(step.target)
+                modules[step.target] = _inference_copy(module).to(device, dtype)
             steps.append(step)
-        paths = attributes((found.output, *((step.args, step.kwargs) for step in steps)))
+        arguments = [(step.args, step.kwargs) for step in steps]
+        paths = attributes((found.output, *arguments))
         tensors = {path: _copied(attribute(model, path), dtype, device) for path in dict.fromkeys(paths)}
-    return Lowered(tuple(steps), found.inputs, found.output, filters, tensors, modules).shared()
+    network = Lowered(tuple(steps), found.inputs, found.output, filters, tensors, modules)
+    return network.shared()
 
 
-def _folded(conv: nn.Conv2d, bn: nn.Module | None, dtype: torch.dtype, device: torch.device) -> FoldedConv:
-    """The convolution with its batch norm folded in, in float64, rounded once."""
+def _folded(conv: Any, bn: Any, dtype: torch.dtype, device: torch.device) -> FoldedConv:
+    """The convolution with its batch norm folded in, in float64, rounded once.
+
+    ``conv`` is a Conv2d, ``bn`` None or any norm. They are Any because to mypy a module's attribute is Tensor | Module.
+    """
     weight = conv.weight.detach().to(device, torch.float64)
-    bias = weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach().to(weight)
+    if conv.bias is None:
+        bias = weight.new_zeros(conv.out_channels)
+    else:
+        bias = conv.bias.detach().to(weight)
     if bn is not None:
-        gamma, beta, mean, var = (v.detach().to(weight) for v in (bn.weight, bn.bias, bn.running_mean, bn.running_var))
+        state = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+        gamma, beta, mean, var = (tensor.detach().to(weight) for tensor in state)
         scale = gamma / torch.sqrt(var + bn.eps)
-        weight, bias = weight * scale.view(-1, 1, 1, 1), (bias - mean) * scale + beta
+        weight = weight * scale.view(-1, 1, 1, 1)
+        bias = (bias - mean) * scale + beta
     weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
-    return FoldedConv(weight, bias.to(dtype), (conv.stride, conv.padding, conv.dilation, conv.groups))
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return FoldedConv(weight, bias.to(dtype), geometry)
 
 
 def _copied(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     copied = tensor.detach().to(device, copy=True)
-    return copied.to(dtype) if copied.is_floating_point() else copied
+    if not copied.is_floating_point():
+        return copied
+    return copied.to(dtype)
 
 
 def _inference_copy(m: nn.Module) -> nn.Module:
     """A copy in eval mode that does not write to its input, which other steps may read."""
-    m = copy.deepcopy(m).eval()
-    if getattr(m, "inplace", False) is True:
-        m.inplace = False
-    return m
+    copied: Any = copy.deepcopy(m).eval()  # Any: to mypy a module's attribute is Tensor | Module
+    if getattr(copied, "inplace", False) is True:
+        copied.inplace = False
+    return copied

@@ -58,12 +58,15 @@ class _Trace(TracerBase):
         super().__init__()
         self.traced = Traced(dict(root.named_modules()))
         self.graph = self.traced.graph
-        self.leaf, self.training = leaf, training
-        self.scope, self.module_stack, self.node_name_to_scope = Scope("", None), OrderedDict(), {}
+        self.leaf = leaf
+        self.training = training
+        self.scope = Scope("", None)
+        self.module_stack = OrderedDict()
+        self.node_name_to_scope = {}
         self._classes: dict[type, type] = {}
         self._twins: dict[int, nn.Module] = {}
         self._stack: list[str] = []
-        self._mode = None
+        self._mode: tuple | None = None
 
     def run(self, root: nn.Module) -> Traced:
         with torch.inference_mode(False), torch.enable_grad():
@@ -112,7 +115,9 @@ class _Trace(TracerBase):
     def _class(self, cls: type) -> type:
         base = nn.Module if issubclass(cls, torch.jit.ScriptModule) else cls
         if cls not in self._classes:
-            self._classes[cls] = type(base)(cls.__name__, (base,), {"__call__": _called, "__module__": cls.__module__})
+            metaclass: Any = type(base)
+            attributes = {"__call__": _called, "__module__": cls.__module__}
+            self._classes[cls] = metaclass(cls.__name__, (base,), attributes)
         return self._classes[cls]
 
     def call(self, twin: nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -178,7 +183,7 @@ class _Trace(TracerBase):
 
 
 class _Proxy(fx.Proxy):
-    @property
+    @property  # type: ignore[misc]  # object's stub lets __class__ be assigned, as no one does to a proxy
     def __class__(self) -> type:
         # ``isinstance`` calls this. A forward that decides by the type of its input would do something else for a proxy
         # than for a tensor, so it is refused.
@@ -188,7 +193,12 @@ class _Proxy(fx.Proxy):
 
 
 def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
-    return lambda self, other: self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+    function = getattr(operator, name)
+
+    def call(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return call
 
 
 # torch.fx records x += y as x = x + y; other names for x would then miss the sum.
@@ -197,7 +207,8 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
 
 
 def _called(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return self.__dict__["_trace"].call(self, args, kwargs)
+    trace: _Trace = self.__dict__["_trace"]
+    return trace.call(self, args, kwargs)
 
 
 class _Tensors(dict):
@@ -205,7 +216,8 @@ class _Tensors(dict):
 
     def __init__(self, trace: _Trace, prefix: str, tensors: dict[str, Tensor | None]) -> None:
         super().__init__(tensors)
-        self._trace, self._prefix = trace, prefix
+        self._trace = trace
+        self._prefix = prefix
 
     def __getitem__(self, name: str) -> fx.Proxy | None:
         if super().__getitem__(name) is None:
@@ -246,10 +258,12 @@ def _shallow(value: Any) -> Any:
 
 def _changed(module: nn.Module, twin: nn.Module) -> str | None:
     """The name of an attribute that the forward set, or of a container that it changed."""
-    before = {k: v for k, v in module.__dict__.items() if k not in _STATE and k != "forward"}
-    after = {k: v for k, v in twin.__dict__.items() if k not in _STATE}
+    before = {name: value for name, value in module.__dict__.items() if name not in _STATE}
+    before.pop("forward", None)
+    after = {name: value for name, value in twin.__dict__.items() if name not in _STATE}
     for name in before.keys() | after.keys():
-        if name not in before or name not in after or not _same(before[name], after[name]):
+        in_both = name in before and name in after
+        if not in_both or not _same(before[name], after[name]):
             return name
     return None
 
@@ -257,10 +271,15 @@ def _changed(module: nn.Module, twin: nn.Module) -> str | None:
 def _same(a: Any, b: Any) -> bool:
     if type(a) is not type(b):
         return False
-    if type(a) in (list, dict, set):
-        a, b = (list(c.values()) if type(c) is dict else list(c) for c in (a, b))
-        return len(a) == len(b) and all(map(lambda x, y: x is y, a, b))
-    return a is b
+    if type(a) not in (list, dict, set):
+        return a is b
+    values_a, values_b = _elements(a), _elements(b)
+    return len(values_a) == len(values_b) and all(map(operator.is_, values_a, values_b))
+
+
+def _elements(container: Any) -> list[Any]:
+    """The elements of a list or set, the values of a dict."""
+    return list(container.values()) if type(container) is dict else list(container)
 
 
 # ---------------------------------------------------------------- signatures, results, sentences
@@ -268,14 +287,16 @@ def _same(a: Any, b: Any) -> bool:
 
 def _required(module: nn.Module) -> list[str]:
     """The names of the inputs without a default. The others keep their defaults; the graph is not for other values."""
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    signature = inspect.signature(type(module).forward)
+    parameters = list(signature.parameters.values())[1:]  # without self
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return [p.name for p in positional if p.default is p.empty]
+    required = [p for p in positional if p.default is p.empty]
+    return [p.name for p in required]
 
 
 def _nodes(result: Any, strict: bool = True) -> Any:
     """A forward's result with nodes in place of proxies. ``strict``: raise Untraceable for what no graph returns."""
-    kind = type(result)
+    kind: Any = type(result)
     if issubclass(kind, fx.Proxy):
         return result.node
     if kind in (tuple, list):

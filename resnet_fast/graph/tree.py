@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
-_ORDINARY = {immutable_list: list, immutable_dict: dict}
+_ORDINARY: dict[type, type] = {immutable_list: list, immutable_dict: dict}
 
 
 def mapped(structure: Any, leaf: Callable[[Any], Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,8 +18,15 @@ class FoldedConv:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, geometry: tuple) -> None:
-        self.weight, self.bias, self.geometry = weight, bias, geometry
+        self.weight = weight
+        self.bias = bias
+        self.geometry = geometry
         self.packs: dict[tuple, tuple[Tensor, Tensor] | None] = {}
+
+    def to(self, device: torch.device) -> FoldedConv:
+        """The same convolution with its weights on that device."""
+        weight, bias = self.weight.to(device), self.bias.to(device)
+        return FoldedConv(weight, bias, self.geometry)
 
     def same(self, other: FoldedConv) -> bool:
         """Whether another plan's convolution is equal, so that it may be used here too."""
@@ -38,10 +46,12 @@ _living_lock = threading.Lock()
 def shared(mine: FoldedConv | Tensor) -> Any:
     """The equal weight of a living plan, if there is one; else ``mine``, which later plans then find."""
     weight = mine.weight if isinstance(mine, FoldedConv) else mine
-    same = FoldedConv.same if isinstance(mine, FoldedConv) else torch.equal
+    # Both arguments have the same type, which is a part of the key.
+    same: Callable[[Any, Any], bool] = FoldedConv.same if isinstance(mine, FoldedConv) else torch.equal
     key = (type(mine), weight.shape, weight.dtype, weight.device)
     with _living_lock:
         alike = _living.setdefault(key, weakref.WeakValueDictionary())
-        found = next((other for other in list(alike.values()) if same(mine, other)), mine)
+        equal = (other for other in list(alike.values()) if same(mine, other))
+        found = next(equal, mine)
         alike[id(found)] = found
     return found

@@ -90,7 +90,8 @@ def _bind_group(lowered: Lowered, step: Group, values: Values, writable: set[str
 
 
 def _bind_across(chosen: Kernel, step: Group, args: tuple) -> Run:
-    names = {i: value.name for i, value in zip(EXTERNAL[step.op], step.args, strict=True)}
+    positions = EXTERNAL[step.op]
+    names = {i: value.name for i, value in zip(positions, step.args, strict=True)}
     constants = tuple(None if i in names else a for i, a in enumerate(args))  # without this call's activations
 
     def run(v: Values) -> Any:
@@ -184,12 +185,17 @@ def _chosen_prepacked(conv: ConvCall, chosen: Kernel) -> Run | str:
     if packs is None:
         return f"{chosen.id} cannot take these weights: not finite, or too large"
     x, residual, relu = _names(conv.step)
-    rest = torch.Size(conv.problem.weight[2:]), conv.geometry, relu, conv.in_place
+    filters, bias = packs
+    size = torch.Size(conv.problem.weight[2:])
+    geometry, in_place = conv.geometry, conv.in_place
 
     def run(v: Values) -> Tensor:
         added = v[residual] if residual else None
-        out = prepacked.run(v[x], *packs, added, *rest)
-        return _bind_plain(conv, chosen)(v) if out is None else out
+        out = prepacked.run(v[x], filters, bias, added, size, geometry, relu, in_place)
+        if out is not None:
+            return out
+        plain = _bind_plain(conv, chosen)
+        return plain(v)
 
     return run
 
@@ -197,8 +203,13 @@ def _chosen_prepacked(conv: ConvCall, chosen: Kernel) -> Run | str:
 def _bind_plain(conv: ConvCall, chosen: Kernel) -> Run:
     """oneDNN, or torch's convolution where oneDNN has no packed form (bfloat16 with AVX2 alone). Keeps the residual."""
     conv = replace(conv, in_place=False, onednn_in_place=False)
-    found = _onednn(conv, chosen)
-    return _torch(conv, chosen) if isinstance(found, str) else found
+    reasons = []
+    for way in (_onednn, _torch):
+        found = way(conv, chosen)
+        if not isinstance(found, str):
+            return found
+        reasons.append(found)
+    raise ValueError(f"{conv.step.target} has no kernel: {'; '.join(reasons)}")
 
 
 def _onednn(conv: ConvCall, chosen: Kernel) -> Run | str:
@@ -261,12 +272,16 @@ def _bind_conv(f: FoldedConv, step: Step, values: Values, writable: set[str], gr
 
 def _fits(residual: Tensor, x: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether a residual neither broadcasts nor promotes."""
-    return residual.dtype == x.dtype and tuple(residual.shape) == shape
+    if residual.dtype != x.dtype:
+        return False
+    return tuple(residual.shape) == shape
 
 
 def _check_input(f: FoldedConv, step: Step, x: Tensor) -> None:
-    channels = f.weight.shape[1] * f.geometry[3]
-    if x.dim() != 4 or x.shape[1] != channels or min(conv_shape(f, x)[2:]) < 1:
+    _, _, _, groups = f.geometry
+    channels = f.weight.shape[1] * groups
+    takes_channels = x.dim() == 4 and x.shape[1] == channels
+    if not takes_channels or min(conv_shape(f, x)[2:]) < 1:
         raise ValueError(
             f"plan: step {step.output} ({step.target}) does not fit this input: got {list(x.shape)}, expected "
             f"{channels} channels and at least one output pixel for filters of {list(f.weight.shape)}"
@@ -293,7 +308,10 @@ def _affine(bias: Tensor) -> tuple[Tensor, Tensor]:
 
 def _names(step: Step) -> tuple[str, str | None, bool]:
     """The names of input and residual, and whether a ReLU follows."""
-    return step.args[0].name, step.residual.name if step.residual else None, step.act == "relu"
+    x = step.args[0].name
+    residual = step.residual.name if step.residual else None
+    relu = step.act == "relu"
+    return x, residual, relu
 
 
 def bind_kernel(chosen: Kernel, step: Step, weight: Tensor, bias: Tensor, geometry: tuple) -> Run:

@@ -50,19 +50,27 @@ class Explanation(list):
 
     def __str__(self) -> str:
         header = ["layer", "op", "problem", "kernel"]
-        rows = [[x.module, x.op, _shape(x.problem), x.kernel] for x in self]
-        if any(x.floor_us or x.time_us for x in self):
+        rows = [[line.module, line.op, _shape(line.problem), line.kernel] for line in self]
+        if any(line.floor_us or line.time_us for line in self):
             header += ["µs", "floor", "%"]
             for row, line in zip(rows, self, strict=True):
                 row += _times(line)
         right = range(4, len(header))
-        return table((*header, "why"), [(*row, x.why) for row, x in zip(rows, self, strict=True)], right=right)
+        header.append("why")
+        for row, line in zip(rows, self, strict=True):
+            row.append(line.why)
+        return table(header, rows, right=right)
 
 
 def _times(line: Line) -> list[str]:
     """Time, floor, and the floor in percent of the time; "" for what is not known."""
-    percent = line.floor_us and line.time_us and 100 * line.floor_us / line.time_us
-    return [_number(line.time_us), _number(line.floor_us), _number(percent, digits=0)]
+    time_us, floor_us = line.time_us, line.floor_us
+    percent = floor_us and time_us and 100 * floor_us / time_us
+    return [
+        _number(time_us),
+        _number(floor_us),
+        _number(percent, digits=0),
+    ]
 
 
 def _number(value: float | None, digits: int = 1) -> str:
@@ -77,6 +85,8 @@ def _shape(p: Problem | None) -> str:
     if p.op == "pointwise_pair":
         return f"{x} + {p.chain[0][1]} → {p.weight[0]}"
     if p.op in ACROSS:
-        later = [p.chain[0][0], p.chain[2][0]] if p.op == "conv_tail" else []
-        return " → ".join([x, *map(str, [p.weight[0], *later])])
+        channels = [p.weight[0]]
+        if p.op == "conv_tail":
+            channels += [p.chain[0][0], p.chain[2][0]]
+        return " → ".join([x, *map(str, channels)])
     return x if p.weight is None else f"{x} → {'×'.join(map(str, p.weight))}"

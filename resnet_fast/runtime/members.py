@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..graph.network import Lowered
     from ..graph.weights import FoldedConv
 
-CHECKS = {
+CHECKS: dict[str, Callable[..., None]] = {
     "pointwise_pair": across.check_pointwise_pair,
     "conv_tail": across.check_conv_tail,
     "conv_pool": across.check_conv_pool,
@@ -34,9 +34,11 @@ def flat(lowered: Lowered, step: Group, values: dict[str, Any]) -> tuple[tuple, 
     """The op's flat arguments, and why the op cannot take them (a residual that broadcasts, for example) or None."""
     inputs = [values[value.name] for value in step.args]
     filters = [lowered.filters[part] if part else None for part in step.parts]
-    args = _FLAT[step.op](step, inputs, filters)
+    flatten = _FLAT[step.op]
+    check = CHECKS[step.op]
+    args = flatten(step, inputs, filters)
     try:
-        CHECKS[step.op](*args)
+        check(*args)
     except RuntimeError as misfit:
         return args, str(misfit)
     return args, None
@@ -44,7 +46,8 @@ def flat(lowered: Lowered, step: Group, values: dict[str, Any]) -> tuple[tuple, 
 
 def _bias_sum(*filters: FoldedConv) -> Tensor:
     """The sum of the biases, in float32 or wider."""
-    return sum(at_least_float32(f.bias) for f in filters)
+    # Cast: to mypy the sum may be of nothing, and so 0.
+    return cast(Tensor, sum(at_least_float32(f.bias) for f in filters))
 
 
 def at_least_float32(bias: Tensor) -> Tensor:
@@ -138,12 +141,17 @@ class Members:
         self.step = step
         self.largest = 0
         self._filters = lowered.filters
-        device = values[step.args[0].name].device
-        dtype = lowered.filters[step.parts[0]].weight.dtype
-        self._normalize = (*statistics(step, device), dtype)
-        self._inputs = tuple(dict.fromkeys(value.name for value in step.args))
-        self._last_reader = {name: m for m in step.members for name in references(m)}
-        self._inside = {m.output for m in step.members} - set(outputs(step))
+        x = values[step.args[0].name]
+        first_filter = lowered.filters[step.parts[0]]
+        mean, std = statistics(step, x.device)
+        self._normalize = mean, std, first_filter.weight.dtype
+        inputs = [value.name for value in step.args]
+        self._inputs = tuple(dict.fromkeys(inputs))
+        self._last_reader: dict[str, Step] = {}
+        for member in step.members:
+            self._last_reader.update(dict.fromkeys(references(member), member))
+        computed = {member.output for member in step.members}
+        self._inside = computed - set(outputs(step))
         self._calls: list[tuple[str, Callable, tuple[str, ...]]] = []
         self.values = self._start(values)
 
@@ -157,27 +165,30 @@ class Members:
     def writable(self, member: Step, writable: set[str]) -> set[str]:
         """The values that this member may overwrite: no later member reads them, and the group may write there."""
         x = member.args[0].name
-        return {name for name in self._inside | writable if self._last_reader.get(name) is member and name != x}
+        candidates = self._inside | writable
+        candidates.discard(x)
+        return {name for name in candidates if self._last_reader.get(name) is member}
 
     def append(self, member: Step, run: Callable) -> None:
         """Add the next member's call."""
-        dead = tuple(
-            name
-            for name in dict.fromkeys(references(member))
-            if name in self._inside and self._last_reader[name] is member
-        )
+        inside = [name for name in dict.fromkeys(references(member)) if name in self._inside]
+        dead = tuple(name for name in inside if self._last_reader[name] is member)
         self._calls.append((member.output, run, dead))
-        if member.op == "conv_bn_act":
-            made = self.values[member.output] = self._like(member)
-            if member.output in self._inside:
-                self.largest = max(self.largest, made.nbytes)
+        if member.op != "conv_bn_act":
+            return
+        memory = self._like(member)
+        self.values[member.output] = memory
+        if member.output in self._inside:
+            self.largest = max(self.largest, memory.nbytes)
 
     def _like(self, member: Step) -> Tensor:
         """Memory like a convolution's output."""
         x = self.values[member.args[0].name]
-        shape = torch.Size(conv_shape(self._filters[member.output], x))
+        folded = self._filters[member.output]
+        shape = torch.Size(conv_shape(folded, x))
         if member.residual is not None:
-            shape = torch.broadcast_shapes(shape, self.values[member.residual.name].shape)
+            residual = self.values[member.residual.name]
+            shape = torch.broadcast_shapes(shape, residual.shape)
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
     def forget(self) -> None:

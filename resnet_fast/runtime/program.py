@@ -76,7 +76,8 @@ def _further_convolutions(step: Group) -> tuple[str, ...]:
     """The group's convolutions but the first, named within their block."""
     block, _, _ = step.target.rpartition(".")
     convs = [m.target for m in step.members if m.op == "conv_bn_act"]
-    return tuple(target.removeprefix(f"{block}.") for target in convs if target != step.target)
+    further = [target for target in convs if target != step.target]
+    return tuple(target.removeprefix(f"{block}.") for target in further)
 
 
 class Program:
@@ -194,9 +195,11 @@ def _flops(lowered: Lowered, step: Step, shape: tuple[int, ...], problem: Proble
     if isinstance(step, Group):
         if problem is None:
             return 0
-        weights = sum(lowered.filters[part].weight.numel() for part in step.parts if part)
+        filters = [lowered.filters[part] for part in step.parts if part]
+        weights = sum(f.weight.numel() for f in filters)
+        images = problem.x[0]
         height, width = problem.out_hw
-        return 2 * problem.x[0] * height * width * weights
+        return 2 * images * height * width * weights
     filter_ = lowered.filters.get(step.output)
     if filter_ is not None and len(shape) == 4:
         images, _, height, width = shape

@@ -34,7 +34,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...dispatch.registry import Problem, kernel
+from ...dispatch.problem import Problem
+from ...dispatch.registry import kernel
 from . import launch
 from .dependent_launch import begin
 from .epilogue import activate
@@ -416,8 +417,9 @@ def supports(problem: Problem) -> str | None:
     sources=launch.sources("dependent_launch", "epilogue", "pool_config"),
 )
 def conv_pool(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, std: Tensor | None) -> Tensor:
+    n, c, h, w = x.shape
     k, _, r, s = weight.shape
-    stem = Stem(*x.shape, k, r, s, weight.itemsize, mean is not None, launch.capability(x))
+    stem = Stem(n, c, h, w, k, r, s, weight.itemsize, mean is not None, launch.capability(x))
     return run(x, weight, bias, mean, std, stem, stem_config(stem))
 
 

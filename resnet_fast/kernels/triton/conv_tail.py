@@ -18,12 +18,15 @@ Source: back-to-back GEMM fusion, as in CUTLASS's example 13, with the residual 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...dispatch.registry import Problem, kernel
+from ...dispatch.problem import Problem
+from ...dispatch.registry import kernel
 from . import launch
 from .dependent_launch import begin
 from .epilogue import activate
@@ -193,7 +196,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """The tail with a given config, which is what a tuner tries."""
     n, _, h, w = x.shape
-    nhwc = {"dtype": x.dtype, "device": x.device, "memory_format": torch.channels_last}
+    nhwc: dict[str, Any] = {"dtype": x.dtype, "device": x.device, "memory_format": torch.channels_last}
     y = torch.empty(n, g.wide, h, w, **nhwc)
     z = torch.empty(n, g.next, h, w, **nhwc)
     if g.m == 0:

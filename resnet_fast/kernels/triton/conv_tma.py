@@ -26,7 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...dispatch.registry import Problem, kernel
+from ...dispatch.problem import Problem
+from ...dispatch.registry import kernel
 from . import launch, tma
 from .dependent_launch import begin
 from .epilogue import affine

@@ -12,8 +12,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from math import ceil
+from typing import TYPE_CHECKING
 
 from ...roofline.chips import BY_CAPABILITY, Chip
+
+if TYPE_CHECKING:
+    from .tail_config import Tail
 
 # Up to here a block of 16 channels would be half padding: taps and channels are walked as one axis.
 FLAT_CHANNELS = 8
@@ -184,7 +188,7 @@ def registers(g: Gemm, c: GemmConfig) -> int:
     return total
 
 
-def uses_tensor_memory(g: Gemm) -> bool:
+def uses_tensor_memory(g: Gemm | Tail) -> bool:
     """Whether the products accumulate in tensor memory: 16-bit on data-centre Blackwell."""
     return g.itemsize == 2 and g.capability is not None and g.capability[0] in (10, 11)
 

@@ -6,7 +6,7 @@ import functools
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...dispatch.registry import Problem
+from ...dispatch.problem import Problem
 from .. import vendor
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -125,7 +125,7 @@ def dense_vectors(vectors: tuple) -> tuple:
     return tuple(v.contiguous() if isinstance(v, Tensor) else v for v in vectors)
 
 
-def conv_result(x: Tensor, weight: Tensor, out_hw: tuple[int, int]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def conv_result(x: Tensor, weight: Tensor, out_hw: Sequence[int]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """NHWC memory for a convolution's result, and a function that gives the filled result ``F.conv2d``'s strides.
 
     It changes nothing, except where one channel or one pixel makes ``x`` NCHW as well and torch answers in NCHW.

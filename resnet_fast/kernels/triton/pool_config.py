@@ -70,6 +70,7 @@ def _head_tiles(h: Head) -> Iterator[HeadConfig]:
     half = h.itemsize == 2
     tensor_memory = half and h.capability is not None and h.capability[0] in (10, 11)
     # A tile's filters are the matrix unit's rows: tcgen05 has 64 or 128 of them. float32 runs on the FMA units.
+    filters: tuple[int, ...]
     if tensor_memory:
         filters, four_warps = (64, 128), 64 * 64
     elif half:

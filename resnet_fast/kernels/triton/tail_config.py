@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import product
 from math import ceil
 
-from ...dispatch.registry import Problem
+from ...dispatch.problem import Problem
 from ...roofline.chips import Chip
 from .gemm_config import FILL_NS, KIB, TRIP_NS, chip, power_of_two, useful_sizes, uses_tensor_memory
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...dispatch.registry import Problem
+from ...dispatch.problem import Problem
 from . import launch
 from .epilogue import activate
 

@@ -177,7 +177,7 @@ def predicted_ns(g: Gemm, window: Window, c: TileConfig) -> float:
     blocks = prod(grid(g, window, c))
     fullest = ceil(pixels * filters / blocks) * ceil(blocks / on.sms)
 
-    trips = 1 if c.resident else g.taps * ceil(g.channels / c.channels)
+    trips: float = 1 if c.resident else g.taps * ceil(g.channels / c.channels)
     if c.skips:
         trips *= window.inside
 
