@@ -85,7 +85,8 @@ def _cudnn_supports(problem: Problem) -> str | None:
 @kernel("aten.cudnn_fused", op="conv_bn_act", supports=_cudnn_supports, sources=SOURCES)
 def cudnn_fused(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
     folded, bias = prepack.fold(weight, scale, shift, mean, var, eps)
-    return vendor.cudnn(x, folded, bias, residual, (stride, padding, dilation, groups))
+    geometry = stride, padding, dilation, groups
+    return vendor.cudnn(x, folded, bias, residual, geometry)
 
 
 @kernel("aten.bn_act", op="bn_act", supports=_everything)
@@ -141,7 +142,9 @@ def add_act_backward(dout, out, x, gate, act) -> tuple[Tensor, Tensor, Tensor]:
     dy = torch.ops.aten.threshold_backward(dout, out, 0) if act == "relu" else dout.clone()
     if gate is None:
         return dy, dout.new_empty(0), dout.new_empty(0)
-    return dy, dy * gate, (dy * x).sum((2, 3), keepdim=True)
+    dx = dy * gate
+    dgate = (dy * x).sum((2, 3), keepdim=True)
+    return dy, dx, dgate
 
 
 # ---------------------------------------------------------------- over several convolutions, run one after the other
@@ -170,7 +173,8 @@ def conv_tail(x, weight2, bias2, weight3, bias3, residual, projection, weight1, 
     middle = _biased(x, weight2, bias2, padding=1).relu_()
     shortcut = residual if projection is None else F.conv2d(residual, projection)
     y = _biased(middle, weight3, bias3).add_(shortcut).relu_()
-    return _channels_last(y), _channels_last(_biased(y, weight1, bias1).relu_())
+    z = _biased(y, weight1, bias1).relu_()
+    return _channels_last(y), _channels_last(z)
 
 
 @kernel("aten.conv_pool", op="conv_pool", supports=_everything)

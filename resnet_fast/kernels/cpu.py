@@ -55,7 +55,9 @@ def _supports(problem: Problem) -> str | None:
     why = nhwc_or_why(problem)
     if why is not None:
         return why
-    return "the input is empty, or smaller than the filters" if 0 in problem.x or min(problem.out_hw) < 1 else None
+    if 0 in problem.x or min(problem.out_hw) < 1:
+        return "the input is empty, or smaller than the filters"
+    return None
 
 
 def _yields_to_amx(problem: Problem) -> str | None:
@@ -113,7 +115,10 @@ def run_winograd(
 def _winograd_supports(problem: Problem) -> str | None:
     if (problem.weight[2:], problem.stride, problem.padding) != ((3, 3), (1, 1), (1, 1)):
         return "it takes 3×3 filters with padding 1 and stride 1"
-    return f"it wants a multiple of 16 channels, got {problem.x[1]}" if problem.x[1] % 16 else _supports(problem)
+    channels = problem.x[1]
+    if channels % 16:
+        return f"it wants a multiple of 16 channels, got {channels}"
+    return _supports(problem)
 
 
 def _winograd_yields(problem: Problem, live: bool) -> str | None:
@@ -248,7 +253,8 @@ def _bn_yields(problem: Problem, live: bool) -> str | None:
 )
 def bn_act(x, weight, bias, residual, eps, act) -> tuple[Tensor, Tensor, Tensor]:
     weight, bias = _dense_float32(weight), _dense_float32(bias)
-    y, mean, var = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+    y = torch.empty_like(x)
+    mean, var = torch.empty_like(weight), torch.empty_like(weight)
     torch.ops.resnet_fast_cpu.bn_act.default(x, weight, bias, residual, y, mean, var, eps, act == "relu")
     return y, mean, var
 
@@ -262,8 +268,10 @@ def bn_act(x, weight, bias, residual, eps, act) -> tuple[Tensor, Tensor, Tensor]
     why=BATCH_NORM_WHY,
 )
 def bn_act_backward(dy, x, y, weight, mean, var, eps, act, residual) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gamma, mean, var = _dense_float32(weight), _dense_float32(mean), _dense_float32(var)
-    dx, dweight, dbias = torch.empty_like(x), torch.empty_like(gamma), torch.empty_like(gamma)
+    gamma = _dense_float32(weight)
+    mean, var = _dense_float32(mean), _dense_float32(var)
+    dx = torch.empty_like(x)
+    dweight, dbias = torch.empty_like(gamma), torch.empty_like(gamma)
     dresidual = torch.empty_like(x) if residual else None
     # A Problem has the layout of x alone.
     dy = dy.contiguous(memory_format=torch.channels_last)
@@ -271,7 +279,8 @@ def bn_act_backward(dy, x, y, weight, mean, var, eps, act, residual) -> tuple[Te
     torch.ops.resnet_fast_cpu.bn_act_backward.default(
         dy, x, y, gamma, mean, var, dx, dweight, dbias, dresidual, eps, act == "relu"
     )
-    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype), dresidual if residual else x.new_empty(0)
+    dtype = weight.dtype
+    return dx, dweight.to(dtype), dbias.to(dtype), dresidual if residual else x.new_empty(0)
 
 
 def _dense_float32(vector: Tensor) -> Tensor:

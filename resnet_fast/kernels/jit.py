@@ -130,7 +130,8 @@ def register(module: ModuleType, path: Path, available, device: str = "cuda") ->
             return why
         sizes = _sizes(problem.x, problem.weight, problem.out_hw)
         geometry = (*problem.stride, *problem.padding, *problem.dilation, problem.groups)
-        relu, residual = problem.act == "relu", problem.residual is not None
+        relu = problem.act == "relu"
+        residual = problem.residual is not None
         no_pointers, no_stream = [0] * 6, 0
         return module.declines(no_pointers, sizes, geometry, relu, residual, _name(problem.dtype), no_stream) or None
 
@@ -138,10 +139,12 @@ def register(module: ModuleType, path: Path, available, device: str = "cuda") ->
     def run(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
         hw = conv_out_hw(x.shape, weight.shape, stride, padding, dilation)
         filters = weight.contiguous(memory_format=torch.channels_last)
-        scale, shift = (v.float().contiguous() for v in reference.affine(scale, shift, mean, var, eps))
+        affine = reference.affine(scale, shift, mean, var, eps)
+        scale, shift = (vector.float().contiguous() for vector in affine)
         shape = x.shape[0], weight.shape[0], *hw
         out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        pointers = [0 if t is None else t.data_ptr() for t in (x, filters, scale, shift, residual, out)]
+        tensors = (x, filters, scale, shift, residual, out)
+        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         sizes = _sizes(x.shape, weight.shape, hw)
         geometry = (*stride, *padding, *dilation, groups)
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0

@@ -84,7 +84,9 @@ def _add_act_supports(problem: Problem) -> str | None:
 
 @kernel("native.add_act", op="add_act", supports=_add_act_supports, available=available, sources=SOURCES)
 def add_act(x: Tensor, y: Tensor, gate: Tensor | None, act: str) -> Tensor:
-    return _op("add_act")(x, y, gate if gate is None else gate.contiguous(), act == "relu")
+    if gate is not None:
+        gate = gate.contiguous()
+    return _op("add_act")(x, y, gate, act == "relu")
 
 
 @kernel(
@@ -94,7 +96,8 @@ def add_act_backward(
     dout: Tensor, out: Tensor, x: Tensor | None, gate: Tensor | None, act: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     if gate is None:
-        return _op("add_act_backward")(dout, out, act == "relu"), dout.new_empty(0), dout.new_empty(0)
+        dy = _op("add_act_backward")(dout, out, act == "relu")
+        return dy, dout.new_empty(0), dout.new_empty(0)
     x = x.contiguous(memory_format=torch.channels_last)  # the Problem has the layout of dout alone
     dx, dy, dgate = _op("add_act_gate_backward")(dout, out, x, gate.contiguous(), act == "relu")
     return dy, dx, dgate
@@ -200,7 +203,8 @@ def _pair_supports(problem: Problem) -> str | None:
 def pointwise_pair_hopper(
     x: Tensor, weight: Tensor, x2: Tensor, weight2: Tensor, bias: Tensor, stride2: tuple[int, int]
 ) -> Tensor:
-    x, weight, x2, weight2 = (_aligned(t) for t in (x, _nhwc(weight), x2, _nhwc(weight2)))
+    operands = (x, _nhwc(weight), x2, _nhwc(weight2))
+    x, weight, x2, weight2 = (_aligned(operand) for operand in operands)
     return _op("pointwise_pair_hopper")(x, weight, x2, weight2, bias.contiguous(), stride2)
 
 
@@ -379,4 +383,6 @@ def bn_act(
 def bn_act_backward(
     dy: Tensor, x: Tensor, y: Tensor, weight: Tensor, mean: Tensor, var: Tensor, eps: float, act: str, residual: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _op("bn_act_backward")(_nhwc(dy), x, _nhwc(y), weight.contiguous(), mean, var, eps, act == "relu", residual)
+    dy, y = _nhwc(dy), _nhwc(y)
+    weight = weight.contiguous()
+    return _op("bn_act_backward")(dy, x, y, weight, mean, var, eps, act == "relu", residual)

@@ -254,8 +254,9 @@ def conv(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dil
     n, c, _, _ = x.shape
     oh, ow = conv_out_hw(x.shape, weight.shape, stride, padding, dilation)
     g = Gemm(n * oh * ow, k, c, r * s, groups, x.itemsize, residual is not None, launch.capability(x))
+    vectors = scale, shift, mean, var, eps
     geometry = stride, padding, dilation
-    return run(x, weight, (scale, shift, mean, var, eps), residual, geometry, act, (oh, ow), g, gemm_config(g))
+    return run(x, weight, vectors, residual, geometry, act, (oh, ow), g, gemm_config(g))
 
 
 def run(

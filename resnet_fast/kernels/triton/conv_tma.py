@@ -163,24 +163,29 @@ def supports(problem: Problem) -> str | None:
     sources=launch.sources("dependent_launch", "epilogue", "tma", "tma_config"),
 )
 def conv_tma(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
+    vectors = scale, shift, mean, var, eps
     geometry = stride, padding, dilation
-    return run(x, weight, (scale, shift, mean, var, eps), residual, geometry, act)
+    return run(x, weight, vectors, residual, geometry, act)
 
 
 def window(x: tuple[int, ...], weight: tuple[int, ...], geometry: tuple) -> Window:
     """The result's images, rows and columns, and the share of taps inside, of an input and filter of these shapes."""
-    (_, _, h, w), (_, _, r, s) = x, weight
+    n, _, h, w = x
+    _, _, r, s = weight
     stride, padding, dilation = geometry
     rows, rows_inside = _side(h, r, stride[0], padding[0], dilation[0])
     columns, columns_inside = _side(w, s, stride[1], padding[1], dilation[1])
-    return Window(x[0], rows, columns, rows_inside * columns_inside)
+    return Window(n, rows, columns, rows_inside * columns_inside)
 
 
 def _side(size: int, taps: int, stride: int, padding: int, dilation: int) -> tuple[int, float]:
     """The result's size along one side, and the share of its taps that falls inside the image."""
-    out = (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
-    places = (p * stride - padding + r * dilation for p, r in product(range(out), range(taps)))
-    return out, sum(0 <= place < size for place in places) / (out * taps)
+    reach = dilation * (taps - 1)
+    out = (size + 2 * padding - reach - 1) // stride + 1
+    pairs = product(range(out), range(taps))
+    positions = (pixel * stride - padding + tap * dilation for pixel, tap in pairs)
+    inside = sum(0 <= position < size for position in positions)
+    return out, inside / (out * taps)
 
 
 def run(

@@ -96,7 +96,9 @@ def gemm_configs(g: Gemm) -> tuple[GemmConfig, ...]:
     fitting = [c for c in _tiles(g) if c.shared(g.itemsize) <= on.shared and registers(g, c) <= _MOST_REGISTERS]
 
     def rank(c: GemmConfig) -> tuple:
-        return predicted_ns(g, c), -c.block_m * c.block_n, abs(c.block_m - c.block_n), -c.block_k, c.split_k
+        area = c.block_m * c.block_n
+        off_square = abs(c.block_m - c.block_n)
+        return predicted_ns(g, c), -area, off_square, -c.block_k, c.split_k
 
     return tuple(sorted(fitting, key=rank))
 

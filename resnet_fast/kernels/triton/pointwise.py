@@ -109,9 +109,12 @@ def supports(problem: Problem) -> str | None:
 )
 def pointwise(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
     n, c, h, w = x.shape
-    oh, ow = (h - 1) // stride[0] + 1, (w - 1) // stride[1] + 1
-    g = Gemm(n * oh * ow, weight.shape[0], c, 1, 1, x.itemsize, residual is not None, launch.capability(x))
-    return run(x, weight, (scale, shift, mean, var, eps), residual, stride, act, (oh, ow), g, gemm_config(g))
+    oh = (h - 1) // stride[0] + 1
+    ow = (w - 1) // stride[1] + 1
+    pixels, filters = n * oh * ow, weight.shape[0]
+    g = Gemm(pixels, filters, c, 1, 1, x.itemsize, residual is not None, launch.capability(x))
+    vectors = scale, shift, mean, var, eps
+    return run(x, weight, vectors, residual, stride, act, (oh, ow), g, gemm_config(g))
 
 
 def run(

@@ -120,7 +120,8 @@ def supports(problem: Problem) -> str | None:
     sources=launch.sources("dependent_launch", "epilogue", "tma", "tma_config"),
 )
 def pointwise_pair_tma(x, weight, x2, weight2, bias, stride2) -> Tensor:
-    g, window = product_of(x.shape, weight2.shape, x.itemsize, launch.capability(x))
+    capability = launch.capability(x)
+    g, window = product_of(x.shape, weight2.shape, x.itemsize, capability)
     return run(x, weight, x2, weight2, bias, stride2, g, window)
 
 
@@ -129,7 +130,9 @@ def product_of(
 ) -> tuple[Gemm, Window]:
     """The matrix product that a pair is, and the window of its result."""
     n, c, h, w = x
-    return Gemm(n * h * w, weight2[0], c + weight2[1], itemsize=itemsize, capability=capability), Window(n, h, w)
+    k, c2, *_ = weight2
+    g = Gemm(n * h * w, k, c + c2, itemsize=itemsize, capability=capability)
+    return g, Window(n, h, w)
 
 
 def best(g: Gemm, window: Window, channels: int) -> TileConfig:

@@ -119,8 +119,10 @@ def supports(problem: Problem) -> str | None:
 )
 def pointwise_tma(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
     n, c, h, w = x.shape
-    g = Gemm(n * h * w, weight.shape[0], c, 1, 1, x.itemsize, residual is not None, launch.capability(x))
-    return run(x, weight, (scale, shift, mean, var, eps), residual, act, g)
+    pixels, filters = n * h * w, weight.shape[0]
+    g = Gemm(pixels, filters, c, 1, 1, x.itemsize, residual is not None, launch.capability(x))
+    vectors = scale, shift, mean, var, eps
+    return run(x, weight, vectors, residual, act, g)
 
 
 def run(

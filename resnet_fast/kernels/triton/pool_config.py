@@ -61,7 +61,8 @@ def head_configs(h: Head) -> tuple[HeadConfig, ...]:
     fitting = [c for c in _head_tiles(h) if c.shared(h.itemsize) <= on.shared and head_registers(c) <= 256]
 
     def rank(c: HeadConfig) -> tuple:
-        return head_ns(h, c), -c.block_m * c.block_n, c.images, -c.block_k
+        area = c.block_m * c.block_n
+        return head_ns(h, c), -area, c.images, -c.block_k
 
     return tuple(sorted(fitting, key=rank))
 
@@ -184,7 +185,9 @@ class StemConfig:
         matrix_unit_waits = s.capability is not None and s.capability[0] in (9, 10, 11)
         under_way = self.num_stages if matrix_unit_waits else self.num_stages - 1
         depth = s.span * (s.taps if self.resident else 1)
-        return depth * s.itemsize * (2 * self.block_n + under_way * self.block_m) + 4 * self.block_m * self.block_n
+        operands = depth * s.itemsize * (2 * self.block_n + under_way * self.block_m)
+        odd_columns = 4 * self.block_m * self.block_n
+        return operands + odd_columns
 
 
 def stem_config(s: Stem) -> StemConfig:

@@ -87,7 +87,8 @@ def tail_configs(g: Tail) -> tuple[TailConfig, ...]:
             fitting.append(replace(tile, blocks=_blocks_per_sm(g, tile, on)))
 
     def rank(c: TailConfig) -> tuple:
-        return predicted_ns(g, c), -c.block_m * c.block_n, -c.block_k, -c.num_stages
+        area = c.block_m * c.block_n
+        return predicted_ns(g, c), -area, -c.block_k, -c.num_stages
 
     return tuple(sorted(fitting, key=rank))
 

@@ -88,7 +88,9 @@ def configs(
             fitting.append(replace(tile, blocks=blocks))
 
     def rank(c: TileConfig) -> tuple:
-        return predicted_ns(g, window, c), -c.pixels * c.filters, -c.blocks, -c.channels, -c.box[1], -c.num_stages
+        area = c.pixels * c.filters
+        ns = predicted_ns(g, window, c)
+        return ns, -area, -c.blocks, -c.channels, -c.box[1], -c.num_stages
 
     return tuple(sorted(fitting, key=rank))
 
