@@ -373,7 +373,8 @@ def test_it_prints_and_explains(model, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     run = plan(model, images(), across=ACROSS)
     text = str(run)
-    assert "conv_tail with downsample.0, conv3, layer1.1.conv1 relu" in text and "aten (oneDNN)" in text
+    assert "conv_tail with downsample.0, conv3, layer1.1.conv1 relu" in text
+    assert "aten (oneDNN)" in text or "cpu." in text  # which of them depends on the processor
     line = next(x for x in run.explain(images()) if x.op == "pointwise_pair")
     assert line.module == "layer2.0.conv3" and line.why == "one by one: default" and line.problem.chain
     assert [s.op for s in run.steps] == [s.op for s in plan(model, images(), across=ACROSS).variant(ACROSS).steps]
