@@ -19,8 +19,8 @@ from resnet_fast.kernels.triton import bn_act, bn_act_backward, conv, launch, po
 from resnet_fast.kernels.triton.gemm_config import Gemm, GemmConfig, gemm_config
 from resnet_fast.kernels.triton.rows_config import MergeConfig, RowsConfig
 from resnet_fast.models.blocks import Bottleneck
-from resnet_fast.testing import eager
 from resnet_fast.testing.check import check_kernel, oracle
+from resnet_fast.testing.eager import eager
 from resnet_fast.testing.grids import nasty_problems
 from resnet_fast.testing.rule import assert_rule, same_nonfinite
 from resnet_fast.testing.samples import make_args
