@@ -7,6 +7,7 @@ Otherwise its plain modules run, exactly as torchvision's do, and ``explain`` re
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,8 @@ def _why_plain_module(m: nn.Module) -> str | None:
         return f"a {type(m).__name__} has hooks"
     if "forward" in m.__dict__:
         return f"a {type(m).__name__} has its own forward"
-    return _CHECKS.get(type(m), _why_plain_other)(m)
+    check: Any = _CHECKS.get(type(m), _why_plain_other)
+    return check(m)
 
 
 def why_misplaced(named: Iterable[tuple[str, nn.Module | None]]) -> str | None:
@@ -90,7 +92,7 @@ def _why_plain_conv(conv: nn.Conv2d) -> str | None:
     return None
 
 
-def _why_plain_bn(bn: nn.BatchNorm2d) -> str | None:
+def _why_plain_bn(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> str | None:
     if type(bn._parameters.get("weight")) not in _TENSORS or type(bn._parameters.get("bias")) not in _TENSORS:
         return "a BatchNorm2d has no affine parameters, or a tensor subclass"
     return None

@@ -80,7 +80,7 @@ class ModuleGuards:
         """(getter, ``__dict__``s, expected values) of the attributes, and hooks, that must stay equal."""
         alike = defaultdict(list)
         for state, guard in zip(self._states, guards, strict=True):
-            no_hooks = {}, {}
+            no_hooks: tuple[dict, dict] = {}, {}
             alike[guard.names].append((state, (*guard.values, *no_hooks)))
         return [(itemgetter(*names, *_HOOKS), *zip(*found, strict=True)) for names, found in alike.items()]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,8 @@ class NetworkProgram:
         self._filters: dict[str, tuple[nn.Conv2d, prepack.PackedFilter]] = {}
         for step in self._lowered.steps:
             if step.op == "conv_bn_act":
-                conv, bn = map(network.get_submodule, step.modules[:2])
+                conv: Any = network.get_submodule(step.modules[0])
+                bn: Any = network.get_submodule(step.modules[1])
                 self._filters[step.output] = conv, _packed_filter(conv, bn)
         # A network that moved to a GPU, or to another dtype, may never run here again and check its guards.
         storages = [conv.weight.untyped_storage() for conv, _ in self._filters.values()]
@@ -115,7 +117,7 @@ class NetworkProgram:
         return bind_conv(call, *choose(problem))
 
 
-def _packed_filter(conv: nn.Conv2d, bn: nn.Module) -> prepack.PackedFilter:
+def _packed_filter(conv: Any, bn: Any) -> prepack.PackedFilter:
     vectors = bn.weight, bn.bias, bn.running_mean, bn.running_var
     if conv.bias is not None or not prepack.packable(conv.weight, *vectors):
         raise Unfit("a convolution has a bias, or weights that are not contiguous")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from .eligibility import uses_batch_statistics
 from .training_conv import convolve
 
 
-def fused_step(conv: nn.Conv2d, bn: nn.Module, x: Tensor, residual: Tensor | None = None, act: str = "none") -> Tensor:
+def fused_step(conv: Any, bn: Any, x: Tensor, residual: Tensor | None = None, act: str = "none") -> Tensor:
     """conv → BN → (+ residual) → act over live modules.
 
     With fixed statistics this is ``ops.conv_bn_act``, in training a convolution and ``ops.bn_act``.

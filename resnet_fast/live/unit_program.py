@@ -124,7 +124,8 @@ def _bind(step: Step, slots: dict[str, int], owner: nn.Module) -> Callable[[list
 
 
 def _bind_conv(step: Step, slots: dict[str, int], owner: nn.Module) -> Callable[[list], Tensor]:
-    conv, bn = (owner.get_submodule(path) for path in step.modules[:2])
+    conv: Any = owner.get_submodule(step.modules[0])
+    bn: Any = owner.get_submodule(step.modules[1])
     x_slot, act = slots[step.args[0].name], step.act
     fused = fused_step if conv.bias is None else _biased_fused_step
     if step.residual is None:
@@ -145,7 +146,7 @@ def _bind_conv(step: Step, slots: dict[str, int], owner: nn.Module) -> Callable[
     return run
 
 
-def _biased_fused_step(conv: nn.Conv2d, bn: nn.Module, x: Tensor, residual: Tensor | None, act: str) -> Tensor:
+def _biased_fused_step(conv: Any, bn: Any, x: Tensor, residual: Tensor | None, act: str) -> Tensor:
     """``fused_step`` for a convolution with a bias: BN(z + b) with statistics μ is BN(z) with statistics μ − b."""
     if uses_batch_statistics(bn):
         return batch_norm_act(bn, conv._conv_forward(x, own_strides(conv.weight), conv.bias), residual, act)
@@ -176,7 +177,7 @@ def _result_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def output_shape(conv: nn.Conv2d, x: Tensor) -> tuple[int, ...]:
+def output_shape(conv: Any, x: Tensor) -> tuple[int, ...]:
     """The shape of ``conv(x)``."""
     sizes = conv_out_hw(x.shape, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
     return (x.shape[0], conv.out_channels, *sizes)

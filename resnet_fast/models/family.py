@@ -75,13 +75,14 @@ def create_model(name: str, *, weights: Any = None, progress: bool = True, **kwa
         value = getattr(spec, key)
         if value != getattr(ModelSpec, key) and kwargs.setdefault(key, value) != value:
             raise ValueError(f"{name}: {key}: got {kwargs[key]}, expected {value}, which makes it a {name}")
-    model = ResNet(spec.block, list(spec.layers), **kwargs)
+    block: Any = spec.block
+    model = ResNet(block, list(spec.layers), **kwargs)
     if weights is not None:
         model.load_state_dict(_fetched(weights, progress))
     return model
 
 
-def _verify_weights(spec: ModelSpec, weights: Any):
+def _verify_weights(spec: ModelSpec, weights: Any) -> Any:
     try:
         from torchvision.models import get_model_weights
     except ImportError as error:
@@ -99,7 +100,8 @@ def _verify_weights(spec: ModelSpec, weights: Any):
 
 def _fetched(weights: Any, progress: bool) -> dict[str, Tensor]:
     try:
-        return weights.get_state_dict(progress=progress, check_hash=True)
+        state: dict[str, Tensor] = weights.get_state_dict(progress=progress, check_hash=True)
+        return state
     except OSError as error:  # no network, no space
         folder = Path(torch.hub.get_dir(), "checkpoints")
         raise OSError(

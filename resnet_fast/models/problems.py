@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..dispatch.problem import Problem
 from .family import create_model
@@ -29,9 +28,7 @@ class _Layers:
         self.shared = shared
         self.found: list[ConvLayer] = []
 
-    def add(
-        self, name: str, conv: nn.Conv2d, x: tuple[int, ...], act: str, residual: str | None = None
-    ) -> tuple[int, ...]:
+    def add(self, name: str, conv: Any, x: tuple[int, ...], act: str, residual: str | None = None) -> tuple[int, ...]:
         """Add a convolution of that input and return its output's shape."""
         problem = Problem(
             x=x,
@@ -47,7 +44,7 @@ class _Layers:
         self.found.append(ConvLayer(name, problem))
         return x[0], conv.out_channels, *problem.out_hw
 
-    def add_block(self, name: str, block: nn.Module, x: tuple[int, ...]) -> tuple[int, ...]:
+    def add_block(self, name: str, block: Any, x: tuple[int, ...]) -> tuple[int, ...]:
         """Add a block's convolutions, the projection before the last; returns its output's shape."""
         start = x
         *first, last = (key for key in ("conv1", "conv2", "conv3") if hasattr(block, key))
@@ -134,7 +131,7 @@ def across_layers(layers: list[ConvLayer]) -> list[AcrossLayer]:
     return groups.found
 
 
-def distinct(layers: list) -> list:
+def distinct(layers: list[Any]) -> list[Any]:
     """The first layer (or group) of each distinct problem. ResNet-50 at one size has 23 distinct convolutions."""
     first: dict[Problem, Any] = {}
     for layer in layers:
@@ -167,6 +164,7 @@ def problem_after(conv: Problem, op: str) -> Problem | None:
     """Return the problem of a training op after a convolution, None for a residual add where nothing is added."""
     if op.startswith("add_act") and not conv.residual:
         return None
+    assert conv.weight is not None  # it is a convolution
     return Problem(
         op,
         conv.device,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,10 +69,13 @@ class ResNet(nn.Module):
         # Zero γ in each block's last norm makes every block start as the identity: +0.2–0.3 % (Goyal et al. 2017).
         if zero_init_residual:
             for m in self.modules():
-                if isinstance(m, Bottleneck) and m.bn3.weight is not None:
-                    nn.init.constant_(m.bn3.weight, 0)
-                elif isinstance(m, BasicBlock) and m.bn2.weight is not None:
-                    nn.init.constant_(m.bn2.weight, 0)
+                last_norm: Any = None
+                if isinstance(m, Bottleneck):
+                    last_norm = m.bn3
+                elif isinstance(m, BasicBlock):
+                    last_norm = m.bn2
+                if last_norm is not None and last_norm.weight is not None:
+                    nn.init.constant_(last_norm.weight, 0)
 
     def _make_layer(
         self, block: type[BasicBlock | Bottleneck], planes: int, blocks: int, stride: int = 1, dilate: bool = False
@@ -160,7 +164,7 @@ class ResNet(nn.Module):
         return fused_step(self.conv1, self.bn1, x, act="relu")
 
 
-ResNet.forward.fuses_itself = "network"
+ResNet.forward.fuses_itself = "network"  # type: ignore[attr-defined]  # a mark on a function
 
 # Modules that return the same for NHWC inputs as for NCHW ones, strides aside.
 _STRIDE_BLIND = {

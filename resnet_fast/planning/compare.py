@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -36,7 +36,7 @@ class StepRow:
     broken: str | None = None
 
 
-class Comparison(list):
+class Comparison(list[StepRow]):
     """The rows in the order of the steps; prints as a table with the sums below."""
 
     def __str__(self) -> str:
@@ -83,11 +83,12 @@ def compare(mine: Program, theirs: Program, exact: Program | None = None) -> Com
     cost, other_cost = _cost_since_last(mine), _cost_since_last(theirs)
     rows = Comparison()
     for value in mine.values:
-        result, other = _result(mine, value), _result(theirs, value)
-        if not isinstance(result, Tensor) or not isinstance(other, Tensor) or not result.is_floating_point():
+        result, other_result = _result(mine, value), _result(theirs, value)
+        if not isinstance(result, Tensor) or not isinstance(other_result, Tensor) or not result.is_floating_point():
             continue
         (steps, ms), (other_steps, other_ms) = cost(value), other_cost(value)
-        distances = _distances(result, other, None if exact is None else _result(exact, value))
+        exact_result: Any = None if exact is None else _result(exact, value)
+        distances: dict[str, Any] = _distances(result, other_result, exact_result)
         rows.append(
             StepRow(
                 value=value,

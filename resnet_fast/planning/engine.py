@@ -116,6 +116,7 @@ class Engine:
             )
         if self.takes_bytes:
             return pixels.contiguous().permute(0, 3, 1, 2)
+        assert self.options.normalize is not None  # or the pixels would be floats
         mean, std = (
             torch.tensor(channels, dtype=torch.float32, device=pixels.device) * 255
             for channels in self.options.normalize

@@ -75,7 +75,8 @@ def _step_record(step: Step) -> dict[str, Any]:
     values = {}
     for field in fields(step):
         values[field.name] = getattr(step, field.name)
-    return _encode(values)
+    encoded: dict[str, Any] = _encode(values)
+    return encoded
 
 
 def _filter_record(conv: FoldedConv) -> dict[str, Any]:
@@ -186,7 +187,7 @@ def _restored_filter(record: dict[str, Any]) -> FoldedConv:
     return FoldedConv(weight.contiguous(memory_format=torch.channels_last), bias, geometry)
 
 
-def _is_geometry(geometry: tuple, filters: int) -> bool:
+def _is_geometry(geometry: tuple[Any, ...], filters: int) -> bool:
     """Whether these are (stride, padding, dilation, groups) of a convolution with so many filters."""
     stride, padding, dilation, groups = geometry
     if groups < 1 or filters % groups:

@@ -99,7 +99,7 @@ class Plan:
         if built is None or not (self.softmax or self.topk):
             return
         shapes = {step.output: step.shape for step in built.steps}
-        shape = shapes.get(getattr(self._lowered.output, "name", None), ())
+        shape = shapes.get(getattr(self._lowered.output, "name", ""), ())
         least = self.topk or 1
         if len(shape) != 2 or least > shape[1]:
             raise ValueError(
@@ -185,7 +185,8 @@ class Plan:
         in_graph = program.graph is not None
         explanation = Explanation()
         for step in program.steps:
-            line = Line(step.target, step.op, step.kernel, step.why, step.problem)
+            problem: Any = step.problem  # None for a step without a problem; Line allows it
+            line = Line(step.target, step.op, step.kernel, step.why, problem)
             explanation.append(timed(line, in_graph))
         return explanation
 
@@ -210,6 +211,7 @@ class Plan:
         model = self._model()
         if model is None:
             raise RuntimeError("plan: the model that this plan was made of is gone: make a new plan")
+        assert self._source is not None  # it has a model
         _, fuse, features = self._source
         lowered = lowered_network(model, self.dtype, self.device, fuse=fuse, features=features)
         return self._replace(lowered, self.device)
@@ -293,7 +295,7 @@ class Plan:
         copied = self.variant(self.across)
         copied.notes[:] = self.notes  # the list that its engine has too
         model = self._model()
-        if id(model) in memo:
+        if self._source is not None and id(model) in memo:
             _, fuse, features = self._source
             copied._source = weakref.ref(memo[id(model)]), fuse, features
         return copied
@@ -301,7 +303,7 @@ class Plan:
     def __copy__(self) -> Plan:
         return self.__deepcopy__({})
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         """A pickle holds what ``save`` writes, not the model, and raises as ``save`` does."""
         from .file import record
 

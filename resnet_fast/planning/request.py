@@ -63,7 +63,8 @@ def checked_features(features: Any) -> Sequence[str] | None:
     is_sequence = isinstance(features, (tuple, list)) and len(features) > 0
     if not is_sequence or not all(isinstance(name, str) for name in features):
         raise ValueError(f"plan: features: got {features!r}, expected names of modules, or None")
-    return features
+    names: Sequence[str] = features
+    return names
 
 
 def check_model(model: nn.Module) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from ..dispatch import tables
 from ..dispatch.problem import ACROSS
-from ..dispatch.registry import kernels
+from ..dispatch.registry import Kernel, kernels
 from ..graph.ir import Step, references
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def store(case: NetworkCase, gpu: str, choice: GroupChoice, ran: Iterable[str]) 
 
 def candidates() -> str:
     """Hash of every kernel that a plan may choose and that can run here: with a new one a new search is worthwhile."""
-    found = {}
+    found: dict[str, Kernel] = {}
     for op in ("conv_bn_act", *ACROSS):
         found |= {kernel.id: kernel for kernel in kernels(op)}
     digest = hashlib.sha256()

@@ -170,8 +170,10 @@ class GroupTuner:
                 self._built[choice] = plan
         if not self._built:
             return {}
-        runs = {choice: partial(plan, self.example) for choice, plan in self._built.items()}
-        return self.device.clock(runs, NETWORK_CONFIDENCE)
+        runs: dict[Any, Any] = {choice: partial(plan, self.example) for choice, plan in self._built.items()}
+        times: Any = self.device.clock(runs, NETWORK_CONFIDENCE)
+        timings: dict[Choice, Timing] = times
+        return timings
 
     def _ready(self, plan: RunnablePlan) -> RunnablePlan:
         """The plan after its first call, which chooses kernels and captures."""
