@@ -28,6 +28,7 @@ FENCE = re.compile(r"^```(?P<language>\S*)\n(?P<code>.*?)^```$", re.MULTILINE | 
 # `<!-- needs: cuda -->` or `<!-- needs: some_package -->` on the line before a block.
 NEEDS = re.compile(r"<!-- needs: (\w+) -->\n\Z")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+PATH = re.compile(r"`((?:benchmarks|csrc|docs|examples|resnet_fast|tests|tools)/[\w./-]*)`")
 QUICK = {"info", "new-kernel"}  # every line of these runs, and every line that begins as SMALL does
 SMALL = ("explain", "resnet18", "--size", "64")
 
@@ -188,6 +189,12 @@ def test_relative_links_resolve(page: Path) -> None:
         target = page.parent / name if name else page
         assert target.exists(), f"{page.name} links to {link}"
         assert not anchor or anchor in anchors(target), f"{page.name} links to {link}: no such heading"
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=lambda page: str(page.relative_to(ROOT)))
+def test_named_paths_exist(page: Path) -> None:
+    named = PATH.findall(FENCE.sub("", page.read_text(encoding="utf-8")))
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_site_lists_every_page() -> None:
