@@ -170,7 +170,7 @@ def test_our_training_norm_is_timed_with_its_running_statistics(residual, monkey
     aten, args = dispatch.find("aten", "bn_act"), full_args(problem)
     y, mean, var = aten.fn(*args)
     updates = []
-    monkeypatch.setattr("resnet_fast.tuning.call.track", lambda bn, *found: updates.append(found))
+    monkeypatch.setattr("resnet_fast.tuning.call.update_running_stats", lambda bn, *found: updates.append(found))
 
     ours = replace(aten, id="experimental.norm")
     torch.testing.assert_close(prepared_call(ours, problem, args)(), y)
