@@ -6,8 +6,8 @@ Otherwise its plain modules run, exactly as torchvision's do, and ``explain`` re
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,11 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from ..graph.facts import NORMS, is_frozen_bn
+
+# A Conv2d, and a BatchNorm2d or FrozenBatchNorm2d. Any, because torch's stubs give a Module's attributes as
+# ``Tensor | Module`` and a Conv2d's stride and padding as ``tuple[int, ...]`` and ``str | tuple[int, ...]``.
+Conv: TypeAlias = Any
+Norm: TypeAlias = Any
 
 _DEVICES = ("cpu", "cuda")
 _TENSORS = (nn.Parameter, Tensor)
@@ -68,8 +73,7 @@ def _why_plain_module(m: nn.Module) -> str | None:
         return f"a {type(m).__name__} has hooks"
     if "forward" in m.__dict__:
         return f"a {type(m).__name__} has its own forward"
-    check: Any = _CHECKS.get(type(m), _why_plain_other)
-    return check(m)
+    return _CHECKS.get(type(m), _why_plain_other)(m)
 
 
 def why_misplaced(named: Iterable[tuple[str, nn.Module | None]]) -> str | None:
@@ -112,7 +116,7 @@ def _never(m: nn.Module) -> None:
     return None
 
 
-_CHECKS = {
+_CHECKS: dict[type[nn.Module], Callable[[Any], str | None]] = {
     nn.Conv2d: _why_plain_conv,
     nn.BatchNorm2d: _why_plain_bn,
     nn.SyncBatchNorm: _why_plain_sync,

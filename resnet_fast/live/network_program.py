@@ -9,7 +9,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from ..kernels import prepack
 from ..kernels.vendor import onednn_takes
 from ..runtime.bind import Bound, ConvCall, Values, bind, bind_conv
 from ..runtime.program import Program
+from .eligibility import Conv, Norm
 from .guards import ModuleGuards
 from .unit_program import output_shape
 
@@ -51,8 +51,9 @@ class NetworkProgram:
         self._filters: dict[str, tuple[nn.Conv2d, prepack.PackedFilter]] = {}
         for step in self._lowered.steps:
             if step.op == "conv_bn_act":
-                conv: Any = network.get_submodule(step.modules[0])
-                bn: Any = network.get_submodule(step.modules[1])
+                conv_path, bn_path = step.modules[:2]
+                conv: Conv = network.get_submodule(conv_path)
+                bn: Norm = network.get_submodule(bn_path)
                 self._filters[step.output] = conv, _packed_filter(conv, bn)
         # A network that moved to a GPU, or to another dtype, may never run here again and check its guards.
         storages = [conv.weight.untyped_storage() for conv, _ in self._filters.values()]
@@ -117,7 +118,7 @@ class NetworkProgram:
         return bind_conv(call, *choose(problem))
 
 
-def _packed_filter(conv: Any, bn: Any) -> prepack.PackedFilter:
+def _packed_filter(conv: nn.Conv2d, bn: Norm) -> prepack.PackedFilter:
     vectors = bn.weight, bn.bias, bn.running_mean, bn.running_var
     if conv.bias is not None or not prepack.packable(conv.weight, *vectors):
         raise Unfit("a convolution has a bias, or weights that are not contiguous")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .eligibility import uses_batch_statistics
+from .eligibility import Conv, Norm, uses_batch_statistics
 from .training_conv import convolve
 
 
-def fused_step(conv: Any, bn: Any, x: Tensor, residual: Tensor | None = None, act: str = "none") -> Tensor:
+def fused_step(conv: Conv, bn: Norm, x: Tensor, residual: Tensor | None = None, act: str = "none") -> Tensor:
     """conv → BN → (+ residual) → act over live modules.
 
     With fixed statistics this is ``ops.conv_bn_act``, in training a convolution and ``ops.bn_act``.
@@ -59,7 +57,7 @@ def _with_own_strides(weight: Tensor) -> Tensor:
     return weight
 
 
-def batch_norm_act(bn: nn.BatchNorm2d, z: Tensor, residual: Tensor | None, act: str) -> Tensor:
+def batch_norm_act(bn: Norm, z: Tensor, residual: Tensor | None, act: str) -> Tensor:
     """``ops.bn_act`` in training, then the update of the running statistics.
 
     On a GPU without a kernel that was measured to be faster, torch's modules run.

@@ -14,7 +14,7 @@ from ..dispatch import conv_out_hw
 from ..graph.facts import function, touched
 from ..graph.ir import Attribute, Schedule, Step, Value
 from ..graph.liveness import dead_after
-from .eligibility import uses_batch_statistics, why_plain
+from .eligibility import Conv, Norm, uses_batch_statistics, why_plain
 from .guards import ModuleGuard
 from .step import batch_norm_act, fused_step
 
@@ -124,13 +124,15 @@ def _bind(step: Step, slots: dict[str, int], owner: nn.Module) -> Callable[[list
 
 
 def _bind_conv(step: Step, slots: dict[str, int], owner: nn.Module) -> Callable[[list], Tensor]:
-    conv: Any = owner.get_submodule(step.modules[0])
-    bn: Any = owner.get_submodule(step.modules[1])
+    conv_path, bn_path = step.modules[:2]
+    conv: Conv = owner.get_submodule(conv_path)
+    bn: Norm = owner.get_submodule(bn_path)
     x_slot, act = slots[step.args[0].name], step.act
     fused = fused_step if conv.bias is None else _biased_fused_step
     if step.residual is None:
         return lambda values: fused(conv, bn, values[x_slot], None, act)
-    residual_slot, fitting = slots[step.residual.name], {}
+    residual_slot = slots[step.residual.name]
+    fitting: dict[tuple[torch.Size, torch.Size], bool] = {}
 
     def run(values: list) -> Tensor:
         x, residual = values[x_slot], values[residual_slot]
@@ -146,7 +148,7 @@ def _bind_conv(step: Step, slots: dict[str, int], owner: nn.Module) -> Callable[
     return run
 
 
-def _biased_fused_step(conv: Any, bn: Any, x: Tensor, residual: Tensor | None, act: str) -> Tensor:
+def _biased_fused_step(conv: Conv, bn: Norm, x: Tensor, residual: Tensor | None, act: str) -> Tensor:
     """``fused_step`` for a convolution with a bias: BN(z + b) with statistics μ is BN(z) with statistics μ − b."""
     if uses_batch_statistics(bn):
         return batch_norm_act(bn, conv._conv_forward(x, own_strides(conv.weight), conv.bias), residual, act)
@@ -177,7 +179,7 @@ def _result_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def output_shape(conv: Any, x: Tensor) -> tuple[int, ...]:
+def output_shape(conv: Conv, x: Tensor) -> tuple[int, ...]:
     """The shape of ``conv(x)``."""
     sizes = conv_out_hw(x.shape, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
     return (x.shape[0], conv.out_channels, *sizes)

@@ -122,7 +122,7 @@ class BasicBlock(nn.Module):
         return out
 
 
-BasicBlock.forward.fuses_itself = "block"  # type: ignore[attr-defined]  # a mark on a function
+BasicBlock.forward.fuses_itself = "block"  # type: ignore[attr-defined]  # typeshed's functions have no attributes
 
 
 class Bottleneck(nn.Module):
@@ -187,4 +187,4 @@ class Bottleneck(nn.Module):
         return out
 
 
-Bottleneck.forward.fuses_itself = "block"  # type: ignore[attr-defined]  # a mark on a function
+Bottleneck.forward.fuses_itself = "block"  # type: ignore[attr-defined]  # typeshed's functions have no attributes

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .blocks import BasicBlock, Bottleneck
 from .resnet import ResNet
@@ -23,7 +23,7 @@ class ModelSpec:
 
     name: str
     title: str
-    block: type[nn.Module]
+    block: type[BasicBlock | Bottleneck]
     layers: tuple[int, int, int, int]
     groups: int = 1
     width_per_group: int = 64
@@ -75,8 +75,7 @@ def create_model(name: str, *, weights: Any = None, progress: bool = True, **kwa
         value = getattr(spec, key)
         if value != getattr(ModelSpec, key) and kwargs.setdefault(key, value) != value:
             raise ValueError(f"{name}: {key}: got {kwargs[key]}, expected {value}, which makes it a {name}")
-    block: Any = spec.block
-    model = ResNet(block, list(spec.layers), **kwargs)
+    model = ResNet(spec.block, list(spec.layers), **kwargs)
     if weights is not None:
         model.load_state_dict(_fetched(weights, progress))
     return model
@@ -100,8 +99,8 @@ def _verify_weights(spec: ModelSpec, weights: Any) -> Any:
 
 def _fetched(weights: Any, progress: bool) -> dict[str, Tensor]:
     try:
-        state: dict[str, Tensor] = weights.get_state_dict(progress=progress, check_hash=True)
-        return state
+        state_dict: dict[str, Tensor] = weights.get_state_dict(progress=progress, check_hash=True)
+        return state_dict
     except OSError as error:  # no network, no space
         folder = Path(torch.hub.get_dir(), "checkpoints")
         raise OSError(

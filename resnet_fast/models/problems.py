@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from ..dispatch.problem import Problem
 from .family import create_model
@@ -28,14 +29,16 @@ class _Layers:
         self.shared = shared
         self.found: list[ConvLayer] = []
 
-    def add(self, name: str, conv: Any, x: tuple[int, ...], act: str, residual: str | None = None) -> tuple[int, ...]:
+    def add(
+        self, name: str, conv: nn.Conv2d, x: tuple[int, ...], act: str, residual: str | None = None
+    ) -> tuple[int, ...]:
         """Add a convolution of that input and return its output's shape."""
+        # Any: torch's stubs do not say that these are pairs of int.
+        geometry: dict[str, Any] = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
         problem = Problem(
             x=x,
             weight=tuple(conv.weight.shape),
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
+            **geometry,
             groups=conv.groups,
             act=act,
             residual=residual,
@@ -45,7 +48,7 @@ class _Layers:
         return x[0], conv.out_channels, *problem.out_hw
 
     def add_block(self, name: str, block: Any, x: tuple[int, ...]) -> tuple[int, ...]:
-        """Add a block's convolutions, the projection before the last; returns its output's shape."""
+        """Add a BasicBlock's or Bottleneck's convolutions, the projection before the last; returns the output shape."""
         start = x
         *first, last = (key for key in ("conv1", "conv2", "conv3") if hasattr(block, key))
         for key in first:
@@ -131,9 +134,12 @@ def across_layers(layers: list[ConvLayer]) -> list[AcrossLayer]:
     return groups.found
 
 
-def distinct(layers: list[Any]) -> list[Any]:
+Layer = TypeVar("Layer", ConvLayer, AcrossLayer)
+
+
+def distinct(layers: list[Layer]) -> list[Layer]:
     """The first layer (or group) of each distinct problem. ResNet-50 at one size has 23 distinct convolutions."""
-    first: dict[Problem, Any] = {}
+    first: dict[Problem, Layer] = {}
     for layer in layers:
         first.setdefault(layer.problem, layer)
     return list(first.values())
@@ -164,7 +170,7 @@ def problem_after(conv: Problem, op: str) -> Problem | None:
     """Return the problem of a training op after a convolution, None for a residual add where nothing is added."""
     if op.startswith("add_act") and not conv.residual:
         return None
-    assert conv.weight is not None  # it is a convolution
+    assert conv.weight is not None  # a convolution has a filter
     return Problem(
         op,
         conv.device,

@@ -69,7 +69,7 @@ class ResNet(nn.Module):
         # Zero γ in each block's last norm makes every block start as the identity: +0.2–0.3 % (Goyal et al. 2017).
         if zero_init_residual:
             for m in self.modules():
-                last_norm: Any = None
+                last_norm: Any = None  # torch's stubs give a Module's weight as Tensor | Module
                 if isinstance(m, Bottleneck):
                     last_norm = m.bn3
                 elif isinstance(m, BasicBlock):
@@ -164,7 +164,7 @@ class ResNet(nn.Module):
         return fused_step(self.conv1, self.bn1, x, act="relu")
 
 
-ResNet.forward.fuses_itself = "network"  # type: ignore[attr-defined]  # a mark on a function
+ResNet.forward.fuses_itself = "network"  # type: ignore[attr-defined]  # typeshed's functions have no attributes
 
 # Modules that return the same for NHWC inputs as for NCHW ones, strides aside.
 _STRIDE_BLIND = {

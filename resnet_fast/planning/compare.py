@@ -76,19 +76,18 @@ def compare(mine: Program, theirs: Program, exact: Program | None = None) -> Com
 
     Other steps count towards the first row that needs them. Raises ValueError for programs of different networks.
     """
-    for other in (theirs, exact):
-        if other is not None:
-            _check_same_network(mine, other)
+    _check_same_network(mine, theirs)
+    if exact is not None:
+        _check_same_network(mine, exact)
     shown_names = _shown_names(mine)
     cost, other_cost = _cost_since_last(mine), _cost_since_last(theirs)
     rows = Comparison()
     for value in mine.values:
-        result, other_result = _result(mine, value), _result(theirs, value)
-        if not isinstance(result, Tensor) or not isinstance(other_result, Tensor) or not result.is_floating_point():
+        result, other = _result(mine, value), _result(theirs, value)
+        if not isinstance(result, Tensor) or not isinstance(other, Tensor) or not result.is_floating_point():
             continue
         (steps, ms), (other_steps, other_ms) = cost(value), other_cost(value)
-        exact_result: Any = None if exact is None else _result(exact, value)
-        distances: dict[str, Any] = _distances(result, other_result, exact_result)
+        distances = _distances(result, other, None if exact is None else _result(exact, value))
         rows.append(
             StepRow(
                 value=value,
@@ -103,7 +102,7 @@ def compare(mine: Program, theirs: Program, exact: Program | None = None) -> Com
     return rows
 
 
-def _result(program: Program, value: str) -> object:
+def _result(program: Program, value: str) -> Any:
     """What a program computed for a value, or None for a value that it does not have."""
     result, _ = program.values.get(value, (None, 0.0))
     return result
@@ -119,7 +118,7 @@ def _shown_names(program: Program) -> dict[str, str]:
     return names
 
 
-def _distances(result: Tensor, other: Tensor, exact: Tensor | None) -> dict[str, object]:
+def _distances(result: Tensor, other: Tensor, exact: Tensor | None) -> dict[str, Any]:
     """How far two results are apart and, with an exact one, how far each is from it and whether the rule is broken."""
     from ..testing.rule import broken_rule, error
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..graph.across import grouped, label
+from ..graph.across import Normalize, grouped, label
 from ..graph.ir import Group
 from ..graph.network import Lowered
 from ..runtime.cuda_graph import Graph
@@ -100,14 +100,14 @@ class Engine:
             got = f"{x.dim()}-D on {x.device}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"plan: got a {got} input, expected 4-D on {self.device}")
         if self.options.normalize is not None:
-            return self._normalized(x)
+            return self._normalized(x, self.options.normalize)
         if not x.is_floating_point():
             raise ValueError(
                 f"plan: got {x.dtype}, expected a floating dtype (uint8 photographs: plan(..., normalize=(mean, std)))"
             )
         return x if self.device.type == "cuda" else self._channels_last(x)
 
-    def _normalized(self, pixels: Tensor) -> Tensor:
+    def _normalized(self, pixels: Tensor, normalize: Normalize) -> Tensor:
         """Return uint8 [N, H, W, 3] as [N, 3, H, W], normalised unless the first step does that itself."""
         if pixels.dtype != torch.uint8 or pixels.shape[3] != 3:
             raise ValueError(
@@ -116,11 +116,7 @@ class Engine:
             )
         if self.takes_bytes:
             return pixels.contiguous().permute(0, 3, 1, 2)
-        assert self.options.normalize is not None  # or the pixels would be floats
-        mean, std = (
-            torch.tensor(channels, dtype=torch.float32, device=pixels.device) * 255
-            for channels in self.options.normalize
-        )
+        mean, std = (torch.tensor(channels, dtype=torch.float32, device=pixels.device) * 255 for channels in normalize)
         normalized = (pixels - mean) / std
         return normalized.to(self.options.dtype).permute(0, 3, 1, 2)
 

@@ -75,8 +75,8 @@ def _step_record(step: Step) -> dict[str, Any]:
     values = {}
     for field in fields(step):
         values[field.name] = getattr(step, field.name)
-    encoded: dict[str, Any] = _encode(values)
-    return encoded
+    record: dict[str, Any] = _encode(values)
+    return record
 
 
 def _filter_record(conv: FoldedConv) -> dict[str, Any]:

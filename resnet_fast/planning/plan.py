@@ -99,7 +99,8 @@ class Plan:
         if built is None or not (self.softmax or self.topk):
             return
         shapes = {step.output: step.shape for step in built.steps}
-        shape = shapes.get(getattr(self._lowered.output, "name", ""), ())
+        output_name: str = getattr(self._lowered.output, "name", "")
+        shape = shapes.get(output_name, ())
         least = self.topk or 1
         if len(shape) != 2 or least > shape[1]:
             raise ValueError(
@@ -185,7 +186,7 @@ class Plan:
         in_graph = program.graph is not None
         explanation = Explanation()
         for step in program.steps:
-            problem: Any = step.problem  # None for a step without a problem; Line allows it
+            problem: Any = step.problem  # Line's may be None too, but mypy reads runtime/ without strict_optional
             line = Line(step.target, step.op, step.kernel, step.why, problem)
             explanation.append(timed(line, in_graph))
         return explanation
@@ -209,9 +210,8 @@ class Plan:
     def refresh(self) -> Plan:
         """Take the model as it is now; raises RuntimeError if it is gone (or the plan was loaded)."""
         model = self._model()
-        if model is None:
+        if model is None or self._source is None:
             raise RuntimeError("plan: the model that this plan was made of is gone: make a new plan")
-        assert self._source is not None  # it has a model
         _, fuse, features = self._source
         lowered = lowered_network(model, self.dtype, self.device, fuse=fuse, features=features)
         return self._replace(lowered, self.device)

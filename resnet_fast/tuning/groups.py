@@ -170,10 +170,9 @@ class GroupTuner:
                 self._built[choice] = plan
         if not self._built:
             return {}
-        runs: dict[Any, Any] = {choice: partial(plan, self.example) for choice, plan in self._built.items()}
-        times: Any = self.device.clock(runs, NETWORK_CONFIDENCE)
-        timings: dict[Choice, Timing] = times
-        return timings
+        runs: dict[Choice, Callable[[], object]]
+        runs = {choice: partial(plan, self.example) for choice, plan in self._built.items()}
+        return self.device.clock(runs, NETWORK_CONFIDENCE)
 
     def _ready(self, plan: RunnablePlan) -> RunnablePlan:
         """The plan after its first call, which chooses kernels and captures."""

@@ -13,7 +13,7 @@ from enum import Enum
 from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -72,8 +72,8 @@ class Device:
         """Judge a kernel's results at full size."""
         return verify(kernel, problem)
 
-    def clock(self, variants: dict[str, Callable[[], object]], confidence: float = 0.01) -> dict[str, Timing]:
-        """Time the variants interleaved."""
+    def clock(self, variants: dict[Any, Callable[[], object]], confidence: float = 0.01) -> dict[Any, Timing]:
+        """Time the variants interleaved; the keys may be of any kind."""
         return interleaved(
             variants,
             device=self.kind,
