@@ -110,3 +110,11 @@ def references(step: Step) -> list[str]:
 def names(structure: Any) -> list[str]:
     """The names of all values in a nested structure."""
     return [leaf.name for leaf in leaves(structure) if isinstance(leaf, Value)]
+
+
+def called_name(step: Step) -> Any:
+    """The short name of the function that a step calls; for ``getattr`` the attribute's."""
+    if step.target == "builtins.getattr":
+        return step.args[1]
+    _, _, short = step.target.rpartition(".")
+    return short

@@ -15,7 +15,7 @@ from . import liveness
 from .facts import is_frozen_bn, is_norm, touched
 from .functional import as_function, attribute, attributes
 from .fuse import schedule
-from .ir import Schedule, Step
+from .ir import Schedule, Step, called_name
 from .trace import Untraceable
 from .weights import FoldedConv, shared
 
@@ -179,14 +179,6 @@ def refused(model: nn.Module, found: Schedule | None = None) -> dict[str, str]:
         if step.op == "function" and asked in _SEES_STRIDES:
             why[step.output] = f"{asked} asks how a tensor lies in memory, and a plan's lie otherwise"
     return why
-
-
-def called_name(step: Step) -> Any:
-    """The short name of the function that a step calls; for ``getattr`` the attribute's."""
-    if step.target == "builtins.getattr":
-        return step.args[1]
-    _, _, short = step.target.rpartition(".")
-    return short
 
 
 # ---------------------------------------------------------------- snapshot

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.fuse import schedule
-from ..graph.ir import Schedule, Step, names
-from ..graph.network import called_name
+from ..graph.ir import Schedule, Step, called_name, names
 from ..graph.trace import Untraceable
 from .eligibility import fuses_itself
 
