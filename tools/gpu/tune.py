@@ -18,6 +18,7 @@ from resnet_fast.dispatch.registry import find
 from resnet_fast.models.problems import TRAINING, across_layers, conv_layers
 from resnet_fast.planning.make import plan
 from resnet_fast.roofline import chips
+from resnet_fast.roofline.floor import problem_floor
 from resnet_fast.tuning import kernels as autotune
 from resnet_fast.util.machine import SHORT_DTYPES
 
@@ -114,7 +115,7 @@ def possible_gains(
     limits = known_ceilings(convolutions[0].problem.device) or chips.ceilings("h200")
 
     def floor(problem: Problem) -> float:
-        return 1e6 * floor.problem_floor(problem, limits).seconds
+        return 1e6 * problem_floor(problem, limits).seconds
 
     gains = []
     for layer in convolutions:
