@@ -324,7 +324,8 @@ def test_metadata():
     assert found["Requires-Python"] == ">=3.10"
     required = importlib.metadata.requires("resnet_fast")
     assert [r for r in required if "extra ==" not in r] == ["torch>=2.11"]
-    assert set(found.get_all("Provides-Extra")) == {"vision", "timm", "io", "bench", "report", "test", "dev"}
+    extras = {"vision", "timm", "io", "bench", "report", "docs", "test", "dev"}
+    assert set(found.get_all("Provides-Extra")) == extras
 
 
 def test_the_wheel_holds_the_marker_of_inline_types_and_all_package_data(tmp_path):
