@@ -41,7 +41,9 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-OBJECTS = ROOT / "build" / "csrc"  # kept between builds, so that only what changed is compiled again
+OBJECTS = (
+    ROOT / "build" / "csrc"
+)  # kept between builds, so that only what changed is compiled again
 RECORD = "_build.json"  # read by `python -m resnet_fast info`
 REBUILD = "RESNET_FAST_BUILD=cuda pip install --force-reinstall --no-deps -v ."
 
@@ -53,7 +55,11 @@ STABLE = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"
 # `#pragma GCC target`.
 HOST = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
-INSTRUCTIONS = {"avx512_bf16.cpp": [*AVX512, "-mavx512bf16"], "avx512.cpp": AVX512, "avx2.cpp": ["-mavx2", "-mfma"]}
+INSTRUCTIONS = {
+    "avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "avx512.cpp": AVX512,
+    "avx2.cpp": ["-mavx2", "-mfma"],
+}
 
 # One cubin runs on later chips of its own generation (8.0 on 8.7, 10.0 on 10.3, 12.0 on 12.1), so one per generation
 # would do, but for what the variants bring. Older than 8.0 has neither bf16 nor asynchronous copies.
@@ -137,7 +143,11 @@ void run() { probe<<<1, 1>>>(); }
 
 def find_nvcc() -> Compiler | None:
     """Return the nvcc of CUDA_HOME, of PATH, or of the usual place, tried out on a trivial extension."""
-    places = [os.path.join(os.environ.get("CUDA_HOME", ""), "bin"), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    places = [
+        os.path.join(os.environ.get("CUDA_HOME", ""), "bin"),
+        os.environ.get("PATH", ""),
+        "/usr/local/cuda/bin",
+    ]
     path = shutil.which("nvcc", path=os.pathsep.join(places))
     if path is None:
         return None
@@ -146,7 +156,14 @@ def find_nvcc() -> Compiler | None:
     archs = frozenset(f"{number[:-1]}.{number[-1]}" for number in numbers)
     banner = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release ([\d.]+)", banner)
-    command = [path, "-shared", "-Xcompiler", "-fPIC", "-arch=sm_80", f"-I{sysconfig.get_path('include')}"]
+    command = [
+        path,
+        "-shared",
+        "-Xcompiler",
+        "-fPIC",
+        "-arch=sm_80",
+        f"-I{sysconfig.get_path('include')}",
+    ]
     fault = try_out(command, ".cu", CUDA_PROBE)
     return Compiler((path,), release[1] if release else "unknown", fault, archs)
 
@@ -167,8 +184,12 @@ def find_cxx() -> Compiler | None:
     for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
         if not shutil.which(command[0]):
             continue
-        banner = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout.splitlines()
-        fault = try_out([*command, *HOST, *INSTRUCTIONS["avx512_bf16.cpp"], "-shared"], ".cpp", CPU_PROBE)
+        banner = subprocess.run(
+            [*command, "--version"], capture_output=True, text=True
+        ).stdout.splitlines()
+        fault = try_out(
+            [*command, *HOST, *INSTRUCTIONS["avx512_bf16.cpp"], "-shared"], ".cpp", CPU_PROBE
+        )
         found = Compiler(tuple(command), banner[0] if banner else "unknown", fault)
         if fault is None:
             break
@@ -180,7 +201,9 @@ def try_out(command: list[str], suffix: str, text: str) -> str | None:
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch, f"probe{suffix}")
         source.write_text(text)
-        tried = subprocess.run([*command, str(source), "-o", f"{source}.so"], capture_output=True, text=True)
+        tried = subprocess.run(
+            [*command, str(source), "-o", f"{source}.so"], capture_output=True, text=True
+        )
     if tried.returncode == 0:
         return None
     return complaint(tried.stderr or tried.stdout) or f"exit status {tried.returncode}"
@@ -197,7 +220,12 @@ def complaint(output: str) -> str:
 
 
 def decide(
-    mode: str, system: str, machine: str, torch: Torch | None, nvcc: Compiler | None, cxx: Compiler | None
+    mode: str,
+    system: str,
+    machine: str,
+    torch: Torch | None,
+    nvcc: Compiler | None,
+    cxx: Compiler | None,
 ) -> Plan:
     """Decide what to build with the tools found; raises BuildError for an unknown mode, and if ``cuda`` lacks one."""
     if mode not in ("auto", "cuda", "none"):
@@ -259,14 +287,20 @@ def choose_archs(wanted: str | None, known: frozenset[str]) -> list[str]:
     for arch in wanted.replace(";", " ").replace(",", " ").split():
         number = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
         if number is None:
-            raise BuildError(f"TORCH_CUDA_ARCH_LIST: got {arch!r}, expected numbers such as 8.0 9.0a 12.0+PTX")
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST: got {arch!r}, expected numbers such as 8.0 9.0a 12.0+PTX"
+            )
         if (int(number[1]), int(number[2])) < OLDEST:
             continue
         if f"{number[1]}.{number[2]}" not in known:
-            raise BuildError(f"TORCH_CUDA_ARCH_LIST: got {arch!r}, this nvcc knows {' '.join(sorted(known))}")
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST: got {arch!r}, this nvcc knows {' '.join(sorted(known))}"
+            )
         archs.append(arch)
     if not archs:
-        raise BuildError(f"TORCH_CUDA_ARCH_LIST: got {wanted!r}, expected at least one architecture from 8.0 on")
+        raise BuildError(
+            f"TORCH_CUDA_ARCH_LIST: got {wanted!r}, expected at least one architecture from 8.0 on"
+        )
     return archs
 
 
@@ -311,13 +345,19 @@ def plan() -> Plan:
     return decide(mode, system, platform.machine(), *tools)
 
 
-def cuda_commands(torch: Torch, nvcc: Compiler, archs: list[str], jobs: int) -> dict[Path, list[str]]:
+def cuda_commands(
+    torch: Torch, nvcc: Compiler, archs: list[str], jobs: int
+) -> dict[Path, list[str]]:
     """Return one nvcc command per source file; the two .cpp files see torch's headers, which include pybind11's."""
     kernels = sorted((CSRC / "cuda").glob("*.cu"))
     common = [*nvcc.command, "-c", "-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-    threads = str(max(1, jobs // len(kernels)))  # architectures of one file side by side, where cores are left
+    threads = str(
+        max(1, jobs // len(kernels))
+    )  # architectures of one file side by side, where cores are left
     headers = ["-isystem", str(torch.root / "include")]
-    commands = dict.fromkeys(kernels, [*common, "-lineinfo", "-Xptxas", "-warn-spills", "-t", threads, *gencode(archs)])
+    commands = dict.fromkeys(
+        kernels, [*common, "-lineinfo", "-Xptxas", "-warn-spills", "-t", threads, *gencode(archs)]
+    )
     commands[CSRC / "library.cpp"] = [*common, *headers, "-DUSE_CUDA", STABLE]
     commands[CSRC / "bindings.cpp"] = [*common, *headers, f"-I{sysconfig.get_path('include')}"]
     return commands
@@ -380,7 +420,8 @@ def facts(found: Plan, archs: list[str]) -> dict[str, str]:
     torch = found.torch.version if found.torch else "not seen"
     record = {
         "extension": "not built" if found.no_cuda else "built",
-        "why": found.no_cuda or f"nvcc {found.nvcc.version} works and torch {torch} is a CUDA build",
+        "why": found.no_cuda
+        or f"nvcc {found.nvcc.version} works and torch {torch} is a CUDA build",
         "torch": torch,
         "nvcc": found.nvcc.version if found.nvcc else "not seen",
     }
@@ -388,11 +429,16 @@ def facts(found: Plan, archs: list[str]) -> dict[str, str]:
         record["rebuild"] = REBUILD
     else:
         kernels = sorted(source.stem for source in (CSRC / "cuda").glob("*.cu"))
-        record |= {"archs": " ".join(archs), "kernels": " ".join(kernels), "csrc": source_hash(without="cpu")}
+        record |= {
+            "archs": " ".join(archs),
+            "kernels": " ".join(kernels),
+            "csrc": source_hash(without="cpu"),
+        }
     # tables.source_hash leaves out keys that begin with cpu: GPU kernels do not depend on them.
     record |= {
         "cpu": "not built" if found.no_cpu else "built",
-        "cpu_why": found.no_cpu or f"{shlex.join(found.cxx.command)} works and torch {torch} is installed",
+        "cpu_why": found.no_cpu
+        or f"{shlex.join(found.cxx.command)} works and torch {torch} is installed",
         "cpu_compiler": found.cxx.version if found.cxx else "not seen",
     }
     return record if found.no_cpu else record | {"cpu_csrc": source_hash(without="cuda")}
@@ -463,7 +509,9 @@ class BuildExtensions(build_ext):
                 self.build_extension(ext)
             except BuildError as error:
                 if ext.name == required:
-                    raise BuildError(f"RESNET_FAST_BUILD=cuda: {error} (auto does without)") from error
+                    raise BuildError(
+                        f"RESNET_FAST_BUILD=cuda: {error} (auto does without)"
+                    ) from error
                 reason = "no_cuda" if ext.name == "resnet_fast._C" else "no_cpu"
                 self.found = replace(self.found, **{reason: str(error)})
                 # setuptools would install every listed extension.
@@ -484,14 +532,28 @@ class BuildExtensions(build_ext):
             objects = list(pool.map(compile_one, commands, commands.values()))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        run([*link, "-shared", *map(str, objects), f"-L{torch.root / 'lib'}", *libraries, "-o", f"{target}.part"])
+        run(
+            [
+                *link,
+                "-shared",
+                *map(str, objects),
+                f"-L{torch.root / 'lib'}",
+                *libraries,
+                "-o",
+                f"{target}.part",
+            ]
+        )
         os.replace(f"{target}.part", target)  # loading half a library is a bus error
 
 
 if __name__ == "__main__":
     # Only commands that build need the decision: sdist and metadata work anywhere and cost nothing.
-    building = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install", "develop"} & set(sys.argv)
+    building = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install", "develop"} & set(
+        sys.argv
+    )
     setup(
-        ext_modules=[Extension(f"resnet_fast.{name}", sources=[]) for name in plan().extensions] if building else [],
+        ext_modules=[Extension(f"resnet_fast.{name}", sources=[]) for name in plan().extensions]
+        if building
+        else [],
         cmdclass={"build_py": BuildPython, "build_ext": BuildExtensions},
     )

@@ -32,18 +32,41 @@ SCALING = {
 def pytest_addoption(parser: pytest.Parser) -> None:
     add = parser.getgroup("resnet_fast").addoption
     add("--device", choices=("cpu", "cuda"), default=DEVICE, help=f"default here: {DEVICE}")
-    add("--models", type=words, help="comma-separated architectures (default resnet50; ops: resnet18)")
+    add(
+        "--models",
+        type=words,
+        help="comma-separated architectures (default resnet50; ops: resnet18)",
+    )
     add("--batches", type=numbers, help="(default 1; on cuda 1,256)")
     add("--sizes", type=numbers, default=[224], help="(default 224)")
     add("--dtypes", type=words, help=f"of {', '.join(DTYPES)} (default fp32; on cuda bf16)")
     add("--modes", type=words, help="infer, train (default infer; with --full both)")
     add("--providers", type=words, help="ids, or kernel:ID (default: all that are installed)")
     add("--kernels", type=words, help="op level: these kernels only, ids or files of your own")
-    add("--full", action="store_true", help="models, batches, dtypes and modes of the published tables")
-    add("--scaling", choices=SCALING, help="a curve over batch, image size or depth instead of the table")
+    add(
+        "--full",
+        action="store_true",
+        help="models, batches, dtypes and modes of the published tables",
+    )
+    add(
+        "--scaling",
+        choices=SCALING,
+        help="a curve over batch, image size or depth instead of the table",
+    )
     add("--cold", action="store_true", help="also cold starts, each in a fresh process")
-    add("--seconds", type=float, default=20.0, help="timing at most this long a case (default %(default)s)")
-    add("--ledger", nargs="?", const="", metavar="FILE", help=f"write the rows into {RESULTS}/ or FILE")
+    add(
+        "--seconds",
+        type=float,
+        default=20.0,
+        help="timing at most this long a case (default %(default)s)",
+    )
+    add(
+        "--ledger",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help=f"write the rows into {RESULTS}/ or FILE",
+    )
 
 
 def words(text: str) -> list[str]:
@@ -85,9 +108,14 @@ def model_cases(config: pytest.Config) -> list[Case]:
         sizes = SCALING["size"][device]
     unknown = [model for model in models if model not in list_models()]
     if unknown:
-        raise pytest.UsageError(f"--models: unknown {', '.join(unknown)}; known: {', '.join(list_models())}")
+        raise pytest.UsageError(
+            f"--models: unknown {', '.join(unknown)}; known: {', '.join(list_models())}"
+        )
     combinations = itertools.product(modes, models, dtypes, sizes, batches)
-    return [Case(mode, model, dtype, batch, size, device) for mode, model, dtype, size, batch in combinations]
+    return [
+        Case(mode, model, dtype, batch, size, device)
+        for mode, model, dtype, size, batch in combinations
+    ]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -27,7 +27,9 @@ def jpegs(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config)
 
 @pytest.mark.benchmark(group="files to predictions")
 @pytest.mark.parametrize("decode", ["exact", "fast"])
-def test_predict(decode: str, jpegs: Path, benchmark, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+def test_predict(
+    decode: str, jpegs: Path, benchmark, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
     device = pytestconfig.getoption("--device")
     dtype = "bfloat16" if device == "cuda" else "float32"
     command = [sys.executable, "-m", "resnet_fast", "predict", str(jpegs), "--random-weights"]
@@ -36,7 +38,9 @@ def test_predict(decode: str, jpegs: Path, benchmark, tmp_path: Path, pytestconf
     if decode == "fast":
         command.append("--fast-decode")
 
-    done = benchmark.pedantic(lambda: subprocess.run(command, capture_output=True, text=True), rounds=1)
+    done = benchmark.pedantic(
+        lambda: subprocess.run(command, capture_output=True, text=True), rounds=1
+    )
 
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stderr.splitlines() if "img/s" in line)

@@ -61,7 +61,9 @@ def loader(args: argparse.Namespace) -> torch.utils.data.DataLoader:
 
 def arguments() -> argparse.Namespace:
     """Return the options of the command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--model", default="resnet18", choices=resnet_fast.list_models())
     p.add_argument("--data", help="folder of one folder for each class; default: random images")
     p.add_argument("--classes", type=int, default=10)

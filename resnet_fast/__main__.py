@@ -16,7 +16,9 @@ class Parser(argparse.ArgumentParser):
     """A parser that reports a mistake in one sentence, with where the help is, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog.removeprefix('python -m ')}: {message} (see `{self.prog} --help`)\n")
+        self.exit(
+            2, f"{self.prog.removeprefix('python -m ')}: {message} (see `{self.prog} --help`)\n"
+        )
 
 
 def parser() -> argparse.ArgumentParser:

@@ -94,7 +94,11 @@ def own_files(path: Path, *, at_load: bool) -> set[Path]:
     names = imports(path, at_load=at_load)
     files = {name: file for name in names if (file := file_of(name))}
     doors = {name for name, file in files.items() if file.name == "__init__.py"}
-    passed = {door for door in doors if inner_names(names, door) and inner_names(names, door) <= files.keys()}
+    passed = {
+        door
+        for door in doors
+        if inner_names(names, door) and inner_names(names, door) <= files.keys()
+    }
     return {file for name, file in files.items() if name not in passed}
 
 
@@ -106,7 +110,9 @@ def inner_names(names: set[str], door: str) -> set[str]:
 def test_a_wing_imports_only_the_wings_in_its_row(path) -> None:
     used = {wing(file) for file in own_files(path, at_load=False)} - {wing(path)}
     allowed = set(MAY_IMPORT[wing(path)].split())
-    assert used <= allowed, f"{module(path)} imports {used - allowed}; {wing(path)} may import {allowed or 'no wing'}"
+    assert used <= allowed, (
+        f"{module(path)} imports {used - allowed}; {wing(path)} may import {allowed or 'no wing'}"
+    )
 
 
 def test_the_table_names_every_wing() -> None:
@@ -137,15 +143,21 @@ def test_no_file_is_in_a_circle_at_load() -> None:
 
 def test_a_wing_begins_with_its_sentence() -> None:
     for name in MAY_IMPORT:
-        doc = ast.get_docstring(ast.parse((ROOT / name / "__init__.py").read_text(encoding="utf-8")))
-        assert doc and doc.splitlines()[0].endswith("."), f"{name}/__init__.py: no sentence says what the wing holds"
+        doc = ast.get_docstring(
+            ast.parse((ROOT / name / "__init__.py").read_text(encoding="utf-8"))
+        )
+        assert doc and doc.splitlines()[0].endswith("."), (
+            f"{name}/__init__.py: no sentence says what the wing holds"
+        )
 
 
 def users_of(prefix: str) -> set[str]:
     return {
         module(path)
         for path in FILES
-        if any(name == prefix or name.startswith(prefix + ".") for name in imports(path, at_load=False))
+        if any(
+            name == prefix or name.startswith(prefix + ".") for name in imports(path, at_load=False)
+        )
     }
 
 
@@ -154,7 +166,9 @@ def mentions(text: str) -> set[str]:
     found = set()
     for path in FILES:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        if any(isinstance(node, ast.Attribute) and ast.unparse(node) == text for node in ast.walk(tree)):
+        if any(
+            isinstance(node, ast.Attribute) and ast.unparse(node) == text for node in ast.walk(tree)
+        ):
             found.add(module(path))
     return found
 
@@ -182,7 +196,9 @@ def test_importing_the_package_needs_torch_alone() -> None:
         reached.add(path)
         waiting += own_files(path, at_load=True)
         roots = {name.split(".")[0] for name in imports(path, at_load=True)}
-        assert roots <= {"torch", "resnet_fast", *sys.stdlib_module_names}, f"{module(path)} imports {roots} at load"
+        assert roots <= {"torch", "resnet_fast", *sys.stdlib_module_names}, (
+            f"{module(path)} imports {roots} at load"
+        )
     assert ROOT / "ops" / "conv.py" in reached
 
 
@@ -208,10 +224,16 @@ def test_nothing_happens_at_load() -> None:
                 assert not starts_something, f"{module(path)}:{node.lineno} calls {called} at load"
 
 
-BESIDE_IT = [path for folder in ("benchmarks", "tools") for path in sorted((ROOT.parent / folder).rglob("*.py"))]
+BESIDE_IT = [
+    path
+    for folder in ("benchmarks", "tools")
+    for path in sorted((ROOT.parent / folder).rglob("*.py"))
+]
 
 
-@pytest.mark.parametrize("path", [*FILES, *BESIDE_IT], ids=lambda path: str(path.relative_to(ROOT.parent)))
+@pytest.mark.parametrize(
+    "path", [*FILES, *BESIDE_IT], ids=lambda path: str(path.relative_to(ROOT.parent))
+)
 def test_torch_has_what_is_asked_of_it(path) -> None:
     """Every torch.* name in the code exists: no other test without a GPU sees code that only a GPU runs."""
     chains = {
@@ -221,7 +243,11 @@ def test_torch_has_what_is_asked_of_it(path) -> None:
     }
     for chain in chains:
         first, *names = chain.split(".")
-        if first == "torch" and all(map(str.isidentifier, names)) and not chain.startswith("torch.ops.resnet_fast"):
+        if (
+            first == "torch"
+            and all(map(str.isidentifier, names))
+            and not chain.startswith("torch.ops.resnet_fast")
+        ):
             owner = torch
             for name in names:
                 assert hasattr(owner, name), f"torch {torch.__version__} has no {chain}"
@@ -235,7 +261,9 @@ def test_no_exception_is_swallowed(folder) -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ExceptHandler) and not raises_again(node):
                 caught = None if node.type is None else ast.unparse(node.type)
-                assert caught not in (None, "Exception", "BaseException"), f"{module(path)}:{node.lineno}"
+                assert caught not in (None, "Exception", "BaseException"), (
+                    f"{module(path)}:{node.lineno}"
+                )
 
 
 def raises_again(handler: ast.ExceptHandler) -> bool:

@@ -62,12 +62,16 @@ def blocks_of(page: Path) -> list[Block]:
     for match in FENCE.finditer(text):
         needs = NEEDS.search(text[: match.start()])
         line = text.count("\n", 0, match.start("code")) + 1
-        found.append(Block(page, line, match["language"], match["code"], needs[1] if needs else None))
+        found.append(
+            Block(page, line, match["language"], match["code"], needs[1] if needs else None)
+        )
     return found
 
 
 BLOCKS = [block for page in [*PAGES, *OTHER_PAGES] for block in blocks_of(page)]
-PYTHON_PAGES = [page for page in PAGES if any(block.language == "python" for block in blocks_of(page))]
+PYTHON_PAGES = [
+    page for page in PAGES if any(block.language == "python" for block in blocks_of(page))
+]
 
 
 def shell_commands() -> Iterator[tuple[str, list[str]]]:
@@ -94,7 +98,11 @@ def split_at_operators(words: list[str]) -> Iterator[list[str]]:
 
 
 COMMANDS = list(shell_commands())
-OURS = [(where, words[words.index("resnet_fast") + 1 :]) for where, words in COMMANDS if "resnet_fast" in words]
+OURS = [
+    (where, words[words.index("resnet_fast") + 1 :])
+    for where, words in COMMANDS
+    if "resnet_fast" in words
+]
 TARGETS = [(where, words[1]) for where, words in COMMANDS if words[0] == "make"]
 
 
@@ -147,7 +155,9 @@ QUICK_ONES = sorted({tuple(words) for _, words in OURS if is_quick(words)})
 
 
 @pytest.mark.parametrize("words", QUICK_ONES, ids=" ".join)
-def test_quick_command_runs(words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_quick_command_runs(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(list(words)) == 0
     assert capsys.readouterr().out
@@ -176,11 +186,17 @@ def test_readme_is_short() -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    headings = re.findall(
+        r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE
+    )
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings
+    }
 
 
-@pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page", [*PAGES, *OTHER_PAGES], ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_relative_links_resolve(page: Path) -> None:
     for link in LINK.findall(FENCE.sub("", page.read_text(encoding="utf-8"))):
         if link.startswith(("http://", "https://")):
@@ -188,10 +204,14 @@ def test_relative_links_resolve(page: Path) -> None:
         name, _, anchor = link.partition("#")
         target = page.parent / name if name else page
         assert target.exists(), f"{page.name} links to {link}"
-        assert not anchor or anchor in anchors(target), f"{page.name} links to {link}: no such heading"
+        assert not anchor or anchor in anchors(target), (
+            f"{page.name} links to {link}: no such heading"
+        )
 
 
-@pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page", [*PAGES, *OTHER_PAGES], ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_named_paths_exist(page: Path) -> None:
     named = PATH.findall(FENCE.sub("", page.read_text(encoding="utf-8")))
     assert [name for name in named if not (ROOT / name).exists()] == []
@@ -210,7 +230,9 @@ def test_api_reference_lists_every_public_name() -> None:
 
 
 def test_docs_extra_and_makefile_agree() -> None:
-    extra = re.search(r"^docs = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M | re.S)
+    extra = re.search(
+        r"^docs = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M | re.S
+    )
     needed = re.findall(r'^\s*("[^"]+")', extra[1], re.MULTILINE)
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert needed and all(requirement in makefile for requirement in needed)

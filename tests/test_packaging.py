@@ -40,13 +40,24 @@ CXX = setup.Compiler(("ccache", "g++"), "g++ 12.2.0", None)
 TORCH = setup.Torch(Path("/opt/torch"), "2.15.0+cu132", "13.2")
 
 
-def decide(mode: str = "auto", system: str = "Linux", machine: str = "x86_64", torch=TORCH, nvcc=NVCC, cxx=CXX):
+def decide(
+    mode: str = "auto",
+    system: str = "Linux",
+    machine: str = "x86_64",
+    torch=TORCH,
+    nvcc=NVCC,
+    cxx=CXX,
+):
     return setup.decide(mode, system, machine, torch, nvcc, cxx)
 
 
 def run_python(code: str, **env: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**setup.os.environ, **env}, cwd=ROOT
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**setup.os.environ, **env},
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -58,10 +69,22 @@ def run_python(code: str, **env: str) -> str:
 LACKING = {
     "nothing": ({}, None, None),
     "all wanted": ({"mode": "none"}, "RESNET_FAST_BUILD=none", "RESNET_FAST_BUILD=none"),
-    "Linux": ({"system": "Darwin", "torch": None}, "Linux only, this is Darwin", "Linux only, this is Darwin"),
+    "Linux": (
+        {"system": "Darwin", "torch": None},
+        "Linux only, this is Darwin",
+        "Linux only, this is Darwin",
+    ),
     "torch": ({"torch": None}, "torch is not installed", "torch is not installed"),
-    "new torch": ({"torch": setup.Torch(Path("/t"), "2.10.1+cu128", "12.8")}, "older than 2.11", "older than 2.11"),
-    "CUDA build of torch": ({"torch": setup.Torch(Path("/t"), "2.15.0+cpu", None)}, "not a CUDA build", None),
+    "new torch": (
+        {"torch": setup.Torch(Path("/t"), "2.10.1+cu128", "12.8")},
+        "older than 2.11",
+        "older than 2.11",
+    ),
+    "CUDA build of torch": (
+        {"torch": setup.Torch(Path("/t"), "2.15.0+cpu", None)},
+        "not a CUDA build",
+        None,
+    ),
     "nvcc": ({"nvcc": None}, "nvcc was not found", None),
     "a host compiler for nvcc": (
         {"nvcc": setup.Compiler(("/opt/nvcc",), "13.0", "no g++", KNOWN)},
@@ -75,7 +98,11 @@ LACKING = {
         None,
         "cc g.. cannot build .* can: no builtin",
     ),
-    "both compilers": ({"nvcc": None, "cxx": None}, "nvcc was not found", "no C.. compiler was found"),
+    "both compilers": (
+        {"nvcc": None, "cxx": None},
+        "nvcc was not found",
+        "no C.. compiler was found",
+    ),
 }
 
 
@@ -89,7 +116,11 @@ def test_each_extension_is_built_where_its_toolchain_is_or_says_what_is_missing(
         (plan.no_cuda, no_cuda, "extension", "why"),
         (plan.no_cpu, no_cpu, "cpu", "cpu_why"),
     ):
-        assert (record[state], why) == ("built", None) if sentence is None else re.search(sentence, why)
+        assert (
+            (record[state], why) == ("built", None)
+            if sentence is None
+            else re.search(sentence, why)
+        )
         assert record[state] == "built" or (record[state], record[told]) == ("not built", why)
     if no_cuda is None:
         assert decide(**found, mode="cuda") == plan
@@ -131,9 +162,15 @@ def test_an_nvcc_that_cannot_build_is_seen(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="shell scripts play compilers")
-def test_the_first_cxx_that_works_is_taken_and_one_that_is_named_is_not_replaced(tmp_path, monkeypatch):
+def test_the_first_cxx_that_works_is_taken_and_one_that_is_named_is_not_replaced(
+    tmp_path, monkeypatch
+):
     monkeypatch.delenv("CXX", raising=False)
-    assert setup.platform.machine() != "x86_64" or not setup.shutil.which("g++") or setup.find_cxx().fault is None
+    assert (
+        setup.platform.machine() != "x86_64"
+        or not setup.shutil.which("g++")
+        or setup.find_cxx().fault is None
+    )
     monkeypatch.setenv("PATH", str(tmp_path))
     assert setup.find_cxx() is None
     old = fake_compiler(
@@ -143,8 +180,12 @@ def test_the_first_cxx_that_works_is_taken_and_one_that_is_named_is_not_replaced
         *) echo "In file included" >&2; echo "probe.cpp:5:1: error: no __builtin_convertvector" >&2; exit 1;;
     esac""",
     )
-    assert setup.find_cxx() == setup.Compiler(("c++",), "c++ 8.3.0", "probe.cpp:5:1: error: no __builtin_convertvector")
-    fake_compiler(tmp_path / "clang++", """case $1 in --version) echo "clang version 22.1.8";; esac""")
+    assert setup.find_cxx() == setup.Compiler(
+        ("c++",), "c++ 8.3.0", "probe.cpp:5:1: error: no __builtin_convertvector"
+    )
+    fake_compiler(
+        tmp_path / "clang++", """case $1 in --version) echo "clang version 22.1.8";; esac"""
+    )
     assert setup.find_cxx() == setup.Compiler(("clang++",), "clang version 22.1.8", None)
     monkeypatch.setenv("CXX", f"{old} -m64")
     assert setup.find_cxx().command == (str(old), "-m64")
@@ -213,21 +254,36 @@ def test_jobs_are_what_cores_and_memory_allow_or_the_user_says(cores, free, limi
 
 def test_only_the_host_files_see_torch():
     commands = setup.cuda_commands(TORCH, NVCC, ["8.0"], jobs=4) | setup.cpu_commands(TORCH, CXX)
-    names = {source: source.relative_to(setup.CSRC).as_posix() for source in setup.CSRC.rglob("*") if source.is_file()}
-    sees_torch = {names[source] for source, command in commands.items() if str(TORCH.root / "include") in command}
+    names = {
+        source: source.relative_to(setup.CSRC).as_posix()
+        for source in setup.CSRC.rglob("*")
+        if source.is_file()
+    }
+    sees_torch = {
+        names[source]
+        for source, command in commands.items()
+        if str(TORCH.root / "include") in command
+    }
     assert sees_torch == {"library.cpp", "bindings.cpp", "cpu/library.cpp"}
     includes = {
         name: set(re.findall(r'#include [<"](torch|ATen|c10|(?:../)?checks.h)', s.read_text()))
         for s, name in names.items()
     }
-    assert {name for name, found in includes.items() if found} == {"checks.h", "library.cpp", "cpu/library.cpp"}
+    assert {name for name, found in includes.items() if found} == {
+        "checks.h",
+        "library.cpp",
+        "cpu/library.cpp",
+    }
     assert {source for source in names if source.suffix in (".cpp", ".cu")} == set(commands)
 
 
 def test_cpu_kernels_are_compiled_for_their_processors_and_what_asks_the_processor_for_all():
     commands = {source.stem: command for source, command in setup.cpu_commands(TORCH, CXX).items()}
     assert all(command[:3] == ["ccache", "g++", "-c"] for command in commands.values())
-    machine = {name: {flag for flag in command if flag.startswith("-m")} for name, command in commands.items()}
+    machine = {
+        name: {flag for flag in command if flag.startswith("-m")}
+        for name, command in commands.items()
+    }
     assert machine.pop("library") == set()
     assert {"-mavx512vl", "-mfma"} < machine["avx512"]
     assert machine["avx2"] == {"-mavx2", "-mfma"}
@@ -246,7 +302,11 @@ def test_only_what_changed_is_compiled_again(tmp_path, monkeypatch):
     monkeypatch.setattr(setup, "OBJECTS", tmp_path)
 
     def compiles(flag: str = "-c") -> bool:
-        before = (nvcc.parent / "runs").read_text().count("run") if (nvcc.parent / "runs").exists() else 0
+        before = (
+            (nvcc.parent / "runs").read_text().count("run")
+            if (nvcc.parent / "runs").exists()
+            else 0
+        )
         setup.compile_one(source, [str(nvcc), flag])
         return (nvcc.parent / "runs").read_text().count("run") > before
 
@@ -331,8 +391,16 @@ def test_metadata():
 def test_the_wheel_holds_the_marker_of_inline_types_and_all_package_data(tmp_path):
     """What ``build_py`` copies is what a wheel holds; ``py.typed`` makes type checkers read our annotations."""
     build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
-    subprocess.run(build, cwd=ROOT, env={**os.environ, "RESNET_FAST_BUILD": "none"}, check=True, capture_output=True)
-    copied = {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if file.is_file()}
+    subprocess.run(
+        build,
+        cwd=ROOT,
+        env={**os.environ, "RESNET_FAST_BUILD": "none"},
+        check=True,
+        capture_output=True,
+    )
+    copied = {
+        file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if file.is_file()
+    }
     assert "resnet_fast/py.typed" in copied
     for folder in ("templates", "include"):
         sources = (ROOT / "resnet_fast" / "kernels" / folder).iterdir()
@@ -341,7 +409,9 @@ def test_the_wheel_holds_the_marker_of_inline_types_and_all_package_data(tmp_pat
 
 
 def test_ci_checks_style_and_types_before_it_runs_the_tests():
-    commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("make ")]
+    commands = [
+        line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("make ")
+    ]
     assert commands == ["make lint", "make test"]
 
 
@@ -352,14 +422,18 @@ def test_lint_checks_style_format_and_types(tmp_path):
         (tmp_path / ".venv" / stamp).touch()
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / "csrc").mkdir()
-    dry = subprocess.run(["make", "-n", "lint"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    dry = subprocess.run(
+        ["make", "-n", "lint"], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout
     tools = [line.split("/")[-1] for line in dry.splitlines() if line.startswith(".venv/bin/")]
     assert tools == ["ruff check .", "ruff format --check .", "mypy"]
 
 
 def test_the_version_can_be_read_without_importing_torch():
     tree = ast.parse((ROOT / "resnet_fast" / "__init__.py").read_text())
-    literal = {node.targets[0].id: node.value for node in tree.body if isinstance(node, ast.Assign)}["__version__"]
+    literal = {
+        node.targets[0].id: node.value for node in tree.body if isinstance(node, ast.Assign)
+    }["__version__"]
     assert ast.literal_eval(literal) == resnet_fast.__version__
 
 
@@ -395,7 +469,8 @@ def test_info_counts_cpu_kernels_that_do_not_run_among_what_is_missing(monkeypat
     why = "the CPU kernels are not built (c++ failed: no such intrinsic): pip install"
     monkeypatch.setattr(cpu_library, "available", lambda: why)
     assert any(
-        "oneDNN runs: the CPU kernels are not built (c++ failed: no such intrinsic): pip install" in line
+        "oneDNN runs: the CPU kernels are not built (c++ failed: no such intrinsic): pip install"
+        in line
         for line in info.missing()
     )
 
@@ -517,7 +592,9 @@ def make(tmp_path: Path, gpu: str | None, tune: int = 0) -> tuple[list[str], str
         smi.write_text(f"#!/bin/sh\necho {gpu}\n")
         smi.chmod(0o755)
     python = tmp_path / "bin" / "python"
-    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/ran\ncase "$*" in *tune*) exit {tune};; esac\n')
+    python.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/ran\ncase "$*" in *tune*) exit {tune};; esac\n'
+    )
     python.chmod(0o755)
     env = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
     env.pop("TORCH_CUDA_ARCH_LIST", None)
@@ -536,7 +613,8 @@ COMPARE, TUNE = "-m resnet_fast bench --photos", "-m resnet_fast tune resnet50 -
 
 
 @pytest.mark.skipif(
-    shutil.which("make") is None or shutil.which("nvidia-smi") is not None, reason="needs make, and no GPU of its own"
+    shutil.which("make") is None or shutil.which("nvidia-smi") is not None,
+    reason="needs make, and no GPU of its own",
 )
 @pytest.mark.parametrize(
     "gpu, tune, ran",

@@ -32,7 +32,11 @@ from resnet_fast.util.text import table
 _H200 = CHIPS["h200"]
 SMS, SHARED = _H200.sms, _H200.shared
 MMA, L2 = _H200.mma, _H200.l2  # FLOP and bytes a nanosecond of one SM
-_ROWS, _STAGES, _DEPTH = 64, 2, 64  # of a matrix instruction; operands in flight, and their channels
+_ROWS, _STAGES, _DEPTH = (
+    64,
+    2,
+    64,
+)  # of a matrix instruction; operands in flight, and their channels
 _ITEM = 2  # bytes of an element
 
 
@@ -97,7 +101,9 @@ def _candidates(b: Bottleneck, whole: bool) -> Iterator[Predicted]:
                 yield predicted
 
 
-def _predict_tile(b: Bottleneck, whole: bool, box: tuple[int, int, int], resident: bool) -> Predicted | None:
+def _predict_tile(
+    b: Bottleneck, whole: bool, box: tuple[int, int, int], resident: bool
+) -> Predicted | None:
     """Return the prediction for one tile, or None if it does not fit."""
     images, rows, columns = box
     tile = images * rows * columns
@@ -177,7 +183,9 @@ def _shared(
 
 def main() -> None:
     """Print the table for ResNet-50."""
-    print("predicted for ResNet-50's blocks without projection, 256 images at 224², bf16, an H200:\n")
+    print(
+        "predicted for ResNet-50's blocks without projection, 256 images at 224², bf16, an H200:\n"
+    )
     head = ("stage", "blocks", "tail µs", "bound by", "whole µs", "bound by")
     rows = []
     for stage, (block, count) in blocks("resnet50", 256).items():

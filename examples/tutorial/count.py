@@ -85,7 +85,10 @@ def loaded_and_stored() -> dict[str, tuple[int, int]]:
         stored += moved(pointers, mask)
         return store(self, pointers, value, mask, *rest)
 
-    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = counted_load, counted_store
+    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = (
+        counted_load,
+        counted_store,
+    )
     found = {}
     for step in STEPS:
         (kernel,) = load_file(step)
@@ -121,7 +124,10 @@ def compiled() -> dict[str, tuple[int, Code]]:
 
 def moved_table(rows: dict[str, Moved]) -> str:
     """Markdown table of the bytes of each step."""
-    lines = ["| step | its blocks load | store | torch's ops move | together |", "|---|---:|---:|---:|---:|"]
+    lines = [
+        "| step | its blocks load | store | torch's ops move | together |",
+        "|---|---:|---:|---:|---:|",
+    ]
     for name, row in rows.items():
         together = row.loaded + row.stored + row.torch
         columns = [_mega(row.loaded), _mega(row.stored), _mega(row.torch), _mega(together)]
@@ -162,7 +168,9 @@ def section(page: str, name: str) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="put the tables into README.md beside this file")
+    parser.add_argument(
+        "--write", action="store_true", help="put the tables into README.md beside this file"
+    )
     write = parser.parse_args().write
     page = PAGE.read_text(encoding="utf-8")
     for name, found in tables().items():

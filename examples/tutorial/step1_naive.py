@@ -21,7 +21,9 @@ def _naive(x, w, conv, C, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TRIPS
     for i in range(TRIPS):
         c = i * BLOCK_K + tl.arange(0, BLOCK_K)
         a = tl.load(x + m * C + c, mask=c < C, other=0.0).to(tl.float32)
-        b = tl.load(w + k[:, None] * C + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+        b = tl.load(
+            w + k[:, None] * C + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :], other=0.0
+        ).to(tl.float32)
         acc += tl.sum(a[None, :] * b, axis=1)
     tl.store(conv + m * K + k, acc.to(conv.dtype.element_ty), mask=k < K)
 
@@ -45,7 +47,9 @@ def unfused(out, scale, shift, residual, mean, var, eps, act):
 
 
 @kernel("experimental.step1_naive", op="conv_bn_act", supports=supports, available=launch.available)
-def step1_naive(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act):
+def step1_naive(
+    x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
+):
     n, c, h, w = x.shape
     k = weight.shape[0]
     out, finished = launch.conv_result(x, weight, (h, w))

@@ -15,18 +15,35 @@ from resnet_fast.kernels.triton import launch
 
 @triton.jit
 def _tiled(
-    x, w, conv, M, C, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TRIPS: tl.constexpr
+    x,
+    w,
+    conv,
+    M,
+    C,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TRIPS: tl.constexpr,
 ):
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i in range(TRIPS):
         c = i * BLOCK_K + tl.arange(0, BLOCK_K)
-        a = tl.load(x + m.to(tl.int64)[:, None] * C + c[None, :], mask=(m < M)[:, None] & (c < C)[None, :], other=0.0)
-        b = tl.load(w + k[None, :] * C + c[:, None], mask=(k < K)[None, :] & (c < C)[:, None], other=0.0)
+        a = tl.load(
+            x + m.to(tl.int64)[:, None] * C + c[None, :],
+            mask=(m < M)[:, None] & (c < C)[None, :],
+            other=0.0,
+        )
+        b = tl.load(
+            w + k[None, :] * C + c[:, None], mask=(k < K)[None, :] & (c < C)[:, None], other=0.0
+        )
         acc = tl.dot(a, b, acc, input_precision="ieee")
     inside = (m < M)[:, None] & (k < K)[None, :]
-    tl.store(conv + m.to(tl.int64)[:, None] * K + k[None, :], acc.to(conv.dtype.element_ty), mask=inside)
+    tl.store(
+        conv + m.to(tl.int64)[:, None] * K + k[None, :], acc.to(conv.dtype.element_ty), mask=inside
+    )
 
 
 def supports(problem):
@@ -48,7 +65,9 @@ def unfused(out, scale, shift, residual, mean, var, eps, act):
 
 
 @kernel("experimental.step2_tiled", op="conv_bn_act", supports=supports, available=launch.available)
-def step2_tiled(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act):
+def step2_tiled(
+    x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
+):
     n, c, h, w = x.shape
     k, m = weight.shape[0], n * h * w
     out, finished = launch.conv_result(x, weight, (h, w))

@@ -37,8 +37,14 @@ def _fused(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i in range(TRIPS):
         c = i * BLOCK_K + tl.arange(0, BLOCK_K)
-        a = tl.load(x + m.to(tl.int64)[:, None] * C + c[None, :], mask=(m < M)[:, None] & (c < C)[None, :], other=0.0)
-        b = tl.load(w + k[None, :] * C + c[:, None], mask=(k < K)[None, :] & (c < C)[:, None], other=0.0)
+        a = tl.load(
+            x + m.to(tl.int64)[:, None] * C + c[None, :],
+            mask=(m < M)[:, None] & (c < C)[None, :],
+            other=0.0,
+        )
+        b = tl.load(
+            w + k[None, :] * C + c[:, None], mask=(k < K)[None, :] & (c < C)[:, None], other=0.0
+        )
         acc = tl.dot(a, b, acc, input_precision="ieee")
     s = tl.load(scale + k, mask=k < K, other=0.0).to(tl.float32)
     t = tl.load(shift + k, mask=k < K, other=0.0).to(tl.float32)
@@ -65,7 +71,9 @@ def supports(problem):
 
 
 @kernel("experimental.step3_fused", op="conv_bn_act", supports=supports, available=launch.available)
-def step3_fused(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act):
+def step3_fused(
+    x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
+):
     n, c, h, w = x.shape
     k, m = weight.shape[0], n * h * w
     out, finished = launch.conv_result(x, weight, (h, w))

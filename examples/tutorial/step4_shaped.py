@@ -32,7 +32,9 @@ def _shaped(
     BLOCK_K: tl.constexpr,
 ):
     tiles_n: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
-    m = (tl.program_id(0) // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)  # neighbours in the grid share pixels
+    m = (tl.program_id(0) // tiles_n) * BLOCK_M + tl.arange(
+        0, BLOCK_M
+    )  # neighbours in the grid share pixels
     k = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     # A row beyond the end reads the last one instead: no mask here, and the store leaves it out.
     x_row = x + tl.minimum(m, M - 1).to(tl.int64) * C
@@ -79,8 +81,12 @@ def tile(k, c, itemsize):
     return 128, wide, 64 if c % 64 == 0 else 32, 8
 
 
-@kernel("experimental.step4_shaped", op="conv_bn_act", supports=supports, available=launch.available)
-def step4_shaped(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act):
+@kernel(
+    "experimental.step4_shaped", op="conv_bn_act", supports=supports, available=launch.available
+)
+def step4_shaped(
+    x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
+):
     n, c, h, w = x.shape
     k, m = weight.shape[0], n * h * w
     out, finished = launch.conv_result(x, weight, (h, w))

@@ -44,7 +44,9 @@ def compile_call(kernel: Kernel, problem: Problem) -> Call:
     raises.
     """
     if launch.INTERPRETED:
-        raise RuntimeError("TRITON_INTERPRET=1 was set when triton was imported: nothing is compiled in this process")
+        raise RuntimeError(
+            "TRITON_INTERPRET=1 was set when triton was imported: nothing is compiled in this process"
+        )
     args = meta_args(problem)
     with _compile_only(problem.capability) as launched, TorchOps() as around:
         kernel.fn(*args)
@@ -99,7 +101,13 @@ class TorchOps(TorchDispatchMode):
     Views move nothing, nor do allocation and questions of dtypes.
     """
 
-    FREE = ("aten.empty", "aten.new_empty", "aten.empty_strided", "aten.empty_like", "aten.new_empty_strided")
+    FREE = (
+        "aten.empty",
+        "aten.new_empty",
+        "aten.empty_strided",
+        "aten.empty_like",
+        "aten.new_empty_strided",
+    )
 
     def __init__(self) -> None:
         super().__init__()

@@ -17,7 +17,9 @@ from ..roofline.occupancy import occupancy
 from .launches import MATRIX, Launch, dominant
 
 NEAR = 0.6  # of the floor: from here on only less work makes a kernel much faster
-LATENCY = 0.8e-6  # seconds from DRAM, about; Little's law turns it into bytes that must be in flight
+LATENCY = (
+    0.8e-6  # seconds from DRAM, about; Little's law turns it into bytes that must be in flight
+)
 LAUNCH = 2.5e-6  # seconds that one more launch costs, about
 WORTH = 1.15  # causes that cost less than this factor are left out
 
@@ -52,7 +54,8 @@ def causes(facts: Facts, seconds: float | None = None, most: int = 3) -> list[st
         return []
     found = [cause for cause in _all_causes(facts) if cause[0] >= WORTH]
     sentences = [
-        f"{text} (costs about {factor:.2g}×, estimated)" for factor, text in sorted(found, reverse=True)[:most]
+        f"{text} (costs about {factor:.2g}×, estimated)"
+        for factor, text in sorted(found, reverse=True)[:most]
     ]
     if seconds is not None and len(sentences) < most:
         sentences.append(
@@ -66,7 +69,15 @@ def _all_causes(facts: Facts) -> list[Cause]:
     """Every cause that applies, whatever it costs."""
     if not facts.launches:
         return []
-    checks = (_torch_ops, _no_matrix_instructions, _spills, _grid, _narrow_loads, _bytes_in_flight, _launches)
+    checks = (
+        _torch_ops,
+        _no_matrix_instructions,
+        _spills,
+        _grid,
+        _narrow_loads,
+        _bytes_in_flight,
+        _launches,
+    )
     found = (check(facts) for check in checks)
     return [cause for cause in found if cause is not None]
 
@@ -140,7 +151,9 @@ def _narrow_loads(f: Facts) -> Cause | None:
     """
     if f.main.count("UTMALDG"):
         return None
-    loads = {name: n for name, n in f.main.instructions.items() if name.startswith(("LDG", "LDGSTS"))}
+    loads = {
+        name: n for name, n in f.main.instructions.items() if name.startswith(("LDG", "LDGSTS"))
+    }
     moved = sum(_width(name) * n for name, n in loads.items())
     moved_wide = sum(16 * n for name, n in loads.items() if _width(name) == 16)
     if 2 * moved_wide >= moved:

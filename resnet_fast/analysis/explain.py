@@ -22,9 +22,13 @@ def explain(model: nn.Module, example: Tensor) -> Explanation:
     if explain_plan is not None:
         return explain_plan(example)
     if not isinstance(model, nn.Module):
-        raise ValueError(f"explain: model: got {type(model).__name__}, expected an nn.Module or a plan")
+        raise ValueError(
+            f"explain: model: got {type(model).__name__}, expected an nn.Module or a plan"
+        )
     twin = copy.deepcopy(model)
-    owners = {id(p): name.rpartition(".")[0] for name, p in twin.named_parameters(remove_duplicate=False)}
+    owners = {
+        id(p): name.rpartition(".")[0] for name, p in twin.named_parameters(remove_duplicate=False)
+    }
     with record() as choices, torch.no_grad():
         twin(example)
     lines = []
@@ -48,8 +52,12 @@ def _plain_lines(model: nn.Module, example: Tensor, fused: set[str]) -> list[Lin
             reason = why_plain_block(module, example)
             overridden = type(module).forward not in (BasicBlock.forward, Bottleneck.forward)
             if reason is not None or overridden:
-                lines.append(Line(name, "plain", "torch modules", reason or "a subclass overrides forward"))
-        elif isinstance(module, nn.Conv2d) and name not in fused and not _norm_is_fused(name, fused):
+                lines.append(
+                    Line(name, "plain", "torch modules", reason or "a subclass overrides forward")
+                )
+        elif (
+            isinstance(module, nn.Conv2d) and name not in fused and not _norm_is_fused(name, fused)
+        ):
             reason = why_plain(example, [module]) or "not part of a fused block"
             lines.append(Line(name, "plain", "torch module", reason))
     return lines

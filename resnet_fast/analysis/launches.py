@@ -76,7 +76,9 @@ def read(path: Path) -> list[Launch]:
     """
     tool = cuobjdump()
     if tool is None:
-        raise LookupError("machine code: cuobjdump is in Triton's wheel and in the CUDA toolkit, and neither is here")
+        raise LookupError(
+            "machine code: cuobjdump is in Triton's wheel and in the CUDA toolkit, and neither is here"
+        )
 
     def dump(flag: str) -> str:
         command = [tool, flag, str(path)]
@@ -91,7 +93,9 @@ def read(path: Path) -> list[Launch]:
 
 def _launch(name: str, usage: str, code: str) -> Launch:
     """One kernel of a binary."""
-    registers, stack, shared = (int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "SHARED"))
+    registers, stack, shared = (
+        int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "SHARED")
+    )
     return Launch(
         readable(name),
         registers,
@@ -106,8 +110,12 @@ def readable(name: str) -> str:
     """A kernel's name without its mangling, namespaces and parameters, where c++filt is at hand."""
     if shutil.which("c++filt") is None:
         return name
-    plain = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip()
-    return re.sub(r"^void |\b_GLOBAL__N_\w+::|\(.*", "", plain.replace("(anonymous namespace)::", ""))
+    plain = subprocess.run(
+        ["c++filt", name], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    return re.sub(
+        r"^void |\b_GLOBAL__N_\w+::|\(.*", "", plain.replace("(anonymous namespace)::", "")
+    )
 
 
 def _code(sass: str) -> dict[str, str]:
@@ -122,7 +130,9 @@ def _code(sass: str) -> dict[str, str]:
 
 def _instructions(code: str) -> Counter:
     """SASS instructions by full name, without their predicates."""
-    return Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)", code, re.MULTILINE))
+    return Counter(
+        re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)", code, re.MULTILINE)
+    )
 
 
 def _operands(code: str) -> frozenset[str]:

@@ -67,7 +67,14 @@ class NetworkFloors:
     def __str__(self) -> str:
         kernel_header = "kernel", "MB", "GFLOP", "floor µs", "bound"
         level_header = "", "level of fusion", "kernels", "MB/img", "floor ms", "img/s"
-        group_header = "across convolutions", "groups", "MB alone", "together", "floor µs alone", "together"
+        group_header = (
+            "across convolutions",
+            "groups",
+            "MB alone",
+            "together",
+            "floor µs alone",
+            "together",
+        )
         kernel_rows = [_kernel_row(floor) for floor in self.rows]
         level_rows = [_level_row(total) for total in self.totals]
         group_rows = [_group_row(saving) for saving in self.groups]
@@ -137,13 +144,23 @@ def table(
         f"{model}, batch {batch}, {size}², {str(dtype).removeprefix('torch.')}: the least time physics allows",
         f"{limits.title} at {limits.copy / 1e12:g} TB/s and {rate:g} TFLOP/s",
         limits.source,
-        *(f"across: this network has no {name}" for name in names if not any(_is_named(g, (name,)) for g in groups)),
+        *(
+            f"across: this network has no {name}"
+            for name in names
+            if not any(_is_named(g, (name,)) for g in groups)
+        ),
     ]
     return NetworkFloors("\n".join(heading), rows, totals, savings(groups, limits))
 
 
 def total(
-    model: str, batch: int, size: int, dtype: torch.dtype, limits: Ceilings, level: str = LEVEL, mode: str = "infer"
+    model: str,
+    batch: int,
+    size: int,
+    dtype: torch.dtype,
+    limits: Ceilings,
+    level: str = LEVEL,
+    mode: str = "infer",
 ) -> Total:
     """The floor of one pass ("infer") or iteration ("train") over a batch; raises KeyError for an unknown level."""
     costs = {"infer": INFERENCE, "train": TRAINING}[mode][level](network(model, batch, size, dtype))
@@ -230,7 +247,9 @@ def with_groups(
             yield row
         elif group.name not in shown:
             shown.add(group.name)
-            yield replace(problem_floor(group.problem, limits), name=f"{group.name} {group.problem.op}")
+            yield replace(
+                problem_floor(group.problem, limits), name=f"{group.name} {group.problem.op}"
+            )
 
 
 def _is_named(group: AcrossLayer, names: tuple[str, ...]) -> bool:

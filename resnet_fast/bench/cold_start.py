@@ -27,7 +27,9 @@ class ColdStart:
     peak_bytes: int | None
 
 
-def cold_start(provider: str, mode: str, model: str, dtype: str, batch: int, size: int, device: str) -> ColdStart:
+def cold_start(
+    provider: str, mode: str, model: str, dtype: str, batch: int, size: int, device: str
+) -> ColdStart:
     """Measure one cold start with empty compiler caches; raises RuntimeError with the end of the process's errors."""
     case = [provider, mode, model, dtype, str(batch), str(size), device]
     with tempfile.TemporaryDirectory() as cache:
@@ -43,7 +45,9 @@ def cold_start(provider: str, mode: str, model: str, dtype: str, batch: int, siz
     return ColdStart(seconds, result["peak_bytes"])
 
 
-def main(provider_id: str, mode: str, model: str, dtype: str, batch: str, size: str, device: str) -> None:
+def main(
+    provider_id: str, mode: str, model: str, dtype: str, batch: str, size: str, device: str
+) -> None:
     """Build, run once, print the peak, and exit without teardown, which no user waits for."""
     import torch
 

@@ -59,7 +59,9 @@ def openvino(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[
     return run
 
 
-def onnxruntime(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def onnxruntime(
+    model: nn.Module, example: Tensor, dtype: torch.dtype
+) -> Callable[[Tensor], Tensor]:
     """ONNX Runtime on the example's device, all graph optimisations on."""
     session = _onnx_session(copy.deepcopy(model).to(dtype), example)
     if example.device.type == "cpu":
@@ -71,7 +73,9 @@ def onnxruntime(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callab
 
     def run(x: Tensor) -> Tensor:
         binding.bind_input("x", "cuda", x.get_device(), element, tuple(x.shape), x.data_ptr())
-        binding.bind_output("y", "cuda", out.get_device(), element, tuple(out.shape), out.data_ptr())
+        binding.bind_output(
+            "y", "cuda", out.get_device(), element, tuple(out.shape), out.data_ptr()
+        )
         session.run_with_iobinding(binding)
         return out
 
@@ -91,7 +95,9 @@ def _onnx_session(model: nn.Module, example: Tensor) -> Any:
     import onnxruntime as ort
 
     exported: Any = io.BytesIO()
-    program = torch.onnx.export(model, (example,), input_names=["x"], output_names=["y"], dynamo=True, verbose=False)
+    program = torch.onnx.export(
+        model, (example,), input_names=["x"], output_names=["y"], dynamo=True, verbose=False
+    )
     program.save(exported)
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -102,7 +108,9 @@ def _onnx_session(model: nn.Module, example: Tensor) -> Any:
     wanted = "CUDAExecutionProvider" if example.device.type == "cuda" else "CPUExecutionProvider"
     session = ort.InferenceSession(exported.getvalue(), options, providers=[wanted])
     if wanted not in session.get_providers():
-        raise RuntimeError(f"ONNX Runtime offers {session.get_providers()}, not {wanted}: install onnxruntime-gpu")
+        raise RuntimeError(
+            f"ONNX Runtime offers {session.get_providers()}, not {wanted}: install onnxruntime-gpu"
+        )
     return session
 
 
@@ -118,7 +126,9 @@ def tensorrt(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[
         return folded.graphed(compiled, example)
 
 
-def cudnn_frontend(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def cudnn_frontend(
+    model: nn.Module, example: Tensor, dtype: torch.dtype
+) -> Callable[[Tensor], Tensor]:
     """Folded convolutions, each one cudnn-frontend graph (convolution, bias, residual, ReLU), all in a CUDA graph."""
     import cudnn
 
@@ -155,7 +165,9 @@ class _CudnnConv:
     def _build(self, x: Tensor, residual: Tensor | None, tensors: list[Tensor]) -> None:
         import cudnn
 
-        kind = {torch.float16: cudnn.data_type.HALF, torch.bfloat16: cudnn.data_type.BFLOAT16}[self.dtype]
+        kind = {torch.float16: cudnn.data_type.HALF, torch.bfloat16: cudnn.data_type.BFLOAT16}[
+            self.dtype
+        ]
         graph = cudnn.pygraph(
             io_data_type=kind,
             intermediate_data_type=cudnn.data_type.FLOAT,
@@ -165,7 +177,11 @@ class _CudnnConv:
         inputs = [graph.tensor_like(t) for t in tensors]
         stride, padding, dilation, _ = self.conv.geometry  # groups follow from the shapes
         y = graph.conv_fprop(
-            image=inputs[0], weight=inputs[1], padding=list(padding), stride=list(stride), dilation=list(dilation)
+            image=inputs[0],
+            weight=inputs[1],
+            padding=list(padding),
+            stride=list(stride),
+            dilation=list(dilation),
         )
         if self.bias is not None:
             y = graph.bias(input=y, bias=inputs[2])
@@ -175,7 +191,9 @@ class _CudnnConv:
             y = graph.relu(input=y)
         # Run once by torch for the result's shape and strides.
         out = torch.nn.functional.conv2d(x, self.conv.weight, None, *self.conv.geometry)
-        y.set_output(True).set_data_type(kind).set_dim(list(out.shape)).set_stride(list(out.stride()))
+        y.set_output(True).set_data_type(kind).set_dim(list(out.shape)).set_stride(
+            list(out.stride())
+        )
         graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
         self.graph, self.inputs, self.output, self.out = graph, inputs, y, out
         self.workspace = torch.empty(graph.get_workspace_size(), device=x.device, dtype=torch.uint8)

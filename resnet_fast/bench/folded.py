@@ -41,7 +41,9 @@ def onednn(conv: Folded) -> Conv:
         if not packed:
             filters, *_ = vendor.onednn_filters(conv.weight, conv.bias, conv.geometry, x.shape)
             packed.append(filters)
-        return vendor.onednn(x, packed[0], conv.bias, residual, conv.geometry, in_place=True, relu=relu)
+        return vendor.onednn(
+            x, packed[0], conv.bias, residual, conv.geometry, in_place=True, relu=relu
+        )
 
     return run
 
@@ -60,7 +62,9 @@ def cudnn(conv: Folded) -> Conv:
                 return vendor.cudnn(x, conv.weight, conv.bias, residual, conv.geometry)
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError:  # a stem with three channels, for example: the other layers still fuse
+            except (
+                RuntimeError
+            ):  # a stem with three channels, for example: the other layers still fuse
                 fused = False
         out = F.conv2d(x, conv.weight, conv.bias, *conv.geometry)
         out = out if residual is None else out.add_(residual)
@@ -118,7 +122,9 @@ def _block(block: Any, dtype: torch.dtype, make: Callable[[Folded], Conv]) -> Bl
     return make(projection), inner, make(last)
 
 
-def _weights(conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple]:
+def _weights(
+    conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, tuple]:
     """Return the folded weight, bias and geometry of a convolution and its batch norm."""
     parameters = (conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var)
     kernel, scale, shift, mean, var = (t.detach() for t in parameters)

@@ -38,7 +38,9 @@ def _triton_interpret(interpret: bool) -> Iterator[None]:
             os.environ["TRITON_INTERPRET"] = before
 
 
-def run_module(module: str, args: list[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+def run_module(
+    module: str, args: list[str], environment: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
     """Run ``python -m module`` with these variables added to the environment; its output is captured."""
     command = [sys.executable, "-m", module, *args]
     variables = {**os.environ, **environment}

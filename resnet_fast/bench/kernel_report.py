@@ -31,7 +31,9 @@ from .ledger import Row
 from .network import Measured, known_ceilings
 from .op import at_check_batch, measure_op
 
-INTERPRETED_SIZE = 9  # height and width in the interpreter: channels and filters are the network's own
+INTERPRETED_SIZE = (
+    9  # height and width in the interpreter: channels and filters are the network's own
+)
 
 
 # ---------------------------------------------------------------- the request
@@ -105,7 +107,9 @@ def network_problems(request: Request, op: str, timed: bool) -> dict[str, Proble
     capability = request.gpu.capability if on_gpu else None
     found: dict[Problem, str] = {}
     for batch in batches:
-        convs = model_problems.conv_layers(request.model, batch, request.size, dtype, device, capability)
+        convs = model_problems.conv_layers(
+            request.model, batch, request.size, dtype, device, capability
+        )
         for name, problem in _problems_of_op(op, convs):
             if any(fnmatch(name, pattern) for pattern in request.layers):
                 found.setdefault(problem, name)
@@ -189,7 +193,9 @@ def interpreted(problem: Problem) -> Problem:
     second = None
     if problem.second:
         second = height * problem.stride[0], width * problem.stride[1]
-    return replace(problem, device="cpu", capability=None, x=(1, channels, height, width), second=second)
+    return replace(
+        problem, device="cpu", capability=None, x=(1, channels, height, width), second=second
+    )
 
 
 # ---------------------------------------------------------------- the code of a call
@@ -283,7 +289,12 @@ def rivals(chosen: list[Kernel], device: torch.device) -> list[Kernel]:
 
 
 def time_problem(
-    name: str, problem: Problem, chosen: list[Kernel], others: list[Kernel], code: CodeTable, seconds: float
+    name: str,
+    problem: Problem,
+    chosen: list[Kernel],
+    others: list[Kernel],
+    code: CodeTable,
+    seconds: float,
 ) -> Times:
     """Time the chosen kernels beside the others that take the problem; ``code`` is that of the Triton kernels."""
     able_others = [k for k in others if k.reason(problem) is None]

@@ -114,7 +114,9 @@ def measure(
         started = None
         if cold:
             say(f"{id}: cold start …")
-            started = cold_start(id, case.mode, case.model, case.dtype, case.batch, case.size, case.device)
+            started = cold_start(
+                id, case.mode, case.model, case.dtype, case.batch, case.size, case.device
+            )
         row = _row(case, built[id], timings, judged_by.eager, started)
         measured[id] = Measured(id, row, timing)
     return measured
@@ -152,12 +154,18 @@ def _build_all(
             built[provider.id] = found
             continue
         refused[provider.id] = found
-        reason = f"skipped: {found.skipped}" if found.wrong is None else f"WRONG: {found.wrong}; not timed"
+        reason = (
+            f"skipped: {found.skipped}"
+            if found.wrong is None
+            else f"WRONG: {found.wrong}; not timed"
+        )
         say(f"{provider.id}: {reason}")
     return built, refused
 
 
-def _build(provider: Provider, case: Case, model: nn.Module, x: Tensor, judged_by: _Oracle) -> _Built | Measured:
+def _build(
+    provider: Provider, case: Case, model: nn.Module, x: Tensor, judged_by: _Oracle
+) -> _Built | Measured:
     """Build a provider, or return why it is skipped or wrong."""
     try:
         built = _prepare(provider, case, model, x, judged_by.exact)
@@ -214,7 +222,9 @@ def _prepare(provider: Provider, case: Case, model: nn.Module, x: Tensor, exact:
     peak = torch.cuda.max_memory_allocated() - allocated
     torch.cuda.empty_cache()
     # A graph's private pool is reserved, not allocated, so each of the two counts alone would miss something.
-    return _Built(provider, run, distance, first, max(peak, torch.cuda.memory_reserved() - reserved))
+    return _Built(
+        provider, run, distance, first, max(peak, torch.cuda.memory_reserved() - reserved)
+    )
 
 
 def work(case: Case) -> tuple[int, float | None]:
@@ -242,7 +252,9 @@ def known_ceilings(device: str) -> chips.Ceilings | None:
         return None
 
 
-def _row(case: Case, built: _Built, timings: dict[str, Timing], eager: float, started: ColdStart | None) -> Row:
+def _row(
+    case: Case, built: _Built, timings: dict[str, Timing], eager: float, started: ColdStart | None
+) -> Row:
     provider = built.provider
     timing = timings[provider.id]
     low, high = timing.quartiles
@@ -271,5 +283,9 @@ def _row(case: Case, built: _Built, timings: dict[str, Timing], eager: float, st
         peak_bytes=peak,
         error=built.error,
         eager_error=eager,
-        speed_over={other: timing.speedup_over(base) for other, base in timings.items() if other != provider.id},
+        speed_over={
+            other: timing.speedup_over(base)
+            for other, base in timings.items()
+            if other != provider.id
+        },
     )

@@ -28,7 +28,9 @@ from .ledger import Row
 from .network import Measured, known_ceilings
 from .providers import fair
 
-CPU_CACHE = 32 << 20  # at least this much is walked through: a server core's share of its last-level cache is smaller
+CPU_CACHE = (
+    32 << 20
+)  # at least this much is walked through: a server core's share of its last-level cache is smaller
 MAX_COPIES = 16
 CHECK_BATCH = 2  # the oracle is float64 on the CPU
 
@@ -42,7 +44,12 @@ Call = Callable[[tuple], object]
 
 
 def op_problems(
-    model: str, batch: int, size: int, dtype: torch.dtype, device: str, capability: tuple[int, int] | None = None
+    model: str,
+    batch: int,
+    size: int,
+    dtype: torch.dtype,
+    device: str,
+    capability: tuple[int, int] | None = None,
 ) -> list[Problem]:
     """Return every distinct problem of a network: its convolutions, what training adds, groups of convolutions."""
     single = conv_layers(model, batch, size, dtype, device, capability)
@@ -140,7 +147,9 @@ def _copies(problem: Problem) -> int:
     return max(2, min(MAX_COPIES, needed))
 
 
-def _variants(problem: Problem, calls: dict[str, Call], copies: int) -> dict[str, Callable[[], object]]:
+def _variants(
+    problem: Problem, calls: dict[str, Call], copies: int
+) -> dict[str, Callable[[], object]]:
     """Return one walk for each call, and one for the bar; each has its own copies of the arguments."""
 
     def argument_sets() -> list[tuple]:
@@ -207,5 +216,7 @@ def _row(problem: Problem, id: str, timings: dict[str, Timing], errors: dict[str
         roofline=floor and floor / timing.median,
         error=errors.get(id),
         eager_error=errors.get("eager"),
-        speed_over={other: timing.speedup_over(base) for other, base in timings.items() if other != id},
+        speed_over={
+            other: timing.speedup_over(base) for other, base in timings.items() if other != id
+        },
     )

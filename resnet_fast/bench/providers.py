@@ -96,7 +96,9 @@ def plain(model: nn.Module) -> nn.Module:
     return model
 
 
-def example_input(batch: int, size: int, dtype: torch.dtype, device: str | torch.device, seed: int = 0) -> Tensor:
+def example_input(
+    batch: int, size: int, dtype: torch.dtype, device: str | torch.device, seed: int = 0
+) -> Tensor:
     """Return random normal images, contiguous NCHW (zeros would run 13 % faster on a GPU and prove nothing)."""
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, 3, size, size)
@@ -135,7 +137,9 @@ def _inference(
     return infer
 
 
-def _copy(model: nn.Module, dtype: torch.dtype, memory_format: torch.memory_format = torch.channels_last) -> nn.Module:
+def _copy(
+    model: nn.Module, dtype: torch.dtype, memory_format: torch.memory_format = torch.channels_last
+) -> nn.Module:
     copied = copy.deepcopy(model)
     return _converted(copied, dtype, memory_format)
 
@@ -269,7 +273,9 @@ def _train(
 # ---------------------------------------------------------------- the list
 
 _LIST = (
-    Provider("eager-nchw", "eager, NCHW", _eager_nchw, _train(copy.deepcopy, torch.contiguous_format)),
+    Provider(
+        "eager-nchw", "eager, NCHW", _eager_nchw, _train(copy.deepcopy, torch.contiguous_format)
+    ),
     Provider("eager", "eager, channels_last", _eager_nhwc, _train(copy.deepcopy)),
     Provider("folded", "folded + fused by torch", _folded),
     Provider("compile", "torch.compile", _compile(), _train(copy.deepcopy, compiled=dict)),
@@ -280,9 +286,17 @@ _LIST = (
         _train(copy.deepcopy, compiled=lambda: {"mode": "max-autotune"}),
     ),
     Provider("ours", "resnet_fast, drop-in", _dropin, _train(_ours), ours=True),
-    Provider("ours-accelerate", "resnet_fast, accelerate()", _accelerate, _train(_accelerated), ours=True),
+    Provider(
+        "ours-accelerate", "resnet_fast, accelerate()", _accelerate, _train(_accelerated), ours=True
+    ),
     Provider("ours-plan", "resnet_fast, plan()", _plan, ours=True),
-    Provider("ours-plan-across", "resnet_fast, plan(across=…)", _plan_across, devices=("cuda",), ours=True),
+    Provider(
+        "ours-plan-across",
+        "resnet_fast, plan(across=…)",
+        _plan_across,
+        devices=("cuda",),
+        ours=True,
+    ),
     Provider(
         "openvino",
         "OpenVINO",
@@ -325,7 +339,9 @@ def provider(id: str) -> Provider:
     if id.startswith("kernel:"):
         return _forced(id.removeprefix("kernel:"))
     if id not in PROVIDERS:
-        raise LookupError(f"provider {id!r} is unknown; known: {', '.join(PROVIDERS)}, kernel:ID|FILE")
+        raise LookupError(
+            f"provider {id!r} is unknown; known: {', '.join(PROVIDERS)}, kernel:ID|FILE"
+        )
     return PROVIDERS[id]
 
 

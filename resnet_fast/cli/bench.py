@@ -47,7 +47,9 @@ same-round ratios to eager NCHW and the error against float64. One of ours
 whose error breaks the rule gets no time, and the exit code is 1."""
 EPILOG = (
     "providers:\n"
-    + "\n".join(f" {'*' if p.id in DEFAULT else ' '}{p.id:15}  {p.title}" for p in PROVIDERS.values())
+    + "\n".join(
+        f" {'*' if p.id in DEFAULT else ' '}{p.id:15}  {p.title}" for p in PROVIDERS.values()
+    )
     + """
   kernel:ID|FILE   plan() with that kernel wherever it applies
 What is not installed is skipped with the sentence that says what to install."""
@@ -64,7 +66,11 @@ def add_parser(commands) -> None:
         epilog=EPILOG,
     )
     p.add_argument(
-        "model", metavar="MODEL", nargs="?", default="resnet50", help="an architecture (default %(default)s)"
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        default="resnet50",
+        help="an architecture (default %(default)s)",
     )
     _add_case(p.add_argument_group("what is run"))
     _add_comparison(p.add_argument_group("what is compared"))
@@ -88,11 +94,21 @@ def _add_case(case: argparse._ArgumentGroup) -> None:
         help="batch sizes (default 1 16, on a GPU 256 1, to train there 32; with --kernel 1, on a GPU 256)",
     )
     case.add_argument(
-        "--size", type=positive, default=224, metavar="N", help="height and width in pixels (default %(default)s)"
+        "--size",
+        type=positive,
+        default=224,
+        metavar="N",
+        help="height and width in pixels (default %(default)s)",
     )
     case.add_argument("--dtype", choices=SHORT_DTYPES, help="(default fp32, on a GPU bf16)")
-    case.add_argument("--device", default=default_device(), help="cpu or cuda (default here: %(default)s)")
-    case.add_argument("--photos", action="store_true", help="real photographs (extra bench) instead of random images")
+    case.add_argument(
+        "--device", default=default_device(), help="cpu or cuda (default here: %(default)s)"
+    )
+    case.add_argument(
+        "--photos",
+        action="store_true",
+        help="real photographs (extra bench) instead of random images",
+    )
 
 
 def _add_comparison(compared: argparse._ArgumentGroup) -> None:
@@ -104,10 +120,14 @@ def _add_comparison(compared: argparse._ArgumentGroup) -> None:
         help="ways to run it, of the list below (default: those with *)",
     )
     compared.add_argument(
-        "--seconds", type=seconds, help="at most this long timing each case (default 40; with --kernel 4)"
+        "--seconds",
+        type=seconds,
+        help="at most this long timing each case (default 40; with --kernel 4)",
     )
     compared.add_argument(
-        "--cold", action="store_true", help="also the first answer of a fresh process, and its peak memory"
+        "--cold",
+        action="store_true",
+        help="also the first answer of a fresh process, and its peak memory",
     )
 
 
@@ -121,15 +141,24 @@ def _add_kernels(single: argparse._ArgumentGroup) -> None:
         "without a GPU what the machine code says",
     )
     single.add_argument(
-        "--layers", nargs="+", metavar="PATTERN", default=["*"], help="only these, as in 'layer3.*.conv3' (default all)"
+        "--layers",
+        nargs="+",
+        metavar="PATTERN",
+        default=["*"],
+        help="only these, as in 'layer3.*.conv3' (default all)",
     )
     single.add_argument(
-        "--gpu", metavar="GPU", default="h200", help="without a GPU: the model to compile for (default %(default)s)"
+        "--gpu",
+        metavar="GPU",
+        default="h200",
+        help="without a GPU: the model to compile for (default %(default)s)",
     )
 
 
 def _add_output(output: argparse._ArgumentGroup) -> None:
-    output.add_argument("--json", action="store_true", help="print the ledger rows as JSON instead of the table")
+    output.add_argument(
+        "--json", action="store_true", help="print the ledger rows as JSON instead of the table"
+    )
     output.add_argument(
         "--save",
         nargs="?",
@@ -197,7 +226,11 @@ def _write(args: argparse.Namespace, machine: Machine, rows: list[Row]) -> None:
     if args.save is not None:
         _say(f"written: {write_run(rows, machine, args.save or None)}")
     if args.json:
-        json.dump({"machine": asdict(machine), "rows": [asdict(row) for row in rows]}, sys.stdout, indent=1)
+        json.dump(
+            {"machine": asdict(machine), "rows": [asdict(row) for row in rows]},
+            sys.stdout,
+            indent=1,
+        )
         print()
     else:
         print(f"{LEGEND}\n{WEIGHTS}")
@@ -215,7 +248,15 @@ def untuned(case: Case, batches: Sequence[int] = ()) -> str | None:
     if any(tables.records(problem) for problem in _tuned_problems(case)):
         return None
     dtype = str(SHORT_DTYPES[case.dtype]).removeprefix("torch.")
-    command = ["python", "-m", "resnet_fast", "tune", case.model, "--batch", *map(str, batches or (case.batch,))]
+    command = [
+        "python",
+        "-m",
+        "resnet_fast",
+        "tune",
+        case.model,
+        "--batch",
+        *map(str, batches or (case.batch,)),
+    ]
     command += ["--size", str(case.size)] if case.size != 224 else []
     command += ["--dtype", dtype] if case.dtype != "bf16" else []
     command += ["--train"] if case.mode == "train" else []
@@ -256,8 +297,14 @@ COLUMNS = (
     Column[Row]("error", lambda row: f"{row.error:.1e}"),
     Column[Row]("eager's", lambda row: f"{row.eager_error:.1e}"),
     Column[Row]("first s", lambda row: f"{row.first_s:.1f}"),
-    Column[Row]("cold s", lambda row: "" if row.cold_s is None else f"{row.cold_s:.1f}", optional=True),
-    Column[Row]("peak MB", lambda row: "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}", optional=True),
+    Column[Row](
+        "cold s", lambda row: "" if row.cold_s is None else f"{row.cold_s:.1f}", optional=True
+    ),
+    Column[Row](
+        "peak MB",
+        lambda row: "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}",
+        optional=True,
+    ),
 )
 
 

@@ -124,7 +124,9 @@ def report_times(request: Request, kernels: list[Kernel]) -> tuple[bool, list[Ro
                 rows.append(measured.row)
         print(show_times(times, ids, request.gpu))
     if not on_gpu:
-        print("No roofline on a CPU: nobody wrote its ceilings down. Ratios are medians of same-round ratios.")
+        print(
+            "No roofline on a CPU: nobody wrote its ceilings down. Ratios are medians of same-round ratios."
+        )
     return all_right, rows
 
 
@@ -231,7 +233,11 @@ def _numbers(code: CallCode | str | None, gpu: Gpu) -> tuple[str, str, str]:
         return "", "", ""
     launch = dominant(code.launches)
     share = occupancy(launch.registers, launch.shared, launch.threads, gpu.capability)
-    return str(launch.registers), f"{launch.shared / 1024:.0f}", f"{share.share:.0%} ({share.limit})"
+    return (
+        str(launch.registers),
+        f"{launch.shared / 1024:.0f}",
+        f"{share.share:.0%} ({share.limit})",
+    )
 
 
 # ---------------------------------------------------------------- kernels that do not
@@ -258,10 +264,23 @@ def report_code(request: Request, kernels: list[Kernel]) -> bool:
     return all_right
 
 
-CODE_HEADER = ("layer", "problem", "floor µs", "by", "launches", "grid", "regs", "KiB", "spilled", "occupancy")
+CODE_HEADER = (
+    "layer",
+    "problem",
+    "floor µs",
+    "by",
+    "launches",
+    "grid",
+    "regs",
+    "KiB",
+    "spilled",
+    "occupancy",
+)
 
 
-def show_code(id: str, codes: dict[str, CallCode | str], problems: dict[str, Problem], gpu: Gpu) -> str:
+def show_code(
+    id: str, codes: dict[str, CallCode | str], problems: dict[str, Problem], gpu: Gpu
+) -> str:
     """What the compiler made of a kernel for each problem, and what that says."""
     import triton
 
@@ -289,13 +308,26 @@ def show_code(id: str, codes: dict[str, CallCode | str], problems: dict[str, Pro
 
 def _code_line(name: str, problem: Problem, code: CallCode | str, gpu: Gpu) -> tuple[object, ...]:
     floor = problem_floor(problem, gpu.limits)
-    start = (name, short_problem(problem.key).split(",")[0], f"{floor.seconds * 1e6:.1f}", floor.bound)
+    start = (
+        name,
+        short_problem(problem.key).split(",")[0],
+        f"{floor.seconds * 1e6:.1f}",
+        floor.bound,
+    )
     if isinstance(code, str):
         return (*start, "", "", "", "", "", "")
     launch = facts(problem, code, gpu).main
     registers, shared, share = _numbers(code, gpu)
     launches = len(code.launches) + len(code.torch_ops)
-    return (*start, launches, f"{launch.blocks}×{launch.threads}", registers, shared, launch.stack, share)
+    return (
+        *start,
+        launches,
+        f"{launch.blocks}×{launch.threads}",
+        registers,
+        shared,
+        launch.stack,
+        share,
+    )
 
 
 def show_library(kernel: Kernel) -> str:
@@ -311,5 +343,11 @@ def show_library(kernel: Kernel) -> str:
     for file in files:
         for launch in read(Path(jit.build(file).__file__)):
             size = f"{launch.shared / 1024:g}"
-            lines.append((launch.name, launch.registers, launch.stack, size, launch.instructions.total()))
-    return table(("kernel", "registers", "stack", "static shared KiB", "instructions"), lines, right=(1, 2, 3, 4))
+            lines.append(
+                (launch.name, launch.registers, launch.stack, size, launch.instructions.total())
+            )
+    return table(
+        ("kernel", "registers", "stack", "static shared KiB", "instructions"),
+        lines,
+        right=(1, 2, 3, 4),
+    )

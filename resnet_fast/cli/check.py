@@ -38,11 +38,16 @@ def add_parser(commands) -> None:
         metavar="ID|FILE",
         help="only this kernel, or those of a .py or .cu file",
     )
-    p.add_argument("--dtype", action="append", choices=DTYPES, help="default: float32, float16, bfloat16")
     p.add_argument(
-        "--model", help="also the distinct convolutions of this architecture (and groups of them), at 224² and batch 2"
+        "--dtype", action="append", choices=DTYPES, help="default: float32, float16, bfloat16"
     )
-    p.add_argument("--device", default=default_device(), help="cpu or cuda (default here: %(default)s)")
+    p.add_argument(
+        "--model",
+        help="also the distinct convolutions of this architecture (and groups of them), at 224² and batch 2",
+    )
+    p.add_argument(
+        "--device", default=default_device(), help="cpu or cuda (default here: %(default)s)"
+    )
     p.set_defaults(run=run)
 
 
@@ -53,7 +58,9 @@ def requested_kernels(names: list[str] | None) -> list[Kernel]:
     return list(chain.from_iterable(named(name) for name in names))
 
 
-def problems(kernel: Kernel, dtype: torch.dtype, device: torch.device, model: str | None) -> Iterator[Problem]:
+def problems(
+    kernel: Kernel, dtype: torch.dtype, device: torch.device, model: str | None
+) -> Iterator[Problem]:
     """Yield the problems that one kernel is checked on."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     yield from nasty_problems(kernel.op, dtype, device.type, capability)
@@ -86,7 +93,9 @@ class Report:
         return "right" if self.verdicts else f"declines all: {self.declined[0]}"
 
 
-def check(kernel: Kernel, dtypes: list[torch.dtype], device: torch.device, model: str | None) -> Report:
+def check(
+    kernel: Kernel, dtypes: list[torch.dtype], device: torch.device, model: str | None
+) -> Report:
     """Check a kernel on each problem that it takes."""
     report = Report(kernel)
     for dtype in dtypes:
@@ -115,7 +124,11 @@ def run(args: argparse.Namespace) -> int:
         report = check(kernel, dtypes, device, args.model)
         rows.append(report.row())
         reports.append(report)
-    print(table(("kernel", "op", "checked", "declined", "error/eager", "verdict"), rows, right=(2, 3, 4)))
+    print(
+        table(
+            ("kernel", "op", "checked", "declined", "error/eager", "verdict"), rows, right=(2, 3, 4)
+        )
+    )
     for reason, ids in unavailable.items():  # in full, and once: a table's last column is cut
         print(wrapped(f"cannot run here: {', '.join(ids)}: {reason}", ""))
     wrong = list(chain.from_iterable(report.wrong for report in reports))
@@ -129,6 +142,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _say_wrong(wrong: list[Verdict]) -> None:
     for v in wrong[:SHOWN]:
-        print(f"WRONG {v.kernel}: {v.problem.key}: {v.reason}\n      {diagnose(find(v.kernel), v.problem)}")
+        print(
+            f"WRONG {v.kernel}: {v.problem.key}: {v.reason}\n      {diagnose(find(v.kernel), v.problem)}"
+        )
     if len(wrong) > SHOWN:
         print(f"… and {len(wrong) - SHOWN} more")

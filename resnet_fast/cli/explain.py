@@ -49,7 +49,9 @@ def add_parser(commands) -> None:
         "with --model-gpu the one whose floors are told",
     )
     p.add_argument(
-        "--rejected", action="store_true", help="say for each distinct problem why every other kernel was not chosen"
+        "--rejected",
+        action="store_true",
+        help="say for each distinct problem why every other kernel was not chosen",
     )
     p.add_argument("--json", action="store_true", help="print JSON instead of the table")
     p.set_defaults(run=run)
@@ -62,7 +64,11 @@ def run(args: argparse.Namespace) -> int:
     if args.model_gpu:
         from ..analysis.network_floor import table as floor_table
 
-        print(floor_table(args.model, args.batch, args.size, DTYPES[args.dtype], args.model_gpu, args.across))
+        print(
+            floor_table(
+                args.model, args.batch, args.size, DTYPES[args.dtype], args.model_gpu, args.across
+            )
+        )
         return 0
     device, dtype = device_or_error(args.device), DTYPES[args.dtype]
     torch.manual_seed(0)
@@ -153,7 +159,9 @@ def _diff(args: argparse.Namespace, model: nn.Module, example: Tensor) -> int:
     else:
         shape = "×".join(map(str, example.shape))
         steps = f"{len(fused.steps)} fused steps, other: {len(plain.steps)} unfused ones"
-        print(f"{args.model}, {args.dtype}, {shape} on {example.device}: {steps}\n{found}\n{DIFF_LEGEND}")
+        print(
+            f"{args.model}, {args.dtype}, {shape} on {example.device}: {steps}\n{found}\n{DIFF_LEGEND}"
+        )
     broken = [row for row in found if row.broken is not None]
     for row in broken:
         print(f"WRONG {row.name}: {row.broken}", file=sys.stderr)

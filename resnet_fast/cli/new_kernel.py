@@ -17,8 +17,12 @@ def add_parser(commands) -> None:
     )
     p.add_argument("name", help="a Python identifier; the kernel will be experimental.NAME")
     kind = p.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--triton", dest="kind", action="store_const", const="triton", help="one .py file")
-    kind.add_argument("--cuda", dest="kind", action="store_const", const="cuda", help="one .cu file")
+    kind.add_argument(
+        "--triton", dest="kind", action="store_const", const="triton", help="one .py file"
+    )
+    kind.add_argument(
+        "--cuda", dest="kind", action="store_const", const="cuda", help="one .cu file"
+    )
     p.add_argument("--folder", type=Path, default=Path("."), help="where to write (default: here)")
     p.set_defaults(run=run)
 
@@ -29,7 +33,9 @@ def run(args: argparse.Namespace) -> int:
             f"name: got {args.name!r}, expected lower-case letters, digits and underscores, such as fast_pointwise"
         )
     file = write(args.name, args.kind, args.folder)
-    interpret, without = ("TRITON_INTERPRET=1 ", "    (without a GPU)") if args.kind == "triton" else ("", "")
+    interpret, without = (
+        ("TRITON_INTERPRET=1 ", "    (without a GPU)") if args.kind == "triton" else ("", "")
+    )
     print(
         f"wrote {file}\n\nnext:\n  {interpret}python -m resnet_fast check --kernel {file}{without}\n"
         f"  python -m resnet_fast bench --kernel {file}"

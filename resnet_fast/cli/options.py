@@ -12,12 +12,24 @@ from ..util.machine import DTYPES, default_device
 
 def add_problem_options(parser: argparse.ArgumentParser, *, batch: int = 1) -> None:
     """--batch, --size, --dtype, --device."""
-    parser.add_argument("--batch", type=positive, default=batch, help="images in a batch (default %(default)s)")
-    parser.add_argument("--size", type=positive, default=224, help="height and width in pixels (default %(default)s)")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of weights and activations (default %(default)s)"
+        "--batch", type=positive, default=batch, help="images in a batch (default %(default)s)"
     )
-    parser.add_argument("--device", default=default_device(), help="cpu or cuda (default here: %(default)s)")
+    parser.add_argument(
+        "--size",
+        type=positive,
+        default=224,
+        help="height and width in pixels (default %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of weights and activations (default %(default)s)",
+    )
+    parser.add_argument(
+        "--device", default=default_device(), help="cpu or cuda (default here: %(default)s)"
+    )
 
 
 def positive(text: str) -> int:

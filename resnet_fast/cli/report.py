@@ -25,18 +25,37 @@ def add_parser(commands) -> None:
         description="Turn the ledger of measurements into README's tables (between its markers), "
         "plots and one HTML page; or print headlines; or compare two runs.",
     )
-    p.add_argument("ledger", nargs="?", type=Path, default=RESULTS, help="folder or file (default %(default)s)")
-    p.add_argument("--headline", action="store_true", help="print the newest result of each case and machine instead")
+    p.add_argument(
+        "ledger", nargs="?", type=Path, default=RESULTS, help="folder or file (default %(default)s)"
+    )
+    p.add_argument(
+        "--headline",
+        action="store_true",
+        help="print the newest result of each case and machine instead",
+    )
     p.add_argument("--json", action="store_true", help="with --headline: machine-readable")
-    p.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="print run B against run A instead")
+    p.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("A", "B"),
+        help="print run B against run A instead",
+    )
     p.add_argument(
         "--fail-if",
         type=gate,
         metavar="slower:5%",
         help="with --compare: exit code 1 if one of ours lost more than that",
     )
-    p.add_argument("--readme", type=Path, default=Path("README.md"), help="filled in (default %(default)s)")
-    p.add_argument("--out", type=Path, default=Path("benchmarks/report"), help="plots and page (default %(default)s)")
+    p.add_argument(
+        "--readme", type=Path, default=Path("README.md"), help="filled in (default %(default)s)"
+    )
+    p.add_argument(
+        "--out",
+        type=Path,
+        default=Path("benchmarks/report"),
+        help="plots and page (default %(default)s)",
+    )
     p.add_argument("--no-plots", action="store_true", help="tables only; needs no matplotlib")
     p.set_defaults(run=run)
 
@@ -58,7 +77,9 @@ def run(args: argparse.Namespace) -> int:
     if args.compare is not None:
         for path in args.compare:
             if not path.is_file():
-                raise FileNotFoundError(f"--compare: {path} is not a file; `bench --save FILE` writes one")
+                raise FileNotFoundError(
+                    f"--compare: {path} is not a file; `bench --save FILE` writes one"
+                )
         before, after = map(read_run, args.compare)
         return compare(before, after, args.fail_if)
     if not args.ledger.exists():
@@ -85,7 +106,18 @@ def headline(runs: list[Run], as_json: bool) -> int:
         return 0
     from ..util.text import table
 
-    header = ("case", "machine", "img/s", "× eager", "× compile", "× folded", "roofline", "error", "eager's", "date")
+    header = (
+        "case",
+        "machine",
+        "img/s",
+        "× eager",
+        "× compile",
+        "× folded",
+        "roofline",
+        "error",
+        "eager's",
+        "date",
+    )
     print(table(header, map(_headline_cells, found), right=range(2, 9)))
     return 0
 
@@ -120,7 +152,9 @@ def compare(before: Run, after: Run, tolerance: float | None) -> int:
 
     found = changes(before, after)
     header = ("case", "provider", "A ms", "B ms", "B's speed", "compared by")
-    print(f"A: {before.path}: {tables.machine_line(before)}\nB: {after.path}: {tables.machine_line(after)}\n")
+    print(
+        f"A: {before.path}: {tables.machine_line(before)}\nB: {after.path}: {tables.machine_line(after)}\n"
+    )
     print(table(header, map(_change_cells, found), right=(2, 3, 4)))
     if before.machine.name != after.machine.name:
         print("\nTwo different processors: only what is compared against eager means anything.")
@@ -191,6 +225,8 @@ def _fill_readme(readme: Path, runs: list[Run], pictures: list, out: Path) -> No
     if filled == text:
         print(f"tables: {readme} (unchanged)")
         return
-    with replacing(readme) as part:  # atomically: a README that is half written would be worse than an old one
+    with replacing(
+        readme
+    ) as part:  # atomically: a README that is half written would be worse than an old one
         part.write_text(filled, encoding="utf-8")
     print(f"tables: {readme}")

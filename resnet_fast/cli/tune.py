@@ -34,15 +34,24 @@ def add_parser(commands) -> None:
         "it again, it goes on without that kernel.",
     )
     p.add_argument("model", help="an architecture (see `list`)")
-    p.add_argument("--batch", type=positive, nargs="+", default=[256], help="batch sizes (default 256)")
-    p.add_argument("--size", type=positive, default=224, help="height and width in pixels (default %(default)s)")
+    p.add_argument(
+        "--batch", type=positive, nargs="+", default=[256], help="batch sizes (default 256)"
+    )
+    p.add_argument(
+        "--size",
+        type=positive,
+        default=224,
+        help="height and width in pixels (default %(default)s)",
+    )
     p.add_argument(
         "--dtype",
         choices=[d for d in DTYPES if d != "float64"],
         default="bfloat16",
         help="of weights and activations (default %(default)s)",
     )
-    p.add_argument("--train", action="store_true", help="the kernels of training instead of those of inference")
+    p.add_argument(
+        "--train", action="store_true", help="the kernels of training instead of those of inference"
+    )
     p.add_argument("--kernels", nargs="+", metavar="ID", help="only these candidates")
     p.add_argument(
         "--seconds",
@@ -61,7 +70,12 @@ def run(args: argparse.Namespace) -> int:
     path = tables.user_folder() / tables.file_name(device.name)
     try:
         tuned = tune(problems(args, device), kernels=args.kernels, device=device, say=say)
-        print(table(("problem", "calls", "in graphs"), [(t.problem.key, t.calls, t.graph) for t in tuned]))
+        print(
+            table(
+                ("problem", "calls", "in graphs"),
+                [(t.problem.key, t.calls, t.graph) for t in tuned],
+            )
+        )
         planned = [] if args.train else [groups(args, batch, device) for batch in args.batch]
     except KeyboardInterrupt:
         say(f"\nstopped; what was measured is in {path}, and the same command goes on from there")
@@ -74,7 +88,9 @@ def run(args: argparse.Namespace) -> int:
             print(f"never chosen: {kernel} on {one.problem.key}: {reason}")
     faster = sum(one.calls != "aten" for one in tuned)
     in_graphs = sum(one.graph != "aten" for one in tuned)
-    print(f"{len(tuned)} problems, {faster} with a kernel faster than aten, {in_graphs} in graphs; table: {path}")
+    print(
+        f"{len(tuned)} problems, {faster} with a kernel faster than aten, {in_graphs} in graphs; table: {path}"
+    )
     failed = any(one.bad for one in tuned) or not all(planned)
     return 1 if failed else 0
 
@@ -89,7 +105,10 @@ def problems(args: argparse.Namespace, device: Device) -> list[Problem]:
     shares: dict[Problem, float] = {}
     for network in networks(args, device.kind):
         counts = Counter(network)
-        seconds = {problem: count * problem_floor(problem, limits).seconds for problem, count in counts.items()}
+        seconds = {
+            problem: count * problem_floor(problem, limits).seconds
+            for problem, count in counts.items()
+        }
         total = sum(seconds.values())
         shares |= {problem: one / total for problem, one in seconds.items()}
     return sorted(shares, key=shares.__getitem__, reverse=True)

@@ -19,7 +19,21 @@ from multiprocessing.connection import Connection
 from PIL import Image
 
 # Not every format of Pillow: it would pass PostScript to Ghostscript, whatever suffix the file has.
-FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "MPO", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "ICO", "TGA")
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "AVIF",
+    "MPO",
+    "GIF",
+    "BMP",
+    "DIB",
+    "TIFF",
+    "PPM",
+    "JPEG2000",
+    "ICO",
+    "TGA",
+)
 MAX_PIXELS = 178_956_970  # Pillow's default limit
 _BILINEAR = Image.Resampling.BILINEAR
 _EXIF_ORIENTATION = 0x0112
@@ -129,20 +143,26 @@ def _integers_to_grey(image: Image.Image) -> Image.Image:
 def _floats_to_grey(image: Image.Image) -> Image.Image:
     low, high = image.getextrema()
     if not 0 <= low <= high <= 1:
-        raise ValueError(f"floating-point pixels from {low:g} to {high:g}: no agreed scale outside [0, 1]")
+        raise ValueError(
+            f"floating-point pixels from {low:g} to {high:g}: no agreed scale outside [0, 1]"
+        )
     return image.point(lambda value: value * 255 + 0.5).convert("L")
 
 
 def _check_size(size: tuple[int, int], preset: Preset, prefix: str = "") -> None:
     width, height = size
     if width * height > preset.max_pixels:
-        raise ValueError(f"{prefix}{width}×{height} pixels are more than {preset.max_pixels:,} (--max-pixels)")
+        raise ValueError(
+            f"{prefix}{width}×{height} pixels are more than {preset.max_pixels:,} (--max-pixels)"
+        )
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # Pillow's parsers raise anything for a broken EXIF block; the pixels are still good
+    except (
+        Exception
+    ):  # Pillow's parsers raise anything for a broken EXIF block; the pixels are still good
         return 1
 
 
@@ -174,16 +194,22 @@ def serve(connection: Connection, memory: mmap.mmap, preset: Preset) -> None:
         start = slot * size
         try:
             memory[start : start + size] = load(path, preset).tobytes()
-        except Exception as problem:  # damaged files make Pillow's parsers raise anything; only that file fails
+        except (
+            Exception
+        ) as problem:  # damaged files make Pillow's parsers raise anything; only that file fails
             error = describe(problem)
         connection.send((slot, error))
 
 
 def main(socket: str, memory: str, preset: str) -> None:
     """Run the worker: file descriptors of its socket and of the shared memory, and the preset as JSON."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C; a worker ends when its socket closes
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # the parent handles Ctrl-C; a worker ends when its socket closes
     options = Preset(**json.loads(preset))
-    Image.MAX_IMAGE_PIXELS = options.max_pixels // 2  # Pillow raises at twice this, also for images inside images
+    Image.MAX_IMAGE_PIXELS = (
+        options.max_pixels // 2
+    )  # Pillow raises at twice this, also for images inside images
     connection = Connection(int(socket))
     connection.send("ready")
     null = os.open(os.devnull, os.O_WRONLY)

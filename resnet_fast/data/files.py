@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 # Suffixes of photographs. Pillow cannot read HEIC, but such files are reported instead of being left out silently.
 SUFFIXES = frozenset(
-    ("avif bmp dib gif heic heif ico j2k jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp").split()
+    (
+        "avif bmp dib gif heic heif ico j2k jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp"
+    ).split()
 )
 
 

@@ -82,7 +82,9 @@ class Loader:
     Raises RuntimeError if a worker cannot start. Errors that ``items`` raises are raised by the iteration.
     """
 
-    def __init__(self, items: Iterable[Item], preset: decode.Preset, batch: int, workers: int) -> None:
+    def __init__(
+        self, items: Iterable[Item], preset: decode.Preset, batch: int, workers: int
+    ) -> None:
         self._items = iter(items)
         self._items_ended = False
         self._preset = preset
@@ -98,7 +100,9 @@ class Loader:
         self._out: SimpleQueue[_PendingBatch | BaseException | None] = SimpleQueue()
         self._wakeup_receiver, self._wakeup_sender = Pipe(duplex=False)
         self._workers = [self._start() for _ in range(workers)]
-        self._thread = threading.Thread(target=self._run, name="resnet_fast.predict.loader", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, name="resnet_fast.predict.loader", daemon=True
+        )
         self._thread.start()
 
     def __enter__(self) -> Loader:
@@ -230,7 +234,9 @@ class Loader:
         status = worker.process.wait()
         worker.connection.close()
         if not worker.ready:
-            raise RuntimeError(f"a decoding process did not start (code {status}); what it said is above")
+            raise RuntimeError(
+                f"a decoding process did not start (code {status}); what it said is above"
+            )
         if worker.tasks:
             suspect = worker.tasks[0]
             suspect.deaths += 1
@@ -252,7 +258,10 @@ class Loader:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C reaches only the parent
-            env={**os.environ, "PYTHONSAFEPATH": "1"},  # files of this folder must not shadow other modules
+            env={
+                **os.environ,
+                "PYTHONSAFEPATH": "1",
+            },  # files of this folder must not shadow other modules
         )
         worker_end.close()
         return _Worker(process, parent_end)

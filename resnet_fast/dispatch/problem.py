@@ -175,7 +175,9 @@ def _describe_conv(
     )
 
 
-def _describe_bn(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, act: str) -> Problem:
+def _describe_bn(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, act: str
+) -> Problem:
     return Problem(
         op="bn_act",
         residual=_layout_or_none(residual),
@@ -185,7 +187,15 @@ def _describe_bn(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | Non
 
 
 def _describe_bn_backward(
-    dy: Tensor, x: Tensor, y: Tensor, weight: Tensor, mean: Tensor, var: Tensor, eps: float, act: str, residual: bool
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    act: str,
+    residual: bool,
 ) -> Problem:
     return Problem(
         op="bn_act_backward",
@@ -205,7 +215,9 @@ def _describe_add(x: Tensor, y: Tensor, gate: Tensor | None, act: str) -> Proble
     )
 
 
-def _describe_add_backward(dout: Tensor, out: Tensor, x: Tensor | None, gate: Tensor | None, act: str) -> Problem:
+def _describe_add_backward(
+    dout: Tensor, out: Tensor, x: Tensor | None, gate: Tensor | None, act: str
+) -> Problem:
     return Problem(
         op="add_act_backward",
         residual=layout(out),
@@ -253,7 +265,9 @@ def _describe_tail(
     )
 
 
-def _describe_conv_pool(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, std: Tensor | None) -> Problem:
+def _describe_conv_pool(
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, std: Tensor | None
+) -> Problem:
     place = _place(x) | {"dtype": weight.dtype}
     return Problem(
         op="conv_pool",

@@ -158,7 +158,11 @@ def choose(problem: Problem, live: bool = True, graph: bool = False) -> Chosen:
     ``live``: the weights are a module's own; False in a plan, which holds a copy of them. ``graph``: the call runs
     inside a CUDA graph, where host time does not count, so the times measured there decide.
     """
-    found = _forced_kernel(problem) or _measured_kernel(problem, graph) or _preferred_cpu_kernel(problem, live)
+    found = (
+        _forced_kernel(problem)
+        or _measured_kernel(problem, graph)
+        or _preferred_cpu_kernel(problem, live)
+    )
     return found or (find("aten", problem.op), "default")
 
 
@@ -198,7 +202,11 @@ def _preferred_cpu_kernel(problem: Problem, live: bool) -> Chosen | None:
         return None
     registry.load("cpu")
     for kernel in registry.registered(problem.op):
-        if kernel.yields and kernel.reason(problem) is None and kernel.yields(problem, live) is None:
+        if (
+            kernel.yields
+            and kernel.reason(problem) is None
+            and kernel.yields(problem, live) is None
+        ):
             return kernel, kernel.why
     return None
 

@@ -66,7 +66,9 @@ def grouped(lowered: Lowered, across: Iterable[str], normalize: Normalize | None
     return replace(lowered, steps=tuple(steps))
 
 
-def _with_groups(kind: str, steps: list[Step], lowered: Lowered, across: tuple[str, ...]) -> list[Step]:
+def _with_groups(
+    kind: str, steps: list[Step], lowered: Lowered, across: tuple[str, ...]
+) -> list[Step]:
     """The steps with the groups of one kind, each in the place of its main value."""
     net = _Net(steps, lowered.filters, lowered.output)
     by_output: dict[str, Group] = {}
@@ -127,7 +129,9 @@ class _Net:
         between = self.steps[min(positions) : max(positions)]
         return not any(step.op == "module" for step in between)
 
-    def is_conv(self, step: Step | None, size: int, *, act: str = "relu", stride: int | None = 1) -> bool:
+    def is_conv(
+        self, step: Step | None, size: int, *, act: str = "relu", stride: int | None = 1
+    ) -> bool:
         """Whether this is a convolution of that size, padded by half of it; ``stride`` None: any."""
         if step is None or step.op != "conv_bn_act" or step.act != act:
             return False
@@ -216,7 +220,9 @@ def _conv_tail(net: _Net, step: Step) -> Group | None:
     if projection is not None:
         members.append(projection)
         parts = step.output, last.output, projection.output, following.output
-    return _group(net, "conv_tail", last, members, parts, (step.args[0], residual), (following.output,))
+    return _group(
+        net, "conv_tail", last, members, parts, (step.args[0], residual), (following.output,)
+    )
 
 
 def _conv_pool(net: _Net, step: Step) -> Group | None:
@@ -261,7 +267,10 @@ def _is_global_average_pool(step: Step) -> bool:
 
 def _is_flatten(step: Step) -> bool:
     for target in ("torch.flatten", "Tensor.flatten"):
-        if _call(step, target, ("start_dim", "end_dim"), end_dim=-1) == {"start_dim": 1, "end_dim": -1}:
+        if _call(step, target, ("start_dim", "end_dim"), end_dim=-1) == {
+            "start_dim": 1,
+            "end_dim": -1,
+        }:
             return True
     return False
 
@@ -293,7 +302,9 @@ def _is_max_pool(step: Step) -> bool:
     return pairs == _MAX_POOL
 
 
-def _call(step: Step, target: str, parameters: tuple[str, ...], **defaults: Any) -> dict[str, Any] | None:
+def _call(
+    step: Step, target: str, parameters: tuple[str, ...], **defaults: Any
+) -> dict[str, Any] | None:
     """A call's arguments after its input by name, lists as tuples; None if this is no such call of that function."""
     if step.op != "function" or step.target != target or not step.args:
         return None
@@ -302,7 +313,9 @@ def _call(step: Step, target: str, parameters: tuple[str, ...], **defaults: Any)
         return None
     positional = dict(zip(parameters, arguments, strict=False))
     given = defaults | positional | step.kwargs
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+    }
 
 
 _MATCHERS: dict[str, Callable[[_Net, Step], Group | None]] = {

@@ -64,7 +64,16 @@ _KINDS = {
     "mul_": "mul",
 }
 _PLAIN_KINDS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Identity: "identity"}
-_FRESH_MODULES = (*NORMS, nn.Conv2d, nn.Linear, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.ReLU, nn.Sigmoid)
+_FRESH_MODULES = (
+    *NORMS,
+    nn.Conv2d,
+    nn.Linear,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.ReLU,
+    nn.Sigmoid,
+)
 _FRESH_FUNCTIONS = {
     "mean",
     "sum",
@@ -81,7 +90,19 @@ _FRESH_FUNCTIONS = {
     F.interpolate,
 }
 _PLAIN_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
-_IN_PLACE = {"iadd", "imul", "isub", "itruediv", "ifloordiv", "ipow", "imod", "iand", "ior", "ixor", "setitem"}
+_IN_PLACE = {
+    "iadd",
+    "imul",
+    "isub",
+    "itruediv",
+    "ifloordiv",
+    "ipow",
+    "imod",
+    "iand",
+    "ior",
+    "ixor",
+    "setitem",
+}
 
 
 def module_path(node: fx.Node) -> str:
@@ -180,7 +201,13 @@ def fresh(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 # ---------------------------------------------------------------- functions by name
 
-_SPACES = {"torch": torch, "torch.nn.functional": F, "operator": operator, "math": math, "builtins": builtins}
+_SPACES = {
+    "torch": torch,
+    "torch.nn.functional": F,
+    "operator": operator,
+    "math": math,
+    "builtins": builtins,
+}
 
 
 def function_name(fn: Callable) -> str:
@@ -188,7 +215,9 @@ def function_name(fn: Callable) -> str:
     for prefix, space in _SPACES.items():
         if getattr(space, fn.__name__, None) is fn:
             return f"{prefix}.{fn.__name__}"
-    raise Untraceable(f"calls {getattr(fn, '__module__', '')}.{fn.__name__}, which is not one of torch's functions")
+    raise Untraceable(
+        f"calls {getattr(fn, '__module__', '')}.{fn.__name__}, which is not one of torch's functions"
+    )
 
 
 def function(name: str) -> Callable:

@@ -44,7 +44,12 @@ def _layer_as_function(step: Step, m: nn.Module) -> Step:
     """Anything but an untouched torch layer, called with its input alone, stays a module."""
     make = _FUNCTIONS.get(type(m))
     is_plain_call = len(step.args) == 1 and not step.kwargs
-    if make is None or not is_plain_call or touched(m) or getattr(m, "padding_mode", "zeros") != "zeros":
+    if (
+        make is None
+        or not is_plain_call
+        or touched(m)
+        or getattr(m, "padding_mode", "zeros") != "zeros"
+    ):
         return step
     name, args, kwargs = make(m, step.target)
     return replace(step, op="function", target=name, args=(*step.args, *args), kwargs=kwargs)
@@ -99,7 +104,11 @@ _FUNCTIONS: dict[type, Callable[[Any, str], _Call]] = {
     nn.ELU: lambda m, p: (f"{_F}elu", (m.alpha,), {}),
     nn.Flatten: lambda m, p: ("torch.flatten", (m.start_dim, m.end_dim), {}),
     nn.GELU: lambda m, p: (f"{_F}gelu", (), {"approximate": m.approximate}),
-    nn.GroupNorm: lambda m, p: (f"{_F}group_norm", (m.num_groups, *_weights(p, m, "weight", "bias"), m.eps), {}),
+    nn.GroupNorm: lambda m, p: (
+        f"{_F}group_norm",
+        (m.num_groups, *_weights(p, m, "weight", "bias"), m.eps),
+        {},
+    ),
     nn.Hardsigmoid: lambda m, p: (f"{_F}hardsigmoid", (), {}),
     nn.Hardswish: lambda m, p: (f"{_F}hardswish", (), {}),
     nn.Hardtanh: lambda m, p: (f"{_F}hardtanh", (m.min_val, m.max_val), {}),
@@ -113,7 +122,11 @@ _FUNCTIONS: dict[type, Callable[[Any, str], _Call]] = {
     nn.Sigmoid: lambda m, p: ("torch.sigmoid", (), {}),
     nn.Softmax: lambda m, p: (f"{_F}softmax", (m.dim,), {}),
     nn.Tanh: lambda m, p: ("torch.tanh", (), {}),
-    nn.Upsample: lambda m, p: (f"{_F}interpolate", (m.size, m.scale_factor, m.mode, m.align_corners), {}),
+    nn.Upsample: lambda m, p: (
+        f"{_F}interpolate",
+        (m.size, m.scale_factor, m.mode, m.align_corners),
+        {},
+    ),
 }
 
 
@@ -141,7 +154,9 @@ def _pure(step: Step) -> Step:
     try:
         call = function(target)
     except AttributeError:
-        raise ValueError(f"plan: step {step.output}: {step.target} writes in place and has no other form") from None
+        raise ValueError(
+            f"plan: step {step.output}: {step.target} writes in place and has no other form"
+        ) from None
     args, kwargs = step.args, step.kwargs
     code = getattr(call, "__code__", None)
     takes_inplace = "inplace" in getattr(code, "co_varnames", ())

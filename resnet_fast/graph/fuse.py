@@ -14,7 +14,17 @@ from typing import Any
 
 from torch import fx, nn
 
-from .facts import called_module, fresh, function_name, is_norm, kind, module_path, operands, touched, writes
+from .facts import (
+    called_module,
+    fresh,
+    function_name,
+    is_norm,
+    kind,
+    module_path,
+    operands,
+    touched,
+    writes,
+)
 from .ir import Attribute, Schedule, Step, Value
 from .trace import Traced, Untraceable, found_nodes, trace
 from .tree import mapped
@@ -90,7 +100,9 @@ class _Matcher:
             return replaced.get(part, part) if isinstance(part, fx.Node) else part
 
         self.traced.output = mapped(self.traced.output, followed)
-        self.traced.returned = {path: mapped(result, followed) for path, result in self.traced.returned.items()}
+        self.traced.returned = {
+            path: mapped(result, followed) for path, result in self.traced.returned.items()
+        }
         return [module_path(node) for node in replaced]
 
     def _memory(self) -> dict[fx.Node, fx.Node]:
@@ -108,7 +120,9 @@ class _Matcher:
         for node in self.nodes:
             if fresh(node, self.modules):
                 continue
-            sharing = self.writes.get(node) or node.all_input_nodes  # an in-place operation returns what it writes to
+            sharing = (
+                self.writes.get(node) or node.all_input_nodes
+            )  # an in-place operation returns what it writes to
             if node.op == "placeholder":
                 sharing = self.traced.inputs
             for other in sharing:
@@ -129,7 +143,9 @@ class _Matcher:
             skipped=self._skipped_modules(),
             opaque=dict(self.traced.opaque),
             left=self._unfused_convolutions(),
-            returned={path: mapped(result, _reference) for path, result in self.traced.returned.items()},
+            returned={
+                path: mapped(result, _reference) for path, result in self.traced.returned.items()
+            },
             writes_inputs=self._writes_an_input(),
             entangled=self._entangled_steps(),
         )
@@ -172,7 +188,9 @@ class _Matcher:
 
     def _unfused_convolutions(self) -> dict[str, str]:
         """The convolutions with a batch norm that are not fused, by path, and why."""
-        unfused = [node for node in self.nodes if node.op == "call_module" and node not in self.chains]
+        unfused = [
+            node for node in self.nodes if node.op == "call_module" and node not in self.chains
+        ]
         reasons = {module_path(node): self._why_left(node) for node in unfused}
         return {path: why for path, why in reasons.items() if why}
 
@@ -278,7 +296,11 @@ class _Matcher:
         for node, wanted in ((conv, "conv"), (norms[0], "bn")):
             if self.kinds[node] != wanted:
                 m = called_module(node, self.modules)
-                why = "has hooks or a forward of its own" if touched(m) else "is of a form that no op states"
+                why = (
+                    "has hooks or a forward of its own"
+                    if touched(m)
+                    else "is of a form that no op states"
+                )
                 return f"its {type(m).__name__} {why}"
         if len(conv.users) > 1:
             return "its result is read twice"

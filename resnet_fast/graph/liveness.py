@@ -117,7 +117,9 @@ def _is_imagewise(step: Step, sizes: set[str]) -> bool:
         return True
     if step.target in _IMAGEWISE:
         return step.op != "module"
-    dim = step.args[1] if len(step.args) > 1 else step.kwargs.get("dim", step.kwargs.get("start_dim"))
+    dim = (
+        step.args[1] if len(step.args) > 1 else step.kwargs.get("dim", step.kwargs.get("start_dim"))
+    )
     if step.target in _REDUCTIONS:
         dims = dim if isinstance(dim, (tuple, list)) else (dim,)
         return all(isinstance(d, int) and d > 0 for d in dims)

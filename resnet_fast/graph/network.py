@@ -118,12 +118,16 @@ def network_schedule(
     name, hint = type(model).__name__, _wrapper_hint(model)
     _raise_refused(refused(model), name, hint)
     try:
-        found = schedule(model, stays_one_call, training=False, lone=lone, fuse=fuse, outputs=features)
+        found = schedule(
+            model, stays_one_call, training=False, lone=lone, fuse=fuse, outputs=features
+        )
     except Untraceable as reason:
         raise ValueError(f"plan: {name} cannot be planned: {reason}{hint}") from None
     if len(found.inputs) != 1:
         inputs = ", ".join(found.inputs)
-        raise ValueError(f"plan: {name}: got {len(found.inputs)} inputs ({inputs}), expected one tensor")
+        raise ValueError(
+            f"plan: {name}: got {len(found.inputs)} inputs ({inputs}), expected one tensor"
+        )
     _raise_refused(refused(model, found), name, hint)
     return found
 
@@ -170,14 +174,20 @@ def refused(model: nn.Module, found: Schedule | None = None) -> dict[str, str]:
             sentence = "a batch norm without running statistics normalises with each batch's own"
             why[path or type(model).__name__] = sentence
     if touched(model):
-        why[type(model).__name__] = "the model itself has hooks or a forward of its own, which a plan would not call"
+        why[type(model).__name__] = (
+            "the model itself has hooks or a forward of its own, which a plan would not call"
+        )
     if found is None:
         return why
-    why |= {name: "it writes in place what is read later by another name" for name in found.entangled}
+    why |= {
+        name: "it writes in place what is read later by another name" for name in found.entangled
+    }
     for step in found.steps:
         asked = called_name(step)
         if step.op == "function" and asked in _SEES_STRIDES:
-            why[step.output] = f"{asked} asks how a tensor lies in memory, and a plan's lie otherwise"
+            why[step.output] = (
+                f"{asked} asks how a tensor lies in memory, and a plan's lie otherwise"
+            )
     return why
 
 
@@ -203,7 +213,9 @@ def lower(found: Schedule, model: nn.Module, dtype: torch.dtype, device: torch.d
             steps.append(step)
         arguments = [(step.args, step.kwargs) for step in steps]
         paths = attributes((found.output, *arguments))
-        tensors = {path: _copied(attribute(model, path), dtype, device) for path in dict.fromkeys(paths)}
+        tensors = {
+            path: _copied(attribute(model, path), dtype, device) for path in dict.fromkeys(paths)
+        }
     network = Lowered(tuple(steps), found.inputs, found.output, filters, tensors, modules)
     return network.shared()
 

@@ -45,7 +45,9 @@ class Traced:
     returned: dict[str, Any] = field(default_factory=dict)
 
 
-def trace(root: nn.Module, leaf: Callable[[str, nn.Module], bool], training: bool | None = None) -> Traced:
+def trace(
+    root: nn.Module, leaf: Callable[[str, nn.Module], bool], training: bool | None = None
+) -> Traced:
     """Run ``type(root).forward`` on stand-ins. Raises Untraceable.
 
     A call of a module becomes one node if ``leaf(path, module)`` is true. ``training`` replaces every module's flag.
@@ -54,7 +56,9 @@ def trace(root: nn.Module, leaf: Callable[[str, nn.Module], bool], training: boo
 
 
 class _Trace(TracerBase):
-    def __init__(self, root: nn.Module, leaf: Callable[[str, nn.Module], bool], training: bool | None) -> None:
+    def __init__(
+        self, root: nn.Module, leaf: Callable[[str, nn.Module], bool], training: bool | None
+    ) -> None:
         super().__init__()
         self.traced = Traced(dict(root.named_modules()))
         self.graph = self.traced.graph
@@ -99,14 +103,19 @@ class _Trace(TracerBase):
         twin = self._twins.get(id(module))
         if twin is None:
             twin = self._twins[id(module)] = object.__new__(self._class(type(module)))
-            twin.__dict__.update((k, _shallow(v)) for k, v in module.__dict__.items() if k != "forward")
+            twin.__dict__.update(
+                (k, _shallow(v)) for k, v in module.__dict__.items() if k != "forward"
+            )
             prefix = f"{path}." if path else ""
             twin.__dict__.update(
                 _path=path,
                 _trace=self,
                 _parameters=_Tensors(self, prefix, module._parameters),
                 _buffers=_Tensors(self, prefix, module._buffers),
-                _modules={k: m if m is None else self._twin(m, prefix + k) for k, m in module._modules.items()},
+                _modules={
+                    k: m if m is None else self._twin(m, prefix + k)
+                    for k, m in module._modules.items()
+                },
             )
             if self.training is not None:
                 twin.__dict__["training"] = self.training
@@ -129,7 +138,9 @@ class _Trace(TracerBase):
             last, inlined = next(iter(reversed(self.graph.nodes))), len(traced.inlined)
             try:
                 result = self._inline(twin, args, kwargs)
-            except Exception as error:  # as above: then this module is one node and the rest may still be traced
+            except (
+                Exception
+            ) as error:  # as above: then this module is one node and the rest may still be traced
                 self._rewind(last)
                 del traced.inlined[inlined:]
                 traced.opaque[path] = _sentence(error)
@@ -171,14 +182,18 @@ class _Trace(TracerBase):
 
     def create_node(self, kind, target, args, kwargs, name=None, type_expr=None) -> fx.Node:
         if _mode() != self._mode:
-            raise Untraceable("switches gradients, autocast, inference mode or checkpointing inside its forward")
+            raise Untraceable(
+                "switches gradients, autocast, inference mode or checkpointing inside its forward"
+            )
         node = self.graph.create_node(kind, target, args, kwargs, name, type_expr)
         node.meta["scope"] = self._stack[-1] if self._stack else ""
         return node
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(type(a), type) and issubclass(type(a), (Tensor, nn.Module)):
-            raise Untraceable(f"uses a {type(a).__name__} that is not among its own parameters, buffers and modules")
+            raise Untraceable(
+                f"uses a {type(a).__name__} that is not among its own parameters, buffers and modules"
+            )
         return super().create_arg(a)
 
 
@@ -202,7 +217,18 @@ def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
 
 
 # torch.fx records x += y as x = x + y; other names for x would then miss the sum.
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
+for _name in (
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "iand",
+    "ior",
+    "ixor",
+):
     setattr(_Proxy, f"__{_name}__", _in_place(_name))
 
 

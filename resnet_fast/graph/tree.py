@@ -22,7 +22,9 @@ def mapped(structure: Any, leaf: Callable[[Any], Any]) -> Any:
     if isinstance(structure, dict):
         return kind([(key, mapped(part, leaf)) for key, part in structure.items()])
     if isinstance(structure, slice):
-        return slice(*[mapped(part, leaf) for part in (structure.start, structure.stop, structure.step)])
+        return slice(
+            *[mapped(part, leaf) for part in (structure.start, structure.stop, structure.step)]
+        )
     return leaf(structure)
 
 

@@ -47,7 +47,9 @@ def shared(mine: FoldedConv | Tensor) -> Any:
     """The equal weight of a living plan, if there is one; else ``mine``, which later plans then find."""
     weight = mine.weight if isinstance(mine, FoldedConv) else mine
     # Both arguments have the same type, which is a part of the key.
-    same: Callable[[Any, Any], bool] = FoldedConv.same if isinstance(mine, FoldedConv) else torch.equal
+    same: Callable[[Any, Any], bool] = (
+        FoldedConv.same if isinstance(mine, FoldedConv) else torch.equal
+    )
     key = (type(mine), weight.shape, weight.dtype, weight.device)
     with _living_lock:
         alike = _living.setdefault(key, weakref.WeakValueDictionary())

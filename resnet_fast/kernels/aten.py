@@ -25,7 +25,9 @@ def _everything(problem: Problem) -> str | None:
 
 
 @kernel("aten.conv_bn_act", op="conv_bn_act", supports=_everything, sources=SOURCES)
-def conv_bn_act(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
+def conv_bn_act(
+    x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
+) -> Tensor:
     geometry = stride, padding, dilation, groups
     if vendor.onednn_takes(x, weight) and prepack.packable(weight, scale, shift, mean, var):
         pack = prepack.packed(x, weight, scale, shift, mean, var, eps, *geometry)
@@ -35,7 +37,9 @@ def conv_bn_act(x, weight, scale, shift, residual, mean, var, eps, stride, paddi
         out = _conv_then_norm(x, weight, scale, shift, mean, var, eps, geometry)
     # Only on a CPU: on a GPU the host would have to wait for the answer.
     elif x.device.type == "cpu" and not prepack.foldable(scale, shift, mean, var, eps):
-        return reference.conv_bn_act(x, weight, scale, shift, residual, mean, var, eps, *geometry, act)
+        return reference.conv_bn_act(
+            x, weight, scale, shift, residual, mean, var, eps, *geometry, act
+        )
     else:
         folded, bias = prepack.fold(weight, scale, shift, mean, var, eps)
         out = F.conv2d(x, folded, bias, *geometry)
@@ -47,7 +51,11 @@ def conv_bn_act(x, weight, scale, shift, residual, mean, var, eps, stride, paddi
 def _batch_norm_takes(x: Tensor, *vectors: Tensor | None) -> bool:
     """Whether torch's batch norm takes these four vectors with this input: all in its dtype, or all in float32."""
     dtypes = {None if v is None else v.dtype for v in vectors}
-    return dtypes == {x.dtype} or dtypes == {torch.float32} and x.dtype in (torch.float16, torch.bfloat16)
+    return (
+        dtypes == {x.dtype}
+        or dtypes == {torch.float32}
+        and x.dtype in (torch.float16, torch.bfloat16)
+    )
 
 
 def _conv_then_norm(x, weight, scale, shift, mean, var, eps, geometry) -> Tensor:
@@ -83,7 +91,9 @@ def _cudnn_supports(problem: Problem) -> str | None:
 
 
 @kernel("aten.cudnn_fused", op="conv_bn_act", supports=_cudnn_supports, sources=SOURCES)
-def cudnn_fused(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
+def cudnn_fused(
+    x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
+) -> Tensor:
     folded, bias = prepack.fold(weight, scale, shift, mean, var, eps)
     geometry = stride, padding, dilation, groups
     return vendor.cudnn(x, folded, bias, residual, geometry)
@@ -106,7 +116,9 @@ def bn_act(x, weight, bias, residual, eps, act) -> tuple[Tensor, Tensor, Tensor]
 
 
 @kernel("aten.bn_act_backward", op="bn_act_backward", supports=_everything)
-def bn_act_backward(dy, x, y, weight, mean, var, eps, act, residual) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def bn_act_backward(
+    dy, x, y, weight, mean, var, eps, act, residual
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dz = torch.ops.aten.threshold_backward(dy, y, 0) if act == "relu" else dy
     if x.numel() == 0:
         dx = torch.empty_like(x)
@@ -169,7 +181,9 @@ def pointwise_pair(x, weight, x2, weight2, bias, stride2) -> Tensor:
 
 
 @kernel("aten.conv_tail", op="conv_tail", supports=_everything)
-def conv_tail(x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1) -> tuple[Tensor, Tensor]:
+def conv_tail(
+    x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1
+) -> tuple[Tensor, Tensor]:
     middle = _biased(x, weight2, bias2, padding=1).relu_()
     shortcut = residual if projection is None else F.conv2d(residual, projection)
     y = _biased(middle, weight3, bias3).add_(shortcut).relu_()

@@ -22,7 +22,9 @@ from ..dispatch import Prepacked, Problem, conv_out_hw, kernel, nhwc_or_why
 from . import aten, cpu_library, prepack, vendor
 from .cpu_library import available
 
-LARGEST = 2.0**32  # of a filter's elements: with an input below 2^64 no intermediate result overflows
+LARGEST = (
+    2.0**32
+)  # of a filter's elements: with an input below 2^64 no intermediate result overflows
 
 
 def _output(x: Tensor, channels: int, size: torch.Size, geometry: tuple) -> Tensor:
@@ -48,7 +50,9 @@ def _supports(problem: Problem) -> str | None:
     plain = (problem.dilation, problem.groups) == ((1, 1), 1)
     square = problem.stride[0] == problem.stride[1] and problem.padding[0] == problem.padding[1]
     if not (plain and square):
-        return "it takes one stride and one padding for height and width, without dilation and groups"
+        return (
+            "it takes one stride and one padding for height and width, without dilation and groups"
+        )
     panel = torch.ops.resnet_fast_cpu.panel()
     if problem.weight[0] % panel:
         return f"it wants a multiple of {panel} filters, got {problem.weight[0]}"
@@ -70,7 +74,20 @@ def _yields_to_amx(problem: Problem) -> str | None:
 
 
 def _from_packs(
-    prepacked: Prepacked, x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
+    prepacked: Prepacked,
+    x,
+    weight,
+    scale,
+    shift,
+    residual,
+    mean,
+    var,
+    eps,
+    stride,
+    padding,
+    dilation,
+    groups,
+    act,
 ) -> Tensor:
     """The kernel on filters packed now or before; ``aten`` for weights or an input that it cannot take."""
     geometry = stride, padding, dilation, groups
@@ -87,7 +104,9 @@ def _from_packs(
 # ---------------------------------------------------------------- 3×3 by Winograd's minimal filtering
 
 
-def winograd_filters(weight: Tensor, bias: Tensor, geometry: tuple, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
+def winograd_filters(
+    weight: Tensor, bias: Tensor, geometry: tuple, shape: torch.Size
+) -> tuple[Tensor, Tensor] | None:
     within_range = weight.abs().amax() < LARGEST  # False for NaN
     if not within_range:
         return None
@@ -109,7 +128,11 @@ def run_winograd(
     Never in place: after None the residual is still needed.
     """
     out = _output(x, len(bias), size, geometry)
-    return out if torch.ops.resnet_fast_cpu.winograd.default(x, filters, bias, residual, out, relu) else None
+    return (
+        out
+        if torch.ops.resnet_fast_cpu.winograd.default(x, filters, bias, residual, out, relu)
+        else None
+    )
 
 
 def _winograd_supports(problem: Problem) -> str | None:
@@ -176,7 +199,9 @@ def winograd(*args) -> Tensor:
 # ---------------------------------------------------------------- any filter size, as one matrix product
 
 
-def conv_filters(weight: Tensor, bias: Tensor, geometry: tuple, shape: torch.Size) -> tuple[Tensor, Tensor]:
+def conv_filters(
+    weight: Tensor, bias: Tensor, geometry: tuple, shape: torch.Size
+) -> tuple[Tensor, Tensor]:
     return torch.ops.resnet_fast_cpu.conv_filters(weight), bias.float()
 
 
@@ -192,7 +217,9 @@ def run_conv(
 ) -> Tensor:
     (stride, _), (padding, _), _, _ = geometry
     out = residual if in_place else _output(x, len(bias), size, geometry)
-    torch.ops.resnet_fast_cpu.conv.default(x, filters, bias, residual, out, size, stride, padding, relu)
+    torch.ops.resnet_fast_cpu.conv.default(
+        x, filters, bias, residual, out, size, stride, padding, relu
+    )
     return out
 
 
@@ -255,7 +282,9 @@ def bn_act(x, weight, bias, residual, eps, act) -> tuple[Tensor, Tensor, Tensor]
     weight, bias = _dense_float32(weight), _dense_float32(bias)
     y = torch.empty_like(x)
     mean, var = torch.empty_like(weight), torch.empty_like(weight)
-    torch.ops.resnet_fast_cpu.bn_act.default(x, weight, bias, residual, y, mean, var, eps, act == "relu")
+    torch.ops.resnet_fast_cpu.bn_act.default(
+        x, weight, bias, residual, y, mean, var, eps, act == "relu"
+    )
     return y, mean, var
 
 
@@ -267,7 +296,9 @@ def bn_act(x, weight, bias, residual, eps, act) -> tuple[Tensor, Tensor, Tensor]
     yields=_bn_yields,
     why=BATCH_NORM_WHY,
 )
-def bn_act_backward(dy, x, y, weight, mean, var, eps, act, residual) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def bn_act_backward(
+    dy, x, y, weight, mean, var, eps, act, residual
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gamma = _dense_float32(weight)
     mean, var = _dense_float32(mean), _dense_float32(var)
     dx = torch.empty_like(x)
@@ -285,4 +316,8 @@ def bn_act_backward(dy, x, y, weight, mean, var, eps, act, residual) -> tuple[Te
 
 def _dense_float32(vector: Tensor) -> Tensor:
     """The vector in float32 without gaps; usually itself."""
-    return vector if vector.dtype == torch.float32 and vector.is_contiguous() else vector.float().contiguous()
+    return (
+        vector
+        if vector.dtype == torch.float32 and vector.is_contiguous()
+        else vector.float().contiguous()
+    )

@@ -49,8 +49,12 @@ def available() -> str | None:
     try:
         torch.ops.load_library(str(library))
     except OSError as problem:
-        return f"{library.name} cannot be loaded with torch {torch.__version__} ({problem}): {BUILD}"
-    if _loaded_schemas() != [f"resnet_fast_cpu::{op}{signature}" for op, signature in SCHEMAS.items()]:
+        return (
+            f"{library.name} cannot be loaded with torch {torch.__version__} ({problem}): {BUILD}"
+        )
+    if _loaded_schemas() != [
+        f"resnet_fast_cpu::{op}{signature}" for op, signature in SCHEMAS.items()
+    ]:
         return f"{library.name} was built from other sources than this package's: {BUILD}"
     if instructions() == "none":
         return "this processor has neither AVX-512 nor AVX2, or ATEN_CPU_CAPABILITY forbids them"

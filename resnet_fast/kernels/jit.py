@@ -40,7 +40,9 @@ def missing() -> str | None:
     names = [name for name in ("nvcc", "ninja") if shutil.which(name, path=search_path()) is None]
     if not names:
         return None
-    return f"{' and '.join(names)} not on PATH (ninja: pip install ninja; nvcc: NVIDIA's CUDA toolkit)"
+    return (
+        f"{' and '.join(names)} not on PATH (ninja: pip install ninja; nvcc: NVIDIA's CUDA toolkit)"
+    )
 
 
 def available() -> str | None:
@@ -66,7 +68,10 @@ def build(source: Path) -> ModuleType:
     cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"]
     try:
         return cpp_extension.load(
-            f"resnet_fast_{source.stem}", [str(source)], extra_cuda_cflags=FLAGS, extra_include_paths=[str(INCLUDE)]
+            f"resnet_fast_{source.stem}",
+            [str(source)],
+            extra_cuda_cflags=FLAGS,
+            extra_include_paths=[str(INCLUDE)],
         )
     except RuntimeError as error:
         raise ImportError(f"{source.name} does not build:\n{messages(str(error))}") from None
@@ -97,7 +102,9 @@ def cuda_home() -> str:
     command = ["nvcc", "-dryrun", "-x", "cu", "-E", os.devnull]
     dry = subprocess.run(command, capture_output=True, text=True).stderr
     top = re.search(r"TOP=(\S+)", dry)
-    return str(Path(top[1]).resolve()) if top else str(Path(shutil.which("nvcc")).resolve().parents[1])
+    return (
+        str(Path(top[1]).resolve()) if top else str(Path(shutil.which("nvcc")).resolve().parents[1])
+    )
 
 
 # ---------------------------------------------------------------- a .cu file as a kernel
@@ -133,10 +140,23 @@ def register(module: ModuleType, path: Path, available, device: str = "cuda") ->
         relu = problem.act == "relu"
         residual = problem.residual is not None
         no_pointers, no_stream = [0] * 6, 0
-        return module.declines(no_pointers, sizes, geometry, relu, residual, _name(problem.dtype), no_stream) or None
+        return (
+            module.declines(
+                no_pointers, sizes, geometry, relu, residual, _name(problem.dtype), no_stream
+            )
+            or None
+        )
 
-    @kernel(module.id, op="conv_bn_act", supports=supports, available=available, sources=(str(path), str(HEADER)))
-    def run(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
+    @kernel(
+        module.id,
+        op="conv_bn_act",
+        supports=supports,
+        available=available,
+        sources=(str(path), str(HEADER)),
+    )
+    def run(
+        x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
+    ) -> Tensor:
         hw = conv_out_hw(x.shape, weight.shape, stride, padding, dilation)
         filters = weight.contiguous(memory_format=torch.channels_last)
         affine = reference.affine(scale, shift, mean, var, eps)
@@ -148,7 +168,9 @@ def register(module: ModuleType, path: Path, available, device: str = "cuda") ->
         sizes = _sizes(x.shape, weight.shape, hw)
         geometry = (*stride, *padding, *dilation, groups)
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-        module.launch(pointers, sizes, geometry, act == "relu", residual is not None, _name(x.dtype), stream)
+        module.launch(
+            pointers, sizes, geometry, act == "relu", residual is not None, _name(x.dtype), stream
+        )
         return out
 
     return find(module.id)

@@ -70,7 +70,9 @@ def declines(problem: Problem) -> str | None:
     if problem.dtype not in DTYPES:
         return f"the C++ kernels take float32, float16 and bfloat16, not {str(problem.dtype).removeprefix('torch.')}"
     if problem.capability < (8, 0):
-        return "the C++ kernels need compute capability 8.0, this GPU has {}.{}".format(*problem.capability)
+        return "the C++ kernels need compute capability 8.0, this GPU has {}.{}".format(
+            *problem.capability
+        )
     return None
 
 
@@ -82,7 +84,9 @@ def _add_act_supports(problem: Problem) -> str | None:
     return declines(problem)
 
 
-@kernel("native.add_act", op="add_act", supports=_add_act_supports, available=available, sources=SOURCES)
+@kernel(
+    "native.add_act", op="add_act", supports=_add_act_supports, available=available, sources=SOURCES
+)
 def add_act(x: Tensor, y: Tensor, gate: Tensor | None, act: str) -> Tensor:
     if gate is not None:
         gate = gate.contiguous()
@@ -90,7 +94,11 @@ def add_act(x: Tensor, y: Tensor, gate: Tensor | None, act: str) -> Tensor:
 
 
 @kernel(
-    "native.add_act_backward", op="add_act_backward", supports=_add_act_supports, available=available, sources=SOURCES
+    "native.add_act_backward",
+    op="add_act_backward",
+    supports=_add_act_supports,
+    available=available,
+    sources=SOURCES,
 )
 def add_act_backward(
     dout: Tensor, out: Tensor, x: Tensor | None, gate: Tensor | None, act: str
@@ -105,7 +113,9 @@ def add_act_backward(
 
 # ---------------------------------------------------------------- convolutions
 
-MOST_PIXELS = 2**31 - 129  # rows of the product are 32-bit, and the last tile may reach beyond the last row
+MOST_PIXELS = (
+    2**31 - 129
+)  # rows of the product are 32-bit, and the last tile may reach beyond the last row
 
 
 def _conv_supports(problem: Problem) -> str | None:
@@ -115,7 +125,9 @@ def _conv_supports(problem: Problem) -> str | None:
     if why is not None:
         return why
     if max(problem.weight[2:]) > 16:
-        return "it keeps a filter's rows and columns in 16 bits each, this one is {}×{}".format(*problem.weight[2:])
+        return "it keeps a filter's rows and columns in 16 bits each, this one is {}×{}".format(
+            *problem.weight[2:]
+        )
     n, _, h, w = problem.x
     out_h, out_w = problem.out_hw
     if max(n * h * w, n * out_h * out_w) > MOST_PIXELS:
@@ -130,19 +142,44 @@ def _pointwise_supports(problem: Problem) -> str | None:
     return _conv_supports(problem)
 
 
-@kernel("native.conv", op="conv_bn_act", supports=_conv_supports, available=available, sources=SOURCES)
-def conv(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
+@kernel(
+    "native.conv", op="conv_bn_act", supports=_conv_supports, available=available, sources=SOURCES
+)
+def conv(
+    x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
+) -> Tensor:
     scale, shift, mean, var = _vectors(scale, shift, mean, var)
     out = _op("conv")(
-        x, _nhwc(weight), scale, shift, residual, mean, var, eps, stride, padding, dilation, act == "relu"
+        x,
+        _nhwc(weight),
+        scale,
+        shift,
+        residual,
+        mean,
+        var,
+        eps,
+        stride,
+        padding,
+        dilation,
+        act == "relu",
     )
     return _eager_strides(out, x, weight)
 
 
-@kernel("native.pointwise", op="conv_bn_act", supports=_pointwise_supports, available=available, sources=SOURCES)
-def pointwise(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
+@kernel(
+    "native.pointwise",
+    op="conv_bn_act",
+    supports=_pointwise_supports,
+    available=available,
+    sources=SOURCES,
+)
+def pointwise(
+    x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
+) -> Tensor:
     scale, shift, mean, var = _vectors(scale, shift, mean, var)
-    out = _op("pointwise")(x, _nhwc(weight), scale, shift, residual, mean, var, eps, stride, act == "relu")
+    out = _op("pointwise")(
+        x, _nhwc(weight), scale, shift, residual, mean, var, eps, stride, act == "relu"
+    )
     return _eager_strides(out, x, weight)
 
 
@@ -152,14 +189,20 @@ def _pointwise_hopper_supports(problem: Problem) -> str | None:
 
 def _steps_declined(problem: Problem) -> str | None:
     if max(problem.stride) > 8:
-        return "TMA steps over an image by up to 8 pixels, this convolution has stride {}×{}".format(*problem.stride)
+        return (
+            "TMA steps over an image by up to 8 pixels, this convolution has stride {}×{}".format(
+                *problem.stride
+            )
+        )
     return None
 
 
 def hopper_declines(problem: Problem) -> str | None:
     """The chips, dtypes and channels (pixels that do not start at 16 bytes) that no kernel for Hopper takes."""
     if problem.capability != (9, 0):
-        return "it is compiled for compute capability 9.0 alone, this GPU has {}.{}".format(*problem.capability)
+        return "it is compiled for compute capability 9.0 alone, this GPU has {}.{}".format(
+            *problem.capability
+        )
     if problem.dtype.itemsize != 2:
         return f"it multiplies in float16 and bfloat16, not in {str(problem.dtype).removeprefix('torch.')}"
     for what, channels in (("input", problem.x[1]), ("output", problem.weight[0])):
@@ -180,7 +223,16 @@ def pointwise_hopper(
 ) -> Tensor:
     scale, shift, mean, var = _vectors(scale, shift, mean, var)
     out = _op("pointwise_hopper")(
-        _aligned(x), _filter(weight), scale, shift, _aligned(residual), mean, var, eps, stride, act == "relu"
+        _aligned(x),
+        _filter(weight),
+        scale,
+        shift,
+        _aligned(residual),
+        mean,
+        var,
+        eps,
+        stride,
+        act == "relu",
     )
     return _eager_strides(out, x, weight)
 
@@ -268,18 +320,34 @@ def _conv_hopper_supports(problem: Problem) -> str | None:
         )
     if problem.out_hw[1] > WIDEST:
         return (
-            f"it keeps whole rows in shared memory, of up to {WIDEST} output pixels, and these have {problem.out_hw[1]}"
+            f"it keeps whole rows in shared memory, of up to {WIDEST} output pixels, "
+            f"and these have {problem.out_hw[1]}"
         )
     return _conv_supports(problem) or hopper_declines(problem)
 
 
 @kernel(
-    "native.conv_hopper", op="conv_bn_act", supports=_conv_hopper_supports, available=hopper_available, sources=SOURCES
+    "native.conv_hopper",
+    op="conv_bn_act",
+    supports=_conv_hopper_supports,
+    available=hopper_available,
+    sources=SOURCES,
 )
-def conv_hopper(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
+def conv_hopper(
+    x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
+) -> Tensor:
     scale, shift, mean, var = _vectors(scale, shift, mean, var)
     out = _op("conv_hopper")(
-        _aligned(x), _filter(weight), scale, shift, _aligned(residual), mean, var, eps, stride, act == "relu"
+        _aligned(x),
+        _filter(weight),
+        scale,
+        shift,
+        _aligned(residual),
+        mean,
+        var,
+        eps,
+        stride,
+        act == "relu",
     )
     return _eager_strides(out, x, weight)
 
@@ -297,7 +365,11 @@ def _conv_tail_hopper_supports(problem: Problem) -> str | None:
         if channels % 8:
             return f"TMA wants pixels of whole 16 bytes, the {what} has {channels} channels"
     n, _, h, w = problem.x
-    return f"it counts tiles in 31 bits, and there are {n * h * w} pixels" if n * h * w > MOST_PIXELS // 2 else None
+    return (
+        f"it counts tiles in 31 bits, and there are {n * h * w} pixels"
+        if n * h * w > MOST_PIXELS // 2
+        else None
+    )
 
 
 def _tail_channels(problem: Problem) -> list[tuple[str, int, int]]:
@@ -320,7 +392,9 @@ def _tail_channels(problem: Problem) -> list[tuple[str, int, int]]:
     available=hopper_available,
     sources=SOURCES,
 )
-def conv_tail_hopper(x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1) -> tuple[Tensor, Tensor]:
+def conv_tail_hopper(
+    x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1
+) -> tuple[Tensor, Tensor]:
     projection = None if projection is None else _filter(projection)
     return _op("conv_tail_hopper")(
         *(_aligned(x), _filter(weight2), _bias(bias2)),
@@ -379,9 +453,23 @@ def bn_act(
     return _op("bn_act")(x, weight, bias, residual, eps, act == "relu")
 
 
-@kernel("native.bn_act_backward", op="bn_act_backward", supports=_bn_supports, available=available, sources=SOURCES)
+@kernel(
+    "native.bn_act_backward",
+    op="bn_act_backward",
+    supports=_bn_supports,
+    available=available,
+    sources=SOURCES,
+)
 def bn_act_backward(
-    dy: Tensor, x: Tensor, y: Tensor, weight: Tensor, mean: Tensor, var: Tensor, eps: float, act: str, residual: bool
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    act: str,
+    residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dy, y = _nhwc(dy), _nhwc(y)
     weight = weight.contiguous()

@@ -50,7 +50,9 @@ def fold(
     return folded.to(weight.dtype), t.to(weight.dtype)
 
 
-def foldable(scale: Tensor, shift: Tensor, mean: Tensor | None, var: Tensor | None, eps: float) -> bool:
+def foldable(
+    scale: Tensor, shift: Tensor, mean: Tensor | None, var: Tensor | None, eps: float
+) -> bool:
     """Whether every factor is finite.
 
     With an infinite one Σ x·(w·∞) is NaN where the products' signs differ; eager's (Σ x·w)·∞ is not.
@@ -86,10 +88,15 @@ class PackedFilter:
         # reference cannot be swapped (torch.utils.swap_tensors, which modules use under torch.__future__'s flag).
         forget = _packed.pop
         storages = [t.untyped_storage() for t in tensors]
-        self._memory = [(weakref.ref(s, lambda _: forget(key, None)), s.data_ptr(), s.nbytes()) for s in storages]
+        self._memory = [
+            (weakref.ref(s, lambda _: forget(key, None)), s.data_ptr(), s.nbytes())
+            for s in storages
+        ]
         self.snapshot = [t.detach().clone(memory_format=torch.preserve_format) for t in tensors]
         pairs = zip(tensors, self.snapshot, strict=True)
-        self.places = torch.tensor([(t.data_ptr(), s.data_ptr(), t.nbytes) for t, s in pairs], device="cpu")
+        self.places = torch.tensor(
+            [(t.data_ptr(), s.data_ptr(), t.nbytes) for t, s in pairs], device="cpu"
+        )
         self.packs: dict[tuple, tuple[Tensor, Tensor] | None] = {}
 
     def is_current(self) -> bool:
@@ -166,11 +173,22 @@ def packed(
 
 
 def current_pack(
-    weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor | None, var: Tensor | None, eps: float
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
 ) -> PackedFilter:
     """The packs of these tensors, made now or found to be current. Within a :class:`Pass` each is compared once."""
     tensors = (weight, scale, shift) if mean is None else (weight, scale, shift, mean, var)
-    key = (eps, weight.shape, weight.stride(), *[t.dtype for t in tensors], *[t.data_ptr() for t in tensors])
+    key = (
+        eps,
+        weight.shape,
+        weight.stride(),
+        *[t.dtype for t in tensors],
+        *[t.data_ptr() for t in tensors],
+    )
     entry, verified = _packed.get(key), this_pass.packs_verified
     if entry is None or not (verified is not None and key in verified or entry.is_current()):
         with torch.inference_mode(False), torch.no_grad():
@@ -223,7 +241,9 @@ class Pass(threading.local):
     """
 
     def __init__(self) -> None:
-        self.packs_verified: set[tuple] | None = None  # keys compared in this pass; None outside of a pass
+        self.packs_verified: set[tuple] | None = (
+            None  # keys compared in this pass; None outside of a pass
+        )
         self.packs_used: set[tuple] = set()
         self.largest = 0  # bytes of the largest activation
         self._scratch: mmap.mmap | None = None
@@ -248,7 +268,9 @@ class Pass(threading.local):
         if memory is None or len(memory) < size:
             memory = mmap.mmap(-1, size)
             self._scratch = None if self.packs_verified is None else memory
-        return torch.frombuffer(memory, dtype=dtype, count=like.numel()).as_strided(like.shape, like.stride())
+        return torch.frombuffer(memory, dtype=dtype, count=like.numel()).as_strided(
+            like.shape, like.stride()
+        )
 
 
 this_pass = Pass()

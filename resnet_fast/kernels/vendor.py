@@ -17,10 +17,16 @@ def onednn_takes(x: Tensor, weight: Tensor) -> bool:
         return False
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
-    return x.dtype == torch.float32 or x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (
+        x.dtype == torch.float32
+        or x.dtype == torch.bfloat16
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
-def onednn_filters(weight: Tensor, bias: Tensor, geometry: tuple, shape: torch.Size) -> tuple[Tensor, Tensor]:
+def onednn_filters(
+    weight: Tensor, bias: Tensor, geometry: tuple, shape: torch.Size
+) -> tuple[Tensor, Tensor]:
     """The filters in oneDNN's blocked layout for inputs of that shape, and the bias."""
     stride, padding, dilation, groups = geometry
     reorder = torch.ops.mkldnn._reorder_convolution_weight
@@ -51,15 +57,21 @@ def onednn(
     act = "relu" if relu else None
     if in_place:
         conv_add_ = mkldnn._convolution_pointwise_.binary
-        return conv_add_(residual, x, packed, bias, padding, stride, dilation, groups, "add", None, act, [], None)
+        return conv_add_(
+            residual, x, packed, bias, padding, stride, dilation, groups, "add", None, act, [], None
+        )
     conv_add = mkldnn._convolution_pointwise.binary
-    return conv_add(x, residual, packed, bias, padding, stride, dilation, groups, "add", None, act, [], None)
+    return conv_add(
+        x, residual, packed, bias, padding, stride, dilation, groups, "add", None, act, [], None
+    )
 
 
 # ---------------------------------------------------------------- cuDNN
 
 
-def cudnn(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, geometry: tuple) -> Tensor:
+def cudnn(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, geometry: tuple
+) -> Tensor:
     """cuDNN's convolution with bias, residual add and ReLU in one call."""
     if residual is None:
         return torch.cudnn_convolution_relu(x, weight, bias, *geometry)

@@ -56,7 +56,9 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> nn.Module:
 def _require_fused(units: list[_Unit], training: bool) -> None:
     left = _left_unfused(units, training)
     if left:
-        raise RuntimeError("accelerate: left unfused: " + "; ".join(f"{path}: {why}" for path, why in left.items()))
+        raise RuntimeError(
+            "accelerate: left unfused: " + "; ".join(f"{path}: {why}" for path, why in left.items())
+        )
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -77,14 +79,20 @@ def _install(m: nn.Module) -> Forward:
     if forward is None:
         forward = Forward(m)
         m.__dict__.update(
-            forward=forward, _replicate_for_data_parallel=forward.replicate, __prepare_scriptable__=forward.plain
+            forward=forward,
+            _replicate_for_data_parallel=forward.replicate,
+            __prepare_scriptable__=forward.plain,
         )
     return forward
 
 
 def _strip(m: nn.Module) -> None:
     if isinstance(m.__dict__.get("forward"), Forward):
-        del m.__dict__["forward"], m.__dict__["_replicate_for_data_parallel"], m.__dict__["__prepare_scriptable__"]
+        del (
+            m.__dict__["forward"],
+            m.__dict__["_replicate_for_data_parallel"],
+            m.__dict__["__prepare_scriptable__"],
+        )
 
 
 def _plain(m: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
@@ -92,7 +100,8 @@ def _plain(m: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
         twin = done[id(m)] = object.__new__(type(m))
         twin.__dict__.update(m.__dict__, _parameters=dict(m._parameters), _buffers=dict(m._buffers))
         twin.__dict__["_modules"] = {
-            name: None if child is None else _plain(child, done) for name, child in m._modules.items()
+            name: None if child is None else _plain(child, done)
+            for name, child in m._modules.items()
         }
         _strip(twin)
     return done[id(m)]
@@ -126,7 +135,9 @@ class Forward:
         """The module; raises ReferenceError if it is gone."""
         owner = self._owner()
         if owner is None:
-            raise ReferenceError("this forward's accelerated module is gone: keep the module, not just its forward")
+            raise ReferenceError(
+                "this forward's accelerated module is gone: keep the module, not just its forward"
+            )
         return owner
 
     @property
@@ -343,10 +354,14 @@ class Report:
     own: tuple[str, ...]
 
     def __str__(self) -> str:
-        rows: list[tuple[object, ...]] = [(path, *counts, "") for path, counts in self.fused.items()]
+        rows: list[tuple[object, ...]] = [
+            (path, *counts, "") for path, counts in self.fused.items()
+        ]
         rows += [(path, "", "", "fuses by itself") for path in self.own]
         rows += [(path, "-", "", why) for path, why in self.left.items()]
-        only_in_training = {path: why for path, why in self.left_training.items() if self.left.get(path) != why}
+        only_in_training = {
+            path: why for path, why in self.left_training.items() if self.left.get(path) != why
+        }
         rows += [(path, "", "-", f"in training: {why}") for path, why in only_in_training.items()]
         total = sum(eval_count for eval_count, _ in self.fused.values())
         inside = f"; NHWC inside {', '.join(self.nhwc)}" if self.nhwc else ""

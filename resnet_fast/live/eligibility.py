@@ -58,7 +58,9 @@ def _why_plain_here(x: Tensor) -> str | None:
     if x.device.type not in _DEVICES:
         return f"no fused kernels for device {x.device.type}"
     if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        return "CPU autocast casts the weights anew in each call, which costs more than fusing gains"
+        return (
+            "CPU autocast casts the weights anew in each call, which costs more than fusing gains"
+        )
     return None
 
 
@@ -97,13 +99,20 @@ def _why_plain_conv(conv: nn.Conv2d) -> str | None:
 
 
 def _why_plain_bn(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> str | None:
-    if type(bn._parameters.get("weight")) not in _TENSORS or type(bn._parameters.get("bias")) not in _TENSORS:
+    if (
+        type(bn._parameters.get("weight")) not in _TENSORS
+        or type(bn._parameters.get("bias")) not in _TENSORS
+    ):
         return "a BatchNorm2d has no affine parameters, or a tensor subclass"
     return None
 
 
 def _why_plain_sync(bn: nn.SyncBatchNorm) -> str | None:
-    return "a SyncBatchNorm in training reduces across processes" if uses_batch_statistics(bn) else _why_plain_bn(bn)
+    return (
+        "a SyncBatchNorm in training reduces across processes"
+        if uses_batch_statistics(bn)
+        else _why_plain_bn(bn)
+    )
 
 
 def _why_plain_other(m: nn.Module) -> str | None:

@@ -26,8 +26,15 @@ class ModuleGuard:
 
     def __init__(self, module: nn.Module, training: bool) -> None:
         self.type, self.forward = type(module), type(module).forward
-        self.children, self.order = dict(module._modules), tuple(module._modules)  # a Sequential runs in that order
-        plain = {k: copy.copy(v) for k, v in module.__dict__.items() if k not in _NN_STATE and _is_plain(v)}
+        self.children, self.order = (
+            dict(module._modules),
+            tuple(module._modules),
+        )  # a Sequential runs in that order
+        plain = {
+            k: copy.copy(v)
+            for k, v in module.__dict__.items()
+            if k not in _NN_STATE and _is_plain(v)
+        }
         plain["training"] = training
         self.names, self.values = tuple(plain), tuple(plain.values())
         self.size = len(module.__dict__)  # one attribute more may hide one of the class
@@ -60,7 +67,9 @@ class ModuleGuards:
         self._sizes = [guard.size for guard in guards]
         self._forwards = {guard.type: guard.forward for guard in guards}
         self._states = [vars(m) for m in inside]
-        self._children = [(m._modules, guard.order) for m, guard in zip(inside, guards, strict=True)]
+        self._children = [
+            (m._modules, guard.order) for m, guard in zip(inside, guards, strict=True)
+        ]
         self._dicts, self._names, self._values = zip(*self._same_objects(network), strict=True)
         self._equal = self._equal_attributes(guards)
         self._tensors = tuple(t for t in self._values if isinstance(t, Tensor))
@@ -82,7 +91,10 @@ class ModuleGuards:
         for state, guard in zip(self._states, guards, strict=True):
             no_hooks: tuple[dict, dict] = {}, {}
             alike[guard.names].append((state, (*guard.values, *no_hooks)))
-        return [(itemgetter(*names, *_HOOKS), *zip(*found, strict=True)) for names, found in alike.items()]
+        return [
+            (itemgetter(*names, *_HOOKS), *zip(*found, strict=True))
+            for names, found in alike.items()
+        ]
 
     def pass_for(self, network: nn.Module) -> bool:
         """Whether the network and everything inside are unchanged, over the same tensors in the same memory."""
@@ -100,7 +112,10 @@ class ModuleGuards:
 
     def _has_equal_attributes(self) -> bool:
         try:
-            return all(tuple(map(attributes, states)) == values for attributes, states, values in self._equal)
+            return all(
+                tuple(map(attributes, states)) == values
+                for attributes, states, values in self._equal
+            )
         except KeyError:  # one was deleted, another set
             return False
 
@@ -110,4 +125,8 @@ class ModuleGuards:
 
 
 def _is_plain(value: Any) -> bool:
-    return isinstance(value, _PLAIN) or type(value) in (tuple, list) and all(isinstance(v, _PLAIN) for v in value)
+    return (
+        isinstance(value, _PLAIN)
+        or type(value) in (tuple, list)
+        and all(isinstance(v, _PLAIN) for v in value)
+    )

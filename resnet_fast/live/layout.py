@@ -145,7 +145,11 @@ def _reduces_and_sees(step: Step, owner: nn.Module, training: bool) -> tuple[boo
 
 def wants_nhwc(owner: nn.Module, x: Tensor) -> bool:
     """Whether this input should be converted to NHWC: images and weights are NCHW, and no hook inside would see it."""
-    if x.dim() != 4 or not x.is_floating_point() or x.is_contiguous(memory_format=torch.channels_last):
+    if (
+        x.dim() != 4
+        or not x.is_floating_point()
+        or x.is_contiguous(memory_format=torch.channels_last)
+    ):
         return False
     waiting, weight = [owner], None
     while waiting:  # not modules(), which takes three times as long
@@ -174,7 +178,9 @@ def to_nchw(result: Any) -> Any:
     """
     if isinstance(result, Tensor):
         if result.dim() == 4 and result.is_contiguous(memory_format=torch.channels_last):
-            return result.contiguous().view(-1).view(result.shape)  # one pixel is both, and then keeps NHWC's strides
+            return (
+                result.contiguous().view(-1).view(result.shape)
+            )  # one pixel is both, and then keeps NHWC's strides
         return result
     if type(result) in (tuple, list):
         return type(result)(map(to_nchw, result))

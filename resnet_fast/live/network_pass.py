@@ -78,7 +78,11 @@ class _Network:
         """The forward ran and used these packs: SETTLED if the last pass used the same, else COLD."""
         has_repeated = bool(self.packs) and self.packs == packs
         self.packs = packs
-        if self.state is State.HAS_PROGRAM or self.state is State.UNFIT and self.unfit == tuple(inside):
+        if (
+            self.state is State.HAS_PROGRAM
+            or self.state is State.UNFIT
+            and self.unfit == tuple(inside)
+        ):
             return
         self.state, self.unfit = State.SETTLED if has_repeated else State.COLD, ()
 
@@ -110,7 +114,12 @@ def unobserved(network: nn.Module) -> list[nn.Module] | None:
         for m in waiting.pop()._modules.values():
             if m is None:
                 continue
-            if m.training or m._forward_hooks or m._forward_pre_hooks or m._buffers.get("running_mean", m) is None:
+            if (
+                m.training
+                or m._forward_hooks
+                or m._forward_pre_hooks
+                or m._buffers.get("running_mean", m) is None
+            ):
                 return None
             found.append(m)
             waiting.append(m)
@@ -164,7 +173,9 @@ def checked_pass(network: nn.Module, inside: list[nn.Module], x: Tensor) -> Iter
             known.growth = this_pass.largest / x.nbytes
 
 
-def make_program(known: _Network, network: nn.Module, inside: list[nn.Module], x: Tensor) -> Tensor | None:
+def make_program(
+    known: _Network, network: nn.Module, inside: list[nn.Module], x: Tensor
+) -> Tensor | None:
     """Make the network's program and return its answer. None if the network has none."""
     from .network_program import NetworkProgram, Unfit
 

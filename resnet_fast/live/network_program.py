@@ -38,7 +38,9 @@ class NetworkProgram:
     may go through in pieces. ``inside``: the modules inside the network, which itself is not referenced.
     """
 
-    def __init__(self, network: nn.Module, inside: list[nn.Module], freed: Callable[[], None]) -> None:
+    def __init__(
+        self, network: nn.Module, inside: list[nn.Module], freed: Callable[[], None]
+    ) -> None:
         self.inside = tuple(inside)
         # First: a change while the rest is read then fails the next pass's guards.
         self._guards = ModuleGuards(network, self.inside)
@@ -58,7 +60,9 @@ class NetworkProgram:
         # A network that moved to a GPU, or to another dtype, may never run here again and check its guards.
         storages = [conv.weight.untyped_storage() for conv, _ in self._filters.values()]
         self._memory = [weakref.ref(storage, lambda _: freed()) for storage in storages]
-        self._places = prepack.all_places(dict.fromkeys(packs for _, packs in self._filters.values()))
+        self._places = prepack.all_places(
+            dict.fromkeys(packs for _, packs in self._filters.values())
+        )
         self.imagewise = self._lowered.imagewise
         self._programs: dict[tuple, Program | None] = {}
 
@@ -97,7 +101,9 @@ class NetworkProgram:
             self._programs.pop(next(iter(self._programs)), None)
         self._programs[key] = program
 
-    def _bind(self, lowered: Lowered, step: Step, values: Values, writable: set[str], graph: bool) -> Bound:
+    def _bind(
+        self, lowered: Lowered, step: Step, values: Values, writable: set[str], graph: bool
+    ) -> Bound:
         """Bind a convolution to the live weights' packs; every other step as a plan does. Raises Unfit."""
         if step.op != "conv_bn_act":
             return bind(lowered, step, values, writable, graph)
@@ -106,7 +112,9 @@ class NetworkProgram:
         residual = None if step.residual is None else values[step.residual.name]
         if not onednn_takes(x, conv.weight):
             raise Unfit(f"oneDNN has no packed form of {step.target}")
-        if residual is not None and (residual.dtype != x.dtype or residual.shape != output_shape(conv, x)):
+        if residual is not None and (
+            residual.dtype != x.dtype or residual.shape != output_shape(conv, x)
+        ):
             raise Unfit(f"the residual of {step.target} broadcasts or promotes")
         geometry = conv.stride, conv.padding, conv.dilation, conv.groups
         _, *vectors = packs.snapshot

@@ -11,7 +11,9 @@ from .eligibility import Conv, Norm, uses_batch_statistics
 from .training_conv import convolve
 
 
-def fused_step(conv: Conv, bn: Norm, x: Tensor, residual: Tensor | None = None, act: str = "none") -> Tensor:
+def fused_step(
+    conv: Conv, bn: Norm, x: Tensor, residual: Tensor | None = None, act: str = "none"
+) -> Tensor:
     """conv → BN → (+ residual) → act over live modules.
 
     With fixed statistics this is ``ops.conv_bn_act``, in training a convolution and ``ops.bn_act``.
@@ -72,14 +74,18 @@ def batch_norm_act(bn: Norm, z: Tensor, residual: Tensor | None, act: str) -> Te
 
 def _better_apart(bn: nn.BatchNorm2d, z: Tensor, residual: Tensor | None, act: str) -> bool:
     """Whether this is a GPU without a kernel of ours that was measured to be faster than torch's."""
-    return z.device.type == "cuda" and not ops.fuses_bn_act(z, bn.weight, bn.bias, residual, bn.eps, act)
+    return z.device.type == "cuda" and not ops.fuses_bn_act(
+        z, bn.weight, bn.bias, residual, bn.eps, act
+    )
 
 
 def norm_by_torch(bn: nn.BatchNorm2d, z: Tensor, residual: Tensor | None, act: str) -> Tensor:
     """Eager's own launches: 3 for batch norm, its count and ReLU; ``aten.bn_act`` and the statistics would take 11."""
     is_recomputing = bn.training and bn.track_running_stats and not _updates_running_stats(bn)
     if is_recomputing:  # momentum 0: the statistics do not move, but they are saved for backward
-        out = F.batch_norm(z, bn.running_mean, bn.running_var, bn.weight, bn.bias, True, 0.0, bn.eps)
+        out = F.batch_norm(
+            z, bn.running_mean, bn.running_var, bn.weight, bn.bias, True, 0.0, bn.eps
+        )
     else:
         out = bn(z)
     if residual is not None:
@@ -106,4 +112,6 @@ def update_running_stats(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, n: int) 
         momentum = 1.0 / float(bn.num_batches_tracked) if momentum is None else momentum
     if bn.running_mean is not None and momentum is not None:
         bn.running_mean.data.mul_(1 - momentum).add_(mean.to(bn.running_mean.dtype), alpha=momentum)
-        bn.running_var.data.mul_(1 - momentum).add_(var.to(bn.running_var.dtype), alpha=momentum * n / max(n - 1, 1))
+        bn.running_var.data.mul_(1 - momentum).add_(
+            var.to(bn.running_var.dtype), alpha=momentum * n / max(n - 1, 1)
+        )

@@ -43,9 +43,19 @@ def _chosen(x: Tensor, shape: torch.Size, weight: tuple[int, ...]) -> bool:
 
 # A step asks twice for each convolution. Bounded: a service may see shapes without end.
 @functools.lru_cache(maxsize=1024)
-def _measured_to_win(dtype: torch.dtype, x: tuple[int, ...], x_layout: str, weight: tuple[int, ...]) -> bool:
+def _measured_to_win(
+    dtype: torch.dtype, x: tuple[int, ...], x_layout: str, weight: tuple[int, ...]
+) -> bool:
     n, _, h, w = x
-    problem = Problem(op="conv_bn_act", device="cpu", dtype=dtype, x=x, layout=x_layout, weight=weight, padding=(1, 1))
+    problem = Problem(
+        op="conv_bn_act",
+        device="cpu",
+        dtype=dtype,
+        x=x,
+        layout=x_layout,
+        weight=weight,
+        padding=(1, 1),
+    )
     if n * h * w < LEAST_PIXELS or dtype != torch.float32:
         return False
     winograd = find("cpu.winograd")

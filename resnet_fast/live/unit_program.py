@@ -34,7 +34,9 @@ class UnitProgram:
         paths = [path for path in schedule.inlined if path]
         self.inlined = [(m, ModuleGuard(m, training)) for m in map(owner.get_submodule, paths)]
         skipped = [owner.get_submodule(path) for path in schedule.skipped]
-        self.biased = [m for m in skipped if m._parameters.get("bias") is not None and isinstance(m, nn.Conv2d)]
+        self.biased = [
+            m for m in skipped if m._parameters.get("bias") is not None and isinstance(m, nn.Conv2d)
+        ]
         self.skipped = [m for m in skipped if m not in self.biased]
         value_names = dict.fromkeys((*schedule.inputs, *(step.output for step in schedule.steps)))
         slots = {name: slot for slot, name in enumerate(value_names)}
@@ -42,8 +44,12 @@ class UnitProgram:
         self.output = _getter(schedule.output, slots, owner)
         self.steps: list[tuple[Callable[[list], Any], int, list[int]]] = []
         # Dead values are dropped after each step, so that memory is freed when eager frees it.
-        for step, dead in zip(schedule.steps, dead_after(schedule.steps, schedule.output), strict=True):
-            self.steps.append((_bind(step, slots, owner), slots[step.output], [slots[name] for name in dead]))
+        for step, dead in zip(
+            schedule.steps, dead_after(schedule.steps, schedule.output), strict=True
+        ):
+            self.steps.append(
+                (_bind(step, slots, owner), slots[step.output], [slots[name] for name in dead])
+            )
 
     def changed(self, owner: nn.Module) -> bool:
         """Whether the modules are no longer as they were when they were traced."""
@@ -58,8 +64,13 @@ class UnitProgram:
         return (
             why_plain(args[0], self.skipped)
             or next(filter(None, map(_why_plain_biased, self.biased)), None)
-            or next((f"a {type(m).__name__} has hooks" for m, _ in self.inlined if touched(m)), None)
-            or next((f"an input is a {type(a).__name__}" for a in args[1:] if type(a) is not Tensor), None)
+            or next(
+                (f"a {type(m).__name__} has hooks" for m, _ in self.inlined if touched(m)), None
+            )
+            or next(
+                (f"an input is a {type(a).__name__}" for a in args[1:] if type(a) is not Tensor),
+                None,
+            )
         )
 
     def __call__(self, *args: Tensor) -> Any:
@@ -142,16 +153,22 @@ def _bind_conv(step: Step, slots: dict[str, int], owner: nn.Module) -> Callable[
                 fitting[key] = residual.shape == output_shape(conv, x)
             if fitting[key]:
                 return fused(conv, bn, x, residual, act)
-        out = fused(conv, bn, x, None, "none") + residual  # an addition that broadcasts or promotes is torch's
+        out = (
+            fused(conv, bn, x, None, "none") + residual
+        )  # an addition that broadcasts or promotes is torch's
         return torch.relu(out) if act == "relu" else out
 
     return run
 
 
-def _biased_fused_step(conv: Conv, bn: Norm, x: Tensor, residual: Tensor | None, act: str) -> Tensor:
+def _biased_fused_step(
+    conv: Conv, bn: Norm, x: Tensor, residual: Tensor | None, act: str
+) -> Tensor:
     """``fused_step`` for a convolution with a bias: BN(z + b) with statistics μ is BN(z) with statistics μ − b."""
     if uses_batch_statistics(bn):
-        return batch_norm_act(bn, conv._conv_forward(x, own_strides(conv.weight), conv.bias), residual, act)
+        return batch_norm_act(
+            bn, conv._conv_forward(x, own_strides(conv.weight), conv.bias), residual, act
+        )
     return ops.conv_bn_act(
         x,
         conv.weight,
@@ -204,7 +221,13 @@ def _bind_add(step: Step, slots: dict[str, int]) -> Callable[[list], Any]:
 
 
 def _are_images(x: Any, y: Any) -> bool:
-    return type(x) is Tensor and type(y) is Tensor and x.dim() == 4 and x.shape == y.shape and x.dtype == y.dtype
+    return (
+        type(x) is Tensor
+        and type(y) is Tensor
+        and x.dim() == 4
+        and x.shape == y.shape
+        and x.dtype == y.dtype
+    )
 
 
 def _unexpanded(gate: Any) -> Any:

@@ -17,7 +17,9 @@ from ..live.eligibility import why_misplaced, why_plain
 from ..live.step import fused_step
 
 
-def conv3x3(in_planes: int, out_planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
+def conv3x3(
+    in_planes: int, out_planes: int, stride: int = 1, groups: int = 1, dilation: int = 1
+) -> nn.Conv2d:
     """3×3 convolution with padding, no bias."""
     return nn.Conv2d(
         in_planes,
@@ -39,7 +41,9 @@ def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
 def _skipped(block: BasicBlock | Bottleneck) -> list[nn.Module | None]:
     """The modules that a fused forward does not call: the children, and the projection's."""
     children: list[nn.Module | None] = [m for m in block._modules.values() if m is not None]
-    return children if block.downsample is None else [*children, *block.downsample._modules.values()]
+    return (
+        children if block.downsample is None else [*children, *block.downsample._modules.values()]
+    )
 
 
 def _identity(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:

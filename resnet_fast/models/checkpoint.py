@@ -38,12 +38,16 @@ def load_checkpoint(
     mapping itself. ``strict``: raise if a name is missing or unexpected. ``weights_only``: torch.load's; False executes
     code in the file. Raises ValueError with what it got and expected: names, shapes, another number of classes.
     """
-    state = _clean(_unwrap(source if isinstance(source, Mapping) else _read(Path(source), weights_only)))
+    state = _clean(
+        _unwrap(source if isinstance(source, Mapping) else _read(Path(source), weights_only))
+    )
     own = {_bare(name): (name, t) for name, t in model.state_dict().items()}
     _check_shapes(state, own)
     if strict:
         _check_names(state, own)
-    model.load_state_dict({own[name][0]: t for name, t in state.items() if name in own}, strict=False)
+    model.load_state_dict(
+        {own[name][0]: t for name, t in state.items() if name in own}, strict=False
+    )
     return model
 
 
@@ -56,7 +60,9 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     if path.suffix not in _SUFFIXES:
-        raise ValueError(f"save_checkpoint: suffix: got {path.suffix!r}, expected one of {', '.join(_SUFFIXES)}")
+        raise ValueError(
+            f"save_checkpoint: suffix: got {path.suffix!r}, expected one of {', '.join(_SUFFIXES)}"
+        )
     state = _own_memory({_bare(name): t for name, t in model.state_dict().items()})
     with replacing(path) as part:
         if path.suffix == ".safetensors":
@@ -82,13 +88,18 @@ def _safetensors() -> Any:
 def _unwrap(found: Any) -> Mapping[str, Any]:
     """The mapping of names to tensors inside a file's content."""
     while isinstance(found, Mapping):
-        inner = next((found[key] for key in _WRAPPERS if isinstance(found.get(key), (Mapping, nn.Module))), None)
+        inner = next(
+            (found[key] for key in _WRAPPERS if isinstance(found.get(key), (Mapping, nn.Module))),
+            None,
+        )
         if inner is None:
             return found
         found = inner
     if isinstance(found, nn.Module):
         return found.state_dict()
-    raise ValueError(f"load_checkpoint: got a {type(found).__name__}, expected a mapping of names to tensors")
+    raise ValueError(
+        f"load_checkpoint: got a {type(found).__name__}, expected a mapping of names to tensors"
+    )
 
 
 def _bare(name: str) -> str:
@@ -102,7 +113,9 @@ def _clean(state: Mapping[str, Any]) -> dict[str, Tensor]:
         if name == "n_averaged":  # AveragedModel's counter is no weight
             continue
         if not isinstance(t, Tensor):
-            raise ValueError(f"load_checkpoint: {name}: got a {type(t).__name__}, expected a tensor")
+            raise ValueError(
+                f"load_checkpoint: {name}: got a {type(t).__name__}, expected a tensor"
+            )
         if _bare(name) in cleaned:
             raise ValueError(
                 f"load_checkpoint: {_bare(name)}: got it twice, with and without a wrapper's prefix, expected once"
@@ -127,7 +140,9 @@ def _check_shapes(state: dict[str, Tensor], own: dict[str, tuple[str, Tensor]]) 
 
 def _check_names(state: dict[str, Tensor], own: dict[str, tuple[str, Tensor]]) -> None:
     # Files from before torch 0.4.1 have no counters; batch norm starts them at 0.
-    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    missing = [
+        name for name in own if name not in state and not name.endswith("num_batches_tracked")
+    ]
     unexpected = [name for name in state if name not in own]
     if missing or unexpected:
         raise ValueError(

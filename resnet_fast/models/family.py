@@ -41,15 +41,33 @@ _ROWS = (
     # ResNet: https://arxiv.org/abs/1512.03385
     ModelSpec("resnet152", "ResNet152", Bottleneck, (3, 8, 36, 3)),
     # ResNeXt: Xie et al. 2017, Aggregated Residual Transformations, https://arxiv.org/abs/1611.05431
-    ModelSpec("resnext50_32x4d", "ResNeXt50_32X4D", Bottleneck, (3, 4, 6, 3), groups=32, width_per_group=4),
+    ModelSpec(
+        "resnext50_32x4d", "ResNeXt50_32X4D", Bottleneck, (3, 4, 6, 3), groups=32, width_per_group=4
+    ),
     # ResNeXt: https://arxiv.org/abs/1611.05431
-    ModelSpec("resnext101_32x8d", "ResNeXt101_32X8D", Bottleneck, (3, 4, 23, 3), groups=32, width_per_group=8),
+    ModelSpec(
+        "resnext101_32x8d",
+        "ResNeXt101_32X8D",
+        Bottleneck,
+        (3, 4, 23, 3),
+        groups=32,
+        width_per_group=8,
+    ),
     # ResNeXt: https://arxiv.org/abs/1611.05431
-    ModelSpec("resnext101_64x4d", "ResNeXt101_64X4D", Bottleneck, (3, 4, 23, 3), groups=64, width_per_group=4),
+    ModelSpec(
+        "resnext101_64x4d",
+        "ResNeXt101_64X4D",
+        Bottleneck,
+        (3, 4, 23, 3),
+        groups=64,
+        width_per_group=4,
+    ),
     # Wide ResNet: Zagoruyko and Komodakis 2016, Wide Residual Networks, https://arxiv.org/abs/1605.07146
     ModelSpec("wide_resnet50_2", "Wide_ResNet50_2", Bottleneck, (3, 4, 6, 3), width_per_group=128),
     # Wide ResNet: https://arxiv.org/abs/1605.07146
-    ModelSpec("wide_resnet101_2", "Wide_ResNet101_2", Bottleneck, (3, 4, 23, 3), width_per_group=128),
+    ModelSpec(
+        "wide_resnet101_2", "Wide_ResNet101_2", Bottleneck, (3, 4, 23, 3), width_per_group=128
+    ),
 )
 MODELS = {row.name: row for row in _ROWS}
 
@@ -74,7 +92,9 @@ def create_model(name: str, *, weights: Any = None, progress: bool = True, **kwa
     for key in ("groups", "width_per_group"):
         value = getattr(spec, key)
         if value != getattr(ModelSpec, key) and kwargs.setdefault(key, value) != value:
-            raise ValueError(f"{name}: {key}: got {kwargs[key]}, expected {value}, which makes it a {name}")
+            raise ValueError(
+                f"{name}: {key}: got {kwargs[key]}, expected {value}, which makes it a {name}"
+            )
     model = ResNet(spec.block, list(spec.layers), **kwargs)
     if weights is not None:
         model.load_state_dict(_fetched(weights, progress))
@@ -89,7 +109,10 @@ def _verify_weights(spec: ModelSpec, weights: Any) -> Any:
             f"{spec.name}: weights come through torchvision: pip install 'resnet_fast[vision]'"
         ) from error
     entries = get_model_weights(spec.name)
-    if isinstance(weights, str) and weights.removeprefix(f"{entries.__name__}.") not in entries.__members__:
+    if (
+        isinstance(weights, str)
+        and weights.removeprefix(f"{entries.__name__}.") not in entries.__members__
+    ):
         raise ValueError(
             f"{spec.name}: weights: got {weights!r}, expected one of {', '.join(entries.__members__)}, or None "
             "(a file of yours: resnet_fast.load_checkpoint)"
@@ -120,7 +143,8 @@ def _builder(name: str) -> Callable[..., ResNet]:
 
     build.__name__ = build.__qualname__ = name
     build.__doc__ = (
-        f"{MODELS[name].title} with torchvision's signature: see :func:`create_model`, of which this is one name."
+        f"{MODELS[name].title} with torchvision's signature: "
+        "see :func:`create_model`, of which this is one name."
     )
     return build
 

@@ -34,7 +34,11 @@ class _Layers:
     ) -> tuple[int, ...]:
         """Add a convolution of that input and return its output's shape."""
         # Any: torch's stubs do not say that these are pairs of int.
-        geometry: dict[str, Any] = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
+        geometry: dict[str, Any] = {
+            "stride": conv.stride,
+            "padding": conv.padding,
+            "dilation": conv.dilation,
+        }
         problem = Problem(
             x=x,
             weight=tuple(conv.weight.shape),
@@ -72,7 +76,9 @@ def conv_layers(
     """
     with torch.device("meta"):
         net = create_model(model)
-    layers = _Layers(op="conv_bn_act", device=device, dtype=dtype, layout="nhwc", bn=True, capability=capability)
+    layers = _Layers(
+        op="conv_bn_act", device=device, dtype=dtype, layout="nhwc", bn=True, capability=capability
+    )
     x = layers.add("conv1", net.conv1, (batch, 3, size, size), "relu")
     x = (*x[:2], *((s + 1) // 2 for s in x[2:]))  # the 3×3 max pool of stride 2
     for stage in STAGES:
@@ -113,20 +119,29 @@ class _Groups:
         last, projection = problems[f"{block}.conv3"], problems.get(f"{block}.downsample.0")
         second, first = problems[f"{block}.conv2"], problems.get(f"{following}.conv1")
         if projection is not None:
-            facts = {"chain": (projection.weight,), "stride": projection.stride, "second": projection.x[2:]}
+            facts = {
+                "chain": (projection.weight,),
+                "stride": projection.stride,
+                "second": projection.x[2:],
+            }
             self.add("pointwise_pair", f"{block}.conv3", f"{block}.downsample.0", **facts)
         if first is None:
             self.add("pointwise_pool", f"{block}.conv3")
         elif second.groups == 1 and second.stride == (1, 1):
             chain = last.weight, projection.weight if projection is not None else (), first.weight
-            names = *(f"{block}.{name}" for name in ("conv2", "conv3", "downsample.0")), f"{following}.conv1"
+            names = (
+                *(f"{block}.{name}" for name in ("conv2", "conv3", "downsample.0")),
+                f"{following}.conv1",
+            )
             self.add("conv_tail", *names, chain=chain, residual="nhwc")
 
 
 def across_layers(layers: list[ConvLayer]) -> list[AcrossLayer]:
     """The groups of a network that each op across convolutions can replace; ``plan`` finds the same."""
     groups = _Groups(layers)
-    blocks = list(dict.fromkeys(name.rpartition(".")[0] for name in groups.problems if name.count(".") == 2))
+    blocks = list(
+        dict.fromkeys(name.rpartition(".")[0] for name in groups.problems if name.count(".") == 2)
+    )
     groups.add("conv_pool", "conv1")
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):
         if f"{block}.conv3" in groups.problems:

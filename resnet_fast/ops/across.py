@@ -17,7 +17,16 @@ from torch import Tensor
 
 from ..dispatch import conv_out_hw
 from . import reference
-from .contract import Pair, check_images, check_like, composite, differentiable, dispatched, pair, require
+from .contract import (
+    Pair,
+    check_images,
+    check_like,
+    composite,
+    differentiable,
+    dispatched,
+    pair,
+    require,
+)
 from .library import below_autograd, define
 
 
@@ -60,7 +69,9 @@ def conv_tail(
     return reference.conv_tail(*args) if composite() else CONV_TAIL(*args)
 
 
-def conv_pool(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
+def conv_pool(
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None = None, std: Tensor | None = None
+) -> Tensor:
     """The stem: the 3×3 maximum (stride 2, padding 1) of relu(conv(x', weight, stride 2) + bias).
 
     weight: [K, C, R, S], R and S odd, padded by R//2 and S//2: 7×7 in a ResNet. x: [N, C, H, W], x' = x; or uint8
@@ -86,7 +97,13 @@ def pointwise_pool(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) ->
 
 
 def _check_filter(
-    op: str, name: str, weight: Tensor, channels: int, dtype: torch.dtype, of: str, size: tuple[int, ...] = (1, 1)
+    op: str,
+    name: str,
+    weight: Tensor,
+    channels: int,
+    dtype: torch.dtype,
+    of: str,
+    size: tuple[int, ...] = (1, 1),
 ) -> None:
     """[any, channels, *size] of x's dtype; ``of`` names what has the channels."""
     right = weight.dim() == 4 and (weight.shape[1], *weight.shape[2:]) == (channels, *size)
@@ -105,7 +122,9 @@ def _check_bias(op: str, name: str, bias: Tensor, weight: Tensor) -> None:
     filters = weight.shape[0]
     require(shape == [filters], op, f"{name} shape", shape, [filters])
     wide = torch.promote_types(weight.dtype, torch.float32)
-    require(bias.dtype == wide, op, f"{name} dtype", bias.dtype, f"{wide} (weights are {weight.dtype})")
+    require(
+        bias.dtype == wide, op, f"{name} dtype", bias.dtype, f"{wide} (weights are {weight.dtype})"
+    )
 
 
 def check_pointwise_pair(
@@ -116,7 +135,11 @@ def check_pointwise_pair(
     _check_filter(op, "weight", weight, x.shape[1], x.dtype, "x")
     require(min(stride2) > 0, op, "stride2", list(stride2), "two positive numbers")
     require(
-        x2.dim() == 4 and x2.dtype == x.dtype, op, "x2", f"{x2.dtype} {list(x2.shape)}", f"4-D {x.dtype} (that of x)"
+        x2.dim() == 4 and x2.dtype == x.dtype,
+        op,
+        "x2",
+        f"{x2.dtype} {list(x2.shape)}",
+        f"4-D {x.dtype} (that of x)",
     )
     strided = x2.shape[0], *conv_out_hw(x2.shape, (1, 1), stride2, padding=(0, 0))
     require(
@@ -168,7 +191,11 @@ def check_conv_tail(
         check_like(op, "residual", residual, (n, weight3.shape[0], h, w), x.dtype)
     else:
         require(
-            residual.dim() == 4, op, "residual", f"{residual.dim()}-D shape {list(residual.shape)}", "4-D [N, C, H, W]"
+            residual.dim() == 4,
+            op,
+            "residual",
+            f"{residual.dim()}-D shape {list(residual.shape)}",
+            "4-D [N, C, H, W]",
         )
         check_like(op, "residual", residual, (n, residual.shape[1], h, w), x.dtype)
         _check_filter(op, "projection", projection, residual.shape[1], x.dtype, "residual")
@@ -180,11 +207,17 @@ def check_conv_tail(
             f"{weight3.shape[0]} (those of weight3)",
         )
     _check_filter(op, "weight1", weight1, weight3.shape[0], x.dtype, "y")
-    for name, bias, weight in (("bias2", bias2, weight2), ("bias3", bias3, weight3), ("bias1", bias1, weight1)):
+    for name, bias, weight in (
+        ("bias2", bias2, weight2),
+        ("bias3", bias3, weight3),
+        ("bias1", bias1, weight1),
+    ):
         _check_bias(op, name, bias, weight)
 
 
-def check_conv_pool(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, std: Tensor | None) -> None:
+def check_conv_pool(
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, std: Tensor | None
+) -> None:
     op = "conv_pool"
     require((mean is None) == (std is None), op, "mean and std", "one of them", "both or neither")
     if mean is None or std is None:
@@ -199,7 +232,13 @@ def check_conv_pool(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None
         )
         for name, t in (("weight", weight), ("bias", bias), ("mean", mean), ("std", std)):
             require(t.device == x.device, op, f"{name} device", t.device, f"{x.device} (that of x)")
-    require(weight.dim() == 4, op, "weight", f"{weight.dim()}-D shape {list(weight.shape)}", "4-D [K, C, R, S]")
+    require(
+        weight.dim() == 4,
+        op,
+        "weight",
+        f"{weight.dim()}-D shape {list(weight.shape)}",
+        "4-D [K, C, R, S]",
+    )
     *_, r, s = weight.shape
     is_odd = r % 2 == 1 and s % 2 == 1
     require(is_odd, op, "weight shape", list(weight.shape), "[K, C, R, S], R and S odd")
@@ -212,7 +251,13 @@ def check_conv_pool(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None
         for name, v in (("mean", mean), ("std", std)):
             shape = list(v.shape)
             require(shape == [channels], op, f"{name} shape", shape, [channels])
-            require(v.dtype in (torch.float32, bias.dtype), op, f"{name} dtype", v.dtype, "torch.float32")
+            require(
+                v.dtype in (torch.float32, bias.dtype),
+                op,
+                f"{name} dtype",
+                v.dtype,
+                "torch.float32",
+            )
 
 
 def check_pointwise_pool(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> None:
@@ -257,7 +302,9 @@ def _fake_conv_tail(
     return y, z
 
 
-def _fake_conv_pool(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, std: Tensor | None) -> Tensor:
+def _fake_conv_pool(
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, std: Tensor | None
+) -> Tensor:
     check_conv_pool(x, weight, bias, mean, std)
     *_, r, s = weight.shape
     padding = r // 2, s // 2

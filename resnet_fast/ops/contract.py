@@ -84,7 +84,9 @@ def check_images(op: str, x: Tensor, **others: Tensor | None) -> None:
         require(t.device == x.device, op, f"{name} device", t.device, f"{x.device} (that of x)")
 
 
-def check_like(op: str, name: str, t: Tensor | None, shape: Iterable[int], dtype: torch.dtype) -> None:
+def check_like(
+    op: str, name: str, t: Tensor | None, shape: Iterable[int], dtype: torch.dtype
+) -> None:
     """``t``, if given, has this shape and dtype."""
     if t is None:
         return
@@ -127,7 +129,9 @@ def differentiable(
         if not needed:  # only the residual needs a gradient
             return (None,) * len(inputs)
         result = formula(*inputs)
-        gradients = iter(torch.autograd.grad(result, needed, grad, create_graph=create_graph, allow_unused=True))
+        gradients = iter(
+            torch.autograd.grad(result, needed, grad, create_graph=create_graph, allow_unused=True)
+        )
     return tuple(next(gradients) if _needs_gradient(a) else None for a in inputs)
 
 

@@ -53,7 +53,21 @@ def conv_bn_act(
     name, what it got and what it expected. Source: the usual inference folding (Jacob et al. 2018, eq. 14; cuDNN's
     ConvBiasAddActivation).
     """
-    args = (x, weight, scale, shift, residual, mean, var, eps, pair(stride), pair(padding), pair(dilation), groups, act)
+    args = (
+        x,
+        weight,
+        scale,
+        shift,
+        residual,
+        mean,
+        var,
+        eps,
+        pair(stride),
+        pair(padding),
+        pair(dilation),
+        groups,
+        act,
+    )
     if composite():
         return reference.conv_bn_act(*args)
     if skips_dispatcher(x, weight):
@@ -66,7 +80,13 @@ def check_convolution(x: Tensor, weight: Tensor, groups: int, **others: Tensor |
     op = "conv_bn_act"
     check_images(op, x, weight=weight, **others)
     shape = list(weight.shape)
-    require(weight.dim() == 4, op, "weight", f"{weight.dim()}-D shape {shape}", "4-D [K, C/groups, R, S]")
+    require(
+        weight.dim() == 4,
+        op,
+        "weight",
+        f"{weight.dim()}-D shape {shape}",
+        "4-D [K, C/groups, R, S]",
+    )
     require(weight.dtype == x.dtype, op, "x dtype", x.dtype, f"{weight.dtype} (that of weight)")
     channels = weight.shape[1] * groups
     require(
@@ -78,7 +98,9 @@ def check_convolution(x: Tensor, weight: Tensor, groups: int, **others: Tensor |
     )
 
 
-def check_geometry(op: str, x: Tensor, weight: Tensor, groups: int, **geometry: tuple[int, int]) -> tuple[int, ...]:
+def check_geometry(
+    op: str, x: Tensor, weight: Tensor, groups: int, **geometry: tuple[int, int]
+) -> tuple[int, ...]:
     """The result's shape, after checks. oneDNN divides by stride and groups unchecked: a 0 would end the process."""
     for name, numbers in geometry.items():
         least = 0 if name == "padding" else 1
@@ -126,10 +148,14 @@ def check_conv_bn_act(
 ) -> None:
     op = "conv_bn_act"
     check_act(op, act)
-    check_convolution(x, weight, groups, scale=scale, shift=shift, residual=residual, mean=mean, var=var)
+    check_convolution(
+        x, weight, groups, scale=scale, shift=shift, residual=residual, mean=mean, var=var
+    )
     require((mean is None) == (var is None), op, "mean and var", "one of them", "both or neither")
     check_vectors(op, weight.shape[0], scale=scale, shift=shift, mean=mean, var=var)
-    result = check_geometry(op, x, weight, groups, stride=stride, padding=padding, dilation=dilation)
+    result = check_geometry(
+        op, x, weight, groups, stride=stride, padding=padding, dilation=dilation
+    )
     check_like(op, "residual", residual, result, x.dtype)
 
 
@@ -149,7 +175,16 @@ def _fake_conv_bn_act(
     act: str,
 ) -> Tensor:
     # This is also the Meta kernel, which the dispatcher calls for a mix of real and meta tensors: hence the check.
-    check_images("conv_bn_act", x, weight=weight, scale=scale, shift=shift, residual=residual, mean=mean, var=var)
+    check_images(
+        "conv_bn_act",
+        x,
+        weight=weight,
+        scale=scale,
+        shift=shift,
+        residual=residual,
+        mean=mean,
+        var=var,
+    )
     return F.conv2d(x, weight, None, stride, padding, dilation, groups)
 
 
@@ -216,7 +251,9 @@ class _ConvBnAct(torch.autograd.Function):
         var: Tensor | None,
         *settings: Any,
     ) -> Tensor:
-        out: Tensor = below_autograd(CONV_BN_ACT, x, weight, scale, shift, residual, mean, var, *settings)
+        out: Tensor = below_autograd(
+            CONV_BN_ACT, x, weight, scale, shift, residual, mean, var, *settings
+        )
         ctx.settings = _Settings(*settings)
         mask = out if ctx.settings.act == "relu" else None
         ctx.save_for_backward(x, weight, scale, shift, mean, var, mask)
@@ -230,7 +267,9 @@ class _ConvBnAct(torch.autograd.Function):
         return tuple(gradients(saved, ctx.settings, needs, dy))
 
 
-def _differentiable_gradients(saved: _Saved, settings: _Settings, needs: _Arguments, dy: Tensor) -> _Arguments:
+def _differentiable_gradients(
+    saved: _Saved, settings: _Settings, needs: _Arguments, dy: Tensor
+) -> _Arguments:
     """Gradients that can be differentiated again (``create_graph``): autograd on the reference formula."""
     dz = reference.relu_mask(dy, saved.out, settings.act)
     inputs = (*saved[:-1], *settings[:-1])
@@ -292,7 +331,12 @@ def _convolution_backward(
 
 
 def _vector_gradients(
-    saved: _Saved, settings: _Settings, needs: _Arguments, dz: Tensor, unscaled: Any, wide: torch.dtype
+    saved: _Saved,
+    settings: _Settings,
+    needs: _Arguments,
+    dz: Tensor,
+    unscaled: Any,
+    wide: torch.dtype,
 ) -> list[Tensor | None]:
     """Gradients of scale, shift, mean and var, each in its vector's dtype; None where none is needed."""
     vectors = (saved.scale, saved.shift, saved.mean, saved.var)
@@ -312,7 +356,12 @@ def _vector_gradients(
 
 
 def _affine_backward(
-    ds: Tensor | None, dt: Tensor, scale: Tensor, mean: Tensor | None, var: Tensor | None, eps: float
+    ds: Tensor | None,
+    dt: Tensor,
+    scale: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
 ) -> list[Tensor | None]:
     """Through s = γ·r, t = β − μ·s, r = (σ²+ε)^-½: dγ = q·r, dβ = dt, dμ = −γ·r·dt, dσ² = −½·γ·r³·q; q = ds − μ·dt."""
     if mean is None:

@@ -37,7 +37,9 @@ def define(
     _library.impl(name, impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     op: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
-    _library.impl(name, _autograd(op, function) if function is not None else _no_formula(op), "Autograd")
+    _library.impl(
+        name, _autograd(op, function) if function is not None else _no_formula(op), "Autograd"
+    )
     if lowered:
         for device in ("CPU", "CUDA"):
             _library.impl(name, _autocast(op, device, lowered), f"Autocast{device}")
@@ -50,7 +52,9 @@ def below_autograd(op: Callable[..., Any], *args: Any) -> Any:
         return op(*args)
 
 
-def _autograd(op: Callable[..., Any], function: type[torch.autograd.Function]) -> Callable[..., Any]:
+def _autograd(
+    op: Callable[..., Any], function: type[torch.autograd.Function]
+) -> Callable[..., Any]:
     def autograd(*args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return function.apply(*args)
@@ -77,7 +81,11 @@ def _autocast(op: Callable[..., Any], device: str, lowered: tuple[int, ...]) -> 
         dtype = torch.get_autocast_dtype(device.lower())
         cast = list(args)
         for i in lowered:
-            if isinstance(cast[i], Tensor) and cast[i].is_floating_point() and cast[i].dtype != torch.float64:
+            if (
+                isinstance(cast[i], Tensor)
+                and cast[i].is_floating_point()
+                and cast[i].dtype != torch.float64
+            ):
                 cast[i] = cast[i].to(dtype)
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return op(*cast)

@@ -23,7 +23,13 @@ from .library import below_autograd, define
 
 
 def bn_act(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, *, eps: float = 1e-5, act: str = "relu"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    act: str = "relu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Training batch norm, residual and activation; returns (act((x − μ)/√(σ²+eps)·weight + bias + residual), μ, σ²).
 
@@ -39,7 +45,9 @@ def bn_act(
     return y, mean.detach(), var.detach()
 
 
-def fuses_bn_act(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, act: str) -> bool:
+def fuses_bn_act(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, act: str
+) -> bool:
     """Whether a kernel of ours would compute this :func:`bn_act`; torch's launches more kernels than plain modules do.
 
     If not, the choice is recorded here, because the op is not called.
@@ -51,7 +59,9 @@ def fuses_bn_act(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | Non
     return False
 
 
-def check_bn_act(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, act: str) -> None:
+def check_bn_act(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, act: str
+) -> None:
     op = "bn_act"
     check_act(op, act)
     check_images(op, x, weight=weight, bias=bias, residual=residual)
@@ -59,7 +69,9 @@ def check_bn_act(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | Non
     check_like(op, "residual", residual, x.shape, x.dtype)
     n, _, h, w = x.shape
     if n * h * w == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()} (bn_act)")
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {x.size()} (bn_act)"
+        )
 
 
 def _fake_bn_act(
@@ -111,7 +123,13 @@ class _BnAct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, act: str
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        eps: float,
+        act: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         y, mean, var = below_autograd(BN_ACT, x, weight, bias, residual, eps, act)
         mask = y if act == "relu" else None
@@ -131,7 +149,17 @@ class _BnAct(torch.autograd.Function):
             dx, dweight, dbias, _ = differentiable(_before_activation, inputs, dresidual)
         else:
             y = dy if saved.y is None else saved.y  # without an activation the mask is not read
-            args = (dy, saved.x, y, saved.weight, saved.mean, saved.var, ctx.eps, ctx.act, needs_residual)
+            args = (
+                dy,
+                saved.x,
+                y,
+                saved.weight,
+                saved.mean,
+                saved.var,
+                ctx.eps,
+                ctx.act,
+                needs_residual,
+            )
             dx, dweight, dbias, dresidual = below_autograd(BN_ACT_BACKWARD, *args)
         if not needs_residual:
             return dx, dweight, dbias, None, None, None

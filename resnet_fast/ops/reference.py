@@ -16,7 +16,9 @@ from torch import Tensor
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda z: z, "relu": torch.relu}
 
 
-def affine(scale: Tensor, shift: Tensor, mean: Tensor | None, var: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def affine(
+    scale: Tensor, shift: Tensor, mean: Tensor | None, var: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
     """The per-channel map y = s·x + t that batch norm is at inference: s = γ/√(σ²+ε), t = β − μ·s.
 
     Without ``mean`` and ``var`` the two vectors are s and t already. Low-precision vectors are widened to float32
@@ -55,7 +57,12 @@ def conv_bn_act(
 
 
 def bn_act(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, eps: float = 1e-5, act: str = "none"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    act: str = "none",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(act((x − μ)/√(σ²+ε)·γ + β + residual), μ, σ²): training batch norm with the batch's μ and biased σ²."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -70,7 +77,15 @@ def bn_act(
 
 
 def bn_act_backward(
-    dy: Tensor, x: Tensor, y: Tensor, weight: Tensor, mean: Tensor, var: Tensor, eps: float, act: str, residual: bool
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    act: str,
+    residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of :func:`bn_act` with respect to x, γ, β and (empty if there is none) the residual.
 
@@ -119,7 +134,12 @@ def add_act_backward(
 
 
 def pointwise_pair(
-    x: Tensor, weight: Tensor, x2: Tensor, weight2: Tensor, bias: Tensor, stride2: Sequence[int] = (1, 1)
+    x: Tensor,
+    weight: Tensor,
+    x2: Tensor,
+    weight2: Tensor,
+    bias: Tensor,
+    stride2: Sequence[int] = (1, 1),
 ) -> Tensor:
     """relu(conv(x, weight) + conv(x2, weight2) + bias), both 1×1, the second with a stride."""
     z = F.conv2d(x, weight) + F.conv2d(x2, weight2, None, stride2)
@@ -155,7 +175,9 @@ def normalized(x: Tensor, mean: Tensor | None, std: Tensor | None, dtype: torch.
     return (centred / std.view(1, -1, 1, 1)).to(dtype)
 
 
-def conv_pool(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
+def conv_pool(
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None = None, std: Tensor | None = None
+) -> Tensor:
     """maxpool3×3(relu(conv(x', weight) + bias)), both of stride 2; x' = x or (x − mean)/std."""
     *_, r, s = weight.shape
     x = normalized(x, mean, std, weight.dtype)

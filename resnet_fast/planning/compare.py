@@ -55,7 +55,9 @@ class Comparison(list[StepRow]):
         return table(header, lines, right=range(1, len(header)))
 
 
-def _line(name: str, rows: Sequence[StepRow], distances: Sequence[float | None], has_broken: bool) -> list[str]:
+def _line(
+    name: str, rows: Sequence[StepRow], distances: Sequence[float | None], has_broken: bool
+) -> list[str]:
     """One line of the table for the sum of some rows."""
     ms, other_ms = sum(row.ms for row in rows), sum(row.other_ms for row in rows)
     verdict = "WRONG" if any(row.broken for row in rows) else ""
@@ -84,7 +86,11 @@ def compare(mine: Program, theirs: Program, exact: Program | None = None) -> Com
     rows = Comparison()
     for value in mine.values:
         result, other = _result(mine, value), _result(theirs, value)
-        if not isinstance(result, Tensor) or not isinstance(other, Tensor) or not result.is_floating_point():
+        if (
+            not isinstance(result, Tensor)
+            or not isinstance(other, Tensor)
+            or not result.is_floating_point()
+        ):
             continue
         (steps, ms), (other_steps, other_ms) = cost(value), other_cost(value)
         distances = _distances(result, other, None if exact is None else _result(exact, value))
@@ -150,7 +156,9 @@ def _check_same_network(mine: Program, other: Program) -> None:
     for name in mine.values:
         if name not in other.values:
             continue
-        shape, expected_shape = (getattr(_result(program, name), "shape", None) for program in (other, mine))
+        shape, expected_shape = (
+            getattr(_result(program, name), "shape", None) for program in (other, mine)
+        )
         if shape != expected_shape:
             raise ValueError(
                 f"plan: compare: got a plan whose {name} is {list(shape or ())}, "

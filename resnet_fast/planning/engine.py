@@ -116,7 +116,10 @@ class Engine:
             )
         if self.takes_bytes:
             return pixels.contiguous().permute(0, 3, 1, 2)
-        mean, std = (torch.tensor(channels, dtype=torch.float32, device=pixels.device) * 255 for channels in normalize)
+        mean, std = (
+            torch.tensor(channels, dtype=torch.float32, device=pixels.device) * 255
+            for channels in normalize
+        )
         normalized = (pixels - mean) / std
         return normalized.to(self.options.dtype).permute(0, 3, 1, 2)
 
@@ -166,7 +169,9 @@ class Engine:
         try:
             program = Program(self.lowered, x, graph=capture)
         except ValueError as problem:
-            made_for = f" (the plan was made for {list(self._first_shape)})" if self._first_shape else ""
+            made_for = (
+                f" (the plan was made for {list(self._first_shape)})" if self._first_shape else ""
+            )
             reason = str(problem).removeprefix("plan: ")
             raise ValueError(f"plan: got {list(x.shape)}{made_for}: {reason}") from problem
         answer = callers_own(program.answer, x, self.lowered)
@@ -211,8 +216,16 @@ def inference_settings(device: torch.device) -> Iterator[None]:
     Autocast would cast what the plan has in its dtype already. It is turned off only where it is on, since that alone
     takes 6 µs of a call, in which a GPU waits. Kernels and graphs go to the current GPU, so the device becomes that.
     """
-    autocast = torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
-    with torch.no_grad(), autocast, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    autocast = (
+        torch.autocast(device.type, enabled=False)
+        if torch.is_autocast_enabled(device.type)
+        else nullcontext()
+    )
+    with (
+        torch.no_grad(),
+        autocast,
+        torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+    ):
         yield
 
 

@@ -120,7 +120,9 @@ def read(path: str | Path) -> Any:
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as problem:  # torch's reader and its safe unpickler raise anything for foreign or torn files
-            raise ValueError(f"plan: {path}: not a plan, or damaged ({type(problem).__name__})") from problem
+            raise ValueError(
+                f"plan: {path}: not a plan, or damaged ({type(problem).__name__})"
+            ) from problem
 
 
 def restored(record: Any, path: str = "a pickle") -> tuple[Lowered, Options]:
@@ -133,13 +135,17 @@ def restored(record: Any, path: str = "a pickle") -> tuple[Lowered, Options]:
     if version is None:
         raise ValueError(f"plan: {path}: not a plan: Plan.save writes them")
     if version != VERSION:
-        raise ValueError(f"plan: {path}: got version {version}, expected {VERSION}: make and save the plan anew")
+        raise ValueError(
+            f"plan: {path}: got version {version}, expected {VERSION}: make and save the plan anew"
+        )
     try:
         lowered = _restored_network(record)
         options = _restored_options(record)
         invalid = _why_invalid(lowered)
     except (LookupError, TypeError, ValueError, AttributeError) as problem:
-        raise ValueError(f"plan: {path}: damaged ({type(problem).__name__}: {problem})") from problem
+        raise ValueError(
+            f"plan: {path}: damaged ({type(problem).__name__}: {problem})"
+        ) from problem
     if invalid is not None:
         raise ValueError(f"plan: {path}: {invalid}")
     return lowered, options
@@ -181,7 +187,9 @@ def _restored_filter(record: dict[str, Any]) -> FoldedConv:
         and bias.dtype == weight.dtype
     )
     if not fits:
-        raise ValueError(f"weight {list(weight.shape)} and bias {list(bias.shape)} of no convolution")
+        raise ValueError(
+            f"weight {list(weight.shape)} and bias {list(bias.shape)} of no convolution"
+        )
     if len(geometry) != 4 or not _is_geometry(geometry, len(weight)):
         raise ValueError(f"geometry {geometry} of no convolution")
     return FoldedConv(weight.contiguous(memory_format=torch.channels_last), bias, geometry)
@@ -258,7 +266,11 @@ def _is_safe(step: Step) -> bool:
         return True
     name = step.target
     if name == "builtins.getattr":
-        return len(step.args) == 2 and isinstance(step.args[0], Value) and step.args[1] in _SAFE_ATTRIBUTES
+        return (
+            len(step.args) == 2
+            and isinstance(step.args[0], Value)
+            and step.args[1] in _SAFE_ATTRIBUTES
+        )
     if step.op != "function":
         return False
     return (name in _SAFE_TORCH or _is_in_safe_namespace(name)) and callable(function(name))
@@ -270,5 +282,7 @@ def _is_in_safe_namespace(name: str) -> bool:
     if namespace not in _SAFE_NAMESPACES or name in _UNSAFE:
         return False
     is_private = short.startswith("_")
-    writes = short.endswith("_") and namespace != "operator"  # might write to weights that other plans share
+    writes = (
+        short.endswith("_") and namespace != "operator"
+    )  # might write to weights that other plans share
     return not is_private and not writes

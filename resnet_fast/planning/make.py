@@ -76,7 +76,9 @@ def plan(
     )
 
 
-def load_plan(path: str | Path, device: torch.device | str = "cpu", *, cuda_graph: bool | None = None) -> Plan:
+def load_plan(
+    path: str | Path, device: torch.device | str = "cpu", *, cuda_graph: bool | None = None
+) -> Plan:
     """Return the plan that :meth:`Plan.save` wrote, on a device. Loading runs no code from the file.
 
     Raises ValueError for a file that is not a plan or of another version, and for a device that this machine has not.

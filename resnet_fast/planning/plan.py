@@ -79,7 +79,9 @@ class Plan:
 
         Raises ValueError for an input that the plan was not made for.
         """
-        if torch.compiler.is_dynamo_compiling():  # the kernels have no fakes: break the compiler's graph here
+        if (
+            torch.compiler.is_dynamo_compiling()
+        ):  # the kernels have no fakes: break the compiler's graph here
             return torch.compiler.disable(self.__call__)(x)
         transform = _active_transform()
         if transform is not None:
@@ -186,7 +188,9 @@ class Plan:
         in_graph = program.graph is not None
         explanation = Explanation()
         for step in program.steps:
-            problem: Any = step.problem  # Line's may be None too, but mypy reads runtime/ without strict_optional
+            problem: Any = (
+                step.problem
+            )  # Line's may be None too, but mypy reads runtime/ without strict_optional
             line = Line(step.target, step.op, step.kernel, step.why, problem)
             explanation.append(timed(line, in_graph))
         return explanation
@@ -211,7 +215,9 @@ class Plan:
         """Take the model as it is now; raises RuntimeError if it is gone (or the plan was loaded)."""
         model = self._model()
         if model is None or self._source is None:
-            raise RuntimeError("plan: the model that this plan was made of is gone: make a new plan")
+            raise RuntimeError(
+                "plan: the model that this plan was made of is gone: make a new plan"
+            )
         _, fuse, features = self._source
         lowered = lowered_network(model, self.dtype, self.device, fuse=fuse, features=features)
         return self._replace(lowered, self.device)
@@ -244,7 +250,13 @@ class Plan:
 
     # ------------------------------------------------------------ tuning
 
-    def tune(self, example: Tensor, *, seconds: float = 60.0, say: Callable[[str], None] = lambda line: None) -> None:
+    def tune(
+        self,
+        example: Tensor,
+        *,
+        seconds: float = 60.0,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
         """Measure this plan's kernels and groups on this GPU, and use the fastest.
 
         Kernels are measured one by one, then, for so many ``seconds``, whole networks with and without groups. What
@@ -258,11 +270,15 @@ class Plan:
         with inference_settings(self.device):
             self.use_groups(self.group_tuner(example, Device.current(), seconds, say).tune())
 
-    def group_tuner(self, example: Tensor, device: Device, seconds: float, say: Callable[[str], None]) -> GroupTuner:
+    def group_tuner(
+        self, example: Tensor, device: Device, seconds: float, say: Callable[[str], None]
+    ) -> GroupTuner:
         """Return the search for this plan's groups; :meth:`use_groups` takes its choice."""
         from ..tuning.groups import GroupTuner
 
-        return GroupTuner(self.network_case(example), self.variant, self.asked, example, device, seconds, say)
+        return GroupTuner(
+            self.network_case(example), self.variant, self.asked, example, device, seconds, say
+        )
 
     def recall(self, example: Tensor) -> None:
         """Use the groups that :meth:`tune` chose for this network and input, in any process; ``notes`` say so."""
@@ -270,7 +286,9 @@ class Plan:
         from ..tuning import group_table
 
         if self.device.type == group_table.DEVICE and example.numel() > 0:
-            choice = group_table.lookup(self.network_case(example), tables.gpu_name(self.device.index))
+            choice = group_table.lookup(
+                self.network_case(example), tables.gpu_name(self.device.index)
+            )
             if choice is not None:
                 self.use_groups(choice)
 
@@ -278,14 +296,18 @@ class Plan:
         """Return what a stored choice of groups holds for."""
         from ..tuning.group_table import NetworkCase
 
-        return NetworkCase(self._lowered, self.dtype, self.normalize, self.cuda_graph, tuple(example.shape))
+        return NetworkCase(
+            self._lowered, self.dtype, self.normalize, self.cuda_graph, tuple(example.shape)
+        )
 
     # ------------------------------------------------------------ copying and saving
 
     def variant(self, across: Sequence[str]) -> Plan:
         """Return the same plan over the same weights with other groups."""
         options = replace(self.options, across=checked_names(across))
-        return Plan(self._lowered, options, self.device, cuda_graph=self.cuda_graph, source=self._source)
+        return Plan(
+            self._lowered, options, self.device, cuda_graph=self.cuda_graph, source=self._source
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
         """Return another plan over the same weights, which no plan writes.
@@ -379,7 +401,9 @@ def make(
     return plan
 
 
-def restored_plan(record: Any, device: torch.device | str, cuda_graph: bool | None, path: str = "a pickle") -> Plan:
+def restored_plan(
+    record: Any, device: torch.device | str, cuda_graph: bool | None, path: str = "a pickle"
+) -> Plan:
     """Return the plan of a record that was read from ``path``, on a device."""
     from .file import restored
 

@@ -50,7 +50,9 @@ def checked_normalize(normalize: Any) -> Normalize | None:
     except (TypeError, ValueError):
         mean = std = ()
     if len(mean) != 3 or len(std) != 3 or not all(std):
-        raise ValueError(f"plan: normalize: got {normalize!r}, expected (mean, std), three numbers each, no std 0")
+        raise ValueError(
+            f"plan: normalize: got {normalize!r}, expected (mean, std), three numbers each, no std 0"
+        )
     return mean, std
 
 
@@ -87,9 +89,13 @@ def check_options(
     """Raise ValueError for options that do not exist or contradict each other."""
     topk = options.topk
     if options.dtype not in PLAN_DTYPES:
-        raise ValueError(f"plan: dtype: got {options.dtype}, expected torch.float32, float64, float16 or bfloat16")
+        raise ValueError(
+            f"plan: dtype: got {options.dtype}, expected torch.float32, float64, float16 or bfloat16"
+        )
     if cuda_graph and device.type != "cuda":
-        raise ValueError("plan: cuda_graph: got True for an example that is not on CUDA, expected None or False")
+        raise ValueError(
+            "plan: cuda_graph: got True for an example that is not on CUDA, expected None or False"
+        )
     if topk is not None and (type(topk) is not int or topk < 1):
         raise ValueError(f"plan: topk: got {topk!r}, expected a whole number, at least 1, or None")
     if features is not None and (options.softmax or topk):
@@ -104,7 +110,11 @@ def checked_device(device: torch.device | str) -> torch.device:
         found = torch.device(device)
         if found.type in ("cpu", "cuda"):
             torch.empty(0, device=found)
-    except (RuntimeError, TypeError, AssertionError) as problem:  # AssertionError: a torch that was built without CUDA
+    except (
+        RuntimeError,
+        TypeError,
+        AssertionError,
+    ) as problem:  # AssertionError: a torch that was built without CUDA
         reason = str(problem).splitlines()[0]
         raise ValueError(
             f'plan: device: got {device}, which is not to be had here ({reason}): use "cpu", or "cuda" '

@@ -62,7 +62,9 @@ class Job:
         if args.features:
             source.model.fc = nn.Identity()
         dtype = DTYPES[args.dtype]
-        self.network = Network(source.model, source.mean, source.std, device=device, dtype=dtype, top=top)
+        self.network = Network(
+            source.model, source.mean, source.std, device=device, dtype=dtype, top=top
+        )
 
     def files(self) -> Iterator[Item]:
         """Yield this rank's share in order, every ``world``-th file; at the end set ``files_digest`` (of all names)."""
@@ -102,7 +104,9 @@ def _device(name: str, ranks: Ranks) -> torch.device:
 def _check_classes(args: argparse.Namespace, labels: list[str] | None, classes: int) -> None:
     """Raise ValueError for labels of another number of classes, and for more top classes than there are."""
     if labels is not None and len(labels) != classes:
-        raise ValueError(f"--labels {args.labels}: got {len(labels)} names, expected {classes}, one a class")
+        raise ValueError(
+            f"--labels {args.labels}: got {len(labels)} names, expected {classes}, one a class"
+        )
     if args.top is not None and args.top > classes:
         raise ValueError(
             f"--top: got {args.top}, expected at most {classes}: {args.model} with these weights has no more classes"
@@ -195,7 +199,9 @@ def to_file(job: Job, out: Path) -> int:
             return INTERRUPTED
         record.finish(progress.done, job.files_digest)
         if job.ranks.rank != 0:
-            return 0  # even with failures: torchrun would kill rank 0, which merges and reports them
+            return (
+                0  # even with failures: torchrun would kill rank 0, which merges and reports them
+            )
         failed = _merge(job, out)
     if failed:
         print(f"{counted(failed, 'file')} failed: {output.failures_path(out)}", file=sys.stderr)

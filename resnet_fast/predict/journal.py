@@ -88,7 +88,10 @@ class Journal:
                 self._last_line_start = start
                 return iter(())
             partial.append(item)
-            if record is None or (record.get("i"), record.get("name")) != (item.position, item.name):
+            if record is None or (record.get("i"), record.get("name")) != (
+                item.position,
+                item.name,
+            ):
                 break
             partial_failed += "error" in record
             if len(partial) == batch:

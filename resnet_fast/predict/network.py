@@ -79,7 +79,9 @@ class Network:
         Returns a whole batch, so that one CUDA graph serves all: a shorter last batch keeps older pixels behind it.
         """
         if not self._pinned:
-            self._pinned = [torch.zeros(pixels.shape, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+            self._pinned = [
+                torch.zeros(pixels.shape, dtype=torch.uint8, pin_memory=True) for _ in range(2)
+            ]
         self._pinned.reverse()
         buffer = self._pinned[0]
         buffer[: len(pixels)].copy_(pixels)
@@ -89,7 +91,9 @@ class Network:
 class Answer:
     """The result that ``Network.start`` began to compute; ``rows`` waits for it."""
 
-    def __init__(self, finite: Tensor, values: tuple[Tensor, ...], clock: _CpuClock | _CudaClock) -> None:
+    def __init__(
+        self, finite: Tensor, values: tuple[Tensor, ...], clock: _CpuClock | _CudaClock
+    ) -> None:
         self._finite = finite
         self._values = values
         self._clock = clock

@@ -36,9 +36,13 @@ def writer(out: Path) -> Callable[[Iterable[Row], BinaryIO, bool], None]:
     """Return the writer for the suffix of ``out``; raises ValueError for an unknown suffix or a missing package."""
     suffix = out.suffix.lower()
     if suffix not in WRITERS:
-        raise ValueError(f"--out {out}: got suffix {suffix!r}, expected one of {', '.join(WRITERS)}")
+        raise ValueError(
+            f"--out {out}: got suffix {suffix!r}, expected one of {', '.join(WRITERS)}"
+        )
     if suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise ValueError(f"--out {out}: Parquet is written by pyarrow: pip install pyarrow, or choose .csv or .jsonl")
+        raise ValueError(
+            f"--out {out}: Parquet is written by pyarrow: pip install pyarrow, or choose .csv or .jsonl"
+        )
     return WRITERS[suffix]
 
 
@@ -135,7 +139,9 @@ def _csv_header(row: Row, features: bool) -> list[str]:
 def _csv_cells(row: Row, features: bool) -> Iterable:
     if features:
         return (f"{value:.9g}" for value in row.features)
-    return itertools.chain.from_iterable(zip(row.classes, row.labels, row.probabilities, strict=True))
+    return itertools.chain.from_iterable(
+        zip(row.classes, row.labels, row.probabilities, strict=True)
+    )
 
 
 # ---------------------------------------------------------------- JSON and JSON Lines
@@ -144,7 +150,10 @@ def _csv_cells(row: Row, features: bool) -> Iterable:
 def _json_lines(rows: Iterable[Row], features: bool) -> Iterator[bytes]:
     for row in rows:
         if features:
-            record = {"path": row.path, "features": [float(f"{value:.9g}") for value in row.features]}
+            record = {
+                "path": row.path,
+                "features": [float(f"{value:.9g}") for value in row.features],
+            }
         else:
             record = {"path": row.path, "top": _top(row)}
         yield json.dumps(record, ensure_ascii=False).encode()

@@ -25,7 +25,9 @@ class Ranks(NamedTuple):
         defaults = zip(_ENVIRONMENT, cls(), strict=True)
         ranks = cls(*(int(os.environ.get(key, default)) for key, default in defaults))
         if not 0 <= ranks.rank < ranks.world:
-            raise ValueError(f"RANK: got {ranks.rank}, expected 0 to {ranks.world - 1} (WORLD_SIZE {ranks.world})")
+            raise ValueError(
+                f"RANK: got {ranks.rank}, expected 0 to {ranks.world - 1} (WORLD_SIZE {ranks.world})"
+            )
         return ranks
 
     def parts(self, out: Path) -> list[Path]:

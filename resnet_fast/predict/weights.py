@@ -66,13 +66,17 @@ def _from_torchvision(name: str, weights: str | None) -> Weights:
     try:
         from torchvision.models import get_model_weights
     except ImportError as error:
-        raise ValueError(f"no weights for {name}: torchvision, their source, is not installed; {instead}") from error
+        raise ValueError(
+            f"no weights for {name}: torchvision, their source, is not installed; {instead}"
+        ) from error
     entries = get_model_weights(name).__members__
     if weights is not None and weights not in entries:
         raise ValueError(f"--weights {weights}: neither a file nor one of {', '.join(entries)}")
     entry = entries[weights or "DEFAULT"]
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # torch.hub reports its download on stdout, where our results go
+        with contextlib.redirect_stdout(
+            sys.stderr
+        ):  # torch.hub reports its download on stdout, where our results go
             model = create_model(name, weights=entry).eval()
     except OSError as error:  # no network or no space; its cause is the network's message
         reason = f"{entry.url} could not be fetched ({error.__cause__})"
@@ -98,7 +102,9 @@ def _from_file(name: str, path: str) -> Weights:
             f"--weights {path}: not a checkpoint of tensors that can be read safely ({type(error).__name__})"
         ) from error
     state = _clean(_unwrap(content))
-    options: dict[str, Any] = {"num_classes": len(state["fc.weight"])} if "fc.weight" in state else {}
+    options: dict[str, Any] = (
+        {"num_classes": len(state["fc.weight"])} if "fc.weight" in state else {}
+    )
     model = create_model(name, **options)
     return Weights(load_checkpoint(model, state).eval())
 
@@ -127,7 +133,9 @@ def read_labels(path: str) -> list[str]:
 def _by_class_number(labels: dict, path: str) -> list:
     numbers = [str(i) for i in range(len(labels))]
     if sorted(labels) != sorted(numbers):
-        raise ValueError(f"--labels {path}: the keys are not the class numbers 0 to {len(labels) - 1}")
+        raise ValueError(
+            f"--labels {path}: the keys are not the class numbers 0 to {len(labels) - 1}"
+        )
     return [labels[number] for number in numbers]
 
 

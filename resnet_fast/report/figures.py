@@ -24,7 +24,14 @@ PANELS = 4
 
 def plots(runs: list[Run]) -> list[Plot]:
     """Return every plot that the ledger has data for."""
-    return [*bars(runs), *curves(runs), *depths(runs), *layer_times(runs), *rooflines(runs), *errors(runs)]
+    return [
+        *bars(runs),
+        *curves(runs),
+        *depths(runs),
+        *layer_times(runs),
+        *rooflines(runs),
+        *errors(runs),
+    ]
 
 
 def heading(machine: str, mode: str, model: str, dtype: str) -> str:
@@ -58,7 +65,9 @@ def bars(runs: list[Run]) -> list[Plot]:
     return found
 
 
-def _draw_bars(title: str, cases: dict[str, list[Row]], ids: list[str], device: str, figure, theme: Theme) -> None:
+def _draw_bars(
+    title: str, cases: dict[str, list[Row]], ids: list[str], device: str, figure, theme: Theme
+) -> None:
     base = BASE[device]
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     axes = figure.subplots(1, len(cases), sharey=True, squeeze=False)[0]
@@ -135,7 +144,9 @@ def curves(runs: list[Run]) -> list[Plot]:
     return found
 
 
-def _curve(name: str, rows: dict[int, list[Row]], key: Key, fixed: int, fixed_text: str) -> list[Plot]:
+def _curve(
+    name: str, rows: dict[int, list[Row]], key: Key, fixed: int, fixed_text: str
+) -> list[Plot]:
     """Return a plot of throughput over ``name``, or none for fewer than three values.
 
     ``fixed`` and ``fixed_text`` are the value that all rows share, for the file name and for the title.
@@ -238,7 +249,9 @@ def conv_rows(runs: list[Run]) -> dict[str, dict[str, list[Row]]]:
     return found
 
 
-def measured_networks(by_key: dict[str, list[Row]], device: str) -> dict[tuple[str, str, int], list[tuple]]:
+def measured_networks(
+    by_key: dict[str, list[Row]], device: str
+) -> dict[tuple[str, str, int], list[tuple]]:
     """Return (model, dtype, batch) → (layer, rows) of each layer, for networks whose convolutions were all measured."""
     found = {}
     seen = set()
@@ -282,7 +295,9 @@ def limits_of(machine: str) -> Ceilings | None:
         return None
 
 
-def _draw_layers(title: str, each: list[tuple], limits: Ceilings | None, figure, theme: Theme) -> None:
+def _draw_layers(
+    title: str, each: list[tuple], limits: Ceilings | None, figure, theme: Theme
+) -> None:
     axis = figure.subplots()
     axis.set_title(f"Time of all convolutions, one after the other: {title}")
     folded = [_row_of(rows, "folded") for _, rows in each]
@@ -304,7 +319,9 @@ def _draw_layers(title: str, each: list[tuple], limits: Ceilings | None, figure,
     axis.grid(axis="x")
 
 
-def _draw_lane(axis, y: int, stages: list[str], seconds: list[float], total: float, theme: Theme) -> None:
+def _draw_lane(
+    axis, y: int, stages: list[str], seconds: list[float], total: float, theme: Theme
+) -> None:
     """Draw the layers' times one after the other, coloured by stage, with each stage's sum above."""
     names = list(dict.fromkeys(stages))
     sums = dict.fromkeys(names, 0.0)
@@ -367,7 +384,12 @@ def rooflines(runs: list[Run]) -> list[Plot]:
 
 
 def _draw_roofline(
-    title: str, problems: list[list[Row]], limits: Ceilings, dtype: torch.dtype, figure, theme: Theme
+    title: str,
+    problems: list[list[Row]],
+    limits: Ceilings,
+    dtype: torch.dtype,
+    figure,
+    theme: Theme,
 ) -> None:
     axis = figure.subplots()
     axis.set_title(f"Every convolution under its roof: {title}")

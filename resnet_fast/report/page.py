@@ -24,7 +24,9 @@ def fill(text: str, sections: dict[str, Callable[[], str]]) -> str:
     begins = re.findall(r"<!-- report:begin (\S+) -->", text)
     ends = re.findall(r"<!-- report:end (\S+) -->", text)
     if begins != ends:
-        raise ValueError(f"report markers do not pair: begin {', '.join(begins)}; end {', '.join(ends)}")
+        raise ValueError(
+            f"report markers do not pair: begin {', '.join(begins)}; end {', '.join(ends)}"
+        )
     for name in begins:
         if name not in sections:
             raise ValueError(f"report marker {name!r} is unknown; known: {', '.join(sections)}")
@@ -42,7 +44,9 @@ def sections(runs: list[Run], pictures: list[Plot], folder: str) -> dict[str, Ca
     return {
         "cpu": lambda: _networks(cpu_runs, "No CPU measurement is in the ledger yet."),
         "gpu": lambda: _networks(gpu_runs, "No GPU measurement is in the ledger yet."),
-        "ops": lambda: _tables(op_tables(runs)) or "No measurement of single ops is in the ledger yet.",
+        "ops": lambda: (
+            _tables(op_tables(runs)) or "No measurement of single ops is in the ledger yet."
+        ),
         "plots": lambda: "\n".join(_picture(plot, folder) for plot in shown),
     }
 

@@ -31,7 +31,17 @@ LIGHT = Theme(
     "#d0d7de",
     "#d1480f",
     "#8c959f",
-    ("#8c959f", "#57606a", "#0969da", "#8250df", "#54aeff", "#1a7f37", "#bf8700", "#bf3989", "#0f766e"),
+    (
+        "#8c959f",
+        "#57606a",
+        "#0969da",
+        "#8250df",
+        "#54aeff",
+        "#1a7f37",
+        "#bf8700",
+        "#bf3989",
+        "#0f766e",
+    ),
     ("#6e7781", "#0969da", "#1a7f37", "#bf8700", "#8250df"),
 )
 DARK = Theme(
@@ -41,7 +51,17 @@ DARK = Theme(
     "#30363d",
     "#ff8552",
     "#7d8590",
-    ("#8b949e", "#b1bac4", "#58a6ff", "#bc8cff", "#a5d6ff", "#56d364", "#e3b341", "#ff7bb5", "#5eead4"),
+    (
+        "#8b949e",
+        "#b1bac4",
+        "#58a6ff",
+        "#bc8cff",
+        "#a5d6ff",
+        "#56d364",
+        "#e3b341",
+        "#ff7bb5",
+        "#5eead4",
+    ),
     ("#8b949e", "#58a6ff", "#56d364", "#e3b341", "#bc8cff"),
 )
 PEERS = (
@@ -86,7 +106,9 @@ def save(plots: Iterable[Plot], folder: Path) -> list[Path]:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'resnet_fast[report]' (or --no-plots)") from error
+        raise ImportError(
+            "plots need matplotlib: pip install 'resnet_fast[report]' (or --no-plots)"
+        ) from error
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for plot, theme in itertools.product(plots, (LIGHT, DARK)):

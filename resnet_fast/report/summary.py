@@ -10,7 +10,11 @@ from ..bench.ledger import Machine, Row, Run, newest, parse_case
 from ..util.text import counted
 
 # Each ratio of a headline, with its baselines: the ratio is over the fastest of them.
-BASELINES = {"vs_eager": ("eager",), "vs_compile": ("compile", "compile-best"), "vs_cudnn": ("folded",)}
+BASELINES = {
+    "vs_eager": ("eager",),
+    "vs_compile": ("compile", "compile-best"),
+    "vs_cudnn": ("folded",),
+}
 
 # The provider that tables and plots show multiples of: what people run on that device.
 BASE = {"cpu": "eager-nchw", "cuda": "eager"}

@@ -23,7 +23,11 @@ from .summary import (
     speed_over,
 )
 
-TITLES = {"vs_eager": "eager channels_last", "vs_compile": "the best torch.compile mode", "vs_cudnn": "folded + fused"}
+TITLES = {
+    "vs_eager": "eager channels_last",
+    "vs_compile": "the best torch.compile mode",
+    "vs_cudnn": "folded + fused",
+}
 NOTHING = "–"
 
 
@@ -265,7 +269,9 @@ def mean_lines(runs: list[Run]) -> list[str]:
             if mean is not None:
                 parts.append(f"{mean:.2f}× {title}")
         cases = counted(len(ours), "case")
-        lines.append(f"{machine}, fastest of ours, geometric mean over {cases}: {', '.join(parts)}.")
+        lines.append(
+            f"{machine}, fastest of ours, geometric mean over {cases}: {', '.join(parts)}."
+        )
     return lines
 
 
@@ -325,7 +331,15 @@ def _op_table(machine: str, cases: list[list[Row]]) -> Table:
             f"{best.roofline:.0%}" if best.roofline is not None else NOTHING,
         )
         rows.append(cells)
-    header = ("problem", "eager µs", "folded + fused µs", "ours µs", "kernel", "ours over folded", "roofline")
+    header = (
+        "problem",
+        "eager µs",
+        "folded + fused µs",
+        "ours µs",
+        "kernel",
+        "ours over folded",
+        "roofline",
+    )
     note = f"Slower than folded + fused: {slower} of {len(rows)}."
     return Table(
         f"Single ops, {machine}",

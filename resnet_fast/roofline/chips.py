@@ -87,7 +87,9 @@ _A100 = Chip(
     mma=2890,
     fma=180,
     l2=40,
-    ceilings=Ceilings("NVIDIA A100-SXM4-80GB", 2.039e12, _rates(19.5e12, 312e12, 624e12, fp8=False), _DATASHEET),
+    ceilings=Ceilings(
+        "NVIDIA A100-SXM4-80GB", 2.039e12, _rates(19.5e12, 312e12, 624e12, fp8=False), _DATASHEET
+    ),
 )
 _L40S = Chip(
     (8, 9),
@@ -105,7 +107,10 @@ _L40S = Chip(
 CHIPS = {
     "h200": _H200,
     "h100": replace(
-        _H200, ceilings=Ceilings("NVIDIA H100 80GB HBM3", 3.35e12, _rates(67e12, 989e12, 1979e12), _DATASHEET)
+        _H200,
+        ceilings=Ceilings(
+            "NVIDIA H100 80GB HBM3", 3.35e12, _rates(67e12, 989e12, 1979e12), _DATASHEET
+        ),
     ),
     "b200": _B200,
     "a100": _A100,
@@ -113,12 +118,16 @@ CHIPS = {
     "rtx4090": replace(
         _L40S,
         sms=128,
-        ceilings=Ceilings("NVIDIA GeForce RTX 4090", 1.008e12, _rates(82.6e12, 165e12, 660e12), _DATASHEET),
+        ceilings=Ceilings(
+            "NVIDIA GeForce RTX 4090", 1.008e12, _rates(82.6e12, 165e12, 660e12), _DATASHEET
+        ),
     ),
     # No ceilings: these rows stand for a compute capability.
     "a40": Chip((8, 6), sms=84, warps=48, blocks=16, shared_sm=100 * _KIB, mma=900, fma=420, l2=30),
     "orin": Chip((8, 7), sms=16, warps=48, blocks=16, shared_sm=164 * _KIB),
-    "rtxpro6000": Chip((12, 0), sms=188, warps=48, blocks=24, shared_sm=100 * _KIB, mma=2600, fma=660, l2=40),
+    "rtxpro6000": Chip(
+        (12, 0), sms=188, warps=48, blocks=24, shared_sm=100 * _KIB, mma=2600, fma=660, l2=40
+    ),
 }
 
 # The first chip listed of each compute capability, oldest first; all chips of one agree in what an SM holds.

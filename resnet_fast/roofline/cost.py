@@ -37,7 +37,11 @@ def flops(problem: Problem) -> int:
 
 def conv_flops(problem: Problem) -> int:
     """Two FLOPs for each multiply-add of the convolution; 0 for the pointwise ops."""
-    return 0 if problem.weight is None else 2 * problem.x[0] * prod(problem.weight) * prod(problem.out_hw)
+    return (
+        0
+        if problem.weight is None
+        else 2 * problem.x[0] * prod(problem.weight) * prod(problem.out_hw)
+    )
 
 
 def touched(problem: Problem) -> int:

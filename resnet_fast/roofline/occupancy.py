@@ -35,7 +35,9 @@ def occupancy(registers: int, shared: int, threads: int, capability: tuple[int, 
     """
     chip = nearest_chip(capability)
     if chip is None:
-        raise LookupError("occupancy: got compute capability {}.{}, expected 8.0 or later".format(*capability))
+        raise LookupError(
+            "occupancy: got compute capability {}.{}, expected 8.0 or later".format(*capability)
+        )
     warps = -(-threads // 32)
     registers_a_warp = max(_REGISTER_UNIT, _rounded_up(registers * 32, _REGISTER_UNIT))
     warps_by_registers = chip.registers // registers_a_warp // _SCHEDULERS * _SCHEDULERS

@@ -66,10 +66,14 @@ def bind(lowered: Lowered, step: Step, values: Values, writable: set[str], graph
     def run(v: Values) -> Any:
         return call(*_fill(step.args, v, lowered.tensors), **_fill(step.kwargs, v, lowered.tensors))
 
-    return Bound(run, "torch", "a module that is no data" if is_module else "a function of torch's", None)
+    return Bound(
+        run, "torch", "a module that is no data" if is_module else "a function of torch's", None
+    )
 
 
-def _bind_group(lowered: Lowered, step: Group, values: Values, writable: set[str], graph: bool) -> Bound:
+def _bind_group(
+    lowered: Lowered, step: Group, values: Values, writable: set[str], graph: bool
+) -> Bound:
     """The group op's kernel, if one is forced or was measured to win; else the members, each by its own choice."""
     args, misfit = flat(lowered, step, values)
     why, problem = misfit, None
@@ -92,7 +96,9 @@ def _bind_group(lowered: Lowered, step: Group, values: Values, writable: set[str
 def _bind_across(chosen: Kernel, step: Group, args: tuple) -> Run:
     positions = EXTERNAL[step.op]
     names = {i: value.name for i, value in zip(positions, step.args, strict=True)}
-    constants = tuple(None if i in names else a for i, a in enumerate(args))  # without this call's activations
+    constants = tuple(
+        None if i in names else a for i, a in enumerate(args)
+    )  # without this call's activations
 
     def run(v: Values) -> Any:
         return chosen.fn(*(v[names[i]] if i in names else a for i, a in enumerate(constants)))

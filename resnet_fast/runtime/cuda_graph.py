@@ -72,10 +72,14 @@ class Graph:
     """
 
     def __init__(self, program: Program, x: Tensor, pool: Any, side: torch.cuda.Stream) -> None:
-        with torch.inference_mode(False):  # an inference tensor could not be written outside of inference mode
+        with torch.inference_mode(
+            False
+        ):  # an inference tensor could not be written outside of inference mode
             self._static = x.clone(memory_format=torch.preserve_format)
         run = partial(program, self._static)
-        self._graph, self._answer = captured(run, warm=1, stream=side, pool=pool, mode="thread_local")
+        self._graph, self._answer = captured(
+            run, warm=1, stream=side, pool=pool, mode="thread_local"
+        )
 
     def replay(self, x: Tensor) -> Any:
         """A copy of the result: the next replay writes the graph's own memory again."""

@@ -32,7 +32,9 @@ def timed(line: Line, graph: bool = False) -> Line:
         return line
     kernel = line.kernel if "." in line.kernel else f"{line.kernel}.{line.op}"
     record = tables.records(problem).get(kernel, {})
-    return replace(line, floor_us=_floor_us(problem), time_us=record.get("device_us" if graph else "time_us"))
+    return replace(
+        line, floor_us=_floor_us(problem), time_us=record.get("device_us" if graph else "time_us")
+    )
 
 
 def _floor_us(problem: Problem) -> float | None:

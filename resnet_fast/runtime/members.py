@@ -24,7 +24,12 @@ CHECKS: dict[str, Callable[..., None]] = {
     "pointwise_pool": across.check_pointwise_pool,
 }
 # Positions of the group's own arguments among the op's.
-EXTERNAL = {"pointwise_pair": (0, 2), "conv_tail": (0, 5), "conv_pool": (0,), "pointwise_pool": (0, 3)}
+EXTERNAL = {
+    "pointwise_pair": (0, 2),
+    "conv_tail": (0, 5),
+    "conv_pool": (0,),
+    "pointwise_pool": (0, 3),
+}
 
 
 # ---------------------------------------------------------------- as one op

@@ -88,7 +88,13 @@ class Program:
     """
 
     def __init__(
-        self, lowered: Lowered, x: Tensor, *, graph: bool = False, keep: bool = False, binder: Binder | None = None
+        self,
+        lowered: Lowered,
+        x: Tensor,
+        *,
+        graph: bool = False,
+        keep: bool = False,
+        binder: Binder | None = None,
     ) -> None:
         self._lowered = lowered
         self._calls: list[tuple[Step, Run, frozenset[str]]] = []
@@ -176,7 +182,9 @@ def _run_named(step: Step, run: Run, values: Values) -> Any:
     except torch.OutOfMemoryError:  # any step may be the one that does not fit
         raise
     except (RuntimeError, TypeError, ValueError) as problem:
-        raise ValueError(f"plan: step {step.output} ({step.target}) failed on this input: {problem}") from problem
+        raise ValueError(
+            f"plan: step {step.output} ({step.target}) failed on this input: {problem}"
+        ) from problem
 
 
 def _seconds(step: Step, run: Run, values: Values) -> float:

@@ -102,7 +102,9 @@ def pair_edges() -> Iterator[Fields]:
     yield _pair_case(2, 8, 5, 5, 16, 4, 9, 10, 2) | {"layout": "nchw", "residual": "nchw"}
 
 
-def _pair_case(n: int, c: int, h: int, w: int, k: int, c2: int, h2: int, w2: int, stride: int) -> Fields:
+def _pair_case(
+    n: int, c: int, h: int, w: int, k: int, c2: int, h2: int, w2: int, stride: int
+) -> Fields:
     return {
         "x": (n, c, h, w),
         "weight": (k, c, 1, 1),

@@ -122,7 +122,9 @@ def _repeats(t: Tensor, small: Tensor, copies: int) -> bool:
     return bool((repetitions == small).all())
 
 
-def _judge(got: Tensor, bar: Tensor, exact: Tensor, copies: int, *, gradient: bool) -> tuple[Error, str | None]:
+def _judge(
+    got: Tensor, bar: Tensor, exact: Tensor, copies: int, *, gradient: bool
+) -> tuple[Error, str | None]:
     """The worst error of any repetition and how it breaks the rule, or None."""
     shape = list(exact.shape)
     has_images = exact.dim() > 1  # else it is a sum over the batch

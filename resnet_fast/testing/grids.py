@@ -10,7 +10,10 @@ from .samples import SAMPLES
 
 
 def nasty_problems(
-    op: str, dtype: torch.dtype = torch.float32, device: str = "cpu", capability: tuple[int, int] | None = None
+    op: str,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    capability: tuple[int, int] | None = None,
 ) -> list[Problem]:
     """Small problems at the edges of an op.
 

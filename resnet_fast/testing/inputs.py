@@ -13,7 +13,9 @@ from ..dispatch.problem import Problem
 class Inputs(Protocol):
     """Makes the tensors of one call."""
 
-    def normal(self, *shape: int, layout: str = "nhwc", dtype: torch.dtype | None = None, std: float = 1.0) -> Tensor:
+    def normal(
+        self, *shape: int, layout: str = "nhwc", dtype: torch.dtype | None = None, std: float = 1.0
+    ) -> Tensor:
         """A normally distributed tensor, in the problem's dtype unless another is given."""
 
     def vectors(self, channels: int) -> list[Tensor]:
@@ -33,7 +35,9 @@ class RandomInputs:
         self.wide = torch.promote_types(problem.dtype, torch.float32)
         self.generator = torch.Generator().manual_seed(seed)
 
-    def normal(self, *shape: int, layout: str = "nhwc", dtype: torch.dtype | None = None, std: float = 1.0) -> Tensor:
+    def normal(
+        self, *shape: int, layout: str = "nhwc", dtype: torch.dtype | None = None, std: float = 1.0
+    ) -> Tensor:
         dtype = dtype or self.problem.dtype
         values = torch.randn(shape, generator=self.generator).mul_(std)
         return lay(values.to(self.device, dtype), layout)
@@ -58,7 +62,9 @@ class MetaInputs:
         self.dtype = problem.dtype
         self.wide = torch.promote_types(problem.dtype, torch.float32)
 
-    def normal(self, *shape: int, layout: str = "nhwc", dtype: torch.dtype | None = None, std: float = 1.0) -> Tensor:
+    def normal(
+        self, *shape: int, layout: str = "nhwc", dtype: torch.dtype | None = None, std: float = 1.0
+    ) -> Tensor:
         dtype = dtype or self.dtype
         if layout == "nhwc":
             # contiguous() would leave a 1×1 filter's strides as they are, and Triton specialises for strides of 1.

@@ -59,7 +59,9 @@ def error(got: Tensor, oracle: Tensor) -> Error:
     return Error(rms.item(), largest.item())
 
 
-def broken_rule(got: Tensor, eager: Tensor, oracle: Tensor, *, gradient: bool = False) -> str | None:
+def broken_rule(
+    got: Tensor, eager: Tensor, oracle: Tensor, *, gradient: bool = False
+) -> str | None:
     """The sentence that says how ``got`` breaks the error rule, or None if it obeys it.
 
     NaN and infinities must lie where eager's lie.
@@ -71,7 +73,9 @@ def broken_rule(got: Tensor, eager: Tensor, oracle: Tensor, *, gradient: bool = 
     return too_large(error(got, oracle), error(eager, oracle), eager.dtype, gradient=gradient)
 
 
-def too_large(found: Error, eager: Error, dtype: torch.dtype, *, gradient: bool = False) -> str | None:
+def too_large(
+    found: Error, eager: Error, dtype: torch.dtype, *, gradient: bool = False
+) -> str | None:
     """The sentence that says which error is larger than eager's allows, or None; NaN is too large."""
     factor = GRADIENT_FACTOR if gradient else FACTOR
     floor = FLOOR[dtype]
@@ -83,7 +87,9 @@ def too_large(found: Error, eager: Error, dtype: torch.dtype, *, gradient: bool 
     return None
 
 
-def assert_rule(got: Tensor, eager: Tensor, oracle: Tensor, *, gradient: bool = False, what: str = "") -> None:
+def assert_rule(
+    got: Tensor, eager: Tensor, oracle: Tensor, *, gradient: bool = False, what: str = ""
+) -> None:
     """Raise AssertionError if the error rule is broken."""
     reason = broken_rule(got, eager, oracle, gradient=gradient)
     assert reason is None, f"{what}: {reason}"

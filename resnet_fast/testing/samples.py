@@ -35,7 +35,9 @@ class OpSamples:
     """What judging and measuring a kernel needs to know about its op."""
 
     args: Callable[[Problem, Inputs], tuple]  # the flat arguments of a problem
-    eager: Callable[..., Tensor | tuple[Tensor, ...]]  # what a user has without this package, in the arguments' dtype
+    eager: Callable[
+        ..., Tensor | tuple[Tensor, ...]
+    ]  # what a user has without this package, in the arguments' dtype
     edges: Callable[[], Iterable[Fields]]  # small problems with awkward sizes, layouts and options
     images: tuple[int, ...]  # the flat arguments with one entry for each image
     sums: tuple[int, ...] = ()  # the results that are sums over the batch
@@ -87,7 +89,9 @@ def _filter(shape: tuple[int, ...], inputs: Inputs, layout: str = "nhwc") -> Ten
     return inputs.normal(*shape, layout=layout, std=std)
 
 
-def _eager_conv(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
+def _eager_conv(
+    x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
+) -> Tensor:
     """Torch's convolution and batch norm one after the other."""
     out = F.conv2d(x, weight, None, stride, padding, dilation, groups)
     if mean is None:
@@ -107,7 +111,9 @@ def _bn_args(problem: Problem, inputs: Inputs) -> tuple:
     """x, weight, bias, residual, eps, act."""
     weight, bias, *_ = inputs.vectors(problem.x[1])
     x = inputs.normal(*problem.x, layout=problem.layout) + 0.5
-    residual = None if problem.residual is None else inputs.normal(*problem.x, layout=problem.residual)
+    residual = (
+        None if problem.residual is None else inputs.normal(*problem.x, layout=problem.residual)
+    )
     return (
         x,
         weight,
@@ -204,7 +210,9 @@ def _pair_args(problem: Problem, inputs: Inputs) -> tuple:
     (second,) = problem.chain
     weight = _filter(problem.weight, inputs)
     x = inputs.normal(*problem.x, layout=problem.layout)
-    hw = problem.second or tuple(size * s for size, s in zip(problem.x[2:], problem.stride, strict=True))
+    hw = problem.second or tuple(
+        size * s for size, s in zip(problem.x[2:], problem.stride, strict=True)
+    )
     x2 = inputs.normal(problem.x[0], second[1], *hw, layout=problem.residual or "nhwc")
     return (
         x,
@@ -229,7 +237,9 @@ def _tail_args(problem: Problem, inputs: Inputs) -> tuple:
     x = inputs.normal(*problem.x, layout=problem.layout)
     residual_channels = projection[1] if projection else third[0]
     residual_layout = problem.residual or "nhwc"
-    residual = inputs.normal(problem.x[0], residual_channels, *problem.x[2:], layout=residual_layout)
+    residual = inputs.normal(
+        problem.x[0], residual_channels, *problem.x[2:], layout=residual_layout
+    )
     bias2 = _bias(problem.weight, inputs)
     weight3 = _filter(third, inputs)
     bias3 = _bias(third, inputs)
@@ -249,7 +259,9 @@ def _tail_args(problem: Problem, inputs: Inputs) -> tuple:
     )
 
 
-def _eager_tail(x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1) -> tuple[Tensor, Tensor]:
+def _eager_tail(
+    x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1
+) -> tuple[Tensor, Tensor]:
     """Three folded convolutions, and the projection of the residual."""
     shortcut = residual if projection is None else F.conv2d(residual, projection)
     middle = _eager_block(x, weight2, bias2, None, padding=1)
@@ -332,7 +344,12 @@ SAMPLES: dict[str, OpSamples] = {
         images=(0, 3),
     ),
     "bn_act_backward": OpSamples(
-        _bn_backward_args, reference.bn_act_backward, bn_edges, images=(0, 1, 2), sums=(1, 2), gradient=True
+        _bn_backward_args,
+        reference.bn_act_backward,
+        bn_edges,
+        images=(0, 1, 2),
+        sums=(1, 2),
+        gradient=True,
     ),
     "add_act": OpSamples(
         _add_args,
@@ -341,7 +358,11 @@ SAMPLES: dict[str, OpSamples] = {
         images=(0, 1, 2),
     ),
     "add_act_backward": OpSamples(
-        _add_backward_args, reference.add_act_backward, add_edges, images=(0, 1, 2, 3), gradient=True
+        _add_backward_args,
+        reference.add_act_backward,
+        add_edges,
+        images=(0, 1, 2, 3),
+        gradient=True,
     ),
     "pointwise_pair": OpSamples(
         _pair_args,

@@ -23,7 +23,9 @@ def prepared_call(kernel: Kernel, problem: Problem, args: tuple) -> Callable[[],
     """
     if problem.op == "bn_act":
         return _training_norm(kernel, *args)
-    is_folded_by_plan = problem.op == "conv_bn_act" and not problem.bn and kernel.id.startswith("aten.")
+    is_folded_by_plan = (
+        problem.op == "conv_bn_act" and not problem.bn and kernel.id.startswith("aten.")
+    )
     if is_folded_by_plan:
         return _planned_conv(kernel, *args)
     return lambda: kernel.fn(*args)
@@ -52,7 +54,13 @@ def _planned_conv(
 
 
 def _training_norm(
-    kernel: Kernel, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, act: str
+    kernel: Kernel,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    eps: float,
+    act: str,
 ) -> Callable[[], Tensor]:
     bn = nn.BatchNorm2d(len(weight), eps, device=x.device, dtype=weight.dtype)
     bn.weight, bn.bias = nn.Parameter(weight), nn.Parameter(bias)

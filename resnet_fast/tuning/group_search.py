@@ -48,7 +48,9 @@ def search(
         timings = clock([chosen, flipped])
         unchanged += 1
         if len(timings) < 2:
-            found[option] = "it could not be run" if option in flipped else "it could not be run without"
+            found[option] = (
+                "it could not be run" if option in flipped else "it could not be run without"
+            )
             continue
         with_it, without = (chosen, flipped) if option in chosen else (flipped, chosen)
         speedup = timings[with_it].speedup_over(timings[without])

@@ -139,7 +139,9 @@ class GroupTuner:
                 continue
             won = _won(lines)
             if not won:
-                self._notes.append(f"across: {name}: not used: no kernel of it won against single steps")
+                self._notes.append(
+                    f"across: {name}: not used: no kernel of it won against single steps"
+                )
             for option in won.values():
                 if option not in options:
                     options.append(option)
@@ -187,7 +189,9 @@ class GroupTuner:
 
         return self._try((name,), explained)
 
-    def _try(self, across: tuple[str, ...], work: Callable[[RunnablePlan], Result]) -> Result | None:
+    def _try(
+        self, across: tuple[str, ...], work: Callable[[RunnablePlan], Result]
+    ) -> Result | None:
         """Return ``work`` of the variant with these groups, or None with a note why it failed."""
         try:
             return work(self.variant(across))

@@ -32,7 +32,10 @@ CALLS = 8  # at least so many calls between two clock readings
 SETS = 128  # at most so many sets of arguments in rotation
 BEFORE = "measured before"
 LOST = "lost the device"
-SECTIONS = ("entries", "graph")  # of the table: the choice for ordinary calls, and inside CUDA graphs
+SECTIONS = (
+    "entries",
+    "graph",
+)  # of the table: the choice for ordinary calls, and inside CUDA graphs
 
 Result = TypeVar("Result")
 
@@ -65,14 +68,22 @@ class Device:
     def current(cls, seconds: float = 1.0) -> Device:
         """Return the CUDA device in use; raises ValueError without one."""
         if not torch.cuda.is_available():
-            raise ValueError(f"tuning needs a CUDA device, and torch {torch.__version__} sees none here")
-        return cls(tables.gpu_name(), cache_bytes=torch.cuda.get_device_properties().L2_cache_size, seconds=seconds)
+            raise ValueError(
+                f"tuning needs a CUDA device, and torch {torch.__version__} sees none here"
+            )
+        return cls(
+            tables.gpu_name(),
+            cache_bytes=torch.cuda.get_device_properties().L2_cache_size,
+            seconds=seconds,
+        )
 
     def verify(self, kernel: Kernel, problem: Problem) -> Verdict:
         """Judge a kernel's results at full size."""
         return verify(kernel, problem)
 
-    def clock(self, variants: dict[Any, Callable[[], object]], confidence: float = 0.01) -> dict[Any, Timing]:
+    def clock(
+        self, variants: dict[Any, Callable[[], object]], confidence: float = 0.01
+    ) -> dict[Any, Timing]:
         """Time the variants interleaved; the keys may be of any kind."""
         return interleaved(
             variants,
@@ -101,7 +112,9 @@ class Device:
         try:
             torch.cuda.synchronize()
         except RuntimeError as error:
-            raise DeviceLost(f"the GPU stopped answering in this process: {first_line(error)}") from error
+            raise DeviceLost(
+                f"the GPU stopped answering in this process: {first_line(error)}"
+            ) from error
         torch.cuda.empty_cache()
 
 
@@ -197,7 +210,9 @@ class State(Enum):
     FRESH = "right, with this source and these versions"
     FAILED = "failed, with this source and these versions"
     PASSED_OVER = "broke the GPU's context, with this source and these versions"
-    TO_VERIFY = "right with this source under other versions: its times still hold if it is still right"
+    TO_VERIFY = (
+        "right with this source under other versions: its times still hold if it is still right"
+    )
     TO_MEASURE = "no record, another source, or failed under other versions"
 
 
@@ -231,7 +246,9 @@ class _Job:
         if found <= {State.FRESH, State.TO_VERIFY} and self.chosen_are_still_right(candidates):
             self.write_versions()
             return self.result("verified again for these versions; its timings are older")
-        self.measure([kernel for kernel in candidates if states[kernel.id] is not State.PASSED_OVER])
+        self.measure(
+            [kernel for kernel in candidates if states[kernel.id] is not State.PASSED_OVER]
+        )
         return self.result()
 
     def candidates(self, only: set[str] | None) -> list[Kernel]:
@@ -350,7 +367,9 @@ class _Job:
             done = work()
         except torch.OutOfMemoryError as error:
             trouble = "out of memory", first_line(error)
-        except Exception as error:  # a candidate may fail in any way that its author or its compiler found
+        except (
+            Exception
+        ) as error:  # a candidate may fail in any way that its author or its compiler found
             trouble = "failed", f"{type(error).__name__}: {first_line(error)}"
         try:
             self.device.settle()
@@ -367,7 +386,9 @@ class _Job:
             sets = argument_sets(self.problem, self.device.cache_bytes)
         except torch.OutOfMemoryError as error:
             for kernel in kernels:
-                self.note(kernel, "out of memory", reason=f"arguments to time it on: {first_line(error)}")
+                self.note(
+                    kernel, "out of memory", reason=f"arguments to time it on: {first_line(error)}"
+                )
             self.device.settle()
             return {name: {} for name in SECTIONS}
         times = ceil(CALLS / len(sets))
@@ -393,7 +414,9 @@ class _Job:
         calls = [prepared_call(kernel, self.problem, args) for args in sets] * times
 
         def run() -> list[object]:
-            return [call() for call in calls]  # the list keeps each output, so no memory is written twice
+            return [
+                call() for call in calls
+            ]  # the list keeps each output, so no memory is written twice
 
         run()
         return run

@@ -11,7 +11,12 @@ from pathlib import Path
 import torch
 
 # torch's names, as options, plans and journals spell them; and the short ones of benchmarks and the ledger.
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 SHORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -51,7 +56,9 @@ def _gpu() -> str:
     found = torch.cuda.get_device_properties(0)
     capability = f"{found.major}.{found.minor}"
     memory = found.total_memory / 2**30
-    return f"{found.name}, compute {capability}, {found.multi_processor_count} SMs, {memory:.0f} GiB"
+    return (
+        f"{found.name}, compute {capability}, {found.multi_processor_count} SMs, {memory:.0f} GiB"
+    )
 
 
 def cpu_name() -> str:
@@ -78,7 +85,9 @@ def commit() -> str:
     git = shutil.which("git")
     is_checkout = git is not None and (root / ".git").exists()
     head = _output(git, "-C", str(root), "rev-parse", "--short=10", "HEAD") if is_checkout else None
-    changed = _output(git, "-C", str(root), "status", "--porcelain", "-uno") if is_checkout else None
+    changed = (
+        _output(git, "-C", str(root), "status", "--porcelain", "-uno") if is_checkout else None
+    )
     if head is None or changed is None:
         return "unknown"
     return f"{head}+" if changed else head

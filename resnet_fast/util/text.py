@@ -12,7 +12,11 @@ Row = TypeVar("Row")
 
 
 def table(
-    header: Sequence[str], rows: Iterable[Sequence[object]], *, right: Iterable[int] = (), width: int | None = None
+    header: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    right: Iterable[int] = (),
+    width: int | None = None,
 ) -> str:
     """Return columns aligned, the last one cut to the terminal's width; ``right`` are the columns of numbers."""
     cells = [list(map(str, row)) for row in (header, *rows)]
@@ -58,7 +62,9 @@ def wrapped(text: str, bullet: str = "  - ") -> str:
     """Return prose as wide as the terminal; text of several lines, as a compiler's message, keeps its lines."""
     if "\n" in text:
         return bullet + text
-    return textwrap.fill(text, _terminal_columns(), initial_indent=bullet, subsequent_indent=" " * len(bullet))
+    return textwrap.fill(
+        text, _terminal_columns(), initial_indent=bullet, subsequent_indent=" " * len(bullet)
+    )
 
 
 def _terminal_columns() -> int:

@@ -25,7 +25,9 @@ from resnet_fast.roofline.occupancy import occupancy
 from resnet_fast.testing.eager import eager
 from resnet_fast.testing.samples import make_args
 
-TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
+TRITON = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="no Triton on this platform"
+)
 WIDE = Counter({"LDG.E.128": 10, "HGMMA.64x128x16.F32.BF16": 8, "STG.E.128": 4})
 
 
@@ -38,14 +40,23 @@ WIDE = Counter({"LDG.E.128": 10, "HGMMA.64x128x16.F32.BF16": 8, "STG.E.128": 4})
         (32, 0, 256, (8, 0), 8, "warps"),  # 8 × 8 warps of 64
         (128, 0, 256, (9, 0), 2, "registers"),  # 16 warps of 4096 registers each
         (255, 0, 1024, (9, 0), 0, "registers"),  # more registers than an SM has: it does not launch
-        (33, 0, 64, (8, 0), 24, "registers"),  # 40 registers a thread are 1280 a warp: 51 warps, 48 by fours
+        (
+            33,
+            0,
+            64,
+            (8, 0),
+            24,
+            "registers",
+        ),  # 40 registers a thread are 1280 a warp: 51 warps, 48 by fours
         (16, 0, 32, (9, 0), 32, "blocks"),
         (32, 65536, 128, (9, 0), 3, "shared memory"),  # 65 KiB with the reserved one: three in 228
         (32, 0, 256, (8, 9), 6, "warps"),  # 48 warps
         (32, 0, 256, (10, 3), 8, "warps"),  # unlisted: as the older one
     ],
 )
-def test_occupancy(registers: int, shared: int, threads: int, capability: tuple, blocks: int, limit: str) -> None:
+def test_occupancy(
+    registers: int, shared: int, threads: int, capability: tuple, blocks: int, limit: str
+) -> None:
     found = occupancy(registers, shared, threads, capability)
     assert (found.blocks, found.limit) == (blocks, limit)
     warps = 48 if capability in ((8, 9), (12, 0)) else 64
@@ -60,7 +71,11 @@ def test_occupancy_before_its_tables() -> None:
 def test_chips_of_one_capability_agree_in_what_an_sm_holds() -> None:
     for chip in chips.CHIPS.values():
         listed = chips.BY_CAPABILITY[chip.capability]
-        assert (chip.warps, chip.blocks, chip.shared) == (listed.warps, listed.blocks, listed.shared)
+        assert (chip.warps, chip.blocks, chip.shared) == (
+            listed.warps,
+            listed.blocks,
+            listed.shared,
+        )
 
 
 # ---------------------------------------------------------------- causes
@@ -78,7 +93,9 @@ PROBLEM = Problem(
 GOOD = Launch("good", 96, 0, 48 << 10, 256, 132 * 4 * 20, WIDE)
 
 
-def facts(problem: Problem = PROBLEM, torch_bytes: int = 0, torch_ops: tuple = (), **changes) -> Facts:
+def facts(
+    problem: Problem = PROBLEM, torch_bytes: int = 0, torch_ops: tuple = (), **changes
+) -> Facts:
     limits = chips.ceilings("h200")
     return Facts(
         floor.problem_floor(problem, limits),
@@ -95,7 +112,9 @@ def facts(problem: Problem = PROBLEM, torch_bytes: int = 0, torch_ops: tuple = (
 def test_a_good_kernel_has_no_causes() -> None:
     assert causes(facts()) == []
     floor = facts().floor.seconds
-    assert causes(facts(stack=64), floor / 0.7) == []  # near its ceiling, whatever the code looks like
+    assert (
+        causes(facts(stack=64), floor / 0.7) == []
+    )  # near its ceiling, whatever the code looks like
     (unseen,) = causes(facts(), floor / 0.3)
     assert "ncu" in unseen
 
@@ -108,8 +127,14 @@ def test_a_good_kernel_has_no_causes() -> None:
         ({"blocks": 33}, "grid of 33 blocks leaves 99 of 132 SMs idle"),
         ({"blocks": 132 + 1}, "some have 2, others 1"),
         ({"blocks": 132 * 2 * 2 + 24}, "2.1 waves of 264: the last is 9% full"),
-        ({"instructions": Counter({"LDG.E.U16": 80, "LDG.E.128": 1, "HGMMA": 8})}, "2.2 bytes each on average"),
-        ({"registers": 255, "shared": 0, "threads": 128}, "too little is under way: 2 blocks an SM (by registers)"),
+        (
+            {"instructions": Counter({"LDG.E.U16": 80, "LDG.E.128": 1, "HGMMA": 8})},
+            "2.2 bytes each on average",
+        ),
+        (
+            {"registers": 255, "shared": 0, "threads": 128},
+            "too little is under way: 2 blocks an SM (by registers)",
+        ),
         (
             {"torch_bytes": 10**9, "torch_ops": ("mul", "add", "relu", "add")},
             "torch's own mul, add, relu around the kernel move 1000.0 MB",
@@ -151,12 +176,24 @@ def test_narrow_loads_of_an_epilogue_are_no_cause() -> None:
 
 
 def test_the_profilers_trace_is_read() -> None:
-    numbers = {"registers per thread": 168, "shared memory": 1024, "grid": [4, 3, 1], "block": [128, 2, 1]}
+    numbers = {
+        "registers per thread": 168,
+        "shared memory": 1024,
+        "grid": [4, 3, 1],
+        "block": [128, 2, 1],
+    }
     kernel = {"cat": "kernel", "name": "gemm", "ts": 2, "args": numbers}
     first = {**kernel, "ts": 1, "name": "fold"}
-    found = launches_of({"traceEvents": [kernel, first, {"cat": "cpu_op", "name": "aten::conv2d", "ts": 0}]})
+    found = launches_of(
+        {"traceEvents": [kernel, first, {"cat": "cpu_op", "name": "aten::conv2d", "ts": 0}]}
+    )
     assert [one.name for one in found] == ["fold", "gemm"]
-    assert (found[1].registers, found[1].shared, found[1].threads, found[1].blocks) == (168, 1024, 256, 12)
+    assert (found[1].registers, found[1].shared, found[1].threads, found[1].blocks) == (
+        168,
+        1024,
+        256,
+        12,
+    )
 
 
 def test_how_far_and_why() -> None:
@@ -213,7 +250,8 @@ def test_numbers_are_not_cut_by_the_terminal(monkeypatch) -> None:
         "mine", found, {"a layer": PROBLEM}, kernel_report.gpu_model("h200", torch.device("cpu"))
     )
     header, line = (
-        next(text for text in said.splitlines() if text.startswith(start)) for start in ("layer ", "a layer ")
+        next(text for text in said.splitlines() if text.startswith(start))
+        for start in ("layer ", "a layer ")
     )
     assert "648" in line.split()
     assert header.split()[-2:] == ["spilled", "occupancy"]
@@ -262,14 +300,35 @@ def test_a_cpu_kernel_is_timed_beside_its_rivals(capsys, registry) -> None:
 
 
 def test_a_wrong_cpu_kernel_is_not_timed(capsys, registry, monkeypatch) -> None:
-    wrong = replace(find("aten.add_act"), id="test.wrong", fn=lambda x, y, gate, act: aten.add_act(x, -y, gate, act))
+    wrong = replace(
+        find("aten.add_act"),
+        id="test.wrong",
+        fn=lambda x, y, gate, act: aten.add_act(x, -y, gate, act),
+    )
     monkeypatch.setattr(bench_kernel, "requested_kernels", lambda names: [wrong])
-    assert main(["bench", "resnet18", "--kernel", "test.wrong", "--size", "32", "--device", "cpu"]) == 1
+    assert (
+        main(["bench", "resnet18", "--kernel", "test.wrong", "--size", "32", "--device", "cpu"])
+        == 1
+    )
     said = capsys.readouterr().out
     assert "WRONG test.wrong" in said
     assert "µs" not in said
 
 
 def test_layers_that_are_not_there(capsys) -> None:
-    assert main(["bench", "resnet18", "--kernel", "aten.conv_bn_act", "--layers", "layer9.*", "--device", "cpu"]) == 2
+    assert (
+        main(
+            [
+                "bench",
+                "resnet18",
+                "--kernel",
+                "aten.conv_bn_act",
+                "--layers",
+                "layer9.*",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 2
+    )
     assert "layer9.*" in capsys.readouterr().err

@@ -57,11 +57,18 @@ def counts(run: Callable[[], object]) -> dict[str, int]:
     events = seen.profiler.kineto_results.events()
     calls = Counter(event.name() for event in events)
     held = most = allocated = 0
-    for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
+    for event in sorted(
+        (event for event in events if event.name() == "[memory]"),
+        key=lambda event: event.start_ns(),
+    ):
         held += event.nbytes()
         allocated += max(0, event.nbytes())
         most = max(most, held)
-    return {**{op: calls[op] for op in WORK if calls[op]}, "peak bytes": most, "allocated bytes": allocated}
+    return {
+        **{op: calls[op] for op in WORK if calls[op]},
+        "peak bytes": most,
+        "allocated bytes": allocated,
+    }
 
 
 def images() -> Tensor:
@@ -115,7 +122,9 @@ def expected(case: str) -> dict[str, int]:
     return found[max(known, key=number)][case]
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="the snapshot counts oneDNN's ops")
+@pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="the snapshot counts oneDNN's ops"
+)
 @pytest.mark.parametrize("case", CASES)
 def test_no_pass_does_more_than_it_did(case: str) -> None:
     found, allowed = CASES[case](), expected(case)
@@ -124,7 +133,9 @@ def test_no_pass_does_more_than_it_did(case: str) -> None:
         before = allowed.get(name, 0)
         if count > before:
             more[name] = f"{before} → {count}"
-    assert not more, f"costs more than {SNAPSHOT.name} says; if it must: python tests/bench/test_counts.py ({more})"
+    assert not more, (
+        f"costs more than {SNAPSHOT.name} says; if it must: python tests/bench/test_counts.py ({more})"
+    )
 
 
 def test_every_layer_is_one_op() -> None:

@@ -50,7 +50,9 @@ def trained(model: nn.Module, x: torch.Tensor) -> tuple[float, torch.Tensor, tor
 
 
 @pytest.mark.parametrize("p", QUICK, ids=lambda p: p.id)
-def test_provider_gives_the_reference_answers(p: providers.Provider, model: nn.Module, x: torch.Tensor) -> None:
+def test_provider_gives_the_reference_answers(
+    p: providers.Provider, model: nn.Module, x: torch.Tensor
+) -> None:
     reason = p.why_not("infer", "cpu", "fp32")
     if reason is not None:
         pytest.skip(reason)
@@ -59,7 +61,9 @@ def test_provider_gives_the_reference_answers(p: providers.Provider, model: nn.M
     exact = oracle("infer", model, x)
     for again in range(2):
         assert broken_rule(run(x), model(x), exact) is None, again
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", ["resnet50", "resnext50_32x4d"])
@@ -85,12 +89,16 @@ def test_training_step_leaves_the_reference_gradients(
 
 
 def test_half_precision_training_is_autocast_over_float32_weights(model: nn.Module) -> None:
-    step = PROVIDERS["eager"].prepare("train", model, example_input(2, 64, torch.bfloat16, "cpu"), torch.bfloat16)
+    step = PROVIDERS["eager"].prepare(
+        "train", model, example_input(2, 64, torch.bfloat16, "cpu"), torch.bfloat16
+    )
     step(example_input(2, 64, torch.bfloat16, "cpu"))
     assert {p.dtype for p in step.net.parameters()} == {torch.float32}
 
 
-def test_reference_without_torchvision_is_our_plain_modules(monkeypatch: pytest.MonkeyPatch, x: torch.Tensor) -> None:
+def test_reference_without_torchvision_is_our_plain_modules(
+    monkeypatch: pytest.MonkeyPatch, x: torch.Tensor
+) -> None:
     with_torchvision = reference_model("resnet18")
     monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: None)
     ours = reference_model("resnet18")
@@ -100,15 +108,26 @@ def test_reference_without_torchvision_is_our_plain_modules(monkeypatch: pytest.
 
 
 def test_a_provider_says_why_not() -> None:
-    assert PROVIDERS["openvino"].why_not("infer", "cuda", "fp32") == "OpenVINO does not run on cuda here"
+    assert (
+        PROVIDERS["openvino"].why_not("infer", "cuda", "fp32")
+        == "OpenVINO does not run on cuda here"
+    )
     assert PROVIDERS["folded"].why_not("train", "cpu", "fp32").endswith("does not train")
-    assert PROVIDERS["cudnn-frontend"].why_not("infer", "cuda", "fp32").endswith("takes fp16, bf16, not fp32")
-    absent = replace(PROVIDERS["eager"], unavailable=providers.engines.missing("no_such_module_here", "torch"))
+    assert (
+        PROVIDERS["cudnn-frontend"]
+        .why_not("infer", "cuda", "fp32")
+        .endswith("takes fp16, bf16, not fp32")
+    )
+    absent = replace(
+        PROVIDERS["eager"], unavailable=providers.engines.missing("no_such_module_here", "torch")
+    )
     both = providers.engines.missing("no_such_module_here", "nor_this")
     monkey = dict.fromkeys(("no_such_module_here", "nor_this"), "no-such-package")
     providers.engines.PACKAGES.update(monkey)
     try:
-        assert absent.why_not("infer", "cpu", "fp32") == "not installed: pip install no-such-package"
+        assert (
+            absent.why_not("infer", "cpu", "fp32") == "not installed: pip install no-such-package"
+        )
         assert both() == "not installed: pip install no-such-package"  # named once
     finally:
         for name in monkey:
@@ -140,7 +159,9 @@ def test_a_kernel_is_a_provider_too(model: nn.Module, x: torch.Tensor, registry:
 
 
 def test_measured_rows_stand_beside_their_error_and_each_other() -> None:
-    found = measure(CASE, [PROVIDERS["eager"], PROVIDERS["ours"], PROVIDERS["tensorrt"]], max_rounds=1)
+    found = measure(
+        CASE, [PROVIDERS["eager"], PROVIDERS["ours"], PROVIDERS["tensorrt"]], max_rounds=1
+    )
     assert found["tensorrt"].row is None
     assert "does not run on cpu" in found["tensorrt"].skipped
     row = found["ours"].row
@@ -151,24 +172,34 @@ def test_measured_rows_stand_beside_their_error_and_each_other() -> None:
     assert 0 < row.error <= 2 * row.eager_error + 1e-6
     assert row.speed_over.keys() == {"eager"}
     assert found["eager"].row.speed_over.keys() == {"ours"}
-    assert row.tflops == pytest.approx(2 * 2 * 148e6 / row.seconds / 1e12, rel=0.02)  # 148 million multiply-adds at 64²
+    assert row.tflops == pytest.approx(
+        2 * 2 * 148e6 / row.seconds / 1e12, rel=0.02
+    )  # 148 million multiply-adds at 64²
 
 
 def test_ours_gets_no_time_when_it_is_wrong() -> None:
-    wrong = replace(PROVIDERS["ours"], build=lambda model, example, dtype: lambda x: model(x) * 1.001)
+    wrong = replace(
+        PROVIDERS["ours"], build=lambda model, example, dtype: lambda x: model(x) * 1.001
+    )
     found = measure(CASE, [PROVIDERS["eager"], wrong], max_rounds=1)
     assert found["ours"].row is None
     assert "against float64" in found["ours"].wrong
     peer = replace(wrong, id="peer", ours=False)
-    assert measure(CASE, [peer], max_rounds=1)["peer"].row.error > 5e-4  # a peer's error is reported, not judged
+    assert (
+        measure(CASE, [peer], max_rounds=1)["peer"].row.error > 5e-4
+    )  # a peer's error is reported, not judged
 
 
-def test_what_breaks_says_so_in_its_own_words_and_the_others_are_timed(capsys: pytest.CaptureFixture) -> None:
+def test_what_breaks_says_so_in_its_own_words_and_the_others_are_timed(
+    capsys: pytest.CaptureFixture,
+) -> None:
     def broken(model, example, dtype):
         raise RuntimeError("no engine today\nand a long tail")
 
     peer = replace(PROVIDERS["eager"], id="peer", build=broken)
-    found = measure(CASE, [peer, replace(PROVIDERS["ours"], build=broken), PROVIDERS["eager"]], max_rounds=1)
+    found = measure(
+        CASE, [peer, replace(PROVIDERS["ours"], build=broken), PROVIDERS["eager"]], max_rounds=1
+    )
     assert found["peer"].skipped == "failed: RuntimeError: no engine today"
     assert found["peer"].wrong is None
     assert found["ours"].wrong == "failed: RuntimeError: no engine today"
@@ -184,7 +215,9 @@ def test_training_is_judged_by_its_gradients(monkeypatch: pytest.MonkeyPatch) ->
         "gradients",
         lambda step: true(step) * (1.01 if "resnet_fast" in type(step.net).__module__ else 1),
     )
-    found = measure(replace(CASE, mode="train"), [PROVIDERS["eager"], PROVIDERS["ours"]], max_rounds=1)
+    found = measure(
+        replace(CASE, mode="train"), [PROVIDERS["eager"], PROVIDERS["ours"]], max_rounds=1
+    )
     assert found["eager"].row.error < 1e-3
     assert "allowed" in found["ours"].wrong
 
@@ -194,7 +227,9 @@ def test_ops_are_checked_before_they_are_timed(registry: dict) -> None:
     def wrong(x, y, gate, act):
         return torch.relu(x + y) + 0.1
 
-    problem = Problem("add_act", "cpu", torch.float32, (2, 8, 5, 5), "nhwc", residual="nhwc", act="relu")
+    problem = Problem(
+        "add_act", "cpu", torch.float32, (2, 8, 5, 5), "nhwc", residual="nhwc", act="relu"
+    )
     found = measure_op(problem, [find("aten.add_act"), find("test.wrong")], max_rounds=1)
     assert found["test.wrong"].row is None
     assert "error" in found["test.wrong"].wrong
@@ -215,7 +250,9 @@ def test_op_problems_are_those_of_the_network() -> None:
 def test_cold_start_is_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     found = cold_start("eager", "infer", "resnet18", "fp32", 1, 64, "cpu")
     assert found.seconds > 0.5
-    assert found.peak_bytes is None or found.peak_bytes > 11e6 * 4  # at least its copy of the weights
+    assert (
+        found.peak_bytes is None or found.peak_bytes > 11e6 * 4
+    )  # at least its copy of the weights
     monkeypatch.setattr(sys, "executable", "false")
     with pytest.raises(RuntimeError, match="cold start of eager failed"):
         cold_start("eager", "infer", "resnet18", "fp32", 1, 64, "cpu")
@@ -251,7 +288,9 @@ def test_suites_report_through_pytest_benchmark(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     assert "2 passed, 1 skipped" in done.stdout
     assert "does not run on cpu" in done.stdout
-    benchmarks = {b["extra_info"]["provider"]: b for b in json.loads(saved.read_text())["benchmarks"]}
+    benchmarks = {
+        b["extra_info"]["provider"]: b for b in json.loads(saved.read_text())["benchmarks"]
+    }
     rows = {row["provider"]: row for row in json.loads(ledger.read_text())["rows"]}
     assert benchmarks.keys() == rows.keys() == {"eager", "ours"}
     for id, row in rows.items():

@@ -10,7 +10,10 @@ from resnet_fast.util.timing import Timing, interleaved
 def test_every_round_times_each_once_in_an_order_of_its_own() -> None:
     called: list[str] = []
     found = interleaved(
-        {name: lambda name=name: called.append(name) for name in "abcd"}, warmup=0, min_rounds=6, max_rounds=6
+        {name: lambda name=name: called.append(name) for name in "abcd"},
+        warmup=0,
+        min_rounds=6,
+        max_rounds=6,
     )
     rounds = [called[i : i + 4] for i in range(0, 24, 4)]
     assert all(sorted(order) == list("abcd") for order in rounds)

@@ -43,13 +43,19 @@ def test_every_command_explains_itself(capsys):
         (["check", "--kernel", "nobody.knows"], "unknown"),
         (["check", "--kernel", "absent.py"], "does not exist"),
         (["bench", "--providers", "nothing"], "unknown"),
-        (["bench", "--providers", "kernel:nobody.knows"], "bench: kernel 'nobody.knows' is unknown"),
+        (
+            ["bench", "--providers", "kernel:nobody.knows"],
+            "bench: kernel 'nobody.knows' is unknown",
+        ),
         (["bench", "resnet51"], "bench: got 'resnet51', expected one of resnet18"),
         (["report", "--compare", "a.json", "b.json"], "a.json is not a file"),
         (["explain", "resnet18", "--device", "cuda"], "no CUDA device"),
         (["explain", "resnet18", "--device", "tpu"], "--device: got tpu, expected cpu or cuda"),
         (["explain", "resnet51", "--diff"], "expected one of resnet18"),
-        (["explain", "resnet18", "--diff", "--rejected"], "--rejected goes with the plain table only"),
+        (
+            ["explain", "resnet18", "--diff", "--rejected"],
+            "--rejected goes with the plain table only",
+        ),
         (["report", "--json"], "--json needs --headline"),
     ],
 )
@@ -79,10 +85,15 @@ def test_sizes_are_whole_numbers_above_zero(value, capsys):
         (["--seconds", "-1"], "--seconds: got -1, expected seconds"),
         (["--seconds", "nan"], "--seconds: got nan, expected seconds"),
         (["--save", "."], "--save: got ., a folder, expected a file"),
-        (["--save", "file/below.json"], "--save: got file/below.json, but .*file cannot be written into"),
+        (
+            ["--save", "file/below.json"],
+            "--save: got file/below.json, but .*file cannot be written into",
+        ),
     ],
 )
-def test_what_a_long_run_would_refuse_at_its_end_is_refused_before(words, said, capsys, tmp_path, monkeypatch):
+def test_what_a_long_run_would_refuse_at_its_end_is_refused_before(
+    words, said, capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as stop:
@@ -93,12 +104,15 @@ def test_what_a_long_run_would_refuse_at_its_end_is_refused_before(words, said, 
 
 def test_a_folder_that_cannot_be_written_is_a_sentence(capsys, tmp_path):
     (tmp_path / "file").touch()
-    assert main(["new-kernel", "mine", "--triton", "--folder", str(tmp_path / "file" / "below")]) == 2
+    assert (
+        main(["new-kernel", "mine", "--triton", "--folder", str(tmp_path / "file" / "below")]) == 2
+    )
     assert re.fullmatch("new-kernel: .*Not a directory: .*below'\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
-    ("target", "code", "said"), [("closed", 1, ""), ("/dev/full", 2, "list: .* No space left on device\n")]
+    ("target", "code", "said"),
+    [("closed", 1, ""), ("/dev/full", 2, "list: .* No space left on device\n")],
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="has no /dev/full")
 def test_output_that_nobody_takes_ends_the_command_quietly(target, code, said, capsys, monkeypatch):
@@ -125,7 +139,10 @@ def test_interrupted_while_the_commands_are_read_is_no_traceback(capsys, monkeyp
     [
         ("\ndef (\n", "line 2: SyntaxError: invalid syntax\n"),
         ("x = 1\n1 / 0\n", "line 2: ZeroDivisionError: division by zero\n"),
-        ("import nobody_has_this", "line 1: ModuleNotFoundError: No module named 'nobody_has_this'\n"),
+        (
+            "import nobody_has_this",
+            "line 1: ModuleNotFoundError: No module named 'nobody_has_this'\n",
+        ),
         (
             "import resnet_fast\n\n"
             "@resnet_fast.kernel('experimental.mine', op='convolve', supports=None)\ndef f(): pass",
@@ -135,10 +152,16 @@ def test_interrupted_while_the_commands_are_read_is_no_traceback(capsys, monkeyp
 )
 @pytest.mark.parametrize(
     "command",
-    [["check", "--kernel", "mine.py"], ["bench", "--kernel", "mine.py"], ["bench", "--providers", "kernel:mine.py"]],
+    [
+        ["check", "--kernel", "mine.py"],
+        ["bench", "--kernel", "mine.py"],
+        ["bench", "--providers", "kernel:mine.py"],
+    ],
     ids=["check", "bench", "provider"],
 )
-def test_what_is_wrong_in_a_kernels_file_is_told_with_its_line(command, text, words, capsys, tmp_path, monkeypatch):
+def test_what_is_wrong_in_a_kernels_file_is_told_with_its_line(
+    command, text, words, capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(text)
     assert main(command) == 2
@@ -251,23 +274,48 @@ def test_explain_of_training_leaves_the_statistics_alone():
 def test_explain_across(capsys, monkeypatch):
     """The plan's groups with their kernel, beside the unfused steps too; not where there is no plan."""
     monkeypatch.setenv("COLUMNS", "200")  # a narrow terminal would cut the reason
-    assert main(["explain", "resnet50", "--size", "32", "--across", "pointwise_pair", "conv_pool"]) == 0
+    assert (
+        main(["explain", "resnet50", "--size", "32", "--across", "pointwise_pair", "conv_pool"])
+        == 0
+    )
     said = capsys.readouterr().out
     assert said.count("pointwise_pair") == 4
     assert said.count("conv_pool") == 1
     assert "one by one" in said
-    assert main(["explain", "resnet18", "--size", "32", "--diff", "--across", "conv_pool", "--json"]) == 0
+    assert (
+        main(["explain", "resnet18", "--size", "32", "--diff", "--across", "conv_pool", "--json"])
+        == 0
+    )
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert sum(row["steps"] for row in rows) == 23 and rows[0]["other_steps"] == 4  # conv, batch norm, ReLU, pool
+    assert (
+        sum(row["steps"] for row in rows) == 23 and rows[0]["other_steps"] == 4
+    )  # conv, batch norm, ReLU, pool
     assert capsys.readouterr().err == ""
     for how in ([], ["--json"], ["--diff"]):
-        assert main(["explain", "resnet18", "--size", "32", "--across", "conv_tail", "conv_pool:layer9", *how]) == 0
+        assert (
+            main(
+                [
+                    "explain",
+                    "resnet18",
+                    "--size",
+                    "32",
+                    "--across",
+                    "conv_tail",
+                    "conv_pool:layer9",
+                    *how,
+                ]
+            )
+            == 0
+        )
         said = capsys.readouterr().err
         assert (
             said
             == "explain: across: this network has no conv_tail\nexplain: across: this network has no conv_pool:layer9\n"
         )
-    assert main(["explain", "resnet18", "--across", "conv_tail", "conv_pool", "--model-gpu", "h200"]) == 0
+    assert (
+        main(["explain", "resnet18", "--across", "conv_tail", "conv_pool", "--model-gpu", "h200"])
+        == 0
+    )
     said = capsys.readouterr().out
     assert "across: this network has no conv_tail\n" in said
     assert "no conv_pool" not in said
@@ -291,9 +339,14 @@ def test_explain_rejected(capsys):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_explain_diff(capsys, monkeypatch, dtype):
     monkeypatch.setenv("COLUMNS", "100")
-    assert main(["explain", "resnet50", "--diff", "--batch", "3", "--size", "33", "--dtype", dtype]) == 0
+    assert (
+        main(["explain", "resnet50", "--diff", "--batch", "3", "--size", "33", "--dtype", dtype])
+        == 0
+    )
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"resnet50, {dtype}, 3×3×33×33 on cpu: 57 fused steps, other: 175 unfused ones"
+    assert (
+        said[0] == f"resnet50, {dtype}, 3×3×33×33 on cpu: 57 fused steps, other: 175 unfused ones"
+    )
     assert max(map(len, said)) <= 100
     assert not any("…" in line for line in said)
     total = next(line.split() for line in said if line.startswith("total"))
@@ -308,7 +361,10 @@ def test_explain_diff_as_json(capsys):
     assert found["model"] == "resnet18"
     assert found["batch"] == 2
     assert len(found["rows"]) == 24
-    assert all(0 <= row["error"] < 1e-4 and row["ms"] > 0 and row["broken"] is None for row in found["rows"])
+    assert all(
+        0 <= row["error"] < 1e-4 and row["ms"] > 0 and row["broken"] is None
+        for row in found["rows"]
+    )
 
 
 def test_explain_diff_exits_1_when_the_fused_schedule_is_wrong(capsys, monkeypatch):
@@ -339,7 +395,18 @@ def test_explain_for_a_gpu_that_is_not_here_tells_every_fused_step_s_floor(capsy
     monkeypatch.setenv("COLUMNS", "120")
     assert (
         main(
-            ["explain", "resnet50", "--batch", "256", "--dtype", "bfloat16", "--model-gpu", "h200", "--across", *ACROSS]
+            [
+                "explain",
+                "resnet50",
+                "--batch",
+                "256",
+                "--dtype",
+                "bfloat16",
+                "--model-gpu",
+                "h200",
+                "--across",
+                *ACROSS,
+            ]
         )
         == 0
     )
@@ -351,7 +418,9 @@ def test_explain_for_a_gpu_that_is_not_here_tells_every_fused_step_s_floor(capsy
     assert rows["layer2.0.conv3"][0] == "pointwise_pair"
     assert "layer2.1.conv3" not in rows
     assert "layer1.0.downsample.0" not in rows
-    kernels, _, _, img_s = next(line.split()[-4:] for line in said if line.startswith("infer  with "))
+    kernels, _, _, img_s = next(
+        line.split()[-4:] for line in said if line.startswith("infer  with ")
+    )
     assert (kernels, img_s) == ("26", "88,223")
 
 
@@ -392,7 +461,9 @@ def test_explain_tells_times_of_this_gpu(monkeypatch):
         ),
     )
     line = Line("layer1.1.conv2", "conv_tail", "triton.conv_tail", "measured", problem)
-    row = str(Explanation([timed(line, graph=True), Line("fc", "function", "torch", "why")])).splitlines()
+    row = str(
+        Explanation([timed(line, graph=True), Line("fc", "function", "torch", "why")])
+    ).splitlines()
     assert row[0].split()[-4:] == ["µs", "floor", "%", "why"]
     assert row[2].split("  ")[-1].split() == ["measured"]
     assert row[2].split()[-4:-1] == ["478.0", "239.0", "50"]
@@ -400,7 +471,9 @@ def test_explain_tells_times_of_this_gpu(monkeypatch):
     assert row[3].split() == ["fc", "function", "torch", "why"]
     assert timed(line).time_us == 500.0
     assert timed(replace(line, kernel="aten"), graph=True).time_us is None
-    assert timed(replace(line, kernel="aten")).time_us == 900.0  # a plan's word for the op's composition
+    assert (
+        timed(replace(line, kernel="aten")).time_us == 900.0
+    )  # a plan's word for the op's composition
     monkeypatch.setattr(Kernel, "reason", lambda self, problem: None)
     lost = rejected(problem)["triton.conv_tail"]
     assert lost == "500.0 µs a call, 478.0 in a graph; error 0.001, eager's 0.002"
@@ -434,13 +507,33 @@ def test_an_optional_column_without_values_is_left_out():
         console.Column("ms", lambda row: row[1]),
         console.Column("cold", lambda row: row[2], optional=True),
     ]
-    assert console.column_table(columns, [("a", "1", ""), ("b", "2", "")]).splitlines()[0] == "name  ms"
-    assert console.column_table(columns, [("a", "1", ""), ("b", "2", "9")]).splitlines()[0] == "name  ms  cold"
+    assert (
+        console.column_table(columns, [("a", "1", ""), ("b", "2", "")]).splitlines()[0]
+        == "name  ms"
+    )
+    assert (
+        console.column_table(columns, [("a", "1", ""), ("b", "2", "9")]).splitlines()[0]
+        == "name  ms  cold"
+    )
 
 
 def test_bench_prints_json_with_errors(capsys):
     assert (
-        main(["bench", "resnet18", "--batch", "1", "--size", "32", "--providers", "ours", "--seconds", "0.1", "--json"])
+        main(
+            [
+                "bench",
+                "resnet18",
+                "--batch",
+                "1",
+                "--size",
+                "32",
+                "--providers",
+                "ours",
+                "--seconds",
+                "0.1",
+                "--json",
+            ]
+        )
         == 0
     )
     rows = json.loads(capsys.readouterr().out)["rows"]
@@ -449,10 +542,15 @@ def test_bench_prints_json_with_errors(capsys):
     assert "eager-nchw" in next(row for row in rows if row["provider"] == "ours")["speed_over"]
 
 
-def test_a_kernel_from_the_environment_that_cannot_run_is_one_sentence(capsys, monkeypatch, registry):
-    kernel("experimental.absent", op="conv_bn_act", supports=lambda problem: None, available=lambda: "it needs a GPU")(
-        aten.conv_bn_act
-    )
+def test_a_kernel_from_the_environment_that_cannot_run_is_one_sentence(
+    capsys, monkeypatch, registry
+):
+    kernel(
+        "experimental.absent",
+        op="conv_bn_act",
+        supports=lambda problem: None,
+        available=lambda: "it needs a GPU",
+    )(aten.conv_bn_act)
     monkeypatch.setenv(select.ENV, "experimental.absent")
     assert main(["explain", "resnet18", "--size", "32"]) == 2
     assert (
@@ -486,15 +584,22 @@ def test_bench_says_that_a_gpu_was_not_tuned(monkeypatch, tmp_path, case, comman
     said = bench.untuned(case, (256, 1))
     assert "no kernel of ours was measured for this on Pretended GPU yet" in said
     assert f"`python -m resnet_fast {command}" in said
-    conv = conv_layers(case.model, 256, case.size, machine.SHORT_DTYPES[case.dtype], "cuda", (9, 0))[3].problem
-    problem = replace(conv, bn=False) if case.mode == "infer" else problem_after(conv, "bn_act_backward")
+    conv = conv_layers(
+        case.model, 256, case.size, machine.SHORT_DTYPES[case.dtype], "cuda", (9, 0)
+    )[3].problem
+    problem = (
+        replace(conv, bn=False) if case.mode == "infer" else problem_after(conv, "bn_act_backward")
+    )
     kernel = "aten.conv_bn_act" if case.mode == "infer" else "aten.bn_act_backward"
     record = {
         "status": "right",
         "source": tables.source_hash(dispatch.find(kernel).sources),
         "versions": tables.versions(),
     }
-    tables.update("Pretended GPU", lambda sections: sections["measured"].update({problem.key: {kernel: record}}))
+    tables.update(
+        "Pretended GPU",
+        lambda sections: sections["measured"].update({problem.key: {kernel: record}}),
+    )
     assert bench.untuned(case) is None
     assert bench.untuned(replace(case, batch=1)) is not None
     tables.load.cache_clear()
@@ -525,9 +630,27 @@ def test_bench_skips_a_kernel_that_takes_no_layer(capsys):
 
 
 def test_bench_refuses_a_time_for_what_is_wrong(capsys, monkeypatch):
-    off = dataclasses.replace(PROVIDERS["ours"], build=lambda model, x, dtype: lambda x: torch.zeros(x.shape[0], 1000))
+    off = dataclasses.replace(
+        PROVIDERS["ours"], build=lambda model, x, dtype: lambda x: torch.zeros(x.shape[0], 1000)
+    )
     monkeypatch.setattr(bench, "provider", lambda id: off if id == "ours" else PROVIDERS[id])
-    assert main(["bench", "resnet18", "--batch", "1", "--size", "32", "--providers", "ours", "--seconds", "0.1"]) == 1
+    assert (
+        main(
+            [
+                "bench",
+                "resnet18",
+                "--batch",
+                "1",
+                "--size",
+                "32",
+                "--providers",
+                "ours",
+                "--seconds",
+                "0.1",
+            ]
+        )
+        == 1
+    )
     assert "WRONG" in capsys.readouterr().out
 
 

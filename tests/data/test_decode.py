@@ -18,7 +18,9 @@ from resnet_fast.data.decode import Preset, describe, load, scaled_size  # noqa:
 
 pytestmark = pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 PRESET = Preset(resize=40, crop=32)
-GREY = np.add.outer(np.arange(48) * 3, np.arange(70)).astype(np.uint8)  # 70 wide, 48 high, no symmetry
+GREY = np.add.outer(np.arange(48) * 3, np.arange(70)).astype(
+    np.uint8
+)  # 70 wide, 48 high, no symmetry
 COLOUR = np.stack([GREY, GREY[::-1], 255 - GREY], axis=2)
 
 
@@ -56,7 +58,12 @@ def png16(array: np.ndarray) -> bytes:
     for row in array:
         rows += b"\0" + row.astype(">u2").tobytes()
     data = zlib.compress(rows)
-    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", data) + png_chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + png_chunk(b"IHDR", header)
+        + png_chunk(b"IDAT", data)
+        + png_chunk(b"IEND", b"")
+    )
 
 
 def png_chunk(kind: bytes, data: bytes) -> bytes:
@@ -207,7 +214,9 @@ def test_exif_orientation(tmp_path, suffix, orientation):
     assert same(load(path, PRESET), upright)
 
 
-@pytest.mark.parametrize("exif", [b"Exif\0\0II*\0\xff\xff\xff\xff broken", b"Exif\0\0no TIFF header", b"Exif\0\0"])
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0II*\0\xff\xff\xff\xff broken", b"Exif\0\0no TIFF header", b"Exif\0\0"]
+)
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_broken_exif_is_ignored(tmp_path, suffix, exif):
     image = Image.fromarray(COLOUR)
@@ -218,7 +227,9 @@ def test_broken_exif_is_ignored(tmp_path, suffix, exif):
 # ---------------------------------------------------------------- sizes
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 70), (32, 40), (40, 40), (500, 41), (33, 97), (256, 255)])
+@pytest.mark.parametrize(
+    "size", [(1, 1), (1, 70), (32, 40), (40, 40), (500, 41), (33, 97), (256, 255)]
+)
 @pytest.mark.parametrize("preset", [PRESET, Preset(64, 64), Preset(37, 33)])
 def test_any_size_gives_torchvisions_pixels(tmp_path, size, preset):
     image = Image.fromarray(COLOUR).resize(size)

@@ -36,7 +36,14 @@ FILES = (
     "d/e.heic",
     "B.jpg",
 )
-IMAGES = ("B.jpg", "a/b/c.tiff", "a/z.PNG", "a.jpg", "b.jpg", "d/e.heic")  # those of them that are images, in order
+IMAGES = (
+    "B.jpg",
+    "a/b/c.tiff",
+    "a/z.PNG",
+    "a.jpg",
+    "b.jpg",
+    "d/e.heic",
+)  # those of them that are images, in order
 
 
 @pytest.fixture

@@ -185,7 +185,9 @@ def test_error_of_the_stream_is_raised_by_the_loader(shades):
 
 
 def test_workers_import_no_torch(shades, tmp_path, monkeypatch):
-    script = misbehaving(tmp_path, "assert 'torch' not in sys.modules and 'numpy' not in sys.modules")
+    script = misbehaving(
+        tmp_path, "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
     monkeypatch.setattr(loader.decode, "__file__", script)
 
     (batch,) = read(shades[:3], 4, 1)

@@ -51,7 +51,9 @@ def test_inference_launches_what_eager_launches(dtype, statistics, shortcut) -> 
     with FakeTensorMode(), torch.no_grad():
         conv = nn.Conv2d(64, 64, 3, padding=1, bias=False, device="cuda", dtype=dtype)
         bn = nn.BatchNorm2d(64, device="cuda", dtype=statistics or dtype).eval()
-        x = torch.empty(2, 64, 8, 8, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
+        x = torch.empty(2, 64, 8, 8, device="cuda", dtype=dtype).to(
+            memory_format=torch.channels_last
+        )
         residual = torch.empty_like(x) if shortcut else None
         with Launches() as eager:
             out = bn(conv(x))
@@ -106,8 +108,13 @@ def test_training_fuses_what_was_measured_and_nothing_else(monkeypatch) -> None:
     monkeypatch.setattr(type(fused), "reason", lambda kernel, problem: None)
     with FakeTensorMode():
         bn = nn.BatchNorm2d(64, device="cuda")
-        z, other = (torch.empty(n, 64, 8, 8, device="cuda").to(memory_format=torch.channels_last) for n in (2, 3))
-    with record() as seen:  # or explain would call a batch norm that ran so no part of a fused block
+        z, other = (
+            torch.empty(n, 64, 8, 8, device="cuda").to(memory_format=torch.channels_last)
+            for n in (2, 3)
+        )
+    with (
+        record() as seen
+    ):  # or explain would call a batch norm that ran so no part of a fused block
         assert step._better_apart(bn, z, None, "relu")
     assert [(choice.kernel, choice.why) for choice in seen] == [("aten.bn_act", "default")]
     entries["bn_act"] = {"kernel": "triton.bn_act", "time_us": 1.0}
@@ -151,7 +158,9 @@ def test_one_by_one_counts_a_checkpointed_block_once(apart) -> None:
     found = []
     for segments in (False, True):
         layer = wide(twins()[0]).train().layer1
-        x = torch.randn(3, 64, 10, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        x = torch.randn(
+            3, 64, 10, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+        ).requires_grad_()
         y = checkpoint(layer, x, use_reentrant=False) if segments else layer(x)
         found.append({"gradient": torch.autograd.grad(y.square().sum(), x)[0], **buffers(layer)})
     assert apart

@@ -27,7 +27,9 @@ def conv(x: torch.Tensor = X, **keywords) -> torch.Tensor:
     return ops.conv_bn_act(x, W, K, K, **keywords)
 
 
-def spy(id: str, supports=everything, available=lambda: None, op: str = "conv_bn_act") -> list[tuple]:
+def spy(
+    id: str, supports=everything, available=lambda: None, op: str = "conv_bn_act"
+) -> list[tuple]:
     """Register a kernel that notes its calls and lets aten answer."""
     calls: list[tuple] = []
 
@@ -47,13 +49,17 @@ def only_relu(problem: Problem) -> str | None:
 
 
 def test_an_unknown_op_is_refused_when_registering() -> None:
-    with pytest.raises(ValueError, match="kernel 'a.b': unknown op 'conv', expected one of conv_bn_act"):
+    with pytest.raises(
+        ValueError, match="kernel 'a.b': unknown op 'conv', expected one of conv_bn_act"
+    ):
         kernel("a.b", op="conv", supports=everything)
 
 
 def test_find_names_what_is_known() -> None:
     assert registry.find("aten", "bn_act").id == registry.find("aten.bn_act").id == "aten.bn_act"
-    with pytest.raises(LookupError, match=r"kernel 'aten.nothing' is unknown; known: aten.add_act, "):
+    with pytest.raises(
+        LookupError, match=r"kernel 'aten.nothing' is unknown; known: aten.add_act, "
+    ):
         registry.find("aten.nothing")
 
 
@@ -66,10 +72,14 @@ def test_find_names_what_is_known() -> None:
     ],
 )
 def test_an_id_that_is_nearly_one_is_told_which_it_may_be(id, meant, monkeypatch) -> None:
-    with pytest.raises(LookupError, match=f"kernel '{id}' is unknown; did you mean one of these: {meant}\\?"):
+    with pytest.raises(
+        LookupError, match=f"kernel '{id}' is unknown; did you mean one of these: {meant}\\?"
+    ):
         use(id)
     monkeypatch.setenv(select.ENV, id)
-    with pytest.raises(LookupError, match=f"kernel '{id}' is unknown; did you mean one of these: {meant}\\?"):
+    with pytest.raises(
+        LookupError, match=f"kernel '{id}' is unknown; did you mean one of these: {meant}\\?"
+    ):
         conv()
 
 
@@ -126,19 +136,26 @@ def test_use_raises_for_what_it_cannot_do() -> None:
     spy("experimental.absent", available=lambda: "it needs a GPU")
     with pytest.raises(LookupError, match="'experimental.none' is unknown"):
         use("experimental.none")
-    with pytest.raises(RuntimeError, match="kernel 'experimental.absent' cannot run here: it needs a GPU"):
+    with pytest.raises(
+        RuntimeError, match="kernel 'experimental.absent' cannot run here: it needs a GPU"
+    ):
         use("experimental.absent")
 
 
 def test_use_raises_if_it_claimed_nothing() -> None:
     spy("experimental.a", only_relu)
     with (
-        pytest.raises(RuntimeError, match="kernel 'experimental.a' claimed no problem: it ends in a ReLU"),
+        pytest.raises(
+            RuntimeError, match="kernel 'experimental.a' claimed no problem: it ends in a ReLU"
+        ),
         use("experimental.a"),
     ):
         conv(act="none")
     with (
-        pytest.raises(RuntimeError, match="kernel 'experimental.a' claimed no problem: its op was never called"),
+        pytest.raises(
+            RuntimeError,
+            match="kernel 'experimental.a' claimed no problem: its op was never called",
+        ),
         use("experimental.a"),
     ):
         ops.add_act(X, X)
@@ -160,7 +177,8 @@ def test_strict_raises_at_the_first_declined_problem() -> None:
     for _ in range(2):  # nothing is memoised by the first refusal
         with (
             pytest.raises(
-                RuntimeError, match="kernel 'experimental.a' declines conv_bn_act float32 .*: it ends in a ReLU"
+                RuntimeError,
+                match="kernel 'experimental.a' declines conv_bn_act float32 .*: it ends in a ReLU",
             ),
             use("experimental.a", strict=True),
         ):
@@ -244,7 +262,10 @@ def test_the_environment_names_what_it_cannot_do(monkeypatch) -> None:
     with pytest.raises(LookupError, match="'experimental.none' is unknown"):
         conv()
     monkeypatch.setenv(select.ENV, "experimental.absent")
-    with pytest.raises(RuntimeError, match=f"'experimental.absent' from {select.ENV} cannot run here: it needs a GPU"):
+    with pytest.raises(
+        RuntimeError,
+        match=f"'experimental.absent' from {select.ENV} cannot run here: it needs a GPU",
+    ):
         conv()
 
 
@@ -283,10 +304,16 @@ def table(monkeypatch) -> dict[str, dict]:
 
 def test_the_table_is_asked_on_a_gpu_only(table) -> None:
     spy("experimental.a")
-    table[ON_GPU.key] = table[replace(ON_GPU, device="cpu").key] = {"kernel": "experimental.a", "time_us": 12.34}
+    table[ON_GPU.key] = table[replace(ON_GPU, device="cpu").key] = {
+        "kernel": "experimental.a",
+        "time_us": 12.34,
+    }
     chosen, why = select.choose(ON_GPU)
     assert chosen.id == "experimental.a" and why == "measured: 12.3 µs on Imaginary 1"
-    assert select.choose(replace(ON_GPU, device="cpu", capability=None))[0].id in ("cpu.conv", "aten.conv_bn_act")
+    assert select.choose(replace(ON_GPU, device="cpu", capability=None))[0].id in (
+        "cpu.conv",
+        "aten.conv_bn_act",
+    )
 
 
 def test_without_an_entry_nothing_unproved_is_chosen(table) -> None:
@@ -338,7 +365,9 @@ def test_record_tells_problem_kernel_reason_and_layer() -> None:
         with select.record() as inner:
             ops.bn_act(X, W[0, :, 0, 0], W[0, :, 0, 0])
     conv()
-    assert [c.problem.op for c in outer] == ["conv_bn_act", "bn_act"] and [c.problem.op for c in inner] == ["bn_act"]
+    assert [c.problem.op for c in outer] == ["conv_bn_act", "bn_act"] and [
+        c.problem.op for c in inner
+    ] == ["bn_act"]
     assert outer[0] == Choice(outer[0].problem, "aten.conv_bn_act", "default", id(W))
     assert not select._recorders
 
@@ -355,7 +384,13 @@ def test_problems_describe_layout_geometry_and_operands() -> None:
     x = X.contiguous(memory_format=torch.channels_last)
     res = torch.randn(2, 8, 3, 3)
     p = describe("conv_bn_act", (x, W, K, K, res, K, K, 1e-5, (2, 2), (1, 1), (1, 1), 1, "relu"))
-    assert (p.layout, p.residual, p.bn, p.out_hw, p.capability) == ("nhwc", "nchw", True, (3, 3), None)
+    assert (p.layout, p.residual, p.bn, p.out_hw, p.capability) == (
+        "nhwc",
+        "nchw",
+        True,
+        (3, 3),
+        None,
+    )
     assert p.key == "conv_bn_act float32 2x4x6x6 nhwc w8x4x3x3 s2x2 p1x1 d1x1 g1 res-nchw bn relu"
     assert describe("add_act", (x[..., 1:], X[..., 1:], None, "none")).layout == "strided"
     assert not p.pointwise and replace(p, weight=(8, 4, 1, 1), padding=(0, 0)).pointwise

@@ -13,12 +13,16 @@ from resnet_fast.dispatch import tables
 
 def _write_entries(folder: str, mine: str) -> None:
     for i in range(20):
-        tables.update(GPU, lambda s, i=i: s["measured"].__setitem__(f"{mine} {i}", {}), Path(folder))
+        tables.update(
+            GPU, lambda s, i=i: s["measured"].__setitem__(f"{mine} {i}", {}), Path(folder)
+        )
 
 
 def test_two_processes_lose_none_of_each_others_entries(tmp_path) -> None:
     context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=_write_entries, args=(str(tmp_path), name)) for name in ("a", "b")]
+    writers = [
+        context.Process(target=_write_entries, args=(str(tmp_path), name)) for name in ("a", "b")
+    ]
     for writer in writers:
         writer.start()
     for writer in writers:
@@ -34,12 +38,15 @@ def test_a_failed_write_leaves_the_old_table(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"gpu": "Another GPU", "entries": {}}', '{"gpu": "Pretended GPU", "entries": 3}']
+    "text",
+    ["{", "[]", '{"gpu": "Another GPU", "entries": {}}', '{"gpu": "Pretended GPU", "entries": 3}'],
 )
 def test_a_table_that_cannot_be_used_is_ignored_and_says_so(tmp_path, text) -> None:
     (tmp_path / "pretended-gpu.json").write_text(text)
     with pytest.warns(UserWarning, match="pretended-gpu.json is ignored"):
-        assert tables.read(tmp_path / "pretended-gpu.json", GPU) == dict.fromkeys(tables.SECTIONS, {})
+        assert tables.read(tmp_path / "pretended-gpu.json", GPU) == dict.fromkeys(
+            tables.SECTIONS, {}
+        )
 
 
 def test_prose_does_not_void_a_measurement(tmp_path) -> None:

@@ -34,7 +34,10 @@ def fresh(name: str = "resnet18", num_classes: int = 10) -> nn.Module:
 
 
 def assert_loaded(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    own = {name.replace("_orig_mod.", "").replace("module.", ""): t for name, t in model.state_dict().items()}
+    own = {
+        name.replace("_orig_mod.", "").replace("module.", ""): t
+        for name, t in model.state_dict().items()
+    }
     assert all(torch.equal(own[name], t) for name, t in state.items()) and len(own) == len(state)
 
 
@@ -48,14 +51,20 @@ FORMS = {
     "compiled": lambda s: prefixed(s, "_orig_mod."),
     "DDP of compiled": lambda s: prefixed(s, "module._orig_mod."),
     "compiled DDP": lambda s: prefixed(s, "_orig_mod.module."),
-    "compiled stages": lambda s: {n.replace("layer1.", "layer1._orig_mod."): t for n, t in s.items()},
+    "compiled stages": lambda s: {
+        n.replace("layer1.", "layer1._orig_mod."): t for n, t in s.items()
+    },
     "state_dict": lambda s: {"epoch": 3, "arch": "resnet18", "state_dict": prefixed(s, "module.")},
     "reference script": lambda s: {"model": s, "optimizer": {"state": {}}, "epoch": 1},
-    "average alone": lambda s: {"model_ema": {"n_averaged": torch.tensor(5), **prefixed(s, "module.")}},
+    "average alone": lambda s: {
+        "model_ema": {"n_averaged": torch.tensor(5), **prefixed(s, "module.")}
+    },
     "timm's average": lambda s: {"state_dict_ema": s, "epoch": 2},
     "nested": lambda s: {"state_dict": {"model": prefixed(s, "module.")}},
     "both": lambda s: {"model_ema": {n: t + 1 for n, t in s.items()}, "model": s},
-    "half precision's upcast": lambda s: {n: t.double() if t.is_floating_point() else t for n, t in s.items()},
+    "half precision's upcast": lambda s: {
+        n: t.double() if t.is_floating_point() else t for n, t in s.items()
+    },
 }
 
 
@@ -107,8 +116,12 @@ def test_another_number_of_classes(state) -> None:
     ):
         load_checkpoint(model, state)
     assert_loaded(model, before)  # nothing was loaded by halves
-    load_checkpoint(model, {n: t for n, t in state.items() if not n.startswith("fc.")}, strict=False)
-    assert torch.equal(model.conv1.weight, state["conv1.weight"]) and torch.equal(model.fc.weight, before["fc.weight"])
+    load_checkpoint(
+        model, {n: t for n, t in state.items() if not n.startswith("fc.")}, strict=False
+    )
+    assert torch.equal(model.conv1.weight, state["conv1.weight"]) and torch.equal(
+        model.fc.weight, before["fc.weight"]
+    )
 
 
 def test_another_architecture(state) -> None:
@@ -122,7 +135,9 @@ def test_another_architecture(state) -> None:
     assert_loaded(model, before)
     with pytest.raises(ValueError, match=r"0 names missing, 1 names \(extra\) unexpected"):
         load_checkpoint(fresh(), {**state, "extra": torch.ones(1)})
-    with pytest.raises(ValueError, match=r"layer1.0.conv1.weight: got \[64, 64, 3, 3\], expected \[64, 64, 1, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"layer1.0.conv1.weight: got \[64, 64, 3, 3\], expected \[64, 64, 1, 1\]"
+    ):
         load_checkpoint(fresh("resnet50"), state)
     load_checkpoint(fresh(), {**state, "extra": torch.ones(1)}, strict=False)
 
@@ -147,8 +162,15 @@ def test_saved_files_are_for_everyone(suffix, state, tmp_path) -> None:
     """From a channels_last model: torchvision, timm, torch and safetensors read it without us."""
     path = tmp_path / f"model{suffix}"
     save_checkpoint(load_checkpoint(fresh(), state).to(memory_format=CL), path)
-    raw = safetensors.torch.load_file(path) if suffix == ".safetensors" else torch.load(path, weights_only=True)
-    for other in (torchvision.models.resnet18(num_classes=10), timm.create_model("resnet18", num_classes=10)):
+    raw = (
+        safetensors.torch.load_file(path)
+        if suffix == ".safetensors"
+        else torch.load(path, weights_only=True)
+    )
+    for other in (
+        torchvision.models.resnet18(num_classes=10),
+        timm.create_model("resnet18", num_classes=10),
+    ):
         other.load_state_dict(raw)
         assert_loaded(other, state)
     assert all(t.is_contiguous() for t in raw.values())
@@ -187,7 +209,9 @@ def test_a_failed_save_leaves_the_old_file(state, tmp_path, monkeypatch) -> None
 
 
 def test_saving_says_what_is_wrong(tmp_path) -> None:
-    with pytest.raises(ValueError, match="suffix: got '.txt', expected one of .safetensors, .pth, .pt"):
+    with pytest.raises(
+        ValueError, match="suffix: got '.txt', expected one of .safetensors, .pth, .pt"
+    ):
         save_checkpoint(fresh(), tmp_path / "model.txt")
     with torch.device("meta"):
         model = resnet_fast.resnet18()

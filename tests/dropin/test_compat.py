@@ -32,7 +32,10 @@ def test_onednns_own_tensors_and_modules() -> None:
             for model in (ours, accelerated):
                 assert_close(model(X.to_mkldnn()).to_dense(), theirs(X), rtol=1e-4, atol=1e-4)
         assert_close(
-            torch.utils.mkldnn.to_mkldnn(accelerated)(X.to_mkldnn()).to_dense(), theirs(X), rtol=1e-4, atol=1e-4
+            torch.utils.mkldnn.to_mkldnn(accelerated)(X.to_mkldnn()).to_dense(),
+            theirs(X),
+            rtol=1e-4,
+            atol=1e-4,
         )
 
 
@@ -42,10 +45,14 @@ def test_onednns_own_tensors_and_modules() -> None:
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_fx_node_names(name) -> None:
     with torch.device("meta"):
-        ours, theirs = getattr(resnet_fast, name)(), getattr(__import__("torchvision").models, name)()
+        ours, theirs = (
+            getattr(resnet_fast, name)(),
+            getattr(__import__("torchvision").models, name)(),
+        )
     assert get_graph_node_names(ours) == get_graph_node_names(theirs)
     nodes = [
-        [(n.op, n.name, str(n.target), str(n.args)) for n in symbolic_trace(m).graph.nodes] for m in (ours, theirs)
+        [(n.op, n.name, str(n.target), str(n.args)) for n in symbolic_trace(m).graph.nodes]
+        for m in (ours, theirs)
     ]
     assert nodes[0] == nodes[1]
 
@@ -96,7 +103,11 @@ def test_compile_of_a_function_that_calls_the_ops() -> None:
         y, mean, _ = resnet_fast.ops.bn_act(z, k, k, z)
         return resnet_fast.ops.add_act(y, z).sum() + mean.sum()
 
-    args = torch.randn(2, 4, 5, 5).double(), torch.randn(4, 4, 3, 3).double(), torch.rand(4).double()
+    args = (
+        torch.randn(2, 4, 5, 5).double(),
+        torch.randn(4, 4, 3, 3).double(),
+        torch.rand(4).double(),
+    )
     found = []
     for f in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
         live = [a.clone().requires_grad_() for a in args]
@@ -110,7 +121,9 @@ def test_compile_of_a_function_that_calls_the_ops() -> None:
 def test_export_is_aten_only(train, tmp_path) -> None:
     """Anyone can load the program: it contains ATen's ops and nothing of ours."""
     ours, theirs = (m.train(train) for m in wide_twins())
-    program = torch.export.export(ours, (X64,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+    program = torch.export.export(
+        ours, (X64,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},)
+    )
     targets = {n.target for n in program.graph.nodes if n.op == "call_function"}
     assert {t.namespace for t in targets if isinstance(t, torch._ops.OpOverload)} == {"aten"}
     x = images(5, 40, torch.float64)
@@ -121,7 +134,10 @@ def test_export_is_aten_only(train, tmp_path) -> None:
             f"import torch, sys; m = torch.export.load({str(tmp_path / 'model.pt2')!r}).module()\n"
             "m(torch.randn(3, 3, 40, 40).double()); assert 'resnet_fast' not in sys.modules"
         )
-        assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).returncode == 0
+        assert (
+            subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).returncode
+            == 0
+        )
 
 
 # ---------------------------------------------------------------- transforms, modes, devices
@@ -161,7 +177,9 @@ def test_functional_transforms() -> None:
             dual = model(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
             out.append(torch.autograd.forward_ad.unpack_dual(dual).tangent)
         stacked = torch.func.stack_module_state([model, copy.deepcopy(model)])
-        out.append(torch.func.vmap(lambda p, b: torch.func.functional_call(model, (p, b), (x,)))(*stacked))
+        out.append(
+            torch.func.vmap(lambda p, b: torch.func.functional_call(model, (p, b), (x,)))(*stacked)
+        )
         return out
 
     both(models, run)
@@ -263,9 +281,15 @@ def test_nonfinite_images(bad, train) -> None:
 def test_wrong_images_get_one_sentence(train) -> None:
     model = resnet_fast.resnet18(num_classes=2).train(train)
     for x, sentence in (
-        (torch.randn(2, 4, 32, 32), "x channels: got 4, expected 3 (weight is [64, 3, 7, 7], groups 1)"),
+        (
+            torch.randn(2, 4, 32, 32),
+            "x channels: got 4, expected 3 (weight is [64, 3, 7, 7], groups 1)",
+        ),
         (X.double(), "x dtype: got torch.float64, expected torch.float32 (that of weight)"),
-        (torch.randint(0, 255, (2, 3, 32, 32)).byte(), "x dtype: got torch.uint8, expected a floating dtype"),
+        (
+            torch.randint(0, 255, (2, 3, 32, 32)).byte(),
+            "x dtype: got torch.uint8, expected a floating dtype",
+        ),
         (torch.randn(3, 32, 32), "x: got 3-D shape [3, 32, 32], expected 4-D [N, C, H, W]"),
     ):
         with pytest.raises(RuntimeError) as raised:
@@ -275,7 +299,9 @@ def test_wrong_images_get_one_sentence(train) -> None:
         model(X.to("meta"))
     with torch.device("meta"):
         unmade = resnet_fast.resnet18(num_classes=2).train(train)
-    with pytest.raises(RuntimeError, match=r"conv_bn_act: weight device: got meta, expected cpu \(that of x\)"):
+    with pytest.raises(
+        RuntimeError, match=r"conv_bn_act: weight device: got meta, expected cpu \(that of x\)"
+    ):
         unmade(X)
 
 

@@ -44,8 +44,14 @@ def _worker(rank: int, port: int) -> None:
         ddp, sharded = [], []
         for model in twins(width_per_group=8):
             with warnings.catch_warnings():
-                warnings.filterwarnings("error", message="Grad strides do not match bucket view strides")
-                ddp.append(DistributedDataParallel(wide(model).train().to(memory_format=torch.channels_last)))
+                warnings.filterwarnings(
+                    "error", message="Grad strides do not match bucket view strides"
+                )
+                ddp.append(
+                    DistributedDataParallel(
+                        wide(model).train().to(memory_format=torch.channels_last)
+                    )
+                )
                 _train(ddp[-1], rank)
                 ddp.append(DistributedDataParallel(wide(model).train()))
                 _train(ddp[-1], rank)

@@ -27,7 +27,11 @@ def seen_by_hooks(model: nn.Module, attach, modules=None) -> list:
 
         return hook
 
-    handles = [attach(m, note(name)) for name, m in model.named_modules() if modules is None or name in modules]
+    handles = [
+        attach(m, note(name))
+        for name, m in model.named_modules()
+        if modules is None or name in modules
+    ]
     x = X64.clone().requires_grad_()
     model(x).square().sum().backward()
     for handle in handles:
@@ -66,7 +70,9 @@ def test_hooks(kind, where, train) -> None:
         where == "all" and "backward" in kind
     ):  # eager adds the residual in place, which a hooked batch norm's output refuses
         modules = {
-            n for n, m in models[0].named_modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.ReLU, nn.MaxPool2d))
+            n
+            for n, m in models[0].named_modules()
+            if isinstance(m, (nn.Conv2d, nn.Linear, nn.ReLU, nn.MaxPool2d))
         }
     if where == "projection" and kind == "backward pre":
         return
@@ -96,7 +102,14 @@ def test_hooks_that_change_values() -> None:
     def double(m, args, out):
         return out * 2
 
-    for name in ("layer1.0.conv2", "layer2.1.relu", "layer3", "layer4.0", "bn1", "layer2.0.downsample"):
+    for name in (
+        "layer1.0.conv2",
+        "layer2.1.relu",
+        "layer3",
+        "layer4.0",
+        "bn1",
+        "layer2.0.downsample",
+    ):
         models = wide_twins()
         for model in models:
             model.get_submodule(name).register_forward_hook(double)
@@ -108,11 +121,17 @@ def test_global_hooks() -> None:
     counts = []
     for model in wide_twins():
         seen: list[str] = []
-        handles = [register_module_forward_hook(lambda m, i, o, seen=seen: seen.append(type(m).__name__))]
+        handles = [
+            register_module_forward_hook(lambda m, i, o, seen=seen: seen.append(type(m).__name__))
+        ]
         model(X64)
         for m in (m for m in model.modules() if isinstance(m, nn.ReLU)):
             m.inplace = False
-        handles.append(register_module_full_backward_hook(lambda m, i, o, seen=seen: seen.append(type(m).__name__)))
+        handles.append(
+            register_module_full_backward_hook(
+                lambda m, i, o, seen=seen: seen.append(type(m).__name__)
+            )
+        )
         try:
             model.fc(torch.randn(1, 2048).double()).sum().backward()
         finally:

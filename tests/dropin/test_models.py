@@ -34,7 +34,10 @@ def test_the_ten_architectures() -> None:
         "wide_resnet50_2",
         "wide_resnet101_2",
     ]
-    assert all(getattr(resnet_fast, name).__name__ == name and name in resnet_fast.__all__ for name in NAMES)
+    assert all(
+        getattr(resnet_fast, name).__name__ == name and name in resnet_fast.__all__
+        for name in NAMES
+    )
     assert pickle.loads(pickle.dumps(resnet_fast.resnet18)) is resnet_fast.resnet18
 
 
@@ -51,7 +54,9 @@ def test_signature_is_torchvisions(name) -> None:
         (resnet_fast.Bottleneck, tv.Bottleneck),
     ):
         mine, other = (inspect.signature(cls).parameters.values() for cls in (a, b))
-        assert [(p.name, p.kind, p.default) for p in mine] == [(p.name, p.kind, p.default) for p in other]
+        assert [(p.name, p.kind, p.default) for p in mine] == [
+            (p.name, p.kind, p.default) for p in other
+        ]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -62,7 +67,9 @@ def test_structure_on_meta_is_torchvisions(name) -> None:
     assert [(k, v.shape, v.dtype) for k, v in ours.state_dict().items()] == [
         (k, v.shape, v.dtype) for k, v in theirs.state_dict().items()
     ]
-    assert [n for n, _ in ours.named_modules()] == [n for n, _ in theirs.named_modules()] and repr(ours) == repr(theirs)
+    assert [n for n, _ in ours.named_modules()] == [n for n, _ in theirs.named_modules()] and repr(
+        ours
+    ) == repr(theirs)
     assert {n: v for n, v in vars(ours).items() if n[0] != "_" and n != "training"} == {
         n: v for n, v in vars(theirs).items() if n[0] != "_" and n != "training"
     }
@@ -93,7 +100,9 @@ def test_seeded_initialisation_is_bit_equal(name, zero) -> None:
         torch.manual_seed(7)
         states.append(getattr(module, name)(num_classes=3, zero_init_residual=zero).state_dict())
         states[-1]["next random number"] = torch.rand(1)
-    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True)
+    )
     assert (states[0]["layer1.0.bn2.weight"].sum() == 0) == (zero and name == "resnet18")
 
 
@@ -103,15 +112,21 @@ def test_answers(name) -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", [spec for spec in MODELS.values() if spec.name not in ("resnet18", "resnet50")], ids=lambda s: s.name
+    "spec",
+    [spec for spec in MODELS.values() if spec.name not in ("resnet18", "resnet50")],
+    ids=lambda s: s.name,
 )
 def test_answers_of_the_large_ones(spec) -> None:
     """Block, groups and width with one block a stage: depth is tested above, and costs seconds to run."""
     ours = shake(
-        resnet_fast.ResNet(spec.block, [1, 1, 1, 1], 10, groups=spec.groups, width_per_group=spec.width_per_group)
+        resnet_fast.ResNet(
+            spec.block, [1, 1, 1, 1], 10, groups=spec.groups, width_per_group=spec.width_per_group
+        )
     ).eval()
     block = getattr(tv, spec.block.__name__)
-    theirs = tv.ResNet(block, [1, 1, 1, 1], 10, groups=spec.groups, width_per_group=spec.width_per_group).eval()
+    theirs = tv.ResNet(
+        block, [1, 1, 1, 1], 10, groups=spec.groups, width_per_group=spec.width_per_group
+    ).eval()
     theirs.load_state_dict(ours.state_dict())
     assert_agree(ours, theirs, images(2))
 
@@ -135,8 +150,12 @@ OPTIONS = {
 @pytest.mark.parametrize("option", OPTIONS)
 def test_constructor_options(option) -> None:
     ours, theirs = twins(**OPTIONS[option])
-    if option == "zero init":  # as it is at the start of training, not as the twins' statistics make it
-        ours = resnet_fast.ResNet(resnet_fast.Bottleneck, [1, 2, 1, 1], 10, True, width_per_group=16).eval()
+    if (
+        option == "zero init"
+    ):  # as it is at the start of training, not as the twins' statistics make it
+        ours = resnet_fast.ResNet(
+            resnet_fast.Bottleneck, [1, 2, 1, 1], 10, True, width_per_group=16
+        ).eval()
         theirs.load_state_dict(ours.state_dict())
     assert_agree(ours, theirs, images(2, 40))
     assert_train_alike(ours.train(), theirs.train(), images(3, 40))
@@ -150,20 +169,27 @@ def test_basic_block_dilates() -> None:
     x = torch.randn(2, 8, 9, 9)
     plain = torch.relu(block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(x))))) + x)
     torch.testing.assert_close(block(x), plain)
-    model = resnet_fast.resnet18(num_classes=4, replace_stride_with_dilation=[False, True, True]).eval()
+    model = resnet_fast.resnet18(
+        num_classes=4, replace_stride_with_dilation=[False, True, True]
+    ).eval()
     assert [m.conv1.dilation[0] for m in (*model.layer3, *model.layer4)] == [1, 2, 2, 4]
     with torch.no_grad():
         assert model.layer4(model.layer3(torch.randn(1, 128, 8, 8))).shape == (1, 512, 8, 8)
 
 
 def test_wrong_options() -> None:
-    with pytest.raises(ValueError, match="replace_stride_with_dilation should be None or a 3-element tuple"):
+    with pytest.raises(
+        ValueError, match="replace_stride_with_dilation should be None or a 3-element tuple"
+    ):
         resnet_fast.resnet50(replace_stride_with_dilation=[True])
     with pytest.raises(
-        ValueError, match="BasicBlock: got groups=2, base_width=64, expected groups=1 and base_width=64"
+        ValueError,
+        match="BasicBlock: got groups=2, base_width=64, expected groups=1 and base_width=64",
     ):
         resnet_fast.resnet18(groups=2)
-    with pytest.raises(ValueError, match="create_model: got 'resnet51', expected one of resnet18, "):
+    with pytest.raises(
+        ValueError, match="create_model: got 'resnet51', expected one of resnet18, "
+    ):
         resnet_fast.create_model("resnet51")
     with pytest.raises(ValueError, match="resnext50_32x4d: groups: got 16, expected 32"):
         resnet_fast.resnext50_32x4d(groups=16)
@@ -200,11 +226,14 @@ def download(monkeypatch) -> list:
 
 
 @pytest.mark.parametrize(
-    "weights", ["IMAGENET1K_V1", "DEFAULT", "ResNet18_Weights.IMAGENET1K_V1", tv.ResNet18_Weights.DEFAULT]
+    "weights",
+    ["IMAGENET1K_V1", "DEFAULT", "ResNet18_Weights.IMAGENET1K_V1", tv.ResNet18_Weights.DEFAULT],
 )
 def test_weights_by_name_and_by_enum(download, weights) -> None:
     model = resnet_fast.resnet18(weights=weights, progress=False)
-    assert download == [(tv.ResNet18_Weights.IMAGENET1K_V1.url, {"progress": False, "check_hash": True})]
+    assert download == [
+        (tv.ResNet18_Weights.IMAGENET1K_V1.url, {"progress": False, "check_hash": True})
+    ]
     torch.manual_seed(11)
     expected = torchvision.models.resnet18().state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
@@ -228,7 +257,8 @@ def test_wrong_weights(download) -> None:
     with pytest.raises(ValueError, match="num_classes: got 7, expected 1000"):
         resnet_fast.resnet18(weights="DEFAULT", num_classes=7)
     with pytest.raises(
-        ValueError, match="resnet18: weights: got 'IMAGENET1K_V9', expected one of IMAGENET1K_V1, DEFAULT, or None"
+        ValueError,
+        match="resnet18: weights: got 'IMAGENET1K_V9', expected one of IMAGENET1K_V1, DEFAULT, or None",
     ):
         resnet_fast.resnet18(weights="IMAGENET1K_V9")
     with pytest.raises(TypeError, match="ResNet18_Weights"):

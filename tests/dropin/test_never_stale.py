@@ -45,7 +45,13 @@ def warm(*models: nn.Module) -> None:
 def tensors(model: nn.Module) -> list[torch.Tensor]:
     """What a step is folded from, in one block: the filter and the four vectors."""
     block = model.layer2[1]
-    return [block.conv2.weight, block.bn2.weight, block.bn2.bias, block.bn2.running_mean, block.bn2.running_var]
+    return [
+        block.conv2.weight,
+        block.bn2.weight,
+        block.bn2.bias,
+        block.bn2.running_mean,
+        block.bn2.running_var,
+    ]
 
 
 EDITS = {
@@ -114,9 +120,13 @@ CHANGES = {
     "half and back": lambda m: m.half().float(),
     "bfloat16 and back": lambda m: m.bfloat16().float(),
     "channels_last": lambda m: m.to(memory_format=CL),
-    "channels_last and back": lambda m: m.to(memory_format=CL).to(memory_format=torch.contiguous_format),
+    "channels_last and back": lambda m: m.to(memory_format=CL).to(
+        memory_format=torch.contiguous_format
+    ),
     "eps": lambda m: _each(m, nn.BatchNorm2d, eps=0.3),
-    "reset": lambda m: [bn.reset_running_stats() for bn in m.modules() if isinstance(bn, nn.BatchNorm2d)],
+    "reset": lambda m: [
+        bn.reset_running_stats() for bn in m.modules() if isinstance(bn, nn.BatchNorm2d)
+    ],
     "stride and dilation": lambda m: (
         setattr(m.layer3[0].conv2, "stride", (1, 1)),
         setattr(m.layer3[0].downsample[0], "stride", 1),
@@ -124,7 +134,9 @@ CHANGES = {
         setattr(m.layer3[0].conv2, "padding", 2),
     ),
     "shared memory": lambda m: m.share_memory(),
-    "initialised anew": lambda m: [c.weight.data.fill_(0.01) for c in m.modules() if isinstance(c, nn.Conv2d)],
+    "initialised anew": lambda m: [
+        c.weight.data.fill_(0.01) for c in m.modules() if isinstance(c, nn.Conv2d)
+    ],
 }
 
 
@@ -160,7 +172,9 @@ def test_aliases_share_a_pack(folds) -> None:
     warm(ours)
     folds.clear()
     with torch.no_grad():
-        torch.func.functional_call(ours, {k: v.detach() for k, v in ours.state_dict().items()}, (X,))
+        torch.func.functional_call(
+            ours, {k: v.detach() for k, v in ours.state_dict().items()}, (X,)
+        )
     assert not folds
 
 
@@ -196,7 +210,11 @@ def test_double_and_back() -> None:
 def test_functional_call_with_other_weights_and_then_the_own() -> None:
     ours, theirs = twins()
     warm(ours)
-    others = {k: v * 1.2 + 0.05 for k, v in (*ours.named_parameters(), *ours.named_buffers()) if v.is_floating_point()}
+    others = {
+        k: v * 1.2 + 0.05
+        for k, v in (*ours.named_parameters(), *ours.named_buffers())
+        if v.is_floating_point()
+    }
     with torch.no_grad():
         for state in (
             others,
@@ -235,7 +253,14 @@ def test_a_filter_with_two_affines() -> None:
     with torch.no_grad():
         for bn in (*norms, *norms[::-1], *norms):
             got = ops.conv_bn_act(
-                x, conv.weight, bn.weight, bn.bias, mean=bn.running_mean, var=bn.running_var, eps=bn.eps, padding=1
+                x,
+                conv.weight,
+                bn.weight,
+                bn.bias,
+                mean=bn.running_mean,
+                var=bn.running_var,
+                eps=bn.eps,
+                padding=1,
             )
             torch.testing.assert_close(got, torch.relu(bn(conv(x))))
     (a, a_theirs), (b, b_theirs) = twins(), twins()
@@ -367,7 +392,9 @@ def test_a_filter_does_not_collect_packs_of_dead_affines() -> None:
     del affines, scale
     for _ in range(20):  # ids come back: a new filter where an old one was must not find its pack
         other = torch.randn(6, 4, 1, 1)
-        torch.testing.assert_close(ops.conv_bn_act(x, other, k, k, act="none"), nn.functional.conv2d(x, other) + 1)
+        torch.testing.assert_close(
+            ops.conv_bn_act(x, other, k, k, act="none"), nn.functional.conv2d(x, other) + 1
+        )
     del other
     gc.collect()
     assert len(prepack._packed) == before
@@ -376,7 +403,11 @@ def test_a_filter_does_not_collect_packs_of_dead_affines() -> None:
 def test_the_snapshot_is_not_taken_for_what_cannot_be_packed(folds) -> None:
     """float64 is refolded in each call and leaves nothing behind."""
     before = len(prepack._packed)
-    x, weight, k = torch.randn(1, 4, 5, 5).double(), torch.randn(6, 4, 1, 1).double(), torch.ones(6).double()
+    x, weight, k = (
+        torch.randn(1, 4, 5, 5).double(),
+        torch.randn(6, 4, 1, 1).double(),
+        torch.ones(6).double(),
+    )
     for _ in range(2):
         ops.conv_bn_act(x, weight, k, k)
     assert len(folds) == 2 and len(prepack._packed) == before

@@ -71,7 +71,12 @@ def _delete(m: nn.Module, name: str) -> None:
 
 
 def _prune(model: nn.Module, remove: bool) -> None:
-    for m in (model.conv1, model.layer1[0].conv1, model.layer2[0].downsample[0], model.layer3[0].conv2):
+    for m in (
+        model.conv1,
+        model.layer1[0].conv1,
+        model.layer2[0].downsample[0],
+        model.layer3[0].conv2,
+    ):
         prune.l1_unstructured(m, "weight", 0.3)
         if remove:
             prune.remove(m, "weight")
@@ -103,10 +108,16 @@ CHANGES = {
     "norm to Identity": lambda m: at(m.layer2[1], "bn2", lambda b: nn.Identity()),
     "stem norm to Identity": lambda m: at(m, "bn1", lambda b: nn.Identity()),
     "projection norm to Identity": lambda m: m.layer2[0].downsample.__setitem__(1, nn.Identity()),
-    "norm to GroupNorm": lambda m: at(m.layer2[1], "bn2", lambda b: nn.GroupNorm(4, b.num_features)),
+    "norm to GroupNorm": lambda m: at(
+        m.layer2[1], "bn2", lambda b: nn.GroupNorm(4, b.num_features)
+    ),
     "norm of their own": lambda m: at(m.layer2[1], "bn2", lambda b: Norm(b.num_features)),
-    "norm without affine": lambda m: at(m.layer2[1], "bn2", lambda b: nn.BatchNorm2d(b.num_features, affine=False)),
-    "one frozen norm": lambda m: at(m.layer2[1], "bn2", lambda b: FrozenBatchNorm2d(b.num_features, eps=0.3)),
+    "norm without affine": lambda m: at(
+        m.layer2[1], "bn2", lambda b: nn.BatchNorm2d(b.num_features, affine=False)
+    ),
+    "one frozen norm": lambda m: at(
+        m.layer2[1], "bn2", lambda b: FrozenBatchNorm2d(b.num_features, eps=0.3)
+    ),
     "norm and ReLU swapped": lambda m: (
         setattr(m.layer2[1], "bn2", nn.ReLU()),
         setattr(m.layer2[1], "relu", nn.Sequential()),
@@ -117,25 +128,38 @@ CHANGES = {
     ),
     "convolution to Identity": lambda m: at(m.layer2[1], "conv2", lambda c: nn.Identity()),
     "convolution in a Sequential": lambda m: at(m.layer2[1], "conv2", lambda c: nn.Sequential(c)),
-    "convolution with bias": lambda m: _replace_conv(m.layer2[1], "conv2", nn.Conv2d(32, 32, 3, padding=1)),
+    "convolution with bias": lambda m: _replace_conv(
+        m.layer2[1], "conv2", nn.Conv2d(32, 32, 3, padding=1)
+    ),
     "convolution of their own": lambda m: _replace_conv(
         m.layer2[1], "conv2", Standardised(32, 32, 3, padding=1, bias=False)
     ),
     "reflecting padding": lambda m: _replace_conv(
         m.layer2[1], "conv2", nn.Conv2d(32, 32, 3, padding=1, padding_mode="reflect", bias=False)
     ),
-    "padding 'same'": lambda m: _replace_conv(m.layer2[1], "conv2", nn.Conv2d(32, 32, 3, padding="same", bias=False)),
-    "5×3, dilated, grouped": lambda m: _replace_conv(
-        m.layer2[1], "conv2", nn.Conv2d(32, 32, (5, 3), padding=(4, 2), dilation=2, groups=4, bias=False)
+    "padding 'same'": lambda m: _replace_conv(
+        m.layer2[1], "conv2", nn.Conv2d(32, 32, 3, padding="same", bias=False)
     ),
-    "projection of three": lambda m: at(m.layer2[0], "downsample", lambda d: nn.Sequential(nn.AvgPool2d(1), *d)),
-    "projection with bias": lambda m: _replace_conv(m.layer2[0].downsample, "0", nn.Conv2d(256, 512, 1, 2)),
+    "5×3, dilated, grouped": lambda m: _replace_conv(
+        m.layer2[1],
+        "conv2",
+        nn.Conv2d(32, 32, (5, 3), padding=(4, 2), dilation=2, groups=4, bias=False),
+    ),
+    "projection of three": lambda m: at(
+        m.layer2[0], "downsample", lambda d: nn.Sequential(nn.AvgPool2d(1), *d)
+    ),
+    "projection with bias": lambda m: _replace_conv(
+        m.layer2[0].downsample, "0", nn.Conv2d(256, 512, 1, 2)
+    ),
     "small-image stem": lambda m: (
         _replace_conv(m, "conv1", nn.Conv2d(3, 64, 3, padding=1, bias=False)),
         at(m, "maxpool", lambda p: nn.Identity()),
     ),
     "headless": lambda m: at(m, "fc", lambda f: nn.Identity()),
-    "no pooling": lambda m: (at(m, "avgpool", lambda p: nn.Identity()), at(m, "fc", lambda f: nn.Identity())),
+    "no pooling": lambda m: (
+        at(m, "avgpool", lambda p: nn.Identity()),
+        at(m, "fc", lambda f: nn.Identity()),
+    ),
     "views in the pool": lambda m: at(m, "avgpool", Viewing),
     "views in a stage": lambda m: at(m, "layer3", Viewing),
     "views in a block": lambda m: at(m.layer2, "1", Viewing),
@@ -144,8 +168,12 @@ CHANGES = {
     "pruned": lambda m: _prune(m, remove=False),
     "pruned for good": lambda m: _prune(m, remove=True),
     "pruned norm": lambda m: prune.random_unstructured(m.layer2[1].bn2, "weight", 0.0),
-    "parametrised": lambda m: parametrize.register_parametrization(m.layer2[1].conv2, "weight", Doubling()),
-    "parametrised norm": lambda m: parametrize.register_parametrization(m.layer2[1].bn2, "weight", Doubling()),
+    "parametrised": lambda m: parametrize.register_parametrization(
+        m.layer2[1].conv2, "weight", Doubling()
+    ),
+    "parametrised norm": lambda m: parametrize.register_parametrization(
+        m.layer2[1].bn2, "weight", Doubling()
+    ),
     "weight norm": lambda m: parametrizations.weight_norm(m.layer2[1].conv2),
     "spectral norm": _spectral,
     "deleted weight": lambda m: _delete(m.layer2[1].conv2, "weight"),
@@ -208,7 +236,9 @@ def test_sync_batch_norm() -> None:
     from resnet_fast.models.blocks import why_plain_block
 
     assert why_plain_block(ours.layer2[1], torch.randn(2, 512, 4, 4)) is None
-    assert "SyncBatchNorm in training" in why_plain_block(ours.train().layer2[1], torch.randn(2, 512, 4, 4))
+    assert "SyncBatchNorm in training" in why_plain_block(
+        ours.train().layer2[1], torch.randn(2, 512, 4, 4)
+    )
 
 
 # ---------------------------------------------------------------- subclasses
@@ -252,7 +282,11 @@ def test_subclassed_blocks(make) -> None:
     pair = []
     for module in (resnet_fast, resnet):
         torch.manual_seed(0)
-        pair.append(shake(module.ResNet(make(module.Bottleneck), [1, 2, 1, 1], 10, width_per_group=16)).eval())
+        pair.append(
+            shake(
+                module.ResNet(make(module.Bottleneck), [1, 2, 1, 1], 10, width_per_group=16)
+            ).eval()
+        )
     pair[1].load_state_dict(pair[0].state_dict())
     assert_agree(*pair, X)
     assert_train_alike(pair[0].train(), pair[1].train(), X)
@@ -282,7 +316,10 @@ def test_subclassed_models() -> None:
 
     ours, theirs = build(resnet_fast), build(resnet)
     assert_agree(ours, theirs, X)
-    mixed = [shake(module.ResNet(resnet.BasicBlock, [1, 1, 1, 1], 10)).eval() for module in (resnet_fast, resnet)]
+    mixed = [
+        shake(module.ResNet(resnet.BasicBlock, [1, 1, 1, 1], 10)).eval()
+        for module in (resnet_fast, resnet)
+    ]
     mixed[1].load_state_dict(mixed[0].state_dict())
     assert_agree(*mixed, X)
     assert_agree(*mixed, X.contiguous(memory_format=CL))
@@ -300,7 +337,12 @@ def test_fpn_backbone_with_frozen_norms() -> None:
         assert isinstance(backbone, BackboneWithFPN)
         features = backbone.double()(X.double())
         sum(f.sum() for f in features.values()).backward()
-        outs.append({**features, **{n: p.grad for n, p in backbone.named_parameters() if p.grad is not None}})
+        outs.append(
+            {
+                **features,
+                **{n: p.grad for n, p in backbone.named_parameters() if p.grad is not None},
+            }
+        )
     assert_close(*outs, rtol=1e-8, atol=1e-8)
 
 
@@ -309,13 +351,24 @@ def test_faster_rcnn() -> None:
     for model in twins("resnet18", norm_layer=FrozenBatchNorm2d):
         torch.manual_seed(3)
         net = detection.FasterRCNN(
-            _resnet_fpn_extractor(model, 5), num_classes=3, min_size=64, max_size=96, box_score_thresh=0.0
+            _resnet_fpn_extractor(model, 5),
+            num_classes=3,
+            min_size=64,
+            max_size=96,
+            box_score_thresh=0.0,
         ).double()
         losses = net.train()(
             list(images(1, 64, torch.float64)),
-            [{"boxes": torch.tensor([[4.0, 4.0, 40.0, 50.0]]).double(), "labels": torch.tensor([1])}],
+            [
+                {
+                    "boxes": torch.tensor([[4.0, 4.0, 40.0, 50.0]]).double(),
+                    "labels": torch.tensor([1]),
+                }
+            ],
         )
-        outs.append([losses["loss_classifier"], net.eval()(list(images(1, 64, torch.float64)))[0]["boxes"]])
+        outs.append(
+            [losses["loss_classifier"], net.eval()(list(images(1, 64, torch.float64)))[0]["boxes"]]
+        )
     assert_close(*outs, rtol=1e-6, atol=1e-6)
 
 

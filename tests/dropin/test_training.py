@@ -28,21 +28,27 @@ def test_sgd_steps(layout) -> None:
     found = []
     for model in map(wide, twins()):
         model.train().to(memory_format=layout)
-        optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3, nesterov=True)
+        optimiser = torch.optim.SGD(
+            model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3, nesterov=True
+        )
         losses = []
         for step in range(4):
             x = images(3, 40, torch.float64, seed=step).contiguous(memory_format=layout)
             optimiser.zero_grad()
             loss = F.cross_entropy(model(x), LABELS)
             loss.backward()
-            assert all(p.grad is not None and p.grad.stride() == p.stride() for p in model.parameters())
+            assert all(
+                p.grad is not None and p.grad.stride() == p.stride() for p in model.parameters()
+            )
             optimiser.step()
             losses.append(loss.detach())
         found.append({"losses": torch.stack(losses), **model.state_dict()})
         with torch.no_grad():
             found[-1]["answer"] = model.eval()(images(2, 40, torch.float64))
     assert_same(*found, tolerance=1e-7)
-    assert found[0]["losses"][3] != found[0]["losses"][0] and found[0]["bn1.num_batches_tracked"] == 4
+    assert (
+        found[0]["losses"][3] != found[0]["losses"][0] and found[0]["bn1.num_batches_tracked"] == 4
+    )
 
 
 def test_basic_blocks_and_every_mode() -> None:
@@ -113,11 +119,14 @@ def test_one_value_per_channel_raises_and_leaves_statistics() -> None:
     ours, theirs = twins()
     for model in (ours.train(), theirs.train()):
         with pytest.raises(
-            ValueError, match=r"Expected more than 1 value per channel when training, got input size torch.Size"
+            ValueError,
+            match=r"Expected more than 1 value per channel when training, got input size torch.Size",
         ):
             model(images(1, 32))
     for name in ("running_mean", "running_var"):
-        assert torch.allclose(ours.layer4[0].bn2.state_dict()[name], theirs.layer4[0].bn2.state_dict()[name])
+        assert torch.allclose(
+            ours.layer4[0].bn2.state_dict()[name], theirs.layer4[0].bn2.state_dict()[name]
+        )
 
 
 def test_an_empty_batch_in_training() -> None:
@@ -125,7 +134,9 @@ def test_an_empty_batch_in_training() -> None:
     found = []
     for model in twins():
         model.train()(images(0, 40)).sum().backward()
-        found.append({**buffers(model), **{f"gradient of {n}": p.grad for n, p in model.named_parameters()}})
+        found.append(
+            {**buffers(model), **{f"gradient of {n}": p.grad for n, p in model.named_parameters()}}
+        )
     assert_same(*found)
 
 
@@ -158,7 +169,13 @@ def test_checkpointing_updates_statistics_once(reentrant) -> None:
         answer = run(x)
         before = buffers(model)
         answer.square().sum().backward()
-        found.append({"answer": answer.detach(), **{n: p.grad for n, p in model.named_parameters()}, **buffers(model)})
+        found.append(
+            {
+                "answer": answer.detach(),
+                **{n: p.grad for n, p in model.named_parameters()},
+                **buffers(model),
+            }
+        )
         assert_same(before, buffers(model))
     assert_same(*found)
     assert found[1]["layer3.0.bn2.num_batches_tracked"] == 1
@@ -172,7 +189,12 @@ def test_gradient_penalty() -> None:
             x = images(3, 40, torch.float64).requires_grad_()
             (dx,) = torch.autograd.grad(model.train(mode)(x).square().sum(), x, create_graph=True)
             dx.view(3, -1).norm(dim=1).sum().backward()
-            found.append({"x": x.grad, **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}})
+            found.append(
+                {
+                    "x": x.grad,
+                    **{n: p.grad for n, p in model.named_parameters() if p.grad is not None},
+                }
+            )
         assert_same(*found, tolerance=1e-7)
 
 
@@ -182,13 +204,17 @@ def test_gradients_can_be_flattened() -> None:
     for mode in (True, False):
         x = images(2, 40).requires_grad_()
         found = torch.autograd.grad(model.train(mode)(x).sum(), [x, *model.parameters()])
-        assert sum(g.view(-1).numel() for g in found) == x.numel() + sum(p.numel() for p in model.parameters())
+        assert sum(g.view(-1).numel() for g in found) == x.numel() + sum(
+            p.numel() for p in model.parameters()
+        )
 
 
 def test_jacobian_vectorised() -> None:
     ours, theirs = map(wide, twins(num_classes=3))
     x = images(1, 40, torch.float64)
-    torch.testing.assert_close(*(torch.autograd.functional.jacobian(m, x, vectorize=True) for m in (ours, theirs)))
+    torch.testing.assert_close(
+        *(torch.autograd.functional.jacobian(m, x, vectorize=True) for m in (ours, theirs))
+    )
 
 
 # ---------------------------------------------------------------- around the model
@@ -200,7 +226,13 @@ def test_cpu_autocast_trains_as_eager() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             loss = F.cross_entropy(model.train()(images(3, 40)), LABELS)
         loss.backward()
-        found.append({"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters()}, **buffers(model)})
+        found.append(
+            {
+                "loss": loss.detach(),
+                **{n: p.grad for n, p in model.named_parameters()},
+                **buffers(model),
+            }
+        )
     assert_same(*found, tolerance=0.0)
 
 
@@ -211,7 +243,9 @@ def test_ema_and_update_bn() -> None:
         optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
         for step in range(2):
             optimiser.zero_grad()
-            F.cross_entropy(model.train()(images(3, 40, torch.float64, seed=step)), LABELS).backward()
+            F.cross_entropy(
+                model.train()(images(3, 40, torch.float64, seed=step)), LABELS
+            ).backward()
             optimiser.step()
             ema.update_parameters(model)
             with torch.no_grad():
@@ -237,7 +271,10 @@ def test_threads_train_apart() -> None:
     found: list[dict] = []
     copies = [copy.deepcopy(model) for _ in range(3)]
     workers = [
-        threading.Thread(target=lambda m=m: found.append(gradients(m, images(3, 40, torch.float64)))) for m in copies
+        threading.Thread(
+            target=lambda m=m: found.append(gradients(m, images(3, 40, torch.float64)))
+        )
+        for m in copies
     ]
     for worker in workers:
         worker.start()

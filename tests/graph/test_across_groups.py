@@ -53,7 +53,9 @@ STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 @pytest.fixture(scope="module")
 def model():
     """Small and with every kind: bottlenecks with and without projection, the stem, the head."""
-    return ready(resnet_fast.ResNet(resnet_fast.Bottleneck, [2, 1, 1, 2], width_per_group=16, num_classes=12))
+    return ready(
+        resnet_fast.ResNet(resnet_fast.Bottleneck, [2, 1, 1, 2], width_per_group=16, num_classes=12)
+    )
 
 
 # ---------------------------------------------------------------- finding
@@ -66,7 +68,9 @@ def test_groups_of_real_networks(name) -> None:
     net, x = ready(make()), images(h=32, w=32)
     plain = plan(net, x)
     for kind in ACROSS:
-        assert count(plain.variant((kind,))) == ({kind: expected[kind]} if kind in expected else {}), kind
+        assert count(plain.variant((kind,))) == (
+            {kind: expected[kind]} if kind in expected else {}
+        ), kind
     run = plain.variant(ACROSS)
     assert sum(count(run).values()) and groups(plain) == []
     judge(run(x), net, x)
@@ -76,8 +80,12 @@ def test_groups_of_real_networks(name) -> None:
 def test_members_stand_for_every_step_once(model) -> None:
     plain = plan(model, images())
     run = plain.variant(ACROSS)
-    members = [m for s in run._engine.lowered.steps for m in (s.members if isinstance(s, Group) else (s,))]
-    assert sorted(m.output for m in members) == sorted(s.output for s in plain._engine.lowered.steps)
+    members = [
+        m for s in run._engine.lowered.steps for m in (s.members if isinstance(s, Group) else (s,))
+    ]
+    assert sorted(m.output for m in members) == sorted(
+        s.output for s in plain._engine.lowered.steps
+    )
     # layer1.0 (projected) and layer4.0's last block; strided blocks keep their pair
     assert count(run) == {"pointwise_pair": 3, "conv_tail": 2, "conv_pool": 1, "pointwise_pool": 1}
     tail = next(s for s in groups(run) if s.op == "conv_tail")
@@ -115,7 +123,9 @@ class Net(nn.Module):
         super().__init__()
 
         def conv(i, o, r, s=1, g=1):
-            return nn.Sequential(nn.Conv2d(i, o, r, s, r // 2, groups=g, bias=False), nn.BatchNorm2d(o))
+            return nn.Sequential(
+                nn.Conv2d(i, o, r, s, r // 2, groups=g, bias=False), nn.BatchNorm2d(o)
+            )
 
         self.stem, self.two, self.three, self.next = (
             conv(3, 8, 3),
@@ -170,7 +180,9 @@ def test_formed_only_where_nobody_can_tell(how, expected) -> None:
     """
     net, x = ready(Net(**how)), images(h=16, w=16)
     plain = plan(net, x)
-    assert {kind: n for kind in ACROSS for n in [count(plain.variant((kind,))).get(kind)] if n} == expected
+    assert {
+        kind: n for kind in ACROSS for n in [count(plain.variant((kind,))).get(kind)] if n
+    } == expected
     with torch.no_grad():
         wanted = net(x)
     run = plain.variant(ACROSS)
@@ -234,7 +246,9 @@ def test_an_inner_value_that_broadcasts_keeps_its_shape(monkeypatch) -> None:
 
     net, x = ready(Squeezed()), images(h=16, w=16)
     asked: list = []
-    monkeypatch.setattr(bind, "choose", lambda problem, **how: (asked.append(problem), choose(problem, **how))[1])
+    monkeypatch.setattr(
+        bind, "choose", lambda problem, **how: (asked.append(problem), choose(problem, **how))[1]
+    )
     run = plan(net, x, across=("conv_tail",))
     with torch.no_grad():
         for got, want in zip(run(x), net(x), strict=True):
@@ -248,8 +262,12 @@ def test_an_inner_value_that_broadcasts_keeps_its_shape(monkeypatch) -> None:
 def test_unknown_kinds_and_absent_groups_are_said(model) -> None:
     with pytest.raises(ValueError, match="across: got 'tails', expected some of 'pointwise_pair'"):
         plan(model, images(), across=("tails",))
-    basic = plan(ready(resnet_fast.resnet18()), images(h=32, w=32), across=["conv_tail", "conv_pool"])
-    assert basic.notes == ["across: this network has no conv_tail"] and "this network has no conv_tail" in str(basic)
+    basic = plan(
+        ready(resnet_fast.resnet18()), images(h=32, w=32), across=["conv_tail", "conv_pool"]
+    )
+    assert basic.notes == [
+        "across: this network has no conv_tail"
+    ] and "this network has no conv_tail" in str(basic)
 
 
 @pytest.mark.parametrize("forced", [False, True])
@@ -259,8 +277,13 @@ def test_bytes_are_normalised_inside_the_stem(model, forced) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         plain = plan(model, pixels, normalize=STATS, dtype=dtype, softmax=True, topk=3)
         with use(*["aten.conv_pool"] if forced else []):
-            run = plan(model, pixels, normalize=STATS, dtype=dtype, softmax=True, topk=3, across=ACROSS)
-            assert run._engine.prepared(pixels).dtype == torch.uint8 and plain._engine.prepared(pixels).dtype == dtype
+            run = plan(
+                model, pixels, normalize=STATS, dtype=dtype, softmax=True, topk=3, across=ACROSS
+            )
+            assert (
+                run._engine.prepared(pixels).dtype == torch.uint8
+                and plain._engine.prepared(pixels).dtype == dtype
+            )
             (p, c), (q, d) = run(pixels), plain(pixels)
         assert torch.equal(c, d)
         torch.testing.assert_close(p, q, rtol=0 if not forced else 2e-2, atol=0)
@@ -274,7 +297,10 @@ def test_the_input_read_twice_is_normalised_outside() -> None:
             self.conv, self.bn = nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8)
 
         def forward(self, x):
-            return nn.functional.max_pool2d(torch.relu(self.bn(self.conv(x))), 3, 2, 1).mean() + x.mean()
+            return (
+                nn.functional.max_pool2d(torch.relu(self.bn(self.conv(x))), 3, 2, 1).mean()
+                + x.mean()
+            )
 
     pixels = torch.randint(0, 256, (1, 32, 32, 3), dtype=torch.uint8)
     net = ready(Twice())
@@ -289,7 +315,11 @@ def test_saved_loaded_moved_refreshed(model, tmp_path) -> None:
     wanted = run(pixels)
     run.save(tmp_path / "net")
     loaded = load_plan(tmp_path / "net")
-    assert loaded.across == run.across and count(loaded) == count(run) and torch.equal(loaded(pixels), wanted)
+    assert (
+        loaded.across == run.across
+        and count(loaded) == count(run)
+        and torch.equal(loaded(pixels), wanted)
+    )
     assert count(run.to("cpu")) == count(loaded) and torch.equal(run(pixels), wanted)
     with torch.no_grad():
         model.conv1.weight.mul_(1.5)
@@ -319,9 +349,13 @@ def test_weights_are_shared_and_pieces_and_memory_are_as_without(model, monkeypa
         and run.weight_bytes == plain.weight_bytes
     )
     assert run._engine.cuts_batches and run._engine.programs.keys() == plain._engine.programs.keys()
-    assert all(run._engine.programs[k].largest == p.largest for k, p in plain._engine.programs.items())
+    assert all(
+        run._engine.programs[k].largest == p.largest for k, p in plain._engine.programs.items()
+    )
     assert torch.equal(run(x), plain(x))
-    basic = plan(ready(resnet_fast.resnet18()), x)  # whose largest value is the stem's, inside a group
+    basic = plan(
+        ready(resnet_fast.resnet18()), x
+    )  # whose largest value is the stem's, inside a group
     basic_run = basic.variant(ACROSS)
     basic_run(x)
     assert [p.largest for p in basic_run._engine.programs.values()] == [
@@ -335,7 +369,9 @@ def test_values_die_in_time(model) -> None:
     x = images()
     run = plan(model, x, across=ACROSS)
     (step, _, dead), *_ = [
-        call for call in run._engine.last_built._calls if isinstance(call[0], Group) and call[0].op == "conv_tail"
+        call
+        for call in run._engine.last_built._calls
+        if isinstance(call[0], Group) and call[0].op == "conv_tail"
     ]
     assert {v.name for v in step.args} <= dead
     first = run(x)
@@ -348,13 +384,17 @@ def test_a_bound_group_holds_weights_and_no_activations(model) -> None:
     weights = {id(f.weight) for f in run._engine.lowered.filters.values()}
     for step, call, _ in run._engine.last_built._calls:
         if isinstance(step, Group):
-            tuples = [cell.cell_contents for cell in call.__closure__ if isinstance(cell.cell_contents, tuple)]
+            tuples = [
+                cell.cell_contents
+                for cell in call.__closure__
+                if isinstance(cell.cell_contents, tuple)
+            ]
             held = [t for found in tuples for t in found if isinstance(t, torch.Tensor)]
             assert held and all(id(t) in weights for t in held if t.dim() == 4), step.op
     single = plan(model, images(), across=ACROSS)
-    assert [call.values for step, call, _ in single._engine.last_built._calls if isinstance(step, Group)] == [{}] * len(
-        groups(single)
-    )
+    assert [
+        call.values for step, call, _ in single._engine.last_built._calls if isinstance(step, Group)
+    ] == [{}] * len(groups(single))
 
 
 def test_compare_aligns_by_the_values_that_both_make(model) -> None:
@@ -364,8 +404,15 @@ def test_compare_aligns_by_the_values_that_both_make(model) -> None:
     by_value = {r.value: r for r in rows}
     tail = next(s for s in groups(run) if s.op == "conv_tail")
     y, z = by_value[tail.output], by_value[tail.also[0]]
-    assert (y.steps, z.steps) == (1, 0) and y.other_steps == 9 and z.other_steps == 3 and z.ms == 0 < z.other_ms
-    assert sum(r.steps for r in rows) == len(run.steps) and sum(r.other_steps for r in rows) == len(plain.steps)
+    assert (
+        (y.steps, z.steps) == (1, 0)
+        and y.other_steps == 9
+        and z.other_steps == 3
+        and z.ms == 0 < z.other_ms
+    )
+    assert sum(r.steps for r in rows) == len(run.steps) and sum(r.other_steps for r in rows) == len(
+        plain.steps
+    )
     assert not any(r.broken for r in rows) and all(r.distance < 1e-5 for r in rows)
 
 
@@ -376,8 +423,12 @@ def test_it_prints_and_explains(model, monkeypatch) -> None:
     assert "conv_tail with downsample.0, conv3, layer1.1.conv1 relu" in text
     assert "aten (oneDNN)" in text or "cpu." in text  # which of them depends on the processor
     line = next(x for x in run.explain(images()) if x.op == "pointwise_pair")
-    assert line.module == "layer2.0.conv3" and line.why == "one by one: default" and line.problem.chain
-    assert [s.op for s in run.steps] == [s.op for s in plan(model, images(), across=ACROSS).variant(ACROSS).steps]
+    assert (
+        line.module == "layer2.0.conv3" and line.why == "one by one: default" and line.problem.chain
+    )
+    assert [s.op for s in run.steps] == [
+        s.op for s in plan(model, images(), across=ACROSS).variant(ACROSS).steps
+    ]
 
 
 def test_fusion_is_pure(model) -> None:

@@ -300,7 +300,9 @@ class Refused:
             return self.bn(self.conv(x))
 
     def checkpointed(self, x):
-        return torch.utils.checkpoint.checkpoint(lambda x: self.bn(self.conv(x)), x, use_reentrant=False)
+        return torch.utils.checkpoint.checkpoint(
+            lambda x: self.bn(self.conv(x)), x, use_reentrant=False
+        )
 
     def counts(self, x):
         self.calls = getattr(self, "calls", 0) + 1
@@ -336,7 +338,9 @@ def test_a_child_that_cannot_be_looked_into_stays_one_call() -> None:
     m = net(lambda self, x: self.relu(self.bn(self.conv(self.odd(x)))))
     m.odd = Odd()
     found = schedule(m, layers, training=False)
-    assert [s.target for s in found.steps] == ["odd", "conv"] and "decides by" in found.opaque["odd"]
+    assert [s.target for s in found.steps] == ["odd", "conv"] and "decides by" in found.opaque[
+        "odd"
+    ]
     assert_like_eager(m)
 
 
@@ -349,13 +353,18 @@ def test_tracing_fires_no_hook_and_moves_nothing() -> None:
     before = copy.deepcopy(m.state_dict())
     trace(m, layers, True)
     assert not fired and m.training
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), m.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before.values(), m.state_dict().values(), strict=True)
+    )
 
 
 def test_outputs_are_what_the_modules_returned() -> None:
     m = net(lambda self, x: self.conv2(self.relu(self.bn(self.conv(x)))))
     found = schedule(m, layers, training=False, outputs=["bn", "relu"])
-    assert [s.target for s in found.steps] == ["conv", "relu"] and set(found.output) == {"bn", "relu"}
+    assert [s.target for s in found.steps] == ["conv", "relu"] and set(found.output) == {
+        "bn",
+        "relu",
+    }
     with pytest.raises(Untraceable, match="calls no module 'head'"):
         schedule(m, layers, outputs=["head"])
 

@@ -61,15 +61,27 @@ def eager_add(x, y, gate=None, *, act="relu") -> Tensor:
     return torch.relu(z) if act == "relu" else z
 
 
-def vectors(k: int, dtype: torch.dtype = torch.float64, scales=(0.0, -0.7, 1e-3, 1.3)) -> tuple[Tensor, ...]:
+def vectors(
+    k: int, dtype: torch.dtype = torch.float64, scales=(0.0, -0.7, 1e-3, 1.3)
+) -> tuple[Tensor, ...]:
     """scale (zero, negative and tiny among them), shift, mean, var."""
     scale = torch.tensor([scales[i % len(scales)] for i in range(k)], dtype=dtype)
-    return scale, torch.randn(k, dtype=dtype) + 0.1, torch.randn(k, dtype=dtype), torch.rand(k, dtype=dtype) + 0.3
+    return (
+        scale,
+        torch.randn(k, dtype=dtype) + 0.1,
+        torch.randn(k, dtype=dtype),
+        torch.rand(k, dtype=dtype) + 0.3,
+    )
 
 
-def conv_case(dtype=torch.float64, four=True, residual=True, groups=2, stride=2, size=(4, 3)) -> tuple[tuple, dict]:
+def conv_case(
+    dtype=torch.float64, four=True, residual=True, groups=2, stride=2, size=(4, 3)
+) -> tuple[tuple, dict]:
     """Tensors (x, weight, scale, shift, residual, mean, var) and keywords of one small convolution."""
-    x, weight = torch.randn(2, 2, *size, dtype=dtype), torch.randn(4, 2 // groups, 3, 3, dtype=dtype)
+    x, weight = (
+        torch.randn(2, 2, *size, dtype=dtype),
+        torch.randn(4, 2 // groups, 3, 3, dtype=dtype),
+    )
     scale, shift, mean, var = vectors(4, torch.promote_types(dtype, torch.float32))
     geometry = {"stride": stride, "padding": 1, "groups": groups}
     res = torch.randn_like(F.conv2d(x, weight, None, **geometry)) if residual else None
@@ -88,7 +100,9 @@ def off_the_kink(residual: Tensor, z: Tensor) -> Tensor:
 
 
 def leaves(tensors: tuple) -> tuple:
-    return tuple(t.detach().clone().requires_grad_() if isinstance(t, Tensor) else t for t in tensors)
+    return tuple(
+        t.detach().clone().requires_grad_() if isinstance(t, Tensor) else t for t in tensors
+    )
 
 
 def given_only(tensors: tuple) -> list[Tensor]:
@@ -103,16 +117,36 @@ def pairs(dtype=torch.float64):
         def conv(op, tensors=tensors, keywords=keywords):
             def run(*live):
                 it = iter(live)
-                return call_conv(op, tuple(None if t is None else next(it) for t in tensors), "relu", **keywords)
+                return call_conv(
+                    op, tuple(None if t is None else next(it) for t in tensors), "relu", **keywords
+                )
 
             return run
 
-        yield f"conv-{four}-{residual}", conv(ops.conv_bn_act), conv(eager_affine), given_only(tensors)
-    x, (scale, shift, *_) = torch.randn(3, 4, 3, 2, dtype=dtype), vectors(4, torch.promote_types(dtype, torch.float32))
+        yield (
+            f"conv-{four}-{residual}",
+            conv(ops.conv_bn_act),
+            conv(eager_affine),
+            given_only(tensors),
+        )
+    x, (scale, shift, *_) = (
+        torch.randn(3, 4, 3, 2, dtype=dtype),
+        vectors(4, torch.promote_types(dtype, torch.float32)),
+    )
     yield "bn", lambda *a: ops.bn_act(*a)[0], eager_bn, [x, scale, shift]
-    yield "bn-residual", lambda *a: ops.bn_act(*a)[0], eager_bn, [x, scale, shift, torch.randn_like(x)]
+    yield (
+        "bn-residual",
+        lambda *a: ops.bn_act(*a)[0],
+        eager_bn,
+        [x, scale, shift, torch.randn_like(x)],
+    )
     yield "add", ops.add_act, eager_add, [x, torch.randn_like(x)]
-    yield "add-gate", ops.add_act, eager_add, [x, torch.randn_like(x), torch.rand(3, 4, 1, 1, dtype=dtype)]
+    yield (
+        "add-gate",
+        ops.add_act,
+        eager_add,
+        [x, torch.randn_like(x), torch.rand(3, 4, 1, 1, dtype=dtype)],
+    )
 
 
 def layouts(t: Tensor) -> dict[str, Tensor]:

@@ -114,7 +114,9 @@ def add_hopper(run: Run) -> None:
     add_row(run, "environment", "machine", "here", capability=[9, 0])
 
 
-def a_stage(name: str, took: list, least: float, most: float, optional: bool = False, says: str = "") -> Stage:
+def a_stage(
+    name: str, took: list, least: float, most: float, optional: bool = False, says: str = ""
+) -> Stage:
     """A stage that takes no time and appends its name and the seconds it was given to ``took``."""
 
     def work(run: Run, deadline: float) -> str | None:

@@ -61,12 +61,16 @@ class Pretended(Device):
 
     def capture(self, runs):
         graphs = {id: Replay(run) for id, run in runs.items() if id not in self.uncapturable}
-        reasons = dict.fromkeys(runs.keys() - graphs.keys(), "operation not permitted when stream is capturing")
+        reasons = dict.fromkeys(
+            runs.keys() - graphs.keys(), "operation not permitted when stream is capturing"
+        )
         return graphs, reasons
 
     def settle(self):
         if self.lost:
-            raise DeviceLost("the GPU stopped answering in this process: an illegal memory access was encountered")
+            raise DeviceLost(
+                "the GPU stopped answering in this process: an illegal memory access was encountered"
+            )
 
 
 # ---------------------------------------------------------------- kernels of add_act

@@ -58,7 +58,9 @@ def build(into: Path, csrc: Path = ROOT / "csrc") -> Path:
 
     def compile_one(source: Path) -> Path:
         target = into / f"{source.stem}.o"
-        subprocess.run([compiler(), *FLAGS, f"-I{csrc}", "-x", "c++", "-c", source, "-o", target], check=True)
+        subprocess.run(
+            [compiler(), *FLAGS, f"-I{csrc}", "-x", "c++", "-c", source, "-o", target], check=True
+        )
         return target
 
     with ThreadPoolExecutor(2) as pool:
@@ -94,7 +96,12 @@ class HostGpu:
         self.settings()
 
     def settings(
-        self, seed: int = 1, processors: int = 132, late_copies: bool = True, first_block: int = 0, slack: int = 0
+        self,
+        seed: int = 1,
+        processors: int = 132,
+        late_copies: bool = True,
+        first_block: int = 0,
+        slack: int = 0,
     ) -> None:
         self.lib.host_settings(seed, processors, int(late_copies), first_block)
         self._slack = slack
@@ -102,7 +109,11 @@ class HostGpu:
     # ------------------------------------------------------------ memory
 
     def _allocate(
-        self, shape: tuple[int, ...], dtype: torch.dtype, strides: tuple[int, ...] | None = None, poison: bool = True
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        strides: tuple[int, ...] | None = None,
+        poison: bool = True,
     ) -> Tensor:
         """Dense memory before an unreadable page, NaN (or zeros) inside; NHWC for four dimensions by default."""
         count = torch.Size(shape).numel()
@@ -113,7 +124,9 @@ class HostGpu:
         self._memory.append((address, size))
         flat = torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=dtype)
         if strides is None and len(shape) == 4:
-            strides = torch.empty(shape, device="meta").to(memory_format=torch.channels_last).stride()
+            strides = (
+                torch.empty(shape, device="meta").to(memory_format=torch.channels_last).stride()
+            )
         return flat.as_strided(shape, strides or torch.empty(shape, device="meta").stride())
 
     def _put(self, t: Tensor | None, strides: tuple[int, ...] | None = None) -> Tensor | None:
@@ -176,7 +189,9 @@ class HostGpu:
     ) -> Tensor:
         out_h, out_w = (
             (i + 2 * p - d * (f - 1) - 1) // t + 1
-            for i, p, d, f, t in zip(x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True)
+            for i, p, d, f, t in zip(
+                x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True
+            )
         )
         with self._call():
             out = self._allocate((x.shape[0], weight.shape[0], out_h, out_w), x.dtype)
@@ -193,11 +208,14 @@ class HostGpu:
             )
             return out.clone()
 
-    def conv_last_image(self, image, images, weight, scale, shift, residual, padding, *, kernel: str) -> Tensor:
+    def conv_last_image(
+        self, image, images, weight, scale, shift, residual, padding, *, kernel: str
+    ) -> Tensor:
         """The last image's output in a batch of ``images``, all zeros but the last, from the block that makes it."""
         with self._call():
             x, last, out = (
-                self._allocate((images, *t.shape[1:]), t.dtype, poison=False) for t in (image, residual, residual)
+                self._allocate((images, *t.shape[1:]), t.dtype, poison=False)
+                for t in (image, residual, residual)
             )
             x[-1], last[-1] = image[0], residual[0]
             self._conv(
@@ -216,7 +234,11 @@ class HostGpu:
     def _conv(self, kernel, x, weight, vectors, eps, residual, geometry, act, out) -> None:
         n, c, h, w = x.shape
         scale, shift, mean, var = map(self._put, vectors)
-        forms = (scale, shift, None, None, None, None) if mean is None else (None, None, scale, shift, mean, var)
+        forms = (
+            (scale, shift, None, None, None, None)
+            if mean is None
+            else (None, None, scale, shift, mean, var)
+        )
         affine = (ctypes.c_void_p * 6)(*(None if v is None else v.data_ptr() for v in forms))
         sizes = (ctypes.c_int64 * 9)(n, h, w, c, weight.shape[0], *weight.shape[2:], *out.shape[2:])
         numbers = (ctypes.c_int * 6)(*itertools.chain(*geometry))
@@ -240,8 +262,18 @@ class HostGpu:
         self, x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1
     ) -> tuple[Tensor, Tensor]:
         with self._call():
-            y, z = (self._allocate((x.shape[0], w.shape[0], *x.shape[2:]), x.dtype) for w in (weight3, weight1))
-            self._tail(*map(self._put, (x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1)), y, z)
+            y, z = (
+                self._allocate((x.shape[0], w.shape[0], *x.shape[2:]), x.dtype)
+                for w in (weight3, weight1)
+            )
+            self._tail(
+                *map(
+                    self._put,
+                    (x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1),
+                ),
+                y,
+                z,
+            )
             return y.clone(), z.clone()
 
     def tail_of_last_image(self, args: tuple, images: int) -> tuple[Tensor, Tensor]:
@@ -249,13 +281,20 @@ class HostGpu:
         with self._call():
             x, residual, y, z = (
                 self._allocate((images, channels, *args[0].shape[2:]), args[0].dtype, poison=False)
-                for channels in (args[0].shape[1], args[5].shape[1], args[3].shape[0], args[7].shape[0])
+                for channels in (
+                    args[0].shape[1],
+                    args[5].shape[1],
+                    args[3].shape[0],
+                    args[7].shape[0],
+                )
             )
             x[-1], residual[-1] = args[0][0], args[5][0]
             self._tail(x, *map(self._put, args[1:5]), residual, *map(self._put, args[6:]), y, z)
             return y[-1:].clone(), z[-1:].clone()
 
-    def _tail(self, x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1, y, z) -> None:
+    def _tail(
+        self, x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1, y, z
+    ) -> None:
         sizes = (ctypes.c_int64 * 8)(
             x.shape[0],
             *x.shape[2:],
@@ -292,7 +331,8 @@ class HostGpu:
         with self._call():
             shape = images, weight.shape[0], *image.shape[2:]
             x, x2, out = (
-                self._allocate((images, *s[1:]), image.dtype, poison=False) for s in (image.shape, image2.shape, shape)
+                self._allocate((images, *s[1:]), image.dtype, poison=False)
+                for s in (image.shape, image2.shape, shape)
             )
             x[-1], x2[-1] = image[0], image2[0]
             self._pair(x, self._put(weight), x2, self._put(weight2), bias, stride2, out)
@@ -301,7 +341,18 @@ class HostGpu:
     def _pair(self, x, weight, x2, weight2, bias, stride2, out) -> None:
         n, c, h, w = x.shape
         sizes = (ctypes.c_int64 * 8)(n, h, w, c, weight.shape[0], *x2.shape[2:], x2.shape[1])
-        self._launch("host_pair", x, weight, x2, weight2, self._put(bias), out, sizes, *stride2, DTYPES[x.dtype])
+        self._launch(
+            "host_pair",
+            x,
+            weight,
+            x2,
+            weight2,
+            self._put(bias),
+            out,
+            sizes,
+            *stride2,
+            DTYPES[x.dtype],
+        )
 
     def bn_act(self, x, weight, bias, residual, eps, act) -> tuple[Tensor, Tensor, Tensor]:
         with self._call():
@@ -317,7 +368,9 @@ class HostGpu:
             )
             return y.clone(), mean.clone(), var.clone()
 
-    def bn_act_backward(self, dy, x, y, weight, mean, var, eps, act, residual) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def bn_act_backward(
+        self, dy, x, y, weight, mean, var, eps, act, residual
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with self._call():
             dx, dresidual = (self._allocate(tuple(x.shape), x.dtype) for _ in range(2))
             dgamma, dbeta = (self._allocate((x.shape[1],), weight.dtype) for _ in range(2))
@@ -330,13 +383,25 @@ class HostGpu:
                 dbeta,
                 *self._bn_rest(x, weight, eps, act),
             )
-            return dx.clone(), dgamma.clone(), dbeta.clone(), dresidual.clone() if residual else x.new_empty(0)
+            return (
+                dx.clone(),
+                dgamma.clone(),
+                dbeta.clone(),
+                dresidual.clone() if residual else x.new_empty(0),
+            )
 
     def _bn_rest(self, x, weight, eps, act) -> tuple:
         """Workspace, sizes, eps, dtypes and activation: the end of both argument lists."""
         sizes = ctypes.c_int64(x.numel() // x.shape[1]), ctypes.c_int64(x.shape[1])
         workspace = self._allocate((self.lib.host_bn_workspace(*sizes),), torch.float32)
-        return workspace, *sizes, float(eps), DTYPES[x.dtype], DTYPES[weight.dtype], int(act == "relu")
+        return (
+            workspace,
+            *sizes,
+            float(eps),
+            DTYPES[x.dtype],
+            DTYPES[weight.dtype],
+            int(act == "relu"),
+        )
 
     def add_act(self, x, y, gate, act) -> Tensor:
         rest = DTYPES[x.dtype], int(act == "relu")
@@ -354,10 +419,20 @@ class HostGpu:
         with self._call():
             dy, dx = (self._allocate(tuple(dout.shape), dout.dtype) for _ in range(2))
             if gate is None:
-                self._launch("host_add", 1, self._put(dout), self._put(out), dy, ctypes.c_int64(dout.numel()), *rest)
+                self._launch(
+                    "host_add",
+                    1,
+                    self._put(dout),
+                    self._put(out),
+                    dy,
+                    ctypes.c_int64(dout.numel()),
+                    *rest,
+                )
                 return dy.clone(), dout.new_empty(0), dout.new_empty(0)
             dgate = self._allocate(tuple(gate.shape), gate.dtype)
-            partial = self._allocate((self.lib.host_gate_workspace(*_images(dout), rest[0]),), torch.float32)
+            partial = self._allocate(
+                (self.lib.host_gate_workspace(*_images(dout), rest[0]),), torch.float32
+            )
             self._launch(
                 "host_gate_backward",
                 *map(self._put, (dout, out, x, gate)),

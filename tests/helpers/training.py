@@ -33,8 +33,14 @@ STATISTICS = {
     "cumulative": lambda bn: setattr(bn, "momentum", None),
     "tracking switched off": lambda bn: setattr(bn, "track_running_stats", False),
     "no counter": lambda bn: setattr(bn, "num_batches_tracked", None),
-    "no counter, cumulative": lambda bn: (setattr(bn, "num_batches_tracked", None), setattr(bn, "momentum", None)),
-    "no statistics": lambda bn: (setattr(bn, "running_mean", None), setattr(bn, "running_var", None)),
+    "no counter, cumulative": lambda bn: (
+        setattr(bn, "num_batches_tracked", None),
+        setattr(bn, "momentum", None),
+    ),
+    "no statistics": lambda bn: (
+        setattr(bn, "running_mean", None),
+        setattr(bn, "running_var", None),
+    ),
     "reset": lambda bn: bn.reset_running_stats(),
     "large eps": lambda bn: setattr(bn, "eps", 0.5),
 }

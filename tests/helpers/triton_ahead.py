@@ -19,7 +19,9 @@ __all__ = ["TENSOR", "Cubin", "ahead", "assert_nothing_spilled", "cubins"]
 TENSOR = {(8, 0): "HMMA", (8, 9): "HMMA", (9, 0): "HGMMA", (10, 0): "UTCHMMA", (12, 0): "HMMA"}
 ahead = pytest.mark.skipif(
     INTERPRETED or not triton.knobs.nvidia.cuobjdump,
-    reason="nothing is compiled under TRITON_INTERPRET=1" if INTERPRETED else "this Triton wheel brings no cuobjdump",
+    reason="nothing is compiled under TRITON_INTERPRET=1"
+    if INTERPRETED
+    else "this Triton wheel brings no cuobjdump",
 )
 
 
@@ -42,4 +44,7 @@ def assert_nothing_spilled(cubin: Cubin, kept: int = 0) -> None:
         return
     message = f"{cubin.name} spills {cubin.stack} bytes under Triton {triton.__version__}"
     assert not triton.__version__.startswith(VERSIONS_WITHOUT_SPILLS), message
-    warnings.warn(f"{message}; the tiles were chosen with {' and '.join(VERSIONS_WITHOUT_SPILLS)}", stacklevel=2)
+    warnings.warn(
+        f"{message}; the tiles were chosen with {' and '.join(VERSIONS_WITHOUT_SPILLS)}",
+        stacklevel=2,
+    )

@@ -13,7 +13,16 @@ def gemm(problem: Problem) -> Gemm:
     oh, ow = problem.out_hw
     k, _, r, s = problem.weight
     residual = problem.residual is not None
-    return Gemm(n * oh * ow, k, c, r * s, problem.groups, problem.dtype.itemsize, residual, problem.capability)
+    return Gemm(
+        n * oh * ow,
+        k,
+        c,
+        r * s,
+        problem.groups,
+        problem.dtype.itemsize,
+        residual,
+        problem.capability,
+    )
 
 
 def stem_of(problem: Problem) -> Stem:

@@ -36,7 +36,12 @@ def twins(name: str = "small", num_classes: int = 10, **kwargs) -> tuple[nn.Modu
     for module in (resnet_fast, torchvision.models.resnet):
         if name == "small":
             pair.append(
-                module.ResNet(module.Bottleneck, [1, 2, 1, 1], num_classes, **{"width_per_group": 16, **kwargs})
+                module.ResNet(
+                    module.Bottleneck,
+                    [1, 2, 1, 1],
+                    num_classes,
+                    **{"width_per_group": 16, **kwargs},
+                )
             )
         else:
             pair.append(getattr(module, name)(num_classes=num_classes, **kwargs))
@@ -45,7 +50,9 @@ def twins(name: str = "small", num_classes: int = 10, **kwargs) -> tuple[nn.Modu
     return pair[0].eval(), pair[1].eval()
 
 
-def images(n: int = 2, size: int | tuple[int, int] = 32, dtype: torch.dtype = torch.float32, seed: int = 2) -> Tensor:
+def images(
+    n: int = 2, size: int | tuple[int, int] = 32, dtype: torch.dtype = torch.float32, seed: int = 2
+) -> Tensor:
     size = (size, size) if isinstance(size, int) else size
     return torch.randn(n, 3, *size, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -106,4 +113,6 @@ def assert_train_alike(ours: nn.Module, theirs: nn.Module, x: Tensor) -> None:
         if name == "answer" or name.startswith("buffer") and value.is_floating_point():
             assert_rule(value, bar[name], exact[name], what=name)
         else:
-            assert value.stride() in (exact[name].stride(), own.get(name)) and same_nonfinite(value, bar[name]), name
+            assert value.stride() in (exact[name].stride(), own.get(name)) and same_nonfinite(
+                value, bar[name]
+            ), name

@@ -85,5 +85,7 @@ def test_bytes_beside_a_place_do_not_matter(pairs, threads) -> None:
     ],
 )
 def test_another_table_is_refused(table) -> None:
-    with pytest.raises(RuntimeError, match="^same_bytes: got places of dtype .*, expected Long .N, 3. on the CPU"):
+    with pytest.raises(
+        RuntimeError, match="^same_bytes: got places of dtype .*, expected Long .N, 3. on the CPU"
+    ):
         torch.ops.resnet_fast_cpu.same_bytes(table)

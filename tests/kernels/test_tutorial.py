@@ -31,10 +31,24 @@ def count():
 
 
 def test_every_step_is_right() -> None:
-    command = [sys.executable, "-m", "resnet_fast", "check", "--dtype", "float32", "--dtype", "bfloat16", "--kernel"]
+    command = [
+        sys.executable,
+        "-m",
+        "resnet_fast",
+        "check",
+        "--dtype",
+        "float32",
+        "--dtype",
+        "bfloat16",
+        "--kernel",
+    ]
     command += map(str, STEPS)
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and "88 checks on cpu, 0 wrong" in done.stdout, done.stdout + done.stderr
+    done = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "88 checks on cpu, 0 wrong" in done.stdout, (
+        done.stdout + done.stderr
+    )
 
 
 def test_counts_on_the_page_are_up_to_date(count) -> None:

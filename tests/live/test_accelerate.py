@@ -55,7 +55,8 @@ NETWORKS = {
     "frozen": lambda: small(norm_layer=FrozenBatchNorm2d),
     "vgg with biases": lambda: (
         torchvision.models.vgg.VGG(
-            torchvision.models.vgg.make_layers([8, "M", 16, "M", 16, 16, "M"], batch_norm=True), num_classes=10
+            torchvision.models.vgg.make_layers([8, "M", 16, "M", 16, 16, "M"], batch_norm=True),
+            num_classes=10,
         ).features
     ),
     "mobilenet_v3": lambda: torchvision.models.mobilenet_v3_small(num_classes=10),
@@ -93,15 +94,25 @@ def build(name: str) -> nn.Module:
 @pytest.mark.parametrize("name", [*NETWORKS, *TIMM])
 def test_answers(name: str) -> None:
     ours, theirs = pair(build, name=name)
-    assert fused(ours, images(2, 64)) == sum(count for count, _ in accelerated(ours).fused.values()) > 0
-    for x in (images(2, 64), images(1, (33, 47)), images(2, 32).contiguous(memory_format=torch.channels_last)):
+    assert (
+        fused(ours, images(2, 64))
+        == sum(count for count, _ in accelerated(ours).fused.values())
+        > 0
+    )
+    for x in (
+        images(2, 64),
+        images(1, (33, 47)),
+        images(2, 32).contiguous(memory_format=torch.channels_last),
+    ):
         assert_all_agree(ours, theirs, x)
 
 
 RANDOM = ("mobilenet_v2", "mobilenet_v3", "stochastic depth")
 
 
-@pytest.mark.parametrize("name", [n for n in [*NETWORKS, *TIMM] if n not in (*RANDOM, "a dict of stages")])
+@pytest.mark.parametrize(
+    "name", [n for n in [*NETWORKS, *TIMM] if n not in (*RANDOM, "a dict of stages")]
+)
 def test_training(name: str) -> None:
     ours, theirs = pair(build, name=name)
     if name == "frozen":
@@ -120,16 +131,27 @@ def test_training_with_chance_draws_what_eager_draws(name: str) -> None:
 
 
 def test_nothing_is_left_of_a_resnet() -> None:
-    for name in ("bottleneck", "frozen", "resnext", "squeeze-and-excitation", "stochastic depth", "eca"):
+    for name in (
+        "bottleneck",
+        "frozen",
+        "resnext",
+        "squeeze-and-excitation",
+        "stochastic depth",
+        "eca",
+    ):
         report = accelerated(accelerate(build(name), strict=True))
-        convs = sum(isinstance(m, nn.BatchNorm2d | FrozenBatchNorm2d) for m in build(name).modules())
+        convs = sum(
+            isinstance(m, nn.BatchNorm2d | FrozenBatchNorm2d) for m in build(name).modules()
+        )
         gates = 5 if name in ("squeeze-and-excitation", "eca") else 0
         assert not report.left and not report.left_training and report.nhwc == ("(model)",)
         assert [sum(c) for c in zip(*report.fused.values(), strict=True)][0] == convs + gates
 
 
 def test_a_feature_pyramid() -> None:
-    ours, theirs = pair(lambda: shake(resnet_fpn_backbone(backbone_name="resnet18", weights=None)).eval())
+    ours, theirs = pair(
+        lambda: shake(resnet_fpn_backbone(backbone_name="resnet18", weights=None)).eval()
+    )
     assert_all_agree(ours, theirs, images(2, 64))
     assert len(accelerated(ours).fused) == 9
 
@@ -208,7 +230,9 @@ def test_strict_changes_nothing_when_it_raises() -> None:
     ids=["accelerate", "restore", "accelerated", "explain"],
 )
 def test_what_is_no_module_is_refused(call, request) -> None:
-    with pytest.raises(ValueError, match=f"{request.node.callspec.id}: model: got int, expected an nn.Module"):
+    with pytest.raises(
+        ValueError, match=f"{request.node.callspec.id}: model: got int, expected an nn.Module"
+    ):
         call(3)
 
 
@@ -221,7 +245,10 @@ def test_our_own_models_fuse_by_themselves() -> None:
 
 @pytest.mark.parametrize(
     "build",
-    [lambda: torchvision.models.squeezenet1_1(num_classes=10), lambda: small(norm_layer=lambda c: nn.GroupNorm(4, c))],
+    [
+        lambda: torchvision.models.squeezenet1_1(num_classes=10),
+        lambda: small(norm_layer=lambda c: nn.GroupNorm(4, c)),
+    ],
     ids=["no norm", "group norm"],
 )
 def test_a_model_that_it_cannot_help_keeps_its_answers_to_the_bit(build) -> None:
@@ -304,7 +331,9 @@ def test_hooks_see_torchs_values_and_strides() -> None:
     seen: dict[nn.Module, list[Tensor]] = {ours: [], theirs: []}
     for m in (ours, theirs):
         for name in ("layer1", "layer2.0", "avgpool", "fc", ""):
-            m.get_submodule(name).register_forward_hook(lambda module, args, out, m=m: seen[m].extend((args[0], out)))
+            m.get_submodule(name).register_forward_hook(
+                lambda module, args, out, m=m: seen[m].extend((args[0], out))
+            )
     with torch.no_grad():
         ours(images(2, 64)), theirs(images(2, 64))
     assert len(seen[ours]) == 10
@@ -314,7 +343,8 @@ def test_hooks_see_torchs_values_and_strides() -> None:
 
 
 @pytest.mark.parametrize(
-    "how", ["compile", "export", "jit.trace", "jit.script", "fx", "features", "vmap", "jvp", "signature"]
+    "how",
+    ["compile", "export", "jit.trace", "jit.script", "fx", "features", "vmap", "jvp", "signature"],
 )
 def test_those_who_trace_get_the_plain_modules(how: str) -> None:
     ours, theirs = pair()
@@ -375,7 +405,9 @@ def test_autocast_checkpoint_and_threads() -> None:
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None), name
         if p.grad is not None:
-            torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-3 * q.grad.abs().max().item())
+            torch.testing.assert_close(
+                p.grad, q.grad, rtol=1e-3, atol=1e-3 * q.grad.abs().max().item()
+            )
 
 
 def test_meta_empty_and_bad_input() -> None:

@@ -56,7 +56,9 @@ def swap_in_sequence(m):
 
 
 def patch_class(m):
-    m.layer1[0].__class__ = type("Doubled", (Bottleneck,), {"forward": lambda self, x: 2 * Bottleneck.forward(self, x)})
+    m.layer1[0].__class__ = type(
+        "Doubled", (Bottleneck,), {"forward": lambda self, x: 2 * Bottleneck.forward(self, x)}
+    )
 
 
 def add_hooks(m):
@@ -145,7 +147,12 @@ def test_a_plain_attribute_counts() -> None:
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.bn, self.twice, self.steps = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), False, [1, 2]
+            self.conv, self.bn, self.twice, self.steps = (
+                nn.Conv2d(3, 4, 3),
+                nn.BatchNorm2d(4),
+                False,
+                [1, 2],
+            )
 
         def forward(self, x):
             x = self.bn(self.conv(x))

@@ -35,7 +35,9 @@ def test_a_batch_goes_through_in_pieces(pair, passes, monkeypatch) -> None:
     warm(ours, x=x)
     passes.clear()
     assert_agree(ours, theirs, x)
-    assert [shape[0] for shape in passes] == pieces.pieces(7, 16 * 20 * 20 * 4 * 4) and len(passes) > 1
+    assert [shape[0] for shape in passes] == pieces.pieces(7, 16 * 20 * 20 * 4 * 4) and len(
+        passes
+    ) > 1
 
 
 @each_pair
@@ -110,7 +112,11 @@ class Odd(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.norm0(self.conv0(x)))
         y = torch.relu(self.norm1(self.conv1(x)) + x)
-        first = {"read again": y, "broadcasts": y.mean((2, 3), keepdim=True), "promotes": y.double() / 3}[self.kind]
+        first = {
+            "read again": y,
+            "broadcasts": y.mean((2, 3), keepdim=True),
+            "promotes": y.double() / 3,
+        }[self.kind]
         z = torch.relu(self.norm2(self.conv2(y)) + first).type_as(y)
         z = torch.relu(self.norm3(self.conv3(z)) + z)
         return self.fc(torch.cat([z.mean((2, 3)), y.mean((2, 3))], 1))
@@ -144,9 +150,13 @@ def test_copies_keep_programs_of_their_own(pair, passes) -> None:
 
 @each_pair
 @pytest.mark.parametrize(
-    "move", [nn.Module.double, lambda m: m.to(memory_format=torch.channels_last)], ids=["double", "channels_last"]
+    "move",
+    [nn.Module.double, lambda m: m.to(memory_format=torch.channels_last)],
+    ids=["double", "channels_last"],
 )
-def test_what_was_packed_goes_with_the_weights_though_no_pass_comes_again(pair, move, passes) -> None:
+def test_what_was_packed_goes_with_the_weights_though_no_pass_comes_again(
+    pair, move, passes
+) -> None:
     """As when a network moves to a GPU: 200 MB of a ResNet-50's packs would stay for good."""
     ours, theirs = pair()
     warm(ours)
@@ -192,7 +202,9 @@ def test_an_input_that_does_not_fit_is_refused_in_the_networks_own_words(pair, p
         assert str(kept_error.value) == str(first.value)
     passes.clear()
     warm(ours)
-    assert len([shape for shape in passes if shape == tuple(X.shape)]) == 3, "one bad input must not end it"
+    assert len([shape for shape in passes if shape == tuple(X.shape)]) == 3, (
+        "one bad input must not end it"
+    )
 
 
 @each_pair

@@ -99,27 +99,41 @@ CHANGES = {
     "pre-hook": lambda m: m.layer1.register_forward_pre_hook(lambda m, i: (i[0] * 2,)),
     "forward of a ReLU": _forward,
     "forward of a block": _block_forward,
-    "forward of a pool": lambda m: setattr(m.avgpool, "forward", lambda x: x.amax((2, 3), keepdim=True)),
+    "forward of a pool": lambda m: setattr(
+        m.avgpool, "forward", lambda x: x.amax((2, 3), keepdim=True)
+    ),
     "a ReLU in place of another": lambda m: setattr(m.layer2[0], "relu", nn.LeakyReLU(0.3)),
     "a class": lambda m: setattr(m.layer3[0].relu, "__class__", nn.Tanh),
     "a new last layer": lambda m: setattr(m, "fc", shake(nn.Linear(m.fc.in_features, 5))),
     "the last layer's weight": lambda m: m.fc.weight.data.mul_(2),
     "a new last weight": lambda m: setattr(m.fc, "weight", nn.Parameter(m.fc.weight.detach() * 2)),
     "a last layer without bias": lambda m: setattr(m.fc, "bias", None),
-    "a pool's size": lambda m: setattr(m.maxpool, "kernel_size", 5) or setattr(m.maxpool, "padding", 2),
+    "a pool's size": lambda m: (
+        setattr(m.maxpool, "kernel_size", 5) or setattr(m.maxpool, "padding", 2)
+    ),
     "a block more": lambda m: m.layer2.append(copy.deepcopy(m.layer2[1])),
     "a block less": lambda m: m.layer2.__delitem__(1),
-    "blocks in another order": lambda m: setattr(m, "layer2", nn.Sequential(m.layer2[0], m.layer2[1], m.layer2[1])),
-    "batch statistics": lambda m: [setattr(m.layer1[0].bn1, name, None) for name in ("running_mean", "running_var")],
+    "blocks in another order": lambda m: setattr(
+        m, "layer2", nn.Sequential(m.layer2[0], m.layer2[1], m.layer2[1])
+    ),
+    "batch statistics": lambda m: [
+        setattr(m.layer1[0].bn1, name, None) for name in ("running_mean", "running_var")
+    ],
     "partly in training": _partly_training,
     "float64": lambda m: m.double(),
-    "strides": lambda m: setattr(m.layer1[0].conv2.weight, "data", m.layer1[0].conv2.weight.data.transpose(2, 3)),
+    "strides": lambda m: setattr(
+        m.layer1[0].conv2.weight, "data", m.layer1[0].conv2.weight.data.transpose(2, 3)
+    ),
     "an infinite factor": lambda m: m.layer1[0].bn1.weight.data.__setitem__(0, float("inf")),
-    "an infinite weight": lambda m: m.layer1[0].conv1.weight.data.view(-1).__setitem__(0, float("inf")),
+    "an infinite weight": lambda m: (
+        m.layer1[0].conv1.weight.data.view(-1).__setitem__(0, float("inf"))
+    ),
     "memory given back and taken anew": _anew,
     "half the channels": _narrowed,
     "data elsewhere": _elsewhere,
-    "parameters in another dict": lambda m: _other_dict(m.fc, "_parameters", bias=m.fc.bias.detach() + 1),
+    "parameters in another dict": lambda m: _other_dict(
+        m.fc, "_parameters", bias=m.fc.bias.detach() + 1
+    ),
     "buffers in another dict": lambda m: _other_dict(
         m.layer1[0].bn1, "_buffers", running_mean=m.layer1[0].bn1.running_mean + 1
     ),
@@ -127,8 +141,12 @@ CHANGES = {
     "everything in another dict": lambda m: setattr(
         m.maxpool, "__dict__", {**m.maxpool.__dict__, "kernel_size": 5, "padding": 2}
     ),
-    "the network's children in another dict": lambda m: _other_dict(m, "_modules", maxpool=nn.Identity()),
-    "a bias": lambda m: setattr(m.layer1[0].conv2, "bias", nn.Parameter(torch.ones(m.layer1[0].conv2.out_channels))),
+    "the network's children in another dict": lambda m: _other_dict(
+        m, "_modules", maxpool=nn.Identity()
+    ),
+    "a bias": lambda m: setattr(
+        m.layer1[0].conv2, "bias", nn.Parameter(torch.ones(m.layer1[0].conv2.out_channels))
+    ),
 }
 
 
@@ -166,14 +184,20 @@ def test_another_forward_of_a_class_is_seen(wrap, passes, monkeypatch) -> None:
     ours, theirs = flagged(wrap)
     warm(ours)
     assert passes
-    monkeypatch.setattr(Flagged, "forward", lambda self, x: 3 * torchvision.models.ResNet.forward(self, x))
+    monkeypatch.setattr(
+        Flagged, "forward", lambda self, x: 3 * torchvision.models.ResNet.forward(self, x)
+    )
     for _ in range(4):
         assert_agree(ours, theirs, X)
 
 
 def test_the_order_in_another_dict_is_seen(passes) -> None:
     torch.manual_seed(0)
-    units = [m for channels in (3, 8, 8, 8) for m in (nn.Conv2d(channels, 8, 3, bias=False), nn.BatchNorm2d(8))]
+    units = [
+        m
+        for channels in (3, 8, 8, 8)
+        for m in (nn.Conv2d(channels, 8, 3, bias=False), nn.BatchNorm2d(8))
+    ]
     theirs = nn.Sequential(nn.ReLU(), *units, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Tanh())
     ours = resnet_fast.accelerate(copy.deepcopy(shake(theirs).eval()))
     warm(ours)

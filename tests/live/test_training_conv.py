@@ -14,11 +14,15 @@ from resnet_fast.kernels import cpu_library
 from resnet_fast.live import training_conv
 from resnet_fast.testing.rule import assert_rule, same_nonfinite
 
-pytestmark = pytest.mark.skipif(cpu_library.available() is not None, reason=str(cpu_library.available()))
+pytestmark = pytest.mark.skipif(
+    cpu_library.available() is not None, reason=str(cpu_library.available())
+)
 NHWC = torch.channels_last
 
 
-def made(n: int = 2, c: int = 64, h: int = 25, w: int = 23, k: int = 32, **changed) -> tuple[nn.Conv2d, Tensor]:
+def made(
+    n: int = 2, c: int = 64, h: int = 25, w: int = 23, k: int = 32, **changed
+) -> tuple[nn.Conv2d, Tensor]:
     conv = nn.Conv2d(c, k, **{"kernel_size": 3, "padding": 1, "bias": False} | changed)
     return conv, torch.randn(n, c, h, w).contiguous(memory_format=NHWC).requires_grad_()
 
@@ -36,7 +40,9 @@ def plain(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "shape", [(2, 64, 25, 23, 32), (8, 64, 12, 11, 96), (1, 128, 33, 32, 64), (33, 32, 6, 6, 256)], ids=str
+    "shape",
+    [(2, 64, 25, 23, 32), (8, 64, 12, 11, 96), (1, 128, 33, 32, 64), (33, 32, 6, 6, 256)],
+    ids=str,
 )
 def test_values_and_gradients_by_the_rule(shape) -> None:
     conv, x = made(*shape)
@@ -57,7 +63,9 @@ def test_values_and_gradients_by_the_rule(shape) -> None:
     assert [t.stride() for t in found] == [t.stride() for t in bar]
 
 
-@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)], ids=["x", "weight", "neither"])
+@pytest.mark.parametrize(
+    "wanted", [(True, False), (False, True), (False, False)], ids=["x", "weight", "neither"]
+)
 def test_one_gradient_alone(wanted) -> None:
     conv, x = made()
     x.requires_grad_(wanted[0]), conv.weight.requires_grad_(wanted[1])
@@ -66,7 +74,9 @@ def test_one_gradient_alone(wanted) -> None:
     if any(wanted):
         live = x if wanted[0] else conv.weight
         torch.testing.assert_close(
-            *(torch.autograd.grad(out, live, torch.ones_like(out)) for out in (z, bar)), rtol=1e-3, atol=1e-3
+            *(torch.autograd.grad(out, live, torch.ones_like(out)) for out in (z, bar)),
+            rtol=1e-3,
+            atol=1e-3,
         )
 
 
@@ -110,10 +120,15 @@ def test_what_would_spread_over_a_tile_is_computed_as_eager_does(value, where) -
     dz = torch.randn(2, 32, 25, 23).contiguous(memory_format=NHWC)
     with torch.no_grad():
         {"x": x, "weight": conv.weight, "dz": dz}[where][1, 7, 1, 2] = value
-    mine, bar = ([z, *torch.autograd.grad(z, (x, conv.weight), dz)] for z in (run(conv, x), plain(x, conv.weight)))
+    mine, bar = (
+        [z, *torch.autograd.grad(z, (x, conv.weight), dz)]
+        for z in (run(conv, x), plain(x, conv.weight))
+    )
     for got, want in zip(mine, bar, strict=True):
         assert same_nonfinite(got, want)
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3, equal_nan=True)  # 1e25 drowns no neighbour
+        torch.testing.assert_close(
+            got, want, rtol=1e-3, atol=1e-3, equal_nan=True
+        )  # 1e25 drowns no neighbour
 
 
 def test_gradients_of_any_strides() -> None:
@@ -124,7 +139,9 @@ def test_gradients_of_any_strides() -> None:
         lambda z: (z.contiguous() * z.detach().contiguous()).sum(),
         lambda z: z[:, :, ::2].pow(2).sum(),
     ):
-        mine, bar = (torch.autograd.grad(end(z), x)[0] for z in (run(conv, x), plain(x, conv.weight)))
+        mine, bar = (
+            torch.autograd.grad(end(z), x)[0] for z in (run(conv, x), plain(x, conv.weight))
+        )
         torch.testing.assert_close(mine, bar, rtol=1e-3, atol=1e-3)
 
 
@@ -154,8 +171,12 @@ def test_blocks_train_with_it_also_checkpointed(monkeypatch) -> None:
         torch.randn(4, 64, 17, 16).contiguous(memory_format=NHWC).requires_grad_(),
     )
     seen, filtered = [], training_conv._filtered
-    monkeypatch.setattr(training_conv, "_filtered", lambda *args: seen.append(args) or filtered(*args))
+    monkeypatch.setattr(
+        training_conv, "_filtered", lambda *args: seen.append(args) or filtered(*args)
+    )
     mine = torch.autograd.grad(block(x).sum(), (x, *block.parameters()))
     assert len(seen) == 4  # two convolutions, forward and backward
-    again = torch.autograd.grad(checkpoint(block, x, use_reentrant=False).sum(), (x, *block.parameters()))
+    again = torch.autograd.grad(
+        checkpoint(block, x, use_reentrant=False).sum(), (x, *block.parameters())
+    )
     assert len(seen) == 10 and all(torch.equal(*pair) for pair in zip(mine, again, strict=True))

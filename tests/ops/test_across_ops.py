@@ -59,11 +59,21 @@ SMALL = {
         chain=((4, 3, 1, 1), (4, 2, 1, 1), (2, 4, 1, 1)),
         **PLACE,
     ),
-    "conv_pool": Problem("conv_pool", x=(2, 2, 9, 7), weight=(3, 2, 5, 3), stride=(2, 2), padding=(2, 1), **PLACE),
-    "conv_pool of bytes": Problem(
-        "conv_pool", x=(2, 3, 7, 6), weight=(3, 3, 3, 3), stride=(2, 2), padding=(1, 1), bytes=True, **PLACE
+    "conv_pool": Problem(
+        "conv_pool", x=(2, 2, 9, 7), weight=(3, 2, 5, 3), stride=(2, 2), padding=(2, 1), **PLACE
     ),
-    "pointwise_pool": Problem("pointwise_pool", x=(2, 3, 2, 3), weight=(4, 3, 1, 1), residual="nhwc", **PLACE),
+    "conv_pool of bytes": Problem(
+        "conv_pool",
+        x=(2, 3, 7, 6),
+        weight=(3, 3, 3, 3),
+        stride=(2, 2),
+        padding=(1, 1),
+        bytes=True,
+        **PLACE,
+    ),
+    "pointwise_pool": Problem(
+        "pointwise_pool", x=(2, 3, 2, 3), weight=(4, 3, 1, 1), residual="nhwc", **PLACE
+    ),
 }
 
 
@@ -82,7 +92,9 @@ def grown(args: tuple, dtype: torch.dtype, grad: bool) -> tuple:
 
 
 @pytest.mark.parametrize("case", SMALL)
-@pytest.mark.parametrize(("dtype", "grad"), [(torch.float32, True), (torch.float64, True), (torch.bfloat16, False)])
+@pytest.mark.parametrize(
+    ("dtype", "grad"), [(torch.float32, True), (torch.float64, True), (torch.bfloat16, False)]
+)
 def test_opcheck(case, dtype, grad) -> None:
     """Schema, autograd registration, fake (shapes, dtypes, strides) and AOT dispatch."""
     problem = SMALL[case]
@@ -96,9 +108,13 @@ def test_error_rule_at_the_edges(op, dtype) -> None:
     for problem in grids.nasty_problems(op, dtype):
         args = samples.make_args(problem)
         out = OPS[op](*args)
-        for got, low, exact in zip(rule.as_tuple(out), eager.eager(op, args), check.oracle(op, args), strict=True):
+        for got, low, exact in zip(
+            rule.as_tuple(out), eager.eager(op, args), check.oracle(op, args), strict=True
+        ):
             rule.assert_rule(got, low, exact, what=problem.key)
-            assert got.dtype == dtype and (got.dim() == 2 or got.is_contiguous(memory_format=torch.channels_last))
+            assert got.dtype == dtype and (
+                got.dim() == 2 or got.is_contiguous(memory_format=torch.channels_last)
+            )
         said = describe(op, args)
         assert (
             replace(said, layout=problem.layout, residual=problem.residual) == problem
@@ -114,7 +130,9 @@ def test_public_functions_take_any_strides(case) -> None:
     for name in ("nchw", "nhwc", "sliced", "stepped", "transposed"):
         laid = [layouts(a)[name] if isinstance(a, Tensor) and a.dim() == 4 else a for a in args]
         keywords = {"stride2": laid.pop()} if problem.op == "pointwise_pair" else {}
-        for got, want in zip(rule.as_tuple(getattr(fused, problem.op)(*laid, **keywords)), expected, strict=True):
+        for got, want in zip(
+            rule.as_tuple(getattr(fused, problem.op)(*laid, **keywords)), expected, strict=True
+        ):
             torch.testing.assert_close(got, want)
 
 
@@ -129,7 +147,10 @@ def test_nonfinite_values_are_where_eager_has_them(case) -> None:
                 kept = a[first].clone()
                 a[first] = value
                 found = rule.as_tuple(OPS[problem.op](*args))
-                assert all(map(rule.same_nonfinite, found, eager.eager(problem.op, args))), (i, value)
+                assert all(map(rule.same_nonfinite, found, eager.eager(problem.op, args))), (
+                    i,
+                    value,
+                )
                 a[first] = kept
 
 
@@ -148,7 +169,11 @@ def test_autocast_casts_images_and_filters_only() -> None:
 def live_parts(case: str) -> tuple[Problem, tuple, list[int]]:
     problem = SMALL[case]
     args = samples.make_args(problem)
-    return problem, args, [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
+    return (
+        problem,
+        args,
+        [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()],
+    )
 
 
 def caller(op, args: tuple, live: list[int]):
@@ -183,9 +208,15 @@ def test_every_derivative_is_eagers(case) -> None:
     for f in (public(problem), lambda *a: samples.SAMPLES[problem.op].eager(*a)):
         run, inputs = caller(f, args, live), leaves(tuple(tensors))
         outs = rule.as_tuple(run(*inputs))
-        first = torch.autograd.grad(outs, inputs, [torch.cos(o.detach() * 3) for o in outs], create_graph=True)
-        plain = torch.autograd.grad(rule.as_tuple(run(*inputs)), inputs, [torch.cos(o.detach() * 3) for o in outs])
-        second = torch.autograd.grad(sum((g.square() * (1 + 0.1 * i)).sum() for i, g in enumerate(first)), inputs)
+        first = torch.autograd.grad(
+            outs, inputs, [torch.cos(o.detach() * 3) for o in outs], create_graph=True
+        )
+        plain = torch.autograd.grad(
+            rule.as_tuple(run(*inputs)), inputs, [torch.cos(o.detach() * 3) for o in outs]
+        )
+        second = torch.autograd.grad(
+            sum((g.square() * (1 + 0.1 * i)).sum() for i, g in enumerate(first)), inputs
+        )
         with forward_ad.dual_level():
             duals = rule.as_tuple(run(*map(forward_ad.make_dual, tensors, tangents)))
             forward = [forward_ad.unpack_dual(o).tangent.clone() for o in duals]
@@ -232,12 +263,42 @@ WRONG = [
     ),
     ("pointwise_pair", 2, lambda x: x[:1], "pointwise_pair: x2 shape"),
     ("pointwise_pair", 3, lambda w: w[:3], "pointwise_pair: weight2 filters: got 3, expected 4"),
-    ("pointwise_pair", 4, lambda b: b.half(), "pointwise_pair: bias dtype: got torch.float16, expected torch.float32"),
-    ("pointwise_pair", 5, lambda s: (0, 2), r"pointwise_pair: stride2: got \[0, 2\], expected two positive"),
-    ("conv_tail", 1, lambda w: w[:, :, :1, :1], r"conv_tail: weight2 shape: .* expected \[K, 2, 3, 3\]"),
-    ("conv_tail", 3, lambda w: w[:, :2], r"conv_tail: weight3 shape: .* \(weight2's result has 3 channels\)"),
-    ("conv_tail", 5, lambda r: r[:, :3], r"conv_tail: residual shape: got \[2, 3, 3, 2\], expected \[2, 4, 3, 2\]"),
-    ("conv_tail with projection", 6, lambda p: p[:3], "conv_tail: projection filters: got 3, expected 4"),
+    (
+        "pointwise_pair",
+        4,
+        lambda b: b.half(),
+        "pointwise_pair: bias dtype: got torch.float16, expected torch.float32",
+    ),
+    (
+        "pointwise_pair",
+        5,
+        lambda s: (0, 2),
+        r"pointwise_pair: stride2: got \[0, 2\], expected two positive",
+    ),
+    (
+        "conv_tail",
+        1,
+        lambda w: w[:, :, :1, :1],
+        r"conv_tail: weight2 shape: .* expected \[K, 2, 3, 3\]",
+    ),
+    (
+        "conv_tail",
+        3,
+        lambda w: w[:, :2],
+        r"conv_tail: weight3 shape: .* \(weight2's result has 3 channels\)",
+    ),
+    (
+        "conv_tail",
+        5,
+        lambda r: r[:, :3],
+        r"conv_tail: residual shape: got \[2, 3, 3, 2\], expected \[2, 4, 3, 2\]",
+    ),
+    (
+        "conv_tail with projection",
+        6,
+        lambda p: p[:3],
+        "conv_tail: projection filters: got 3, expected 4",
+    ),
     (
         "conv_tail with projection",
         5,
@@ -245,17 +306,37 @@ WRONG = [
         r"conv_tail: projection shape: got \[4, 2, 1, 1\], expected \[K, 1, 1, 1\]",
     ),
     ("conv_tail", 8, lambda b: b[:1], r"conv_tail: bias1 shape: got \[1\], expected \[2\]"),
-    ("conv_pool", 0, lambda x: x.to(torch.uint8), "conv_pool: x dtype: got torch.uint8, expected a floating dtype"),
-    ("conv_pool", 1, lambda w: w[:, :, :4], r"conv_pool: weight shape: .* expected \[K, C, R, S\], R and S odd"),
+    (
+        "conv_pool",
+        0,
+        lambda x: x.to(torch.uint8),
+        "conv_pool: x dtype: got torch.uint8, expected a floating dtype",
+    ),
+    (
+        "conv_pool",
+        1,
+        lambda w: w[:, :, :4],
+        r"conv_pool: weight shape: .* expected \[K, C, R, S\], R and S odd",
+    ),
     (
         "conv_pool of bytes",
         0,
         lambda x: x.float(),
         "conv_pool: x with mean and std: got torch.float32 .* expected uint8",
     ),
-    ("conv_pool of bytes", 3, lambda m: None, "conv_pool: mean and std: got one of them, expected both or neither"),
+    (
+        "conv_pool of bytes",
+        3,
+        lambda m: None,
+        "conv_pool: mean and std: got one of them, expected both or neither",
+    ),
     ("conv_pool of bytes", 4, lambda m: m[:2], r"conv_pool: std shape: got \[2\], expected \[3\]"),
-    ("conv_pool of bytes", 3, lambda m: m.half(), "conv_pool: mean dtype: got torch.float16, expected torch.float32"),
+    (
+        "conv_pool of bytes",
+        3,
+        lambda m: m.half(),
+        "conv_pool: mean dtype: got torch.float16, expected torch.float32",
+    ),
     (
         "pointwise_pool",
         3,
@@ -305,7 +386,8 @@ def test_bytes_are_normalised_before_the_padding() -> None:
     x = mean.to(torch.uint8).view(1, 3, 1, 1).expand(2, 3, 20, 18)
     weight, bias = torch.randn(8, 3, 7, 7), torch.randn(8)
     torch.testing.assert_close(
-        fused.conv_pool(x, weight, bias, mean, std), fused.conv_pool(torch.zeros(x.shape), weight, bias)
+        fused.conv_pool(x, weight, bias, mean, std),
+        fused.conv_pool(torch.zeros(x.shape), weight, bias),
     )
 
 
@@ -355,7 +437,9 @@ def test_the_groups_of_an_architecture_are_those_that_a_plan_finds(name) -> None
 
 def test_what_a_group_saves_is_what_is_between_its_members() -> None:
     limits = chips.ceilings("h200")
-    found = {s.op: s for s in network_floor.savings(across_layers(conv_layers("resnet50", 256)), limits)}
+    found = {
+        s.op: s for s in network_floor.savings(across_layers(conv_layers("resnet50", 256)), limits)
+    }
     assert {op: s.count for op, s in found.items()} == {
         "conv_pool": 1,
         "pointwise_pair": 4,
@@ -363,11 +447,16 @@ def test_what_a_group_saves_is_what_is_between_its_members() -> None:
         "pointwise_pool": 1,
     }
     stem, head = found["conv_pool"], found["pointwise_pool"]
-    assert stem.alone.bytes - stem.together.bytes == 2 * 2 * 256 * 64 * 112 * 112  # written and read again
+    assert (
+        stem.alone.bytes - stem.together.bytes == 2 * 2 * 256 * 64 * 112 * 112
+    )  # written and read again
     assert head.alone.bytes - head.together.bytes == 2 * 2 * 256 * 2048 * 49
     pixels = 256 * (56 * 56 * 256 + 28 * 28 * 512 + 14 * 14 * 1024 + 7 * 7 * 2048)
     pair = found["pointwise_pair"]
-    assert pair.alone.bytes - pair.together.bytes == 2 * 2 * pixels and pair.alone.flops == pair.together.flops
+    assert (
+        pair.alone.bytes - pair.together.bytes == 2 * 2 * pixels
+        and pair.alone.flops == pair.together.flops
+    )
     assert all(s.together.seconds < s.alone.seconds for s in found.values())
     text = str(network_floor.table("resnet50", 256, 224, torch.bfloat16, "h200"))
     assert "across convolutions" in text and "conv_tail" in text
@@ -388,9 +477,9 @@ def test_floors_count_each_operand_once() -> None:
         )
     )
     pixels = 2 * 28 * 28
-    assert pair.bytes == 2 * (pixels * (64 + 128 + 256) + 256 * (64 + 128)) and pair.flops == 2 * pixels * 256 * (
-        64 + 128
-    )
+    assert pair.bytes == 2 * (
+        pixels * (64 + 128 + 256) + 256 * (64 + 128)
+    ) and pair.flops == 2 * pixels * 256 * (64 + 128)
     tail = Problem(
         "conv_tail",
         x=(2, 64, 8, 8),
@@ -402,17 +491,32 @@ def test_floors_count_each_operand_once() -> None:
     )
     weights = 64 * 64 * 9 + 256 * 64 + 32 * 256
     step = cost.problem_step(tail)
-    assert step.bytes == 2 * (128 * (64 + 256 + 256 + 32) + weights) and step.flops == 2 * 128 * weights
-    projected = cost.problem_step(replace(tail, chain=((256, 64, 1, 1), (256, 16, 1, 1), (32, 256, 1, 1))))
+    assert (
+        step.bytes == 2 * (128 * (64 + 256 + 256 + 32) + weights)
+        and step.flops == 2 * 128 * weights
+    )
+    projected = cost.problem_step(
+        replace(tail, chain=((256, 64, 1, 1), (256, 16, 1, 1), (32, 256, 1, 1)))
+    )
     assert (
         projected.bytes == step.bytes + 2 * (256 * 16 - 128 * (256 - 16))
         and projected.flops == step.flops + 2 * 128 * 256 * 16
     )
-    stem = Problem("conv_pool", x=(2, 3, 32, 32), weight=(64, 3, 7, 7), stride=(2, 2), padding=(3, 3), **place)
+    stem = Problem(
+        "conv_pool", x=(2, 3, 32, 32), weight=(64, 3, 7, 7), stride=(2, 2), padding=(3, 3), **place
+    )
     step = cost.problem_step(stem)
-    assert step.bytes == 2 * (2 * 3 * 32 * 32 + 64 * 147 + 2 * 64 * 64) and step.flops == 2 * 2 * 256 * 64 * 147
+    assert (
+        step.bytes == 2 * (2 * 3 * 32 * 32 + 64 * 147 + 2 * 64 * 64)
+        and step.flops == 2 * 2 * 256 * 64 * 147
+    )
     assert cost.problem_step(replace(stem, bytes=True)).bytes == step.bytes - 2 * 3 * 32 * 32
     head = cost.problem_step(
-        Problem("pointwise_pool", x=(2, 512, 7, 7), weight=(2048, 512, 1, 1), residual="nhwc", **place)
+        Problem(
+            "pointwise_pool", x=(2, 512, 7, 7), weight=(2048, 512, 1, 1), residual="nhwc", **place
+        )
     )
-    assert head.bytes == 2 * (98 * (512 + 2048) + 2048 * 512 + 2 * 2048) and head.flops == 2 * 98 * 2048 * 512
+    assert (
+        head.bytes == 2 * (98 * (512 + 2048) + 2048 * 512 + 2 * 2048)
+        and head.flops == 2 * 98 * 2048 * 512
+    )

@@ -33,15 +33,38 @@ def _samples() -> list:
         return (t.contiguous(memory_format=CL) if cl else t).requires_grad_(grad)
 
     samples = []
-    for dtype, cl, grad in ((torch.float32, False, True), (torch.float64, True, True), (torch.bfloat16, True, False)):
+    for dtype, cl, grad in (
+        (torch.float32, False, True),
+        (torch.float64, True, True),
+        (torch.bfloat16, True, False),
+    ):
         vector = torch.promote_types(dtype, torch.float32)
-        k = [rand(4, dtype=vector, grad=grad) for _ in range(3)] + [torch.rand(4, dtype=vector) + 0.5]
-        x, w = rand(2, 6, 9, 7, dtype=dtype, cl=cl, grad=grad), rand(4, 3, 3, 3, dtype=dtype, grad=grad)
+        k = [rand(4, dtype=vector, grad=grad) for _ in range(3)] + [
+            torch.rand(4, dtype=vector) + 0.5
+        ]
+        x, w = (
+            rand(2, 6, 9, 7, dtype=dtype, cl=cl, grad=grad),
+            rand(4, 3, 3, 3, dtype=dtype, grad=grad),
+        )
         res = rand(2, 4, 5, 4, dtype=dtype, cl=cl, grad=grad)
         geometry = (2, 2), (1, 1), (1, 1), 2
-        samples.append(("conv-bn", CONV_BN_ACT, (x, w, k[0], k[1], res, k[2], k[3], 1e-5, *geometry, "relu")))
-        samples.append(("conv-affine", CONV_BN_ACT, (x, w, k[0], k[1], None, None, None, 0.0, *geometry, "none")))
-        samples.append(("bn", BN_ACT, (res, k[0], k[1], rand(2, 4, 5, 4, dtype=dtype, cl=cl, grad=grad), 1e-5, "relu")))
+        samples.append(
+            ("conv-bn", CONV_BN_ACT, (x, w, k[0], k[1], res, k[2], k[3], 1e-5, *geometry, "relu"))
+        )
+        samples.append(
+            (
+                "conv-affine",
+                CONV_BN_ACT,
+                (x, w, k[0], k[1], None, None, None, 0.0, *geometry, "none"),
+            )
+        )
+        samples.append(
+            (
+                "bn",
+                BN_ACT,
+                (res, k[0], k[1], rand(2, 4, 5, 4, dtype=dtype, cl=cl, grad=grad), 1e-5, "relu"),
+            )
+        )
         y, dy = res.detach().relu(), rand(2, 4, 5, 4, dtype=dtype, cl=cl)
         four = [v.detach() for v in k]
         for act, residual in (("relu", True), ("none", True), ("none", False)):
@@ -63,7 +86,10 @@ def _samples() -> list:
                     (dy, y, None if g is None else res.detach(), detached, act),
                 )
             )
-    return [pytest.param(op, args, id=f"{name}-{args[0].dtype}".replace("torch.", "")) for name, op, args in samples]
+    return [
+        pytest.param(op, args, id=f"{name}-{args[0].dtype}".replace("torch.", ""))
+        for name, op, args in samples
+    ]
 
 
 @pytest.mark.parametrize(("op", "args"), _samples())
@@ -129,13 +155,20 @@ def test_autocast_gradients_come_back_in_the_parameters_dtype() -> None:
 def test_strides_are_those_of_conv2d(dtype) -> None:
     """For each layout of input, weight and residual: error rule, strides of F.conv2d, inputs unchanged."""
     (x, weight, scale, shift, res, mean, var), keywords = conv_case(dtype, size=(7, 6), stride=1)
-    oracle = call_conv(eager_conv, [t.double() for t in (x, weight, scale, shift, res, mean, var)], "relu", **keywords)
+    oracle = call_conv(
+        eager_conv,
+        [t.double() for t in (x, weight, scale, shift, res, mean, var)],
+        "relu",
+        **keywords,
+    )
     for (a, xl), (b, wl), (c, rl) in itertools.product(
         layouts(x).items(), list(layouts(weight).items())[:2], layouts(res).items()
     ):
         kept = [t.clone() for t in (xl, wl, rl)]
         got = ops.conv_bn_act(xl, wl, scale, shift, rl, mean=mean, var=var, **keywords)
-        bare = F.conv2d(xl, wl, None, *(keywords[k] for k in ("stride", "padding")), 1, keywords["groups"])
+        bare = F.conv2d(
+            xl, wl, None, *(keywords[k] for k in ("stride", "padding")), 1, keywords["groups"]
+        )
         assert got.stride() == bare.stride(), (a, b, c)
         assert_rule(
             got,
@@ -146,19 +179,26 @@ def test_strides_are_those_of_conv2d(dtype) -> None:
         assert all(map(torch.equal, kept, (xl, wl, rl)))
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 5, 4), (2, 4, 1, 1), (1, 4, 5, 1), (1, 1, 1, 1), (3, 4, 1, 6)])
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 5, 4), (2, 4, 1, 1), (1, 4, 5, 1), (1, 1, 1, 1), (3, 4, 1, 6)]
+)
 @pytest.mark.parametrize("kernel", (1, 3))
 def test_ambiguouslayouts(shape, kernel) -> None:
     """One channel or one pixel is both NCHW and NHWC: what can be viewed in eager can be viewed here."""
     weight, k = torch.randn(6, shape[1], kernel, kernel), torch.rand(6)
     for x in layouts(torch.randn(shape)).values():
-        got, bare = ops.conv_bn_act(x, weight, k, k, padding=kernel // 2), F.conv2d(x, weight, padding=kernel // 2)
+        got, bare = (
+            ops.conv_bn_act(x, weight, k, k, padding=kernel // 2),
+            F.conv2d(x, weight, padding=kernel // 2),
+        )
         assert [s for s, n in zip(got.stride(), got.shape, strict=True) if n > 1] == [
             s for s, n in zip(bare.stride(), bare.shape, strict=True) if n > 1
         ]
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 5, 4), (2, 4, 1, 1), (1, 4, 5, 1), (1, 1, 1, 1), (3, 4, 1, 6), (0, 4, 3, 3)])
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 5, 4), (2, 4, 1, 1), (1, 4, 5, 1), (1, 1, 1, 1), (3, 4, 1, 6), (0, 4, 3, 3)]
+)
 @pytest.mark.parametrize("filters", (1, 6))
 def test_without_onednn_it_is_eager_itself(shape, filters) -> None:
     """float64 does not run in oneDNN: the result has eager's bits and the strides of F.conv2d."""
@@ -170,7 +210,9 @@ def test_without_onednn_it_is_eager_itself(shape, filters) -> None:
         bare = F.conv2d(x, weight)
         got = ops.conv_bn_act(x, weight, *vectors[:2], mean=vectors[2], var=vectors[3], eps=1e-5)
         assert got.stride() == bare.stride()
-        assert torch.equal(got, F.batch_norm(bare, vectors[2], vectors[3], *vectors[:2], eps=1e-5).relu())
+        assert torch.equal(
+            got, F.batch_norm(bare, vectors[2], vectors[3], *vectors[:2], eps=1e-5).relu()
+        )
 
 
 def test_expanded_and_sliced_vectors() -> None:
@@ -192,10 +234,13 @@ def test_expanded_images_and_residuals() -> None:
     x, res = torch.randn(1, 3, 5, 5).expand(4, 3, 5, 5), torch.randn(4, 6, 1, 1).expand(4, 6, 5, 5)
     weight, k = torch.randn(6, 3, 3, 3), torch.rand(6)
     torch.testing.assert_close(
-        ops.conv_bn_act(x, weight, k, k, res, padding=1), eager_conv(x, weight, k, k, res, padding=1)
+        ops.conv_bn_act(x, weight, k, k, res, padding=1),
+        eager_conv(x, weight, k, k, res, padding=1),
     )
     torch.testing.assert_close(ops.add_act(res, res), eager_add(res, res))
-    torch.testing.assert_close(ops.bn_act(res, k, k, res)[0], eager_bn(res, k, k, res), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        ops.bn_act(res, k, k, res)[0], eager_bn(res, k, k, res), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_empty_batch_forward_and_backward() -> None:
@@ -232,7 +277,8 @@ def test_nonfinite_numbers_as_in_eager(bad, where, layout, dtype) -> None:
     tensors = (layouts(tensors[0])[layout], *tensors[1:])
     for act in ("relu", "none"):
         assert same_nonfinite(
-            call_conv(ops.conv_bn_act, tensors, act, **keywords), call_conv(eager_conv, tensors, act, **keywords)
+            call_conv(ops.conv_bn_act, tensors, act, **keywords),
+            call_conv(eager_conv, tensors, act, **keywords),
         )
 
 
@@ -269,7 +315,13 @@ def _wrong() -> list:
             {"stride": 0},
             "stride: got [0, 0], expected one or two whole numbers of 1 or more",
         ),
-        ("three strides", c, (x, w, k, k), {"stride": (1, 2, 3)}, "stride: got [1, 2, 3], expected one or two"),
+        (
+            "three strides",
+            c,
+            (x, w, k, k),
+            {"stride": (1, 2, 3)},
+            "stride: got [1, 2, 3], expected one or two",
+        ),
         (
             "padding",
             c,
@@ -294,15 +346,33 @@ def _wrong() -> list:
             {"stride": 2},
             "image: got 5×2 pixels, expected at least one output pixel for filters of [6, 4, 3",
         ),
-        ("whole scale", c, (x, w, k.long(), k), {}, "scale dtype: got torch.int64, expected a floating dtype"),
+        (
+            "whole scale",
+            c,
+            (x, w, k.long(), k),
+            {},
+            "scale dtype: got torch.int64, expected a floating dtype",
+        ),
         ("weight rank", c, (x, w[0], k, k), {}, "weight: got 3-D"),
         ("dtype", c, (x.double(), w, k, k), {}, "got torch.float64, expected torch.float32"),
         ("integers", c, (x.byte(), w, k, k), {}, "got torch.uint8, expected a floating dtype"),
         ("scale", c, (x, w, k[:5], k), {}, "scale shape: got [5], expected [6]"),
         ("scale 2-D", c, (x, w, k.view(1, 6), k), {}, "scale shape: got [1, 6], expected [6]"),
         ("shift", c, (x, w, k, torch.ones(7)), {}, "shift shape: got [7], expected [6]"),
-        ("mean", c, (x, w, k, k), {"mean": torch.ones(1), "var": k}, "mean shape: got [1], expected [6]"),
-        ("var", c, (x, w, k, k), {"mean": k, "var": torch.ones(5)}, "var shape: got [5], expected [6]"),
+        (
+            "mean",
+            c,
+            (x, w, k, k),
+            {"mean": torch.ones(1), "var": k},
+            "mean shape: got [1], expected [6]",
+        ),
+        (
+            "var",
+            c,
+            (x, w, k, k),
+            {"mean": k, "var": torch.ones(5)},
+            "var shape: got [5], expected [6]",
+        ),
         ("mean alone", c, (x, w, k, k), {"mean": k}, "mean and var"),
         ("var alone", c, (x, w, k, k), {"var": k}, "mean and var"),
         ("device", c, (x, w, meta, k), {}, "device"),
@@ -314,16 +384,40 @@ def _wrong() -> list:
             "residual shape: got [2, 6, 5, 5], expected [2, 6, 3, 3]",
         ),
         ("residual broadcast", c, (x, w, k, k, torch.ones(2, 6, 1, 1)), {}, "residual shape"),
-        ("residual dtype", c, (x, w, k, k, torch.ones(2, 6, 3, 3).double()), {}, "residual dtype: got torch.float64"),
-        ("activation", c, (x, w, k, k), {"act": "gelu"}, "act: got 'gelu', expected one of 'none', 'relu'"),
+        (
+            "residual dtype",
+            c,
+            (x, w, k, k, torch.ones(2, 6, 3, 3).double()),
+            {},
+            "residual dtype: got torch.float64",
+        ),
+        (
+            "activation",
+            c,
+            (x, w, k, k),
+            {"act": "gelu"},
+            "act: got 'gelu', expected one of 'none', 'relu'",
+        ),
         ("bn rank", b, (x[0], four, four), {}, "got 3-D"),
         ("bn weight", b, (x, k, four), {}, "weight shape: got [6], expected [4]"),
         ("bn bias", b, (x, four, k), {}, "bias shape: got [6], expected [4]"),
-        ("bn residual", b, (x, four, four, x[:1]), {}, "residual shape: got [1, 4, 5, 5], expected [2, 4, 5, 5]"),
+        (
+            "bn residual",
+            b,
+            (x, four, four, x[:1]),
+            {},
+            "residual shape: got [1, 4, 5, 5], expected [2, 4, 5, 5]",
+        ),
         ("bn activation", b, (x, four, four), {"act": "silu"}, "act: got 'silu'"),
         ("add", a, (x, x[:1]), {}, "y shape: got [1, 4, 5, 5], expected [2, 4, 5, 5]"),
         ("add dtype", a, (x, x.double()), {}, "y dtype: got torch.float64, expected torch.float32"),
-        ("add gate", a, (x, x, torch.ones(2, 4)), {}, "gate shape: got [2, 4], expected [2, 4, 1, 1]"),
+        (
+            "add gate",
+            a,
+            (x, x, torch.ones(2, 4)),
+            {},
+            "gate shape: got [2, 4], expected [2, 4, 1, 1]",
+        ),
     ]
     return [pytest.param(*case[1:], id=case[0]) for case in cases]
 
@@ -339,7 +433,9 @@ def test_wrong_input(op, args, keywords, sentence) -> None:
         with pytest.raises((RuntimeError, ValueError)) as raised:
             op(*args, **keywords)
         message = str(raised.value)
-        assert message.startswith(f"{op.__name__}: ") and sentence in message and "\n" not in message
+        assert (
+            message.startswith(f"{op.__name__}: ") and sentence in message and "\n" not in message
+        )
 
 
 def test_one_value_per_channel_raises_torchs_error() -> None:
@@ -351,7 +447,9 @@ def test_one_value_per_channel_raises_torchs_error() -> None:
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
-@pytest.mark.parametrize("op", ("conv_bn_act", "bn_act", "bn_act_backward", "add_act", "add_act_backward"))
+@pytest.mark.parametrize(
+    "op", ("conv_bn_act", "bn_act", "bn_act_backward", "add_act", "add_act_backward")
+)
 def test_aten_obeys_the_error_rule(op, dtype) -> None:
     """The fallback on the whole nasty grid, in poisoned memory, against float64."""
     kernel = dispatch.find("aten", op)
@@ -391,9 +489,13 @@ def test_any_convolution(data) -> None:
     x = layouts(normal(draw(st.integers(0, 3)), c, h, w).to(dtype))[
         draw(st.sampled_from(("nchw", "nhwc", "sliced", "stepped")))
     ]
-    weight = layouts(normal(k, c // groups, r, s).to(dtype))[draw(st.sampled_from(("nchw", "nhwc")))]
+    weight = layouts(normal(k, c // groups, r, s).to(dtype))[
+        draw(st.sampled_from(("nchw", "nhwc")))
+    ]
     wide = torch.promote_types(dtype, torch.float32)
-    scale, shift, mean, var = (v.to(wide) for v in (normal(k), normal(k), normal(k), normal(k).abs() + 0.1))
+    scale, shift, mean, var = (
+        v.to(wide) for v in (normal(k), normal(k), normal(k), normal(k).abs() + 0.1)
+    )
     geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     bare = F.conv2d(x, weight, None, **geometry)
     res = normal(*bare.shape).to(dtype) if draw(st.booleans()) else None

@@ -36,14 +36,21 @@ def test_conv_gradcheck(four, residual, act) -> None:
 
     def run(*live: Tensor) -> Tensor:
         it = iter(live)
-        return call_conv(ops.conv_bn_act, tuple(None if t is None else next(it) for t in tensors), act, **keywords)
+        return call_conv(
+            ops.conv_bn_act,
+            tuple(None if t is None else next(it) for t in tensors),
+            act,
+            **keywords,
+        )
 
     inputs = given_only(leaves(tensors))
     assert gradcheck(run, inputs, check_forward_ad=True, check_batched_grad=True)
     assert gradgradcheck(run, inputs)
 
 
-@pytest.mark.parametrize(("residual", "act"), list(itertools.product((True, False), ("relu", "none"))))
+@pytest.mark.parametrize(
+    ("residual", "act"), list(itertools.product((True, False), ("relu", "none")))
+)
 def test_bn_gradcheck(residual, act) -> None:
     x, (scale, shift, *_) = torch.randn(3, 3, 2, 2, dtype=torch.float64), vectors(3)
     inputs = given_only(leaves((x, scale, shift, torch.randn_like(x) if residual else None)))
@@ -57,8 +64,13 @@ def test_bn_gradcheck(residual, act) -> None:
 
 @pytest.mark.parametrize(("gated", "act"), list(itertools.product((True, False), ("relu", "none"))))
 def test_add_gradcheck(gated, act) -> None:
-    x, y = torch.randn(2, 3, 3, 2, dtype=torch.float64), torch.randn(2, 3, 3, 2, dtype=torch.float64)
-    inputs = given_only(leaves((x, y, torch.rand(2, 3, 1, 1, dtype=torch.float64) if gated else None)))
+    x, y = (
+        torch.randn(2, 3, 3, 2, dtype=torch.float64),
+        torch.randn(2, 3, 3, 2, dtype=torch.float64),
+    )
+    inputs = given_only(
+        leaves((x, y, torch.rand(2, 3, 1, 1, dtype=torch.float64) if gated else None))
+    )
 
     def run(*live: Tensor) -> Tensor:
         return ops.add_act(*live, act=act)
@@ -119,7 +131,9 @@ def test_functorch_equals_eager(ours, eager, tensors) -> None:
         lambda f: (
             torch.func.hessian(lambda v: loss(f)(x, v, *rest[1:]))(rest[0])
             if rest[0].dim() == 1
-            else torch.func.hessian(lambda v: loss(f)(x + x.sin() * v.sum(), *rest))(torch.zeros(2, dtype=x.dtype))
+            else torch.func.hessian(lambda v: loss(f)(x + x.sin() * v.sum(), *rest))(
+                torch.zeros(2, dtype=x.dtype)
+            )
         ),
     ):
         torch.testing.assert_close(transform(ours), transform(eager), rtol=1e-8, atol=1e-8)
@@ -147,7 +161,11 @@ def test_one_tensor_passed_twice_counts_twice() -> None:
         for f in (ops.add_act, eager_add):
             x = torch.linspace(-1, 1, 8, dtype=torch.float64).view(1, 2, 2, 2).requires_grad_()
             out = f(x, x)
-            found.append(torch.autograd.grad(out, x, torch.ones_like(out), create_graph=create_graph)[0].detach())
+            found.append(
+                torch.autograd.grad(out, x, torch.ones_like(out), create_graph=create_graph)[
+                    0
+                ].detach()
+            )
         assert torch.equal(*found)
         weight = torch.randn(2, 2, 1, 1, dtype=torch.float64)
         found = []
@@ -170,7 +188,9 @@ def test_batched_gradients_equal_eager() -> None:
         for f in (ours, eager):
             live = leaves(tuple(tensors))
             out = f(*live)
-            cotangents = torch.randn(3, *out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(5))
+            cotangents = torch.randn(
+                3, *out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(5)
+            )
             found.append(torch.autograd.grad(out, live, cotangents, is_grads_batched=True))
         for mine, theirs in zip(*found, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
@@ -211,7 +231,9 @@ def test_bn_act_every_dtype(dtype, low_vectors) -> None:
     assert_rule(y, eager[0], exact[0], what="y")
     assert_rule(mean, eager[1][0], exact[1][0], what="mean")
     assert_rule(var * 100 / 99, eager[1][1], exact[1][1], what="var")
-    for name, got, low, true in zip(("x", "weight", "bias", "residual"), found, eager[2], exact[2], strict=True):
+    for name, got, low, true in zip(
+        ("x", "weight", "bias", "residual"), found, eager[2], exact[2], strict=True
+    ):
         assert got.dtype == low.dtype
         assert_rule(got, low, true, gradient=True, what=name)
 
@@ -235,11 +257,15 @@ def test_conv_bn_act_gradients_every_dtype(dtype) -> None:
         exact,
         strict=True,
     ):
-        assert got.dtype == low.dtype  # vectors are float32, but no better than the images they were computed from
+        assert (
+            got.dtype == low.dtype
+        )  # vectors are float32, but no better than the images they were computed from
         assert_rule(got.to(dtype), low.to(dtype), true, gradient=True, what=name)
 
 
-@pytest.mark.parametrize(("ours", "eager", "tensors"), [pytest.param(*p[1:], id=p[0]) for p in pairs(torch.float32)])
+@pytest.mark.parametrize(
+    ("ours", "eager", "tensors"), [pytest.param(*p[1:], id=p[0]) for p in pairs(torch.float32)]
+)
 def test_nan_gradients_as_in_eager(ours, eager, tensors) -> None:
     """A NaN in the input: the gradients are NaN where eager's are (its ReLU passes a NaN output's gradient)."""
     tensors = [t.clone() for t in tensors]

@@ -333,7 +333,9 @@ def test_a_forced_kernel_runs_in_the_plan(model):
     from resnet_fast.dispatch.registry import _registry, kernel
     from resnet_fast.kernels import aten
 
-    @kernel("test.planned", op="conv_bn_act", supports=lambda p: None if p.pointwise else "only 1×1")
+    @kernel(
+        "test.planned", op="conv_bn_act", supports=lambda p: None if p.pointwise else "only 1×1"
+    )
     def planned(*args):
         return aten.conv_bn_act(*args)
 

@@ -140,7 +140,9 @@ def test_wrong_input_is_refused_and_the_plan_goes_on(model, x, words):
 
 
 def test_wrong_image_size_names_the_size_the_plan_was_made_for():
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 5))
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 5)
+    )
     run = plan(ready(net), images(2, 8, 8))
     sentence = r"got \[2, 3, 9, 9\] \(the plan was made for \[2, 3, 8, 8\]\): step .* \(torch.nn.functional.linear\)"
     with pytest.raises(ValueError, match=sentence):

@@ -100,7 +100,9 @@ def test_damaged_file_is_refused(saved, damage):
         load_plan(saved)
 
 
-@pytest.mark.parametrize("content", [lambda model: model, lambda model: model.state_dict()], ids=["pickle", "state"])
+@pytest.mark.parametrize(
+    "content", [lambda model: model, lambda model: model.state_dict()], ids=["pickle", "state"]
+)
 def test_other_files_of_torch_are_refused(model, tmp_path, content):
     torch.save(content(model), tmp_path / "foreign")
     with pytest.raises(ValueError, match="plan: .*foreign: not a plan"):
@@ -126,9 +128,18 @@ ZEROS = {"tuple": [0, 0]}
         (lambda r: r["steps"].pop(1), "reads maxpool, which is not there"),
         (lambda r: r["steps"].pop(), "the answer is fc, which is not there"),
         (lambda r: r["filters"]["relu"].update(bias=torch.zeros(3)), "of no convolution"),
-        (lambda r: r["filters"]["relu"].update(geometry=[ONES, ONES, ONES, 5]), "geometry .* of no convolution"),
-        (lambda r: r["filters"]["relu"].update(geometry=[ZEROS, ONES, ONES, 1]), "geometry .* of no convolution"),
-        (lambda r: r["filters"]["relu"].update(geometry=[ONES, ONES, 1]), "geometry .* of no convolution"),
+        (
+            lambda r: r["filters"]["relu"].update(geometry=[ONES, ONES, ONES, 5]),
+            "geometry .* of no convolution",
+        ),
+        (
+            lambda r: r["filters"]["relu"].update(geometry=[ZEROS, ONES, ONES, 1]),
+            "geometry .* of no convolution",
+        ),
+        (
+            lambda r: r["filters"]["relu"].update(geometry=[ONES, ONES, 1]),
+            "geometry .* of no convolution",
+        ),
         (lambda r: r["steps"][0]["dict"].update(extra=1), "damaged .TypeError"),
         (lambda r: r.update(output={}), "damaged .ValueError"),
     ],
@@ -180,7 +191,9 @@ def test_timm_networks_save_and_load(kwargs, tmp_path):
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
 def test_copy_shares_weights_and_nothing_else(copied, model, monkeypatch):
-    monkeypatch.setenv("RESNET_FAST_KERNEL", "aten")  # oneDNN's packs have no storage that could be copied
+    monkeypatch.setenv(
+        "RESNET_FAST_KERNEL", "aten"
+    )  # oneDNN's packs have no storage that could be copied
     run = plan(model, images(), softmax=True)
     twin = copied(run)
 

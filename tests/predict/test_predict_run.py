@@ -27,7 +27,17 @@ from resnet_fast import create_model  # noqa: E402
 from resnet_fast.predict import output  # noqa: E402
 from resnet_fast.predict.progress import Progress  # noqa: E402
 
-TRIAL = ("--model", "resnet18", "--random-weights", "--size", "32", "--device", "cpu", "--workers", "1")
+TRIAL = (
+    "--model",
+    "resnet18",
+    "--random-weights",
+    "--size",
+    "32",
+    "--device",
+    "cpu",
+    "--workers",
+    "1",
+)
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -227,7 +237,18 @@ def three_classes() -> tuple[str, ...]:
     """Options for a model of three classes."""
     model = create_model("resnet18", num_classes=3)
     torch.save(model.state_dict(), "three.pt")
-    return ("--model", "resnet18", "--weights", "three.pt", "--size", "32", "--device", "cpu", "--workers", "1")
+    return (
+        "--model",
+        "resnet18",
+        "--weights",
+        "three.pt",
+        "--size",
+        "32",
+        "--device",
+        "cpu",
+        "--workers",
+        "1",
+    )
 
 
 def test_default_top_is_limited_by_the_number_of_classes(photos, three_classes, capsys):
@@ -310,7 +331,9 @@ def test_bfloat16_answers_are_near(photos):
 
 @pytest.mark.gpu
 def test_a_gpu_answers_as_the_plain_path(photos):
-    assert predict(photos, "--out", "out.jsonl", "--features", "--batch", 4, "--device", "cuda") == 1
+    assert (
+        predict(photos, "--out", "out.jsonl", "--features", "--batch", 4, "--device", "cuda") == 1
+    )
     rows = read_rows(Path("out.jsonl"))
     paths, _, features = expected(photos)
     assert [row["path"] for row in rows] == paths  # the second batch is filled up
@@ -344,7 +367,18 @@ def environment() -> dict[str, str]:
 
 def started(out: str, lines: int) -> subprocess.Popen:
     """Start the command over ``many`` in a process; return it when its record has that many lines."""
-    command = [sys.executable, "-m", "resnet_fast", "predict", "many", "--out", out, "--batch", "4", *TRIAL]
+    command = [
+        sys.executable,
+        "-m",
+        "resnet_fast",
+        "predict",
+        "many",
+        "--out",
+        out,
+        "--batch",
+        "4",
+        *TRIAL,
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
     record = Path(f"{out}.part")
     deadline = time.monotonic() + 300
@@ -457,7 +491,15 @@ def test_ranks_one_after_another_give_one_table_in_order(photos, monkeypatch, ca
 
 def test_torchrun(photos):
     names = [f"photos/{i}.png" for i in range(3)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+    ]
     command = [*torchrun, "resnet_fast", "predict", *names, "--out", "out.jsonl", *TRIAL]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
     assert done.returncode == 0, done.stderr

@@ -59,20 +59,28 @@ def test_no_network_names_the_alternatives(monkeypatch):
         raise URLError("no route to host")
 
     monkeypatch.setattr(WeightsEnum, "get_state_dict", get_state_dict)
-    with pytest.raises(ValueError, match=r"resnet18-.*no route to host.*--weights FILE, or --random-weights"):
+    with pytest.raises(
+        ValueError, match=r"resnet18-.*no route to host.*--weights FILE, or --random-weights"
+    ):
         weights.load("resnet18", None, False)
 
 
 def test_no_torchvision_names_the_alternatives(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision.models", None)
-    with pytest.raises(ValueError, match=r"torchvision.*not installed.*--weights FILE, or --random-weights"):
+    with pytest.raises(
+        ValueError, match=r"torchvision.*not installed.*--weights FILE, or --random-weights"
+    ):
         weights.load("resnet18", None, False)
 
 
 @pytest.mark.parametrize(
     ("model", "name", "message"),
     [
-        ("resnet18", "IMAGENET1K_V9", "--weights IMAGENET1K_V9: neither a file nor one of IMAGENET1K_V1, DEFAULT"),
+        (
+            "resnet18",
+            "IMAGENET1K_V9",
+            "--weights IMAGENET1K_V9: neither a file nor one of IMAGENET1K_V1, DEFAULT",
+        ),
         ("resnet17", None, "--model resnet17: expected one of resnet18, resnet34"),
     ],
 )
@@ -142,7 +150,12 @@ def test_digest_changes_with_any_weight():
 
 @pytest.mark.parametrize(
     "text",
-    ["cat\ndog\n", '["cat", "dog"]', '{"1": "dog", "0": "cat"}', '{"0": ["n01", "cat"], "1": ["n02", "dog"]}'],
+    [
+        "cat\ndog\n",
+        '["cat", "dog"]',
+        '{"1": "dog", "0": "cat"}',
+        '{"0": ["n01", "cat"], "1": ["n02", "dog"]}',
+    ],
     ids=["lines", "list", "object", "pairs"],
 )
 def test_labels_in_the_usual_forms(tmp_path, text):

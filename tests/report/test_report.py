@@ -31,12 +31,25 @@ from resnet_fast.models.problems import conv_layers
 from resnet_fast.report import figures, page, plots, tables
 from resnet_fast.report.summary import changes, geometric_mean, headlines, regressions, slower
 
-CPU = Machine("Test CPU", "cpu", "2026-01-02T00:00:00+00:00", "abc", {"torch": "2.11.0", "threads": "2"})
-GPU = Machine("NVIDIA H200", "cuda", "2026-01-02T00:00:00+00:00", "abc", {"torch": "2.11.0", "driver": "1"})
-SPEED = {"eager": 10.0, "compile": 12.0, "compile-best": 20.0, "folded": 16.0, "ours": 15.0, "ours-plan": 18.0}
+CPU = Machine(
+    "Test CPU", "cpu", "2026-01-02T00:00:00+00:00", "abc", {"torch": "2.11.0", "threads": "2"}
+)
+GPU = Machine(
+    "NVIDIA H200", "cuda", "2026-01-02T00:00:00+00:00", "abc", {"torch": "2.11.0", "driver": "1"}
+)
+SPEED = {
+    "eager": 10.0,
+    "compile": 12.0,
+    "compile-best": 20.0,
+    "folded": 16.0,
+    "ours": 15.0,
+    "ours-plan": 18.0,
+}
 
 
-def case_rows(case: str = "infer/resnet50/bf16/256", speed: dict[str, float] = SPEED, **changed) -> list[Row]:
+def case_rows(
+    case: str = "infer/resnet50/bf16/256", speed: dict[str, float] = SPEED, **changed
+) -> list[Row]:
     """Return the rows of a case in which every provider runs at the given img/s."""
     return [model_row(case, id, speed, **changed) for id in speed]
 
@@ -69,7 +82,9 @@ def model_row(case: str, id: str, speed: dict[str, float], **changed) -> Row:
 
 def op_rows(model: str = "resnet18", batch: int = 2) -> list[Row]:
     """Return rows of every convolution of a network, ours twice as fast as folded + fused."""
-    keys = dict.fromkeys(layer.problem.key for layer in conv_layers(model, batch, 224, DTYPES["bf16"], "cuda"))
+    keys = dict.fromkeys(
+        layer.problem.key for layer in conv_layers(model, batch, 224, DTYPES["bf16"], "cuda")
+    )
     rows = []
     for key in keys:
         rows += [
@@ -152,7 +167,9 @@ def test_a_reader_never_sees_half_a_run(tmp_path: Path, monkeypatch: pytest.Monk
     assert run.rows[0].first_s is None
 
 
-def test_default_name_has_date_machine_and_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_name_has_date_machine_and_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     path = write_run(case_rows(), GPU)
     assert path == Path("benchmarks/results/20260102000000-nvidia-h200-abc.json")
@@ -279,14 +296,20 @@ AVX512 = replace(CPU, facts={"cpu isa": "AVX512", "threads": "2"})
 @pytest.mark.parametrize(
     ("before", "after", "difference"),
     [
-        (AVX512, replace(AVX512, facts={"cpu isa": "AVX512", "threads": "1"}), "2 threads, not 1 thread"),
+        (
+            AVX512,
+            replace(AVX512, facts={"cpu isa": "AVX512", "threads": "1"}),
+            "2 threads, not 1 thread",
+        ),
         (AVX512, replace(AVX512, facts={"cpu isa": "AVX2", "threads": "2"}), "AVX512, not AVX2"),
         (CPU, GPU, "cpu, not cuda"),
         (GPU, replace(GPU, name="NVIDIA A100"), "NVIDIA H200, not NVIDIA A100"),
     ],
     ids=["threads", "instruction set", "device", "GPU model"],
 )
-def test_machines_of_different_kinds_are_not_compared(before: Machine, after: Machine, difference: str) -> None:
+def test_machines_of_different_kinds_are_not_compared(
+    before: Machine, after: Machine, difference: str
+) -> None:
     with pytest.raises(ValueError, match=f"not compared: run.json was measured on {difference}"):
         changes(run_of(case_rows(), before), run_of(case_rows(), after))
 
@@ -309,7 +332,9 @@ def test_gate_judges_ratios_and_never_times() -> None:
 
 
 @pytest.mark.parametrize(("machine", "speed"), [(CPU, 0.5), (GPU, 1.0)], ids=["cpu", "gpu"])
-def test_comparison_is_over_eager_nchw_on_cpu_and_channels_last_on_gpu(machine: Machine, speed: float) -> None:
+def test_comparison_is_over_eager_nchw_on_cpu_and_channels_last_on_gpu(
+    machine: Machine, speed: float
+) -> None:
     before = case_rows(speed={**SPEED, "eager-nchw": 5.0})
     after = case_rows(speed={**SPEED, "eager-nchw": 10.0})  # all other speeds are equal
     found = changes(run_of(before, machine), run_of(after, machine))
@@ -367,12 +392,22 @@ def test_regression_table_counts_all_cases() -> None:
     faster = case_rows("infer/resnet50/bf16/1", {"eager": 1.0, "ours": 2.0})
     table = tables.regression_table([run_of(case_rows() + faster)])
     assert table.heading == "Slower than a peer: 1 of 2 cases"
-    assert table.rows == (("infer/resnet50/bf16/256", "Test CPU", "0.900×", "torch.compile, max-autotune"),)
+    assert table.rows == (
+        ("infer/resnet50/bf16/256", "Test CPU", "0.900×", "torch.compile, max-autotune"),
+    )
 
 
 def test_op_table_names_problems_for_readers() -> None:
     (table,) = tables.op_tables([run_of(op_rows(), GPU)])
-    assert table.rows[0] == ("7×7/2 3→64, 224², batch 2, bf16", "40.0", "20.0", "10.0", "triton.conv", "2.00×", "–")
+    assert table.rows[0] == (
+        "7×7/2 3→64, 224², batch 2, bf16",
+        "40.0",
+        "20.0",
+        "10.0",
+        "triton.conv",
+        "2.00×",
+        "–",
+    )
     assert table.rows[2][0] == "3×3 64→64 + residual, 56², batch 2, bf16"
     assert table.notes == (f"Slower than folded + fused: 0 of {len(table.rows)}.",)
 
@@ -391,7 +426,9 @@ def test_tables_name_the_command_that_measured_them() -> None:
     machine = replace(CPU, facts={"command": "python -m resnet_fast bench --save"})
     runs = [run_of(case_rows(), machine), run_of(op_rows(), CPU, "ops.json")]
     cpu = page.sections(runs, [], "plots")["cpu"]()
-    assert cpu.endswith("\n\nRegenerate: `python -m resnet_fast bench --save && python -m resnet_fast report`.")
+    assert cpu.endswith(
+        "\n\nRegenerate: `python -m resnet_fast bench --save && python -m resnet_fast report`."
+    )
 
 
 def test_sections_say_when_there_is_nothing() -> None:
@@ -411,7 +448,9 @@ def test_every_plot_is_drawn_in_light_and_dark(tmp_path: Path) -> None:
 
     files = plots.save(found, tmp_path)
 
-    names = [f"{plot.name}-{theme}.png" for plot, theme in itertools.product(found, ("light", "dark"))]
+    names = [
+        f"{plot.name}-{theme}.png" for plot, theme in itertools.product(found, ("light", "dark"))
+    ]
     assert [file.name for file in files] == names
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
 
@@ -503,7 +542,9 @@ def test_gate_fails_only_beyond_its_tolerance(report, capsys: pytest.CaptureFixt
     assert report("--compare", "a.json", "b.json") == 0
     assert report("--compare", "a.json", "b.json", "--fail-if", "slower:10%") == 0
     assert report("--compare", "a.json", "b.json", "--fail-if", "slower:5%") == 1
-    assert "SLOWER by more than 5.0%: infer/resnet50/bf16/256 ours: -8.0%" in capsys.readouterr().out
+    assert (
+        "SLOWER by more than 5.0%: infer/resnet50/bf16/256 ours: -8.0%" in capsys.readouterr().out
+    )
     with pytest.raises(SystemExit):
         report("--compare", "a.json", "b.json", "--fail-if", "faster:5%")
     with pytest.raises(ValueError, match="needs --compare"):

@@ -42,9 +42,9 @@ def test_inference_rows_of_the_design(level: str) -> None:
     assert found.bytes / 256 / 1e6 == pytest.approx(megabytes, abs=0.05)
     assert round(found.img_s) == img_s
     if img_s_bytes is not None:
-        assert network_floor.total("resnet50", 256, 224, torch.int8, H200, level).img_s == pytest.approx(
-            img_s_bytes, abs=1
-        )
+        assert network_floor.total(
+            "resnet50", 256, 224, torch.int8, H200, level
+        ).img_s == pytest.approx(img_s_bytes, abs=1)
 
 
 @pytest.mark.parametrize("level", TRAINING)
@@ -58,7 +58,9 @@ def test_training_rows_of_the_design(level: str) -> None:
 def test_every_level_computes_the_same() -> None:
     for batch in (1, 256):
         net = network("resnet50", batch, 224, BF16)
-        assert {sum(step.flops for step in level(net)) for level in INFERENCE.values()} == {8_178_368_512 * batch}
+        assert {sum(step.flops for step in level(net)) for level in INFERENCE.values()} == {
+            8_178_368_512 * batch
+        }
         assert len({sum(step.flops for step in level(net)) for level in TRAINING.values()}) == 1
 
 
@@ -83,7 +85,10 @@ def test_parameters_are_the_models(model: str) -> None:
 def test_fusing_more_never_moves_more() -> None:
     for model in ("resnet18", "resnet34", "resnet101"):
         for mode, levels in (("infer", INFERENCE), ("train", TRAINING)):
-            moved = [network_floor.total(model, 32, 224, BF16, H200, level, mode).bytes for level in levels]
+            moved = [
+                network_floor.total(model, 32, 224, BF16, H200, level, mode).bytes
+                for level in levels
+            ]
             assert moved == sorted(moved, reverse=True)
 
 
@@ -92,7 +97,11 @@ def test_a_tail_moves_640_channels_a_pixel_where_three_kernels_move_1024() -> No
     pixels, width = 56 * 56, 2
     tail = next(s for s in INFERENCE["tail fusion in layer1–2"](net) if s.name == "layer1.1 tail")
     assert (tail.bytes - tail.reads["w"]) == 640 * pixels * width
-    single = [s for s in INFERENCE["conv+BN+ReLU(+add) in one kernel"](net) if s.name.startswith("layer1.1.")]
+    single = [
+        s
+        for s in INFERENCE["conv+BN+ReLU(+add) in one kernel"](net)
+        if s.name.startswith("layer1.1.")
+    ]
     assert sum(s.bytes - s.reads["w"] for s in single) == 1024 * pixels * width
 
 
@@ -105,7 +114,16 @@ def test_the_binding_ceiling() -> None:
 
 OPS = [
     (
-        Problem("conv_bn_act", "cuda", BF16, (2, 8, 5, 6), "nhwc", (4, 8, 3, 3), padding=(1, 1), residual="nhwc"),
+        Problem(
+            "conv_bn_act",
+            "cuda",
+            BF16,
+            (2, 8, 5, 6),
+            "nhwc",
+            (4, 8, 3, 3),
+            padding=(1, 1),
+            residual="nhwc",
+        ),
         2 * 8 * 30 + 4 * 8 * 9 + 2 * 2 * 4 * 30,
         2 * 2 * 4 * 8 * 9 * 30,
     ),
@@ -115,25 +133,63 @@ OPS = [
         2 * 2 * 4 * 8 * 6,
     ),
     (
-        Problem("conv_bn_act", "cuda", BF16, (2, 8, 5, 6), "nhwc", (8, 2, 3, 3), padding=(1, 1), groups=4),
+        Problem(
+            "conv_bn_act",
+            "cuda",
+            BF16,
+            (2, 8, 5, 6),
+            "nhwc",
+            (8, 2, 3, 3),
+            padding=(1, 1),
+            groups=4,
+        ),
         2 * 480 + 8 * 2 * 9,
         2 * 2 * 8 * 2 * 9 * 30,
     ),
-    (Problem("add_act", "cuda", BF16, (2, 8, 5, 6), "nhwc", residual="nhwc", act="relu"), 3 * 480, 0),
-    (Problem("add_act_backward", "cuda", BF16, (2, 8, 5, 6), "nhwc", residual="nhwc", act="relu"), 3 * 480, 0),
     (
-        Problem("add_act_backward", "cuda", BF16, (2, 8, 5, 6), "nhwc", residual="nhwc", act="relu", gate=True),
+        Problem("add_act", "cuda", BF16, (2, 8, 5, 6), "nhwc", residual="nhwc", act="relu"),
+        3 * 480,
+        0,
+    ),
+    (
+        Problem(
+            "add_act_backward", "cuda", BF16, (2, 8, 5, 6), "nhwc", residual="nhwc", act="relu"
+        ),
+        3 * 480,
+        0,
+    ),
+    (
+        Problem(
+            "add_act_backward",
+            "cuda",
+            BF16,
+            (2, 8, 5, 6),
+            "nhwc",
+            residual="nhwc",
+            act="relu",
+            gate=True,
+        ),
         5 * 480,
         0,
     ),
     (Problem("bn_act", "cuda", BF16, (2, 8, 5, 6), "nhwc", act="relu"), 3 * 480, 0),
-    (Problem("bn_act", "cuda", BF16, (2, 8, 5, 6), "nhwc", residual="nhwc", act="relu"), 4 * 480, 0),
+    (
+        Problem("bn_act", "cuda", BF16, (2, 8, 5, 6), "nhwc", residual="nhwc", act="relu"),
+        4 * 480,
+        0,
+    ),
     (Problem("bn_act_backward", "cuda", BF16, (2, 8, 5, 6), "nhwc", act="relu"), 5 * 480, 0),
-    (Problem("bn_act_backward", "cuda", BF16, (2, 8, 5, 6), "nhwc", residual="nhwc", act="relu"), 8 * 480, 0),
+    (
+        Problem("bn_act_backward", "cuda", BF16, (2, 8, 5, 6), "nhwc", residual="nhwc", act="relu"),
+        8 * 480,
+        0,
+    ),
 ]
 
 
-@pytest.mark.parametrize("problem, elements, flops", OPS, ids=lambda v: v.key if isinstance(v, Problem) else "")
+@pytest.mark.parametrize(
+    "problem, elements, flops", OPS, ids=lambda v: v.key if isinstance(v, Problem) else ""
+)
 def test_what_one_call_must_move(problem: Problem, elements: int, flops: int) -> None:
     step = cost.problem_step(problem)
     assert (step.bytes, step.flops) == (2 * elements, flops)
@@ -147,9 +203,15 @@ def test_table_for_explain(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(found.rows) == 54 and found.rows[0].name == "conv1 + maxpool"
     assert sum(row.seconds for row in found.rows) == pytest.approx(256 / 62_733, rel=1e-4)
     text = str(found)
-    assert "60,242" in text and "17,947" in text and "layer4.2.conv3 + avgpool" in text and "measured" in text
+    assert (
+        "60,242" in text
+        and "17,947" in text
+        and "layer4.2.conv3 + avgpool" in text
+        and "measured" in text
+    )
     assert not any(
-        total.mode == "train" for total in network_floor.table("resnet50", 1, 224, torch.int8, "h200").totals
+        total.mode == "train"
+        for total in network_floor.table("resnet50", 1, 224, torch.int8, "h200").totals
     )
 
 

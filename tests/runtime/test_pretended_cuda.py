@@ -35,7 +35,13 @@ class Cuda:
     """As much of ``torch.cuda`` as captures touch; ``breaks`` says that an error inside of one invalidates it."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.current, self.device, self.breaks, self.underway, self.captures = DEFAULT, 0, True, set(), []
+        self.current, self.device, self.breaks, self.underway, self.captures = (
+            DEFAULT,
+            0,
+            True,
+            set(),
+            [],
+        )
         cuda = self
 
         class graph:
@@ -61,7 +67,9 @@ class Cuda:
         patch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
         patch.setattr(torch.cuda, "Stream", Stream)
         patch.setattr(torch.cuda, "stream", lambda stream: self._set("current", stream))
-        patch.setattr(torch.cuda, "device", lambda device: self._set("device", torch.device(device).index))
+        patch.setattr(
+            torch.cuda, "device", lambda device: self._set("device", torch.device(device).index)
+        )
 
     @contextmanager
     def _set(self, name, value):
@@ -96,7 +104,10 @@ def test_a_kernel_that_cannot_be_captured_costs_the_others_nothing(cuda, breaks)
         {"a": lambda: 1, "b": fails, "c": lambda: 1 / 0, "d": lambda: 2}
     )
     assert list(graphs) == ["a", "d"] and cuda.current is DEFAULT
-    assert reasons == {"b": "operation not permitted when stream is capturing", "c": "division by zero"}
+    assert reasons == {
+        "b": "operation not permitted when stream is capturing",
+        "c": "division by zero",
+    }
 
 
 def test_a_plan_goes_on_after_a_capture_that_failed(cuda, monkeypatch) -> None:
@@ -111,7 +122,9 @@ def test_a_plan_goes_on_after_a_capture_that_failed(cuda, monkeypatch) -> None:
     assert captured(32).graph is not None and captured(40).graph is not None
     with monkeypatch.context() as patch:
         patch.setattr(Program, "__call__", lambda self, x: fails() if cuda.underway else None)
-        with pytest.warns(UserWarning, match="no CUDA graph .* not permitted when stream is capturing"):
+        with pytest.warns(
+            UserWarning, match="no CUDA graph .* not permitted when stream is capturing"
+        ):
             assert captured(48).graph is None
     assert captured(56).graph is not None and cuda.current is DEFAULT
     (first, pool), (second, same), _, (third, other) = cuda.captures
@@ -166,7 +179,10 @@ def test_without_memory_a_plan_raises_what_torch_does(registry) -> None:
     def greedy(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
 
-    with use("experimental.greedy"), pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+    with (
+        use("experimental.greedy"),
+        pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"),
+    ):
         plan(resnet18().eval(), torch.randn(1, 3, 32, 32))
 
 
@@ -180,7 +196,9 @@ def test_a_layer_that_cudnn_does_not_fuse_is_run_one_by_one(monkeypatch, residua
 
     for name in ("cudnn_convolution_relu", "cudnn_convolution_add_relu"):
         monkeypatch.setattr(torch, name, refuses)
-    conv = folded.Folded(torch.randn(4, 3, 3, 3), torch.randn(4), ((1, 1), (1, 1), (1, 1), 1), "relu")
+    conv = folded.Folded(
+        torch.randn(4, 3, 3, 3), torch.randn(4), ((1, 1), (1, 1), (1, 1), 1), "relu"
+    )
     x, z = torch.randn(2, 3, 5, 5), torch.randn(2, 4, 5, 5) if residual else None
     out = torch.nn.functional.conv2d(x, conv.weight, conv.bias, padding=1)
     wanted = torch.relu(out if z is None else out + z)

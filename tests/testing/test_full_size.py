@@ -73,7 +73,9 @@ def eight_channels(op: str) -> Problem:
 def test_fault_is_seen(registry, monkeypatch, fault) -> None:
     op, reason = FAULTS[fault]
     monkeypatch.setattr("resnet_fast.testing.full_size.CHUNK", 1)
-    dispatch.kernel("experimental.spoilt", op=op, supports=lambda problem: None)(aten_with(fault, op))
+    dispatch.kernel("experimental.spoilt", op=op, supports=lambda problem: None)(
+        aten_with(fault, op)
+    )
 
     verdict = verify(dispatch.find("experimental.spoilt"), eight_channels(op))
 

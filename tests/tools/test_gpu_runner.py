@@ -42,7 +42,9 @@ def names(took: list[tuple[str, int]]) -> list[str]:
 def test_a_killed_run_goes_on_where_it_stopped(dog, tmp_path) -> None:
     rows = tmp_path / "rows.jsonl"
     dog.run("check", job("a", "hang", silence=60), soon(2))
-    dog.ledger._file.write('{"stage": "check", "job": "kernel", "ca')  # the kill came in the middle of a row
+    dog.ledger._file.write(
+        '{"stage": "check", "job": "kernel", "ca'
+    )  # the kill came in the middle of a row
     dog.ledger._file.flush()
     again = Watchdog(dog.command, Ledger(rows), tmp_path / "log.txt")
     assert [row["case"] for row in again.ledger.rows] == ["a"]
@@ -118,7 +120,9 @@ def test_a_run_without_all_kernels_is_not_gone_on_with(tmp_path) -> None:
         pytest.param("failed: error: no such instruction", None, False, id="never built"),
     ],
 )
-def test_the_extension_is_built_again_where_it_is_not(tmp_path, monkeypatch, reason, built, again) -> None:
+def test_the_extension_is_built_again_where_it_is_not(
+    tmp_path, monkeypatch, reason, built, again
+) -> None:
     monkeypatch.setattr(extension, "prebuilt", lambda: built)
     monkeypatch.setattr(extension, "sources", lambda: "sources")
     monkeypatch.setattr(extension, "targets", lambda: ["9.0a"])
@@ -256,7 +260,12 @@ def test_plans_are_tuned_into_the_table_that_the_headline_reads(tmp_path, asked)
     for stage in (stages.groups, stages.headline, stages.peers):
         stage(run, soon(80))
     order = [stage.name for stage in STAGES]
-    assert order.index("tables") < order.index("groups") < order.index("headline") < order.index("peers")
+    assert (
+        order.index("tables")
+        < order.index("groups")
+        < order.index("headline")
+        < order.index("peers")
+    )
     tables = {job.env["RESNET_FAST_TABLES"] for job in asked}
     assert tables == {str(tmp_path)}
     groups = asked[0]
@@ -291,7 +300,9 @@ def test_tables_are_told_what_was_timed_and_checked(tmp_path, asked) -> None:
     )
     for kernel, kind, status in checks:
         name = f"{kernel} 1/1 bfloat16"
-        add_row(run, "check", f"{kind} {case}", status, job=name, error=1.0, eager_error=2.0, shares=1)
+        add_row(
+            run, "check", f"{kind} {case}", status, job=name, error=1.0, eager_error=2.0, shares=1
+        )
         add_row(run, "check", "bfloat16 complete 1/1", "complete", job=name, shares=1)
     times = {id: {"us": 5.0} for id in ("eager", "triton.a", "triton.b", "triton.c")}
     for timed in (case, "other"):

@@ -15,7 +15,15 @@ from tools.gpu.summary import layer_rows, summary, write
 
 def check_row(job: str, case: str, status: str, **more) -> dict:
     """A row of the check stage."""
-    return {"stage": "check", "job": job, "case": case, "status": status, "reason": None, "shares": 2, **more}
+    return {
+        "stage": "check",
+        "job": job,
+        "case": case,
+        "status": status,
+        "reason": None,
+        "shares": 2,
+        **more,
+    }
 
 
 FIRST, SECOND = "triton.conv 1/2 bfloat16", "triton.conv 2/2 bfloat16"
@@ -153,7 +161,9 @@ def headline_row() -> dict:
         network_row("folded", 0.01),
         network_row("ours", 0.008, True, eager=2.5, folded=1.25),
     ]
-    return row("headline", CASE, "measured", wrong={}, skipped={"ours-plan": "absent"}, rows=providers)
+    return row(
+        "headline", CASE, "measured", wrong={}, skipped={"ours-plan": "absent"}, rows=providers
+    )
 
 
 def a_whole_run() -> list[dict]:
@@ -197,7 +207,9 @@ def test_summary_says(words) -> None:
 
 def test_a_wrong_kernel_comes_first() -> None:
     first, *_ = decisions(Found(a_whole_run()))
-    assert first.startswith("mend triton.bad before anything else: 1 bad, first wrong: edge conv_bn_act")
+    assert first.startswith(
+        "mend triton.bad before anything else: 1 bad, first wrong: edge conv_bn_act"
+    )
     assert "the last channel" in first
 
 

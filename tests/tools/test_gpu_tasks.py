@@ -57,7 +57,9 @@ def test_check_goes_through_every_kind_of_case() -> None:
 
 def test_shares_of_a_kernels_cases_make_the_whole() -> None:
     def cases(share: int, shares: int) -> list[str]:
-        return [case for case, _ in check.check(TINY, print, "aten.add_act", ["float32"], share, shares)]
+        return [
+            case for case, _ in check.check(TINY, print, "aten.add_act", ["float32"], share, shares)
+        ]
 
     *whole, whole_end = cases(0, 1)
     *first, first_end = cases(0, 2)
@@ -106,7 +108,9 @@ def test_a_result_of_nan_differs_from_one_without(problem) -> None:
     assert row["status"] == "wrong"
 
 
-def test_a_kernel_that_bakes_its_first_data_in_fails_its_replay(registry, monkeypatch, problem, aten) -> None:
+def test_a_kernel_that_bakes_its_first_data_in_fails_its_replay(
+    registry, monkeypatch, problem, aten
+) -> None:
     memory = []
 
     def bakes(x, y, gate, act):
@@ -118,7 +122,9 @@ def test_a_kernel_that_bakes_its_first_data_in_fails_its_replay(registry, monkey
 
     def graph(run, device):
         _, result = original(run, device)
-        memory.append(None)  # from here on a call computes again, while the replay keeps what was baked in
+        memory.append(
+            None
+        )  # from here on a call computes again, while the replay keeps what was baked in
         return lambda: result, result
 
     kernel = register("bakes", "add_act", bakes)
@@ -248,7 +254,11 @@ def test_tables_begin_with_what_is_most_at_stake_for_plans(proved_kernels, tuned
     times = {}
     for batch in MORE.batches:
         for problem in measure.distinct_layers(MORE, batch):
-            times[problem.key] = {measure.ATEN: 10.0, "experimental.fast": 10.0, "experimental.slow": 30.0}
+            times[problem.key] = {
+                measure.ATEN: 10.0,
+                "experimental.fast": 10.0,
+                "experimental.slow": 30.0,
+            }
     gains, second = list(times)[2], list(times)[-1]
     times[gains]["experimental.fast"] = 2.0
     times[second]["experimental.fast"] = 5.0
@@ -270,7 +280,11 @@ def test_tables_begin_with_what_is_most_at_stake_for_plans(proved_kernels, tuned
 def test_slow_kernels_are_no_candidates(proved_kernels, tuned, tmp_path) -> None:
     times = {}
     for problem in measure.distinct_layers(AT_TWO, 2):
-        times[problem.key] = {measure.ATEN: 10.0, "experimental.fast": 10.0, "experimental.slow": 30.0}
+        times[problem.key] = {
+            measure.ATEN: 10.0,
+            "experimental.fast": 10.0,
+            "experimental.slow": 30.0,
+        }
     run_task(tune.fill_tables(AT_TWO, print, PROVED, times, {}, str(tmp_path)))
     candidates = [ids for problem, ids in tuned if problem.op == "conv_bn_act"]
     assert candidates
@@ -278,7 +292,9 @@ def test_slow_kernels_are_no_candidates(proved_kernels, tuned, tmp_path) -> None
         assert ids == ["experimental.fast"]
 
 
-def test_tables_are_filled_if_the_layers_stage_did_not_come_so_far(proved_kernels, tmp_path) -> None:
+def test_tables_are_filled_if_the_layers_stage_did_not_come_so_far(
+    proved_kernels, tmp_path
+) -> None:
     cases = iter(tune.fill_tables(MORE, print, PROVED, {}, {}, str(tmp_path)))
     next(cases)
     case, _ = next(cases)
@@ -335,7 +351,9 @@ def test_what_is_known_is_not_tuned(known, tuned, tmp_path) -> None:
     times = {}
     for case, kernels in known.items():
         times[case] = {id: found["us"] for id, found in kernels.items()}
-    rows = run_task(tune.fill_tables(MORE, print, ["experimental.fast"], times, known, str(tmp_path)))
+    rows = run_task(
+        tune.fill_tables(MORE, print, ["experimental.fast"], times, known, str(tmp_path))
+    )
     assert "2 layers" in rows
     assert not known.keys() & {problem.key for problem, _ in tuned}
 
@@ -360,7 +378,9 @@ def rehearsal_tables(tmp_path, monkeypatch):
     tables.load.cache_clear()
 
 
-def test_a_tuned_plan_is_remembered_for_the_headline(rehearsal_tables, tmp_path, monkeypatch) -> None:
+def test_a_tuned_plan_is_remembered_for_the_headline(
+    rehearsal_tables, tmp_path, monkeypatch
+) -> None:
     monkeypatch.setattr(tune, "device", lambda scale: PrefersGroups("rehearsal", "cpu"))
     with use("aten.conv_pool"):
         (row,) = run_task(tune.tune_plans(AT_TWO, silent, 5.0)).values()

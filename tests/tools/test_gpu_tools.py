@@ -60,7 +60,9 @@ def on_hopper(folder: Path) -> Run:
     "setup, trouble",
     [
         pytest.param("", None, id="goes well"),
-        pytest.param("import sys; sys.exit('nvcc fatal: no')", "failed: nvcc fatal: no", id="fails"),
+        pytest.param(
+            "import sys; sys.exit('nvcc fatal: no')", "failed: nvcc fatal: no", id="fails"
+        ),
         pytest.param(
             "import time; time.sleep(60)",
             "stopped at its deadline: the kernels of csrc are left out",
@@ -116,7 +118,9 @@ def test_sources_are_hashed_as_the_build_hashes_them() -> None:
 # ---------------------------------------------------------------- kernels that take part
 
 
-def test_kernels_of_an_extension_made_of_other_sources_do_not_take_part(tmp_path, monkeypatch) -> None:
+def test_kernels_of_an_extension_made_of_other_sources_do_not_take_part(
+    tmp_path, monkeypatch
+) -> None:
     run = a_run(tmp_path, rehearse=False)
     for id in ("native.conv", "triton.conv"):
         add_row(run, "inventory", id, "here")
@@ -260,7 +264,9 @@ OTHERWISE = (
     'chmod +x "$7"'
 )
 SLOW = 'printf "#!/bin/sh\\nsleep 60\\n" > "$7"; chmod +x "$7"'
-NEEDS_GCC = pytest.mark.skipif(host_gpu.compiler() is None, reason="needs a g++ that knows _Float16")
+NEEDS_GCC = pytest.mark.skipif(
+    host_gpu.compiler() is None, reason="needs a g++ that knows _Float16"
+)
 FOUND = "matrices that begin inside a pattern of rows are found"
 NOT_FOUND = "MATRICES THAT BEGIN INSIDE A PATTERN OF ROWS ARE NOT FOUND: conv_hopper and conv_tail_hopper rest on that"
 
@@ -270,7 +276,13 @@ NOT_FOUND = "MATRICES THAT BEGIN INSIDE A PATTERN OF ROWS ARE NOT FOUND: conv_ho
     [
         pytest.param(EMULATED, 60, 8, FOUND, marks=NEEDS_GCC, id="emulated"),
         pytest.param(OTHERWISE, 60, 1, NOT_FOUND, id="not found"),
-        pytest.param("echo no such architecture >&2; exit 1", 60, 0, "failed: no such architecture", id="fails"),
+        pytest.param(
+            "echo no such architecture >&2; exit 1",
+            60,
+            0,
+            "failed: no such architecture",
+            id="fails",
+        ),
         pytest.param(SLOW, 2, 0, "stopped at its deadline", id="too slow"),
     ],
 )

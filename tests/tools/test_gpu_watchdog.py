@@ -121,7 +121,9 @@ def test_children_do_not_outlive_a_killed_parent(tmp_path) -> None:
         p = subprocess.Popen({command!r}, start_new_session=True)
         print(p.pid, flush=True)
         time.sleep(600)"""
-    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(start)], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(start)], stdout=subprocess.PIPE, text=True
+    )
     pid = int(parent.stdout.readline())
     while not (events.is_file() and "begin" in events.read_text()):
         time.sleep(0.05)

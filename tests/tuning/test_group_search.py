@@ -85,7 +85,11 @@ def test_no_options_need_no_clock() -> None:
 @pytest.mark.parametrize(
     ("gain", "wobble", "chosen"),
     [(0.03, 0.0, {TAIL}), (0.03, 0.3, set()), (0.01, 0.0, set())],
-    ids=["0.3 % and steady", "0.3 % among rounds that swing by 6 %", "0.1 %, as two graphs may differ"],
+    ids=[
+        "0.3 % and steady",
+        "0.3 % among rounds that swing by 6 %",
+        "0.1 %, as two graphs may differ",
+    ],
 )
 def test_gain_within_noise_does_not_count(gain, wobble, chosen) -> None:
     assert find(Clock({TAIL: -gain}, wobble=wobble), [TAIL])[0] == chosen
@@ -138,7 +142,9 @@ def test_rivals_for_the_same_steps_replace_each_other(costs, expected) -> None:
 @pytest.fixture(scope="module")
 def model():
     """Two shapes of tails, the first projected, and three of pairs."""
-    return ready(resnet_fast.ResNet(resnet_fast.Bottleneck, [4, 1, 1, 2], width_per_group=16, num_classes=12))
+    return ready(
+        resnet_fast.ResNet(resnet_fast.Bottleneck, [4, 1, 1, 2], width_per_group=16, num_classes=12)
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -173,13 +179,19 @@ def test_plan_uses_the_shapes_that_make_it_faster(model, tuned_problems) -> None
     x = images()
     run = plan(model, x)
     before = run(x)
-    with use("aten.conv_tail", "aten.pointwise_pair"):  # stand for kernels that won; the other two kinds have none
+    with use(
+        "aten.conv_tail", "aten.pointwise_pair"
+    ):  # stand for kernels that won; the other two kinds have none
         said = tune(run, x, PLAN_COSTS)
         after = run(x)
 
     # Blocks 1 and 2 are of one shape, 3 and the projected first of others; block 0's pair gains more than its tail,
     # which would take its steps.
-    winners = {"conv_tail:layer1.1.conv2", "conv_tail:layer1.2.conv2", "pointwise_pair:layer1.0.conv3"}
+    winners = {
+        "conv_tail:layer1.1.conv2",
+        "conv_tail:layer1.2.conv2",
+        "pointwise_pair:layer1.0.conv3",
+    }
     assert set(run.across) == winners
     assert {label(step) for step in groups(run)} == winners
     assert count(run) == {"conv_tail": 2, "pointwise_pair": 1}
@@ -233,7 +245,9 @@ def test_no_seconds_leave_the_best_start(model, tuned_problems) -> None:
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
-def test_variant_that_cannot_run_is_named_and_left_out(model, tuned_problems, monkeypatch, after) -> None:
+def test_variant_that_cannot_run_is_named_and_left_out(
+    model, tuned_problems, monkeypatch, after
+) -> None:
     """Pooling runs out of memory after so many variants that have it; the plan answers as before."""
     x, real, pooled = images(), Plan.variant, []
     run = plan(model, x, across=("pointwise_pool", "pointwise_pair"))

@@ -32,7 +32,9 @@ WINNERS = {"conv_tail:layer1.1.conv2", "pointwise_pair:layer2.0.conv3"}
 
 
 def network(layers=(3, 1, 1, 1)):
-    net = resnet_fast.ResNet(resnet_fast.Bottleneck, list(layers), width_per_group=16, num_classes=12)
+    net = resnet_fast.ResNet(
+        resnet_fast.Bottleneck, list(layers), width_per_group=16, num_classes=12
+    )
     return ready(net)
 
 
@@ -222,7 +224,9 @@ def test_choice_among_groups_that_a_user_named_is_not_stored(model, folder) -> N
 def test_choice_without_any_timing_is_not_stored(model, folder, monkeypatch) -> None:
     """Each kind of group explains itself, but no network can be run to be timed."""
     real, calls = Plan.variant, []
-    explained = 1 + 2 * 4  # the plan without groups, then each kind before and after its kernels are tuned
+    explained = (
+        1 + 2 * 4
+    )  # the plan without groups, then each kind before and after its kernels are tuned
 
     def variant(self, across):
         calls.append(across)

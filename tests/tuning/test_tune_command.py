@@ -19,7 +19,9 @@ from resnet_fast.dispatch.problem import ACROSS, Problem
 from resnet_fast.tuning import group_table
 from resnet_fast.tuning.kernels import Device
 
-PROBLEM = Problem("add_act", "cpu", torch.float32, (2, 8, 5, 7), "nhwc", residual="nhwc", act="relu")
+PROBLEM = Problem(
+    "add_act", "cpu", torch.float32, (2, 8, 5, 7), "nhwc", residual="nhwc", act="relu"
+)
 OTHER = replace(PROBLEM, x=(3, 16, 5, 7))
 NORMALIZE = (0.5,) * 3, (0.2,) * 3
 NETWORK = ["tune", "resnet18", "--batch", "2", "--size", "32", "--dtype", "float32"]
@@ -60,7 +62,9 @@ def test_it_reports_choices_and_failures(use_device, two_problems, candidates, c
     assert "[2/2] add_act" in capsys.readouterr().err  # measured before, so without times
 
 
-def test_lost_device_has_an_exit_code_of_its_own(use_device, two_problems, candidates, capsys) -> None:
+def test_lost_device_has_an_exit_code_of_its_own(
+    use_device, two_problems, candidates, capsys
+) -> None:
     """So that a caller can start the command again: the next process goes on."""
     candidates(fast=right)
     use_device(Pretended(lost=True))
@@ -103,7 +107,9 @@ def test_it_stores_the_groups_for_later_plans(use_device, capsys, tmp_path, monk
     use_device(Pretended())
     assert main(NETWORK) == 0
     (record,) = table(tmp_path)["networks"].values()
-    assert record["notes"] == ["across: conv_pool: not used: no kernel of it won against single steps"]
+    assert record["notes"] == [
+        "across: conv_pool: not used: no kernel of it won against single steps"
+    ]
     assert record["complete"]
     out, _ = capsys.readouterr()
     assert f"{len(table(tmp_path)['measured'])} problems" in out
@@ -129,7 +135,9 @@ def test_the_second_time_nothing_is_measured(use_device, capsys) -> None:
     assert "groups at batch 2: none\n  across: as measured on" in out
 
 
-def test_network_that_cannot_be_planned_is_reported(use_device, two_problems, capsys, monkeypatch) -> None:
+def test_network_that_cannot_be_planned_is_reported(
+    use_device, two_problems, capsys, monkeypatch
+) -> None:
     trouble = "plan: step relu (conv1) failed on this input: CUDA out of memory. Tried to allocate 3.00 GiB."
 
     def make(model, example, **options):
@@ -143,7 +151,13 @@ def test_network_that_cannot_be_planned_is_reported(use_device, two_problems, ca
 
 def ordered_problems(monkeypatch, **options) -> list[Problem]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    options = {"model": "resnet50", "batch": [256, 1], "size": 224, "dtype": "bfloat16", "train": False} | options
+    options = {
+        "model": "resnet50",
+        "batch": [256, 1],
+        "size": 224,
+        "dtype": "bfloat16",
+        "train": False,
+    } | options
     return tune_command.problems(argparse.Namespace(**options), Pretended(kind="cuda"))
 
 

@@ -18,10 +18,20 @@ from resnet_fast.tuning import kernels as tuning
 from resnet_fast.tuning.call import prepared_call
 from resnet_fast.tuning.kernels import DeviceLost, tune
 
-PROBLEM = Problem("add_act", "cpu", torch.float32, (2, 8, 5, 7), "nhwc", residual="nhwc", act="relu")
+PROBLEM = Problem(
+    "add_act", "cpu", torch.float32, (2, 8, 5, 7), "nhwc", residual="nhwc", act="relu"
+)
 OTHER = replace(PROBLEM, x=(3, 16, 5, 7))
 CONV = Problem(
-    "conv_bn_act", "cpu", torch.float32, (2, 8, 6, 6), "nhwc", (8, 8, 3, 3), padding=(1, 1), bn=True, act="relu"
+    "conv_bn_act",
+    "cpu",
+    torch.float32,
+    (2, 8, 6, 6),
+    "nhwc",
+    (8, 8, 3, 3),
+    padding=(1, 1),
+    bn=True,
+    act="relu",
 )
 NORM = Problem("bn_act", "cpu", torch.float32, (2, 8, 5, 4), "nhwc", act="relu")
 FAST = {"experimental.fast": 5e-6}
@@ -64,7 +74,9 @@ def test_wrong_kernel_is_named_and_not_timed(candidates) -> None:
 
 def test_no_entry_unless_aten_is_beaten_by_more_than_noise(candidates, tmp_path) -> None:
     candidates(near=right)
-    result = tuned(Pretended(calls={"experimental.near": 9.95e-6}, graph={"experimental.near": 5e-6}))
+    result = tuned(
+        Pretended(calls={"experimental.near": 9.95e-6}, graph={"experimental.near": 5e-6})
+    )
     assert (result.calls, result.graph) == ("aten", "experimental.near")
     assert PROBLEM.key not in table(tmp_path)["entries"]
 
@@ -170,7 +182,9 @@ def test_our_training_norm_is_timed_with_its_running_statistics(residual, monkey
     aten, args = dispatch.find("aten", "bn_act"), full_args(problem)
     y, mean, var = aten.fn(*args)
     updates = []
-    monkeypatch.setattr("resnet_fast.tuning.call.update_running_stats", lambda bn, *found: updates.append(found))
+    monkeypatch.setattr(
+        "resnet_fast.tuning.call.update_running_stats", lambda bn, *found: updates.append(found)
+    )
 
     ours = replace(aten, id="experimental.norm")
     torch.testing.assert_close(prepared_call(ours, problem, args)(), y)
@@ -231,7 +245,9 @@ def test_edited_source_is_measured_again(candidates, monkeypatch) -> None:
     assert result.calls == "aten"
 
 
-def test_other_versions_verify_the_chosen_again_and_keep_the_times(candidates, monkeypatch, tmp_path) -> None:
+def test_other_versions_verify_the_chosen_again_and_keep_the_times(
+    candidates, monkeypatch, tmp_path
+) -> None:
     candidates(fast=right, slow=right)
     tuned(Pretended(calls=FAST))
     monkeypatch.setattr(tables, "versions", lambda: OTHER_VERSIONS)
@@ -248,14 +264,20 @@ def test_other_versions_verify_the_chosen_again_and_keep_the_times(candidates, m
     assert entry["time_us"] == pytest.approx(5)
 
 
-def test_candidate_that_failed_under_other_versions_is_measured_with_the_others(candidates, monkeypatch) -> None:
+def test_candidate_that_failed_under_other_versions_is_measured_with_the_others(
+    candidates, monkeypatch
+) -> None:
     candidates(fast=right, wrong=wrong)
     tuned(Pretended(calls=FAST))
     monkeypatch.setattr(tables, "versions", lambda: OTHER_VERSIONS)
     device = Pretended(calls=FAST)
     result = tuned(device)
     assert result.note == ""
-    assert {id for id, _ in device.verified} == {"aten.add_act", "experimental.fast", "experimental.wrong"}
+    assert {id for id, _ in device.verified} == {
+        "aten.add_act",
+        "experimental.fast",
+        "experimental.wrong",
+    }
 
 
 def test_kernel_that_new_versions_broke_is_dropped(candidates, monkeypatch, tmp_path) -> None:
@@ -289,7 +311,9 @@ def test_interruption_loses_one_problem_only(candidates, tmp_path) -> None:
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_kernel_that_lost_the_device_is_named_and_passed_over_next_time(candidates, tmp_path) -> None:
+def test_kernel_that_lost_the_device_is_named_and_passed_over_next_time(
+    candidates, tmp_path
+) -> None:
     device = Pretended(calls=FAST)
 
     def poison(*args):
@@ -346,7 +370,9 @@ def test_lookup_wants_the_same_gpu(measured, monkeypatch) -> None:
     assert tables.lookup(PROBLEM) is None
 
 
-def test_stale_entry_of_the_user_does_not_hide_a_shipped_one(candidates, monkeypatch, tmp_path) -> None:
+def test_stale_entry_of_the_user_does_not_hide_a_shipped_one(
+    candidates, monkeypatch, tmp_path
+) -> None:
     candidates(fast=right)
     monkeypatch.setattr(tables, "gpu_name", lambda device=None: GPU)
     tuned(Pretended(calls=FAST), folder=tmp_path / "shipped")
@@ -367,7 +393,9 @@ def pretend_driver(monkeypatch, version: int, error: int) -> None:
         return error
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(cuDriverGetVersion=get_version))
+    monkeypatch.setattr(
+        ctypes, "CDLL", lambda name: SimpleNamespace(cuDriverGetVersion=get_version)
+    )
 
 
 def test_versions_have_the_driver_of_cuda(monkeypatch) -> None:

@@ -26,7 +26,9 @@ from .summary import summary, write
 from .watchdog import ROOT, Ledger, Watchdog
 
 TOTAL = 530.0  # seconds, and a few more to come and to go
-KEPT = ROOT / "benchmarks" / "results"  # of this checkout: what earlier runs left, though their $OUT be gone
+KEPT = (
+    ROOT / "benchmarks" / "results"
+)  # of this checkout: what earlier runs left, though their $OUT be gone
 SOURCES = ("resnet_fast", "csrc", "tools")  # folders whose files name a run
 SUFFIXES = (".py", ".cu", ".cuh", ".h", ".cpp")
 CHILD = [sys.executable, "-m", "tools.gpu.child"]
@@ -197,11 +199,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def command_line() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(prog="python -m tools.gpu", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.gpu", description=__doc__.split("\n\n")[0]
+    )
     names = ",".join(stage.name for stage in STAGES[2:])
     parser.add_argument("--stages", help=f"only these, after environment and build: {names}")
-    parser.add_argument("--seconds", type=float, default=TOTAL, help="for the whole run (default %(default)s)")
-    parser.add_argument("--rehearse", action="store_true", help="the same program on a CPU at toy sizes")
+    parser.add_argument(
+        "--seconds", type=float, default=TOTAL, help="for the whole run (default %(default)s)"
+    )
+    parser.add_argument(
+        "--rehearse", action="store_true", help="the same program on a CPU at toy sizes"
+    )
     return parser
 
 

@@ -35,7 +35,11 @@ def machine_row(scale: Scale) -> dict:
     """Return what is known of the machine."""
     if scale.device == "cuda" and not torch.cuda.is_available():
         return {"status": "no gpu", "reason": f"torch {torch.__version__} sees no CUDA device"}
-    row = {"status": "here", "machine": asdict(machine(scale.device)), "versions": tables.versions()}
+    row = {
+        "status": "here",
+        "machine": asdict(machine(scale.device)),
+        "versions": tables.versions(),
+    }
     if scale.device != "cuda":
         return row
     found = torch.cuda.get_device_properties()
@@ -109,7 +113,9 @@ def cache(scale: Scale, times: int = 50) -> dict:
     source = torch.randn(scale.cache_copy_bytes // 2, device=scale.device, dtype=torch.bfloat16)
     target = torch.empty_like(source)
     torch.mul(source, 2, out=target)
-    replay, _ = graph(lambda: [torch.mul(source, 2, out=target) for _ in range(times)], scale.device)
+    replay, _ = graph(
+        lambda: [torch.mul(source, 2, out=target) for _ in range(times)], scale.device
+    )
     took = seconds(replay, scale)
     return {"status": "measured", "value": 2 * source.nbytes * times / took, "unit": "B/s"}
 

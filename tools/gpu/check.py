@@ -165,7 +165,10 @@ def edges(kernel: Kernel, dtype: torch.dtype, scale: Scale) -> list[Problem]:
 
 
 def first_of_network(
-    kernel: Kernel, dtype: torch.dtype, scale: Scale, accept: Callable[[Problem], bool] = lambda problem: True
+    kernel: Kernel,
+    dtype: torch.dtype,
+    scale: Scale,
+    accept: Callable[[Problem], bool] = lambda problem: True,
 ) -> list[Problem]:
     """Return the network's first problem that the kernel takes, alone in a list, or an empty list."""
     for problem in of_network(scale.model, scale.check_batch, dtype, scale, kernel.op):
@@ -211,7 +214,9 @@ def compared(
     what: str,
 ) -> dict:
     """Return a row that says whether two results of one kernel agree."""
-    errors = [rule.error(g, e.double()).max for g, e in zip(got, expected, strict=True) if e.numel()]
+    errors = [
+        rule.error(g, e.double()).max for g, e in zip(got, expected, strict=True) if e.numel()
+    ]
     apart = max(errors, default=0.0)
     if apart <= rule.FLOOR[problem.dtype]:
         return {"status": "right"}
@@ -248,7 +253,10 @@ def nonfinite(kernel: Kernel, problem: Problem) -> dict:
     for g, e in zip(got, by_eager, strict=True):
         if e.numel():
             lost += int((e.cpu().isnan() & ~g.cpu().isnan()).sum())
-    return {"status": "wrong", "reason": f"{lost} NaN of eager's are lost; NaN and infinities differ from eager's"}
+    return {
+        "status": "wrong",
+        "reason": f"{lost} NaN of eager's are lost; NaN and infinities differ from eager's",
+    }
 
 
 def nonfinite_args(problem: Problem) -> tuple:
@@ -358,7 +366,12 @@ def in_a_row(kernel: Kernel, problem: Problem) -> dict:
 
     expected = run(wait=True)
     got = run(wait=False)
-    return compared(got, expected, problem, f"the last of {CALLS} calls in a row differs from the same with waiting")
+    return compared(
+        got,
+        expected,
+        problem,
+        f"the last of {CALLS} calls in a row differs from the same with waiting",
+    )
 
 
 # ---------------------------------------------------------------- more elements than 31 bits count

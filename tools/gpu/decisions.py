@@ -48,7 +48,9 @@ def _nan_of_cudnn(found: Found) -> list[str]:
     """A line if cuDNN's fused ReLU loses NaN."""
     for row in found.checks.get("aten.cudnn_fused", []):
         if row["case"].startswith("nan ") and row["status"] == "wrong":
-            return [f"cuDNN's fused ReLU does not keep NaN as eager does ({row['reason']}): a bar, out of tables"]
+            return [
+                f"cuDNN's fused ReLU does not keep NaN as eager does ({row['reason']}): a bar, out of tables"
+            ]
     return []
 
 

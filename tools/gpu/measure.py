@@ -114,7 +114,9 @@ def layer(
     }
 
 
-def variants(problem: Problem, proved: list[str], arguments: list[tuple]) -> dict[str, list[Callable[[], object]]]:
+def variants(
+    problem: Problem, proved: list[str], arguments: list[tuple]
+) -> dict[str, list[Callable[[], object]]]:
     """Return each variant's calls, one for each set of arguments: eager, the prefolded bar, torch's and our kernels."""
     calls: dict[str, list[Callable[[], object]]] = {}
     calls["eager"] = [partial(eager.eager, problem.op, each) for each in arguments]
@@ -126,7 +128,9 @@ def variants(problem: Problem, proved: list[str], arguments: list[tuple]) -> dic
     return calls
 
 
-def first_runs(calls: dict[str, list[Callable[[], object]]], timer: kernels.Device) -> tuple[Runs, dict[str, str]]:
+def first_runs(
+    calls: dict[str, list[Callable[[], object]]], timer: kernels.Device
+) -> tuple[Runs, dict[str, str]]:
     """Run each variant once; return the runs that succeed, and why the others fail."""
     runs: Runs = {}
     failed: dict[str, str] = {}
@@ -135,7 +139,9 @@ def first_runs(calls: dict[str, list[Callable[[], object]]], timer: kernels.Devi
         try:
             run()
             runs[id] = run
-        except Exception as error:  # a proved kernel may still fail at this size, in its compiler's own way
+        except (
+            Exception
+        ) as error:  # a proved kernel may still fail at this size, in its compiler's own way
             failed[id] = f"{type(error).__name__}: {kernels.first_line(error)}"
         timer.settle()
     return runs, failed

@@ -22,7 +22,17 @@ def probe(folder: Path, deadline: float) -> tuple[list[dict], str | None]:
     """Return a row for each line that the program prints, "case: answer", and a sentence if it failed."""
     program = folder / "probe"
     include = str(ROOT / "csrc")
-    build = [compiler(), "-std=c++17", "-I", include, "-gencode", TARGET, "-o", str(program), str(SOURCE)]
+    build = [
+        compiler(),
+        "-std=c++17",
+        "-I",
+        include,
+        "-gencode",
+        TARGET,
+        "-o",
+        str(program),
+        str(SOURCE),
+    ]
     output = ""
     try:
         for command in (build, [str(program)]):

@@ -103,7 +103,9 @@ def check(run: Run, deadline: float, dtypes: tuple[str, ...] = ("bfloat16",)) ->
                 share=share,
                 shares=count,
             )
-            jobs.append(Job(f"{id} {share + 1}/{count} {dtypes[0]}", "check", env=threads, args=args))
+            jobs.append(
+                Job(f"{id} {share + 1}/{count} {dtypes[0]}", "check", env=threads, args=args)
+            )
     return run_jobs(run, "check", jobs, deadline, workers)
 
 
@@ -212,7 +214,9 @@ def sanitizer_job(
         restarts=0,
         silence=60,
         under=(tool, "--tool", "memcheck", "--report-api-errors", "no", "--log-file", str(report)),
-        env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # or overruns end in the allocator's own memory
+        env={
+            "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"
+        },  # or overruns end in the allocator's own memory
     )
 
 
@@ -221,7 +225,11 @@ def memory_verdict(text: str) -> dict:
     lines = [line.lstrip("= ").strip() for line in text.splitlines()]
     if "ERROR SUMMARY: 0 errors" in lines:
         return {"status": "right"}
-    errors = [line for line in lines if line.startswith(("Invalid", "Program hit", "Misaligned", "Address"))]
+    errors = [
+        line
+        for line in lines
+        if line.startswith(("Invalid", "Program hit", "Misaligned", "Address"))
+    ]
     total = [line for line in lines if line.startswith("ERROR SUMMARY")]
     if not total:
         return {"status": "left out", "reason": f"no verdict: {last_words(text)}"}
@@ -242,7 +250,9 @@ def layers(run: Run, deadline: float) -> str | None:
 
 def tables(run: Run, deadline: float) -> str | None:
     """Measure what a plan and the drop-in ask for; the layers' times say where most time is at stake."""
-    measured = {row["case"]: row["times"] for row in run.ledger.of("layers") if row["status"] == "measured"}
+    measured = {
+        row["case"]: row["times"] for row in run.ledger.of("layers") if row["status"] == "measured"
+    }
     microseconds = {}
     for case, times in measured.items():
         microseconds[case] = {id: timing["us"] for id, timing in times.items()}
@@ -285,7 +295,9 @@ def full_size_checks(run: Run) -> dict[tuple[str, str], dict]:
 
 def groups(run: Run, deadline: float) -> str | None:
     """Tune plans as a user does. The groups of layers that pay go into the table, and the headline's plan uses them."""
-    seconds = max(5.0, (deadline - time.monotonic() - 20) / 2.5)  # two batches, and the time to build them
+    seconds = max(
+        5.0, (deadline - time.monotonic() - 20) / 2.5
+    )  # two batches, and the time to build them
     job = Job(
         f"plans{table_size(run)}",
         "tune_plans",
@@ -339,7 +351,9 @@ def network(
 
 def headline(run: Run, deadline: float) -> str | None:
     """Time the network by everyone but torch.compile."""
-    silence = 150  # seconds: cuDNN tries its algorithms for every layer, and reports nothing meanwhile
+    silence = (
+        150  # seconds: cuDNN tries its algorithms for every layer, and reports nothing meanwhile
+    )
     return network(run, "headline", "networks", deadline, silence)
 
 

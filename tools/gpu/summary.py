@@ -104,7 +104,9 @@ def _layers(found: Found) -> str:
     rows = found.layers
     if not rows:
         return ""
-    lines = [f"{'layer':22} {'batch':>5} {'n':>3} {'best of ours':28} {'µs':>8} {'floor':>8} {'%':>4}  over bar, eager"]
+    lines = [
+        f"{'layer':22} {'batch':>5} {'n':>3} {'best of ours':28} {'µs':>8} {'floor':>8} {'%':>4}  over bar, eager"
+    ]
     most_to_gain = sorted(rows, key=total_gap, reverse=True)
     lines += [_layer_line(row) for row in most_to_gain[:LAYERS_SHOWN]]
     ratios = [ratio for ratio in map(over_bar, rows) if ratio]
@@ -115,7 +117,10 @@ def _layers(found: Found) -> str:
             f"ours over the prefolded cuDNN bar: geometric mean {mean:.2f} over {len(ratios)} layers, "
             f"{slower} slower by more than 2 %"
         )
-    return "LAYERS (device time in a graph, rotating buffers; the ten with the most to gain)\n" + "\n".join(lines)
+    return (
+        "LAYERS (device time in a graph, rotating buffers; the ten with the most to gain)\n"
+        + "\n".join(lines)
+    )
 
 
 def _layer_line(row: dict) -> str:

@@ -163,7 +163,11 @@ def versions() -> dict[str, str]:
         triton = version("triton")
     except PackageNotFoundError:
         triton = "none"
-    return {"torch": torch.__version__, "triton": triton, "driver": _driver() if torch.cuda.is_available() else "none"}
+    return {
+        "torch": torch.__version__,
+        "triton": triton,
+        "driver": _driver() if torch.cuda.is_available() else "none",
+    }
 
 
 def _driver() -> str:
@@ -192,7 +196,9 @@ def _normalised(source: str) -> str:
     if source.endswith(".py"):
         return ast.dump(_without_docstrings(ast.parse(text)))
     if source.endswith("_build.json"):  # what it records of the CPU kernels does not run on a GPU
-        return json.dumps({key: value for key, value in json.loads(text).items() if not key.startswith("cpu")})
+        return json.dumps(
+            {key: value for key, value in json.loads(text).items() if not key.startswith("cpu")}
+        )
     return text
 
 
@@ -211,7 +217,9 @@ def _is_constant(statement: ast.stmt) -> bool:
 # ---------------------------------------------------------------- writing
 
 
-def update(gpu: str, edit: Callable[[dict[str, dict[str, Any]]], None], folder: Path | None = None) -> Path:
+def update(
+    gpu: str, edit: Callable[[dict[str, dict[str, Any]]], None], folder: Path | None = None
+) -> Path:
     """Let ``edit`` change the sections of a GPU's file in ``folder`` (default: the user's), and write the file.
 
     A lock is held from reading to writing, so two processes lose none of each other's entries. The file is replaced in
@@ -222,7 +230,9 @@ def update(gpu: str, edit: Callable[[dict[str, dict[str, Any]]], None], folder: 
     with _locked(path.with_suffix(".lock")):
         sections = read(path, gpu)
         edit(sections)
-        text = json.dumps({"gpu": gpu, **sections}, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(
+            {"gpu": gpu, **sections}, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False
+        )
         with replacing(path) as part:
             part.write_text(text + "\n", encoding="utf-8")
     load.cache_clear()

@@ -38,13 +38,22 @@ def _my_kernel(
     for i in range(TRIPS):
         # Load BLOCK_K channels and multiply; what is outside of the tensors is zero.
         c = i * BLOCK_K + tl.arange(0, BLOCK_K)
-        a = tl.load(x + m.to(tl.int64)[:, None] * C + c[None, :], mask=(m < M)[:, None] & (c < C)[None, :], other=0.0)
-        b = tl.load(w + k[None, :] * C + c[:, None], mask=(k < K)[None, :] & (c < C)[:, None], other=0.0)
+        a = tl.load(
+            x + m.to(tl.int64)[:, None] * C + c[None, :],
+            mask=(m < M)[:, None] & (c < C)[None, :],
+            other=0.0,
+        )
+        b = tl.load(
+            w + k[None, :] * C + c[:, None], mask=(k < K)[None, :] & (c < C)[:, None], other=0.0
+        )
         acc = tl.dot(a, b, acc, input_precision="ieee")
     # Epilogue: affine, residual, activation; then one store.
     inside = (m < M)[:, None] & (k < K)[None, :]
     at = m.to(tl.int64)[:, None] * K + k[None, :]
-    z = acc * tl.load(s + k, mask=k < K, other=0.0)[None, :] + tl.load(t + k, mask=k < K, other=0.0)[None, :]
+    z = (
+        acc * tl.load(s + k, mask=k < K, other=0.0)[None, :]
+        + tl.load(t + k, mask=k < K, other=0.0)[None, :]
+    )
     if residual is not None:
         z += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     if RELU:
@@ -62,7 +71,9 @@ def supports(problem):
 
 
 @kernel("experimental.my_kernel", op="conv_bn_act", supports=supports, available=launch.available)
-def my_kernel(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act):
+def my_kernel(
+    x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
+):
     n, c, h, w = x.shape
     k, m = weight.shape[0], n * h * w
     s, t = reference.affine(scale, shift, mean, var, eps)

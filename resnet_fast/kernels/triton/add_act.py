@@ -26,7 +26,9 @@ BLOCK = 2048  # elements: two 16-byte loads in flight for each thread and 16-bit
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def _add_act(x, y, gate, out, size, blocks, C: tl.constexpr, RELU: tl.constexpr, BLOCK: tl.constexpr):
+def _add_act(
+    x, y, gate, out, size, blocks, C: tl.constexpr, RELU: tl.constexpr, BLOCK: tl.constexpr
+):
     """Elements of one image (``size`` of them in ``blocks`` blocks), or of the whole tensor if there is no gate."""
     image = (tl.program_id(0) // blocks).to(tl.int64)
     first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
@@ -134,7 +136,17 @@ def add_act_backward(dout, out, x, gate, act) -> tuple[Tensor, Tensor, Tensor]:
     if gate is None:
         if size:
             grid = (triton.cdiv(size, BLOCK),)
-            _mask[grid](dout, out, dy, size, RELU=relu, BLOCK=BLOCK, num_warps=4, num_stages=1, **launch.OPTIONS)
+            _mask[grid](
+                dout,
+                out,
+                dy,
+                size,
+                RELU=relu,
+                BLOCK=BLOCK,
+                num_warps=4,
+                num_stages=1,
+                **launch.OPTIONS,
+            )
         return dy, dout.new_empty(0), dout.new_empty(0)
     n, c, h, w = out.shape
     config = rows_config(h * w, c, out.itemsize, launch.capability(out))

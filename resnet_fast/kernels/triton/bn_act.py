@@ -47,7 +47,16 @@ def pivot(first, c, C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def _statistics(
-    x, first, means, m2s, M, trips, C: tl.constexpr, STAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
+    x,
+    first,
+    means,
+    m2s,
+    M,
+    trips,
+    C: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     """Mean and M2 of x − pivot over trips · BLOCK_M rows into means[block, c], m2s[block, c]."""
     blocks_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C

@@ -85,7 +85,9 @@ def _merge_sums(
         p = i * BLOCK_P + tl.arange(0, BLOCK_P)
         inside = (p < partials)[:, None] & (c < C)[None, :]
         total += tl.sum(tl.load(sums + p[:, None] * C + c[None, :], mask=inside, other=0.0), axis=0)
-        product += tl.sum(tl.load(products + p[:, None] * C + c[None, :], mask=inside, other=0.0), axis=0)
+        product += tl.sum(
+            tl.load(products + p[:, None] * C + c[None, :], mask=inside, other=0.0), axis=0
+        )
     tl.store(dbias + c, total, mask=c < C)
     rstd = tl.rsqrt(tl.load(var + c, mask=c < C, other=1.0) + eps)
     tl.store(dweight + c, product * rstd, mask=c < C)
@@ -133,7 +135,9 @@ def _dx(
     available=launch.available,
     sources=launch.sources("epilogue", "rows_config"),
 )
-def bn_act_backward(dy, x, y, weight, mean, var, eps, act, residual) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def bn_act_backward(
+    dy, x, y, weight, mean, var, eps, act, residual
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     c = x.shape[1]
     m = x.numel() // max(c, 1)
     dx = torch.empty_like(x)

@@ -41,7 +41,9 @@ def _filters(w_row, k, tap, c, valid, C: tl.constexpr, K: tl.constexpr, GROUPS: 
         at = w_row[None, :] + (tap * C + c)[:, None]
         seen = valid[:, None]
     else:
-        own = c[:, None] - (k // (K // GROUPS) * (C // GROUPS))[None, :]  # the channel's place in the filter's group
+        own = (
+            c[:, None] - (k // (K // GROUPS) * (C // GROUPS))[None, :]
+        )  # the channel's place in the filter's group
         at = w_row[None, :] + tap * (C // GROUPS) + own
         seen = (own >= 0) & (own < C // GROUPS) & valid[:, None]
     return tl.load(at, mask=seen, other=0.0)
@@ -249,11 +251,15 @@ def supports(problem: Problem) -> str | None:
     available=launch.available,
     sources=launch.sources("dependent_launch", "epilogue", "split_k"),
 )
-def conv(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
+def conv(
+    x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
+) -> Tensor:
     k, _, r, s = weight.shape
     n, c, _, _ = x.shape
     oh, ow = conv_out_hw(x.shape, weight.shape, stride, padding, dilation)
-    g = Gemm(n * oh * ow, k, c, r * s, groups, x.itemsize, residual is not None, launch.capability(x))
+    g = Gemm(
+        n * oh * ow, k, c, r * s, groups, x.itemsize, residual is not None, launch.capability(x)
+    )
     vectors = scale, shift, mean, var, eps
     geometry = stride, padding, dilation
     return run(x, weight, vectors, residual, geometry, act, (oh, ow), g, gemm_config(g))

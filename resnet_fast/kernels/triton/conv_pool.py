@@ -71,7 +71,9 @@ def _filters(
     # An odd column's filter begins two pixels after the even one's; what is outside of it is a zero weight.
     own = (q % SPAN)[:, None] - (PAD + 2 * odd)[None, :] * C
     seen = (own >= 0) & (own < S * C) & (tap < R)[:, None] & (k < K)[None, :]
-    return tl.load(w + k[None, :] * filter_stride + tap[:, None] * tap_stride + own, mask=seen, other=0.0)
+    return tl.load(
+        w + k[None, :] * filter_stride + tap[:, None] * tap_stride + own, mask=seen, other=0.0
+    )
 
 
 @triton.jit
@@ -145,7 +147,21 @@ def _products(
     if RESIDENT:
         # One product of all taps, with the filters in shared memory.
         a = _patch(
-            x_slot, col, top, tl.arange(0, TAPS * SPAN), mean, std, H, pitch, low, high, dtype, C, R, SPAN, EXACT
+            x_slot,
+            col,
+            top,
+            tl.arange(0, TAPS * SPAN),
+            mean,
+            std,
+            H,
+            pitch,
+            low,
+            high,
+            dtype,
+            C,
+            R,
+            SPAN,
+            EXACT,
         )
         acc = tl.dot(a, weights, input_precision="ieee")
     else:
@@ -153,8 +169,15 @@ def _products(
         acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
         for tap in range(R):
             q = tap * SPAN + tl.arange(0, SPAN)
-            a = _patch(x_slot, col, top, q, mean, std, H, pitch, low, high, dtype, C, R, SPAN, EXACT)
-            acc = tl.dot(a, _filters(w, q, first_k, C, K, R, S, PAD, SPAN, BLOCK_N), acc, input_precision="ieee")
+            a = _patch(
+                x_slot, col, top, q, mean, std, H, pitch, low, high, dtype, C, R, SPAN, EXACT
+            )
+            acc = tl.dot(
+                a,
+                _filters(w, q, first_k, C, K, R, S, PAD, SPAN, BLOCK_N),
+                acc,
+                input_precision="ieee",
+            )
     # Even columns' sums, then odd columns'.
     return acc.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
 
@@ -199,7 +222,9 @@ def _walk(
     """
     k = first_k + tl.arange(0, BLOCK_N)
     b = tl.load(bias + k, mask=k < K, other=0.0)
-    left = tl.maximum(tl.arange(0, BLOCK_M) - 1, 0)[:, None] + tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    left = tl.maximum(tl.arange(0, BLOCK_M) - 1, 0)[:, None] + tl.zeros(
+        (BLOCK_M, BLOCK_N), tl.int32
+    )
     # In registers, for each slot and filter: the maximum over both columns (best) and over the odd one (odds) of the
     # convolution's rows since the pooled row began.
     best = tl.full((BLOCK_M, BLOCK_N), NOTHING, tl.float32)
@@ -275,7 +300,9 @@ def _walk(
             z = activate(_maximum(best, before) + b[None, :], True)
             here = keep & (i >= first) & (i < PH)
             out_row = out_slot + i.to(tl.int64) * (PW * K)
-            tl.store(out_row[:, None] + k[None, :], z.to(dtype), mask=here[:, None] & (k < K)[None, :])
+            tl.store(
+                out_row[:, None] + k[None, :], z.to(dtype), mask=here[:, None] & (k < K)[None, :]
+            )
             nan = tl.maximum(nan, tl.where(here, tl.max((z != z).to(tl.int32), axis=1), 0))
             best, odds = both, odd
     return nan
@@ -329,7 +356,11 @@ def _conv_pool(
     col = (j - (S // 2 + PAD) // 4) * (4 * C)
     x_slot, out_slot = x + (n * H * pitch + col), out + (n * PH * PW + j) * K
 
-    weights = _filters(w, tl.arange(0, TAPS * SPAN), first_k, C, K, R, S, PAD, SPAN, BLOCK_N) if RESIDENT else None
+    weights = (
+        _filters(w, tl.arange(0, TAPS * SPAN), first_k, C, K, R, S, PAD, SPAN, BLOCK_N)
+        if RESIDENT
+        else None
+    )
     nan = _walk(
         x_slot,
         col,
@@ -416,7 +447,9 @@ def supports(problem: Problem) -> str | None:
     available=launch.available,
     sources=launch.sources("dependent_launch", "epilogue", "pool_config"),
 )
-def conv_pool(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, std: Tensor | None) -> Tensor:
+def conv_pool(
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, std: Tensor | None
+) -> Tensor:
     n, c, h, w = x.shape
     k, _, r, s = weight.shape
     stem = Stem(n, c, h, w, k, r, s, weight.itemsize, mean is not None, launch.capability(x))
@@ -424,7 +457,13 @@ def conv_pool(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, std:
 
 
 def run(
-    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, std: Tensor | None, stem: Stem, config: StemConfig
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+    stem: Stem,
+    config: StemConfig,
 ) -> Tensor:
     """The stem with a given config, which is what a tuner tries."""
     n, c, h, w = x.shape

@@ -120,7 +120,11 @@ def _conv_tail(
     if wd is not None:
         # The residual before its projection, all channels: it stays as well.
         d = tl.arange(0, BLOCK_D)
-        entry = tl.load(residual + row.to(tl.int64)[:, None] * CD + d[None, :], mask=(d < CD)[None, :], other=0.0)
+        entry = tl.load(
+            residual + row.to(tl.int64)[:, None] * CD + d[None, :],
+            mask=(d < CD)[None, :],
+            other=0.0,
+        )
 
     # In registers from here on: one sum for each pixel and channel of z.
     acc = tl.zeros((BLOCK_M, BLOCK_L), tl.float32)
@@ -129,25 +133,40 @@ def _conv_tail(
         k = i * BLOCK_N + tl.arange(0, BLOCK_N)
         in_k = k < K
         w3_block = tl.load(w3 + (k * J)[None, :] + j[:, None], mask=in_k[None, :], other=0.0)
-        out = tl.dot(hidden, w3_block, input_precision="ieee") + tl.load(b3 + k, mask=in_k, other=0.0)[None, :]
+        out = (
+            tl.dot(hidden, w3_block, input_precision="ieee")
+            + tl.load(b3 + k, mask=in_k, other=0.0)[None, :]
+        )
         if wd is not None:
-            wd_block = tl.load(wd + (k * CD)[None, :] + d[:, None], mask=in_k[None, :] & (d < CD)[:, None], other=0.0)
+            wd_block = tl.load(
+                wd + (k * CD)[None, :] + d[:, None],
+                mask=in_k[None, :] & (d < CD)[:, None],
+                other=0.0,
+            )
             out = tl.dot(entry, wd_block, out, input_precision="ieee")
         else:
-            out += tl.load(residual + wide_row + k[None, :], mask=in_k[None, :], other=0.0).to(tl.float32)
+            out += tl.load(residual + wide_row + k[None, :], mask=in_k[None, :], other=0.0).to(
+                tl.float32
+            )
 
         # Store y. Channels past the last one would pass an infinity of m on as NaN: 0 · ∞.
         out = tl.where(in_k[None, :], activate(out, True), 0.0).to(x.dtype.element_ty)
         tl.store(y + wide_row + k[None, :], out, mask=in_m & in_k[None, :])
 
         # Product: what these channels of y, still in registers, add to z.
-        w1_block = tl.load(w1 + (after * K)[None, :] + k[:, None], mask=in_k[:, None] & in_after[None, :], other=0.0)
+        w1_block = tl.load(
+            w1 + (after * K)[None, :] + k[:, None],
+            mask=in_k[:, None] & in_after[None, :],
+            other=0.0,
+        )
         acc = tl.dot(out, w1_block, acc, input_precision="ieee")
 
     # Store z.
     acc = activate(acc + tl.load(b1 + after, mask=in_after, other=0.0)[None, :], True)
     next_row = row.to(tl.int64)[:, None] * L
-    tl.store(z + next_row + after[None, :], acc.to(x.dtype.element_ty), mask=in_m & in_after[None, :])
+    tl.store(
+        z + next_row + after[None, :], acc.to(x.dtype.element_ty), mask=in_m & in_after[None, :]
+    )
 
 
 def supports(problem: Problem) -> str | None:
@@ -173,12 +192,16 @@ def supports(problem: Problem) -> str | None:
     available=launch.available,
     sources=launch.sources("dependent_launch", "epilogue", "tail_config"),
 )
-def conv_tail(x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1) -> tuple[Tensor, Tensor]:
+def conv_tail(
+    x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1
+) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
     middle, wide, after = weight2.shape[0], weight3.shape[0], weight1.shape[0]
     projected = 0 if projection is None else projection.shape[1]
     g = Tail(n * h * w, c, middle, wide, after, projected, x.itemsize, launch.capability(x))
-    return run(x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1, g, tail_config(g))
+    return run(
+        x, weight2, bias2, weight3, bias3, residual, projection, weight1, bias1, g, tail_config(g)
+    )
 
 
 def run(
@@ -196,7 +219,11 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """The tail with a given config, which is what a tuner tries."""
     n, _, h, w = x.shape
-    nhwc: dict[str, Any] = {"dtype": x.dtype, "device": x.device, "memory_format": torch.channels_last}
+    nhwc: dict[str, Any] = {
+        "dtype": x.dtype,
+        "device": x.device,
+        "memory_format": torch.channels_last,
+    }
     y = torch.empty(n, g.wide, h, w, **nhwc)
     z = torch.empty(n, g.next, h, w, **nhwc)
     if g.m == 0:

@@ -65,7 +65,10 @@ def _products(
     # Accumulators filters × pixels, as ``tma`` says why; operands pass through shared memory.
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if SKIPS:  # the taps [r0, r1) × [s0, s1) of these pixels fall inside the image
-        r0, s0 = tl.cdiv(tl.maximum(PH - p * STRIDE, 0), DH), tl.cdiv(tl.maximum(PW - q * STRIDE, 0), DW)
+        r0, s0 = (
+            tl.cdiv(tl.maximum(PH - p * STRIDE, 0), DH),
+            tl.cdiv(tl.maximum(PW - q * STRIDE, 0), DW),
+        )
         r1 = tl.minimum(tl.cdiv(tl.maximum(H + PH - p * STRIDE, 0), DH), R)
         s1 = tl.minimum(tl.cdiv(tl.maximum(W + PW - q * STRIDE, 0), DW), S)
         across = tl.maximum(s1 - s0, 0)
@@ -129,13 +132,36 @@ def _conv(
     for tile in tl.range(tl.program_id(0), count, step, flatten=not SKIPS):
         box, k = tile // tiles_n, tile % tiles_n * BLOCK_N
         q, p, n = box % tiles_w * WB, box // tiles_w % tiles_h * HB, box // (tiles_w * tiles_h) * NB
-        acc = _products(x, w, n, p, q, k, H, W, C, R, S, STRIDE, PH, PW, DH, DW, SKIPS, BLOCK_M, BLOCK_N, BLOCK_K)
+        acc = _products(
+            x,
+            w,
+            n,
+            p,
+            q,
+            k,
+            H,
+            W,
+            C,
+            R,
+            S,
+            STRIDE,
+            PH,
+            PW,
+            DH,
+            DW,
+            SKIPS,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
 
         # Epilogue and store, pixels × filters.
         filters = k + tl.arange(0, BLOCK_N)
         s, t = affine(scale, shift, mean, var, eps, filters, filters < K)
         if residual is not None:
-            z = tma.finish_tile(acc, s, t, residual.load([n, p, q, k]).reshape(BLOCK_M, BLOCK_N), RELU)
+            z = tma.finish_tile(
+                acc, s, t, residual.load([n, p, q, k]).reshape(BLOCK_M, BLOCK_N), RELU
+            )
         else:
             z = tma.finish_tile(acc, s, t, None, RELU)
         out.store([n, p, q, k], z.to(out.dtype).reshape(NB, HB, WB, BLOCK_N))
@@ -147,7 +173,9 @@ def supports(problem: Problem) -> str | None:
     if min(problem.out_hw) < 1:
         return "the filter is larger than the padded input"
     if problem.stride not in ((1, 1), (2, 2)):
-        return "its descriptors step by 1 or by 2 in both directions, this stride is {}×{}".format(*problem.stride)
+        return "its descriptors step by 1 or by 2 in both directions, this stride is {}×{}".format(
+            *problem.stride
+        )
     if problem.stride == (2, 2) and (h % 2 or w % 2):
         return f"with stride 2 it sees rows and columns in pairs, and of {h}×{w} one has no partner"
     if problem.x[1] % LEAST_CHANNELS:
@@ -162,7 +190,9 @@ def supports(problem: Problem) -> str | None:
     available=launch.available,
     sources=launch.sources("dependent_launch", "epilogue", "tma", "tma_config"),
 )
-def conv_tma(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
+def conv_tma(
+    x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
+) -> Tensor:
     vectors = scale, shift, mean, var, eps
     geometry = stride, padding, dilation
     return run(x, weight, vectors, residual, geometry, act)
@@ -205,16 +235,31 @@ def run(
     seen = window(tuple(x.shape), tuple(weight.shape), geometry)
     shape = n, seen.rows, seen.columns
     out, finished = launch.conv_result(x, weight, shape[1:])
-    g = Gemm(n * seen.rows * seen.columns, k, c, r * s, 1, x.itemsize, residual is not None, launch.capability(x))
+    g = Gemm(
+        n * seen.rows * seen.columns,
+        k,
+        c,
+        r * s,
+        1,
+        x.itemsize,
+        residual is not None,
+        launch.capability(x),
+    )
     if g.m == 0:
         return finished(out)
     tile = tile or config(g, seen)
     pixels, filters = tiles(g, seen, tile)
-    (step, _), (nb, hb, wb), ((stride, _), (ph, pw), (dh, dw)) = grid(g, seen, tile), tile.box, geometry
+    (step, _), (nb, hb, wb), ((stride, _), (ph, pw), (dh, dw)) = (
+        grid(g, seen, tile),
+        tile.box,
+        geometry,
+    )
     if stride == 1:
         pixel_box = tma.descriptor(tma.dense(x), (n, h, w, c), (*tile.box, tile.channels))
     else:
-        pixel_box = tma.descriptor(tma.dense(x), (n, h // 2, 2, w // 2, 2 * c), (nb, hb, 1, wb, tile.channels))
+        pixel_box = tma.descriptor(
+            tma.dense(x), (n, h // 2, 2, w // 2, 2 * c), (nb, hb, 1, wb, tile.channels)
+        )
     result_box = (*shape, k), (*tile.box, tile.filters)
     _conv[(step,)](
         pixel_box,

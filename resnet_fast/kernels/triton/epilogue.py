@@ -45,7 +45,9 @@ def masked(dout, out, at, inside, RELU: tl.constexpr):
 
 
 @triton.jit
-def finish(acc, scale, shift, mean, var, eps, residual, out, m, k, M, K: tl.constexpr, RELU: tl.constexpr):
+def finish(
+    acc, scale, shift, mean, var, eps, residual, out, m, k, M, K: tl.constexpr, RELU: tl.constexpr
+):
     """Store act(acc·s + t + residual) at rows ``m``, channels ``k``, those inside an NHWC result [M, K]."""
     in_k = k < K
     s, t = affine(scale, shift, mean, var, eps, k, in_k)

@@ -93,7 +93,11 @@ def gemm_config(g: Gemm) -> GemmConfig:
 def gemm_configs(g: Gemm) -> tuple[GemmConfig, ...]:
     """Every config that fits the chip, best predicted first; ties go to the larger, then the squarer tile."""
     on = chip(g.capability)
-    fitting = [c for c in _tiles(g) if c.shared(g.itemsize) <= on.shared and registers(g, c) <= _MOST_REGISTERS]
+    fitting = [
+        c
+        for c in _tiles(g)
+        if c.shared(g.itemsize) <= on.shared and registers(g, c) <= _MOST_REGISTERS
+    ]
 
     def rank(c: GemmConfig) -> tuple:
         area = c.block_m * c.block_n
@@ -152,8 +156,12 @@ def predicted_ns(g: Gemm, c: GemmConfig) -> float:
     stored = 4 if c.split_k > 1 else g.itemsize * (1 + g.residual)
     out = c.block_m * c.block_n * stored / on.l2
     total = per_sm * (trips * trip + out) + waves * FILL_NS
-    if c.split_k > 1:  # the second launch, and the partial sums there and back at half of L2's rate: some go to DRAM
-        total += _LAUNCH_NS + 2 * 4 * g.m * g.n * c.split_k / (on.l2 / 2 * min(on.sms, max(1, g.m * g.n // 1024)))
+    if (
+        c.split_k > 1
+    ):  # the second launch, and the partial sums there and back at half of L2's rate: some go to DRAM
+        total += _LAUNCH_NS + 2 * 4 * g.m * g.n * c.split_k / (
+            on.l2 / 2 * min(on.sms, max(1, g.m * g.n // 1024))
+        )
     return total
 
 
@@ -179,7 +187,9 @@ def registers(g: Gemm, c: GemmConfig) -> int:
     accumulators = c.block_m * c.block_n // threads
     total = 64 + accumulators
     total += accumulators // 2 * g.residual  # the residual's values beside them
-    total += accumulators * uses_tensor_memory(g)  # out of it a thread gets whole rows, and the affine as many again
+    total += accumulators * uses_tensor_memory(
+        g
+    )  # out of it a thread gets whole rows, and the affine as many again
     if g.taps > 1:
         # Address and coordinates of each row it loads, or of each product where taps and channels are one axis.
         products = c.block_m * c.block_k // threads

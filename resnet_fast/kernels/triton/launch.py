@@ -44,7 +44,9 @@ def available() -> str | None:
     if INTERPRETED:
         return None
     if not torch.cuda.is_available():
-        return "there is no CUDA device, and TRITON_INTERPRET=1 was not set before triton was imported"
+        return (
+            "there is no CUDA device, and TRITON_INTERPRET=1 was not set before triton was imported"
+        )
     if not (os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")):
         return "Triton builds its launchers with a C compiler, and neither CC nor clang nor gcc is to be found"
     include = sysconfig.get_path("include")
@@ -125,7 +127,9 @@ def dense_vectors(vectors: tuple) -> tuple:
     return tuple(v.contiguous() if isinstance(v, Tensor) else v for v in vectors)
 
 
-def conv_result(x: Tensor, weight: Tensor, out_hw: Sequence[int]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def conv_result(
+    x: Tensor, weight: Tensor, out_hw: Sequence[int]
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """NHWC memory for a convolution's result, and a function that gives the filled result ``F.conv2d``'s strides.
 
     It changes nothing, except where one channel or one pixel makes ``x`` NCHW as well and torch answers in NCHW.

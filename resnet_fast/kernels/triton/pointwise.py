@@ -107,7 +107,9 @@ def supports(problem: Problem) -> str | None:
     available=launch.available,
     sources=launch.sources("dependent_launch", "epilogue", "split_k"),
 )
-def pointwise(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
+def pointwise(
+    x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
+) -> Tensor:
     n, c, h, w = x.shape
     oh = (h - 1) // stride[0] + 1
     ow = (w - 1) // stride[1] + 1

@@ -78,7 +78,9 @@ def _pointwise_pair(
         c = tl.where(first, step, step - first_trips) * BLOCK_K + tl.arange(0, BLOCK_K)
         # Rows times channels here, not before: the compiler then knows that the chosen addresses are whole vectors.
         channels = tl.where(first, C, C2)
-        pixels = tl.where(first, x, x2) + (tl.where(first, row, row2) * channels)[:, None] + c[None, :]
+        pixels = (
+            tl.where(first, x, x2) + (tl.where(first, row, row2) * channels)[:, None] + c[None, :]
+        )
         filters = tl.where(first, w, w2) + (filt * channels)[None, :] + c[:, None]
         if EXACT:
             a = tl.load(pixels)
@@ -130,7 +132,14 @@ def run(
     config: GemmConfig,
 ) -> Tensor:
     """The product with a given config, which is what a tuner tries; ``g`` counts both inputs' channels."""
-    out = torch.empty(x.shape[0], g.n, *x.shape[2:], dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    out = torch.empty(
+        x.shape[0],
+        g.n,
+        *x.shape[2:],
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
     if g.m == 0:
         return out
     c, c2, split = x.shape[1], x2.shape[1], config.split_k

@@ -100,7 +100,9 @@ def supports(problem: Problem) -> str | None:
     if problem.dtype == torch.float32:
         return "its gain is the matrix units', which float32 does not go through"
     if problem.stride not in ((1, 1), (2, 2)):
-        return "its descriptors step by 1 or by 2 in both directions, this stride is {}×{}".format(*problem.stride)
+        return "its descriptors step by 1 or by 2 in both directions, this stride is {}×{}".format(
+            *problem.stride
+        )
     if problem.stride == (2, 2) and any(size % 2 for size in problem.second):
         h, w = problem.second
         return f"with stride 2 it sees rows and columns in pairs, and of {h}×{w} one has no partner"
@@ -153,7 +155,9 @@ def run(
 ) -> Tensor:
     """The product with a given tile, which is what a tuner tries, or with the predicted best."""
     (n, c, h, w), (_, c2, h2, w2) = x.shape, x2.shape
-    out = torch.empty(n, g.n, h, w, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    out = torch.empty(
+        n, g.n, h, w, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
     if g.m == 0:
         return out
     tile = tile or best(g, window, c)
@@ -163,7 +167,9 @@ def run(
     if stride2[0] == 1:
         shortcut = tma.descriptor(tma.dense(x2), (n, h, w, c2), (*tile.box, second))
     else:
-        shortcut = tma.descriptor(tma.dense(x2), (n, h2 // 2, 2, w2 // 2, 2 * c2), (nb, hb, 1, wb, second))
+        shortcut = tma.descriptor(
+            tma.dense(x2), (n, h2 // 2, 2, w2 // 2, 2 * c2), (nb, hb, 1, wb, second)
+        )
     _pointwise_pair_tma[(step,)](
         tma.descriptor(tma.dense(x), (n, h, w, c), (*tile.box, first)),
         tma.descriptor(tma.dense(weight), (g.n, c), (tile.filters, first)),

@@ -116,11 +116,31 @@ def _pointwise_pool(
     tiles_n = tl.cdiv(K, BLOCK_N)
     group = tl.program_id(0) // tiles_n
     k = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    filt = tl.minimum(k, K - 1)  # filters past the last read it instead, unmasked; they are not stored
+    filt = tl.minimum(
+        k, K - 1
+    )  # filters past the last read it instead, unmasked; they are not stored
     w_row, t = w + filt * C, tl.load(bias + filt)
     first, slot = group * images * P, tl.arange(0, SLOTS)
     sums = _sums(
-        x, w_row, t, residual, first, k, 0, N, P, chunks, trips, C, K, False, EXACT, SLOTS, BLOCK_M, BLOCK_N, BLOCK_K
+        x,
+        w_row,
+        t,
+        residual,
+        first,
+        k,
+        0,
+        N,
+        P,
+        chunks,
+        trips,
+        C,
+        K,
+        False,
+        EXACT,
+        SLOTS,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
     )
 
     # 0 · NaN is NaN: where one came out, each image alone. Triton 3.6 cannot lay out the maximum of a maximum along
@@ -153,7 +173,11 @@ def _pointwise_pool(
     # Store the means.
     n = group * images + slot
     inside = (k < K)[:, None] & ((slot < images) & (n < N))[None, :]
-    tl.store(out + n.to(tl.int64)[None, :] * K + k[:, None], (sums / P).to(out.dtype.element_ty), mask=inside)
+    tl.store(
+        out + n.to(tl.int64)[None, :] * K + k[:, None],
+        (sums / P).to(out.dtype.element_ty),
+        mask=inside,
+    )
 
 
 def supports(problem: Problem) -> str | None:
@@ -176,7 +200,9 @@ def pointwise_pool(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) ->
     return run(x, weight, bias, residual, head, head_config(head))
 
 
-def run(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, head: Head, config: HeadConfig) -> Tensor:
+def run(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, head: Head, config: HeadConfig
+) -> Tensor:
     """The head with a given config, which is what a tuner tries."""
     out = torch.empty(head.images, head.filters, dtype=x.dtype, device=x.device)
     if out.numel() == 0:

@@ -63,7 +63,9 @@ def _streamed(
         # Epilogue and store, pixels × filters.
         filters = k + tl.arange(0, BLOCK_N)
         s, t = affine(scale, shift, mean, var, eps, filters, filters < K)
-        z = tma.finish_tile(acc, s, t, residual.load([m, k]) if residual is not None else None, RELU)
+        z = tma.finish_tile(
+            acc, s, t, residual.load([m, k]) if residual is not None else None, RELU
+        )
         out.store([m, k], z.to(out.dtype))
 
 
@@ -99,7 +101,9 @@ def _resident(
         # Load pixels and product, all channels in one trip; then epilogue and store.
         m = tile * BLOCK_M
         acc = tl.dot(weights, x.load([m, 0]).T, input_precision="ieee")
-        z = tma.finish_tile(acc, s, t, residual.load([m, k]) if residual is not None else None, RELU)
+        z = tma.finish_tile(
+            acc, s, t, residual.load([m, k]) if residual is not None else None, RELU
+        )
         out.store([m, k], z.to(out.dtype))
 
 
@@ -117,7 +121,9 @@ def supports(problem: Problem) -> str | None:
     available=launch.available,
     sources=launch.sources("dependent_launch", "epilogue", "tma", "tma_config"),
 )
-def pointwise_tma(x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
+def pointwise_tma(
+    x, weight, scale, shift, residual, mean, var, eps, stride, padding, dilation, groups, act
+) -> Tensor:
     n, c, h, w = x.shape
     pixels, filters = n * h * w, weight.shape[0]
     g = Gemm(pixels, filters, c, 1, 1, x.itemsize, residual is not None, launch.capability(x))
@@ -153,10 +159,22 @@ def run(
     sizes = {"C": g.channels, "K": g.n, "RELU": act == "relu", "BLOCK_M": m, "BLOCK_N": k}
     if tile.resident:
         _resident[blocks](
-            *arguments, pixels, blocks[0], **sizes, STAGES=tile.num_stages, **tile.options(), **launch.options(x)
+            *arguments,
+            pixels,
+            blocks[0],
+            **sizes,
+            STAGES=tile.num_stages,
+            **tile.options(),
+            **launch.options(x),
         )
     else:
         _streamed[blocks](
-            *arguments, pixels * filters, blocks[0], **sizes, BLOCK_K=c, **tile.options(), **launch.options(x)
+            *arguments,
+            pixels * filters,
+            blocks[0],
+            **sizes,
+            BLOCK_K=c,
+            **tile.options(),
+            **launch.options(x),
         )
     return finished(out)

@@ -58,7 +58,9 @@ def head_config(h: Head) -> HeadConfig:
 def head_configs(h: Head) -> tuple[HeadConfig, ...]:
     """Every config that fits the chip, best predicted first; ties go to the larger tile, then to fewer images."""
     on = chip(h.capability)
-    fitting = [c for c in _head_tiles(h) if c.shared(h.itemsize) <= on.shared and head_registers(c) <= 256]
+    fitting = [
+        c for c in _head_tiles(h) if c.shared(h.itemsize) <= on.shared and head_registers(c) <= 256
+    ]
 
     def rank(c: HeadConfig) -> tuple:
         area = c.block_m * c.block_n
@@ -80,7 +82,9 @@ def _head_tiles(h: Head) -> Iterator[HeadConfig]:
         filters, four_warps = (32,), 1024
     pixels, depths = ((64, 128), (32, 64)) if half else ((32, 64), (16, 32))
     most_images = max(1, min(h.images, SLOTS, _MOST_ROWS // h.pixels))
-    for images, block_m, block_n, block_k in product(range(1, most_images + 1), pixels, filters, depths):
+    for images, block_m, block_n, block_k in product(
+        range(1, most_images + 1), pixels, filters, depths
+    ):
         # What is left out spills: some tiles everywhere, wide ones out of tensor memory.
         if half and (block_m, block_n, block_k) in _SPILLING or tensor_memory and block_m < block_n:
             continue

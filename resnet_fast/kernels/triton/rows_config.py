@@ -21,7 +21,9 @@ class RowsConfig:
 
 
 @lru_cache(maxsize=4096)
-def rows_config(m: int, channels: int, itemsize: int, capability: tuple[int, int] | None) -> RowsConfig:
+def rows_config(
+    m: int, channels: int, itemsize: int, capability: tuple[int, int] | None
+) -> RowsConfig:
     """Tiles of 8 KiB with one 128-byte line a row where the channels suffice; about four reducing blocks on each SM,
     each with two or three tiles in flight (4.3 TB/s for 0.8 µs is 26 KiB an SM on an H200).
     """

@@ -60,7 +60,9 @@ def partials(split: int, m: int, k: int, like: Tensor) -> Tensor:
     return torch.empty(split, m, k, dtype=torch.float32, device=like.device)
 
 
-def add_partials(parts: Tensor, vectors: tuple, residual: Tensor | None, out: Tensor, relu: bool) -> None:
+def add_partials(
+    parts: Tensor, vectors: tuple, residual: Tensor | None, out: Tensor, relu: bool
+) -> None:
     """out = act((Σ parts)·s + t + residual) for NHWC ``out`` with as many pixels as the partials have rows."""
     split, m, k = parts.shape
     block_m, block_k = 8, min(128, max(16, triton.next_power_of_2(k)))

@@ -55,7 +55,11 @@ class TailConfig:
 
     def options(self) -> dict:
         """Compile options; where several blocks are to share an SM, registers are capped so that they can."""
-        cap = {"maxnreg": 65536 // (self.blocks * 32 * self.num_warps) // 8 * 8} if self.blocks > 1 else {}
+        cap = (
+            {"maxnreg": 65536 // (self.blocks * 32 * self.num_warps) // 8 * 8}
+            if self.blocks > 1
+            else {}
+        )
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **cap}
 
 
@@ -64,7 +68,9 @@ def tail(problem: Problem) -> Tail:
     n, c, h, w = problem.x
     (wide, middle, *_), projection, (after, *_) = problem.chain
     projected = projection[1] if projection else 0
-    return Tail(n * h * w, c, middle, wide, after, projected, problem.dtype.itemsize, problem.capability)
+    return Tail(
+        n * h * w, c, middle, wide, after, projected, problem.dtype.itemsize, problem.capability
+    )
 
 
 def padded(channels: int) -> int:

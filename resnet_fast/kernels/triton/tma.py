@@ -43,7 +43,9 @@ def dense(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.data_ptr() % ALIGNMENT == 0 else t.clone()
 
 
-def descriptor(t: Tensor | None, shape: tuple[int, ...], block: tuple[int, ...]) -> TensorDescriptor | None:
+def descriptor(
+    t: Tensor | None, shape: tuple[int, ...], block: tuple[int, ...]
+) -> TensorDescriptor | None:
     """The descriptor that sees dense memory as ``shape`` and moves ``block``s of it."""
     if t is None:
         return None

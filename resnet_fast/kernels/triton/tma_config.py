@@ -66,7 +66,9 @@ class TileConfig:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **cap}
 
 
-def config(g: Gemm, window: Window, resident: bool = False, depths: tuple[int, ...] = _DEPTHS) -> TileConfig:
+def config(
+    g: Gemm, window: Window, resident: bool = False, depths: tuple[int, ...] = _DEPTHS
+) -> TileConfig:
     """The tile a kernel runs with when no table says otherwise."""
     return configs(g, window, resident, depths)[0]
 
@@ -95,7 +97,9 @@ def configs(
     return tuple(sorted(fitting, key=rank))
 
 
-def _tiles(g: Gemm, window: Window, resident: bool, depths: tuple[int, ...]) -> Iterator[TileConfig]:
+def _tiles(
+    g: Gemm, window: Window, resident: bool, depths: tuple[int, ...]
+) -> Iterator[TileConfig]:
     half = g.itemsize == 2
     largest = _largest_side(g)
     pixel_sizes = [size for size in (32, 64, 128, 256) if size <= largest]
@@ -187,7 +191,9 @@ def predicted_ns(g: Gemm, window: Window, c: TileConfig) -> float:
     loaded = (c.pixels + c.filters * (not c.resident)) * c.channels * g.itemsize
     # Each 64 filters read all pixels from shared memory.
     fed = (64 + c.pixels) * ceil(c.filters / 64) * c.channels * g.itemsize
-    trip = max(2 * c.pixels * max(64, c.filters) * c.channels / rate, loaded / on.l2, fed / _SHARED_RATE)
+    trip = max(
+        2 * c.pixels * max(64, c.filters) * c.channels / rate, loaded / on.l2, fed / _SHARED_RATE
+    )
     out = c.pixels * c.filters * g.itemsize * (1 + g.residual) / on.l2
 
     # No other tile hides the pipeline's fill where taps are skipped, nor the residual where filters are not resident.
@@ -202,7 +208,9 @@ def shared(g: Gemm, c: TileConfig) -> int:
     """
     tile = c.pixels * c.filters
     if c.resident:
-        elements = (c.filters + c.num_stages * c.pixels) * c.channels + tile * (1 + (c.num_stages - 1) * g.residual)
+        elements = (c.filters + c.num_stages * c.pixels) * c.channels + tile * (
+            1 + (c.num_stages - 1) * g.residual
+        )
     else:
         elements = c.num_stages * (c.pixels + c.filters) * c.channels + tile * (1 + g.residual)
     return elements * g.itemsize

@@ -20,7 +20,9 @@ from resnet_fast.testing.eager import eager
 from resnet_fast.testing.rule import assert_rule, same_nonfinite
 from resnet_fast.testing.samples import make_args
 
-pytestmark = pytest.mark.skipif(cpu_library.available() is not None, reason=str(cpu_library.available()))
+pytestmark = pytest.mark.skipif(
+    cpu_library.available() is not None, reason=str(cpu_library.available())
+)
 NHWC = torch.channels_last
 TAKES_BF16 = cpu_library.available() is None and torch.ops.resnet_fast_cpu.takes_bf16()
 BF16_SUM = "cpu.conv" if TAKES_BF16 else "aten.conv_bn_act"
@@ -62,7 +64,8 @@ def winograd_problem(n=2, c=32, h=9, w=6, k=64, dtype=torch.float32, **more) -> 
 )
 def test_winograd_obeys_the_error_rule(n, c, h, w, k, dtype, act, residual, bn) -> None:
     verdict = check_kernel(
-        find("cpu.winograd"), winograd_problem(n, c, h, w, k, dtype, act=act, residual=residual, bn=bn)
+        find("cpu.winograd"),
+        winograd_problem(n, c, h, w, k, dtype, act=act, residual=residual, bn=bn),
     )
     assert verdict.ok, verdict.reason
 
@@ -100,7 +103,11 @@ def test_filters_that_could_overflow_are_left_to_onednn(value) -> None:
 def test_a_plan_says_why_such_weights_go_elsewhere() -> None:
     model = resnet_fast.resnet18().eval()
     model.layer1[0].conv1.weight.data[0, 0, 0, 0] = torch.nan
-    step = next(s for s in resnet_fast.plan(model, torch.randn(2, 3, 64, 64)).steps if s.name == "layer1.0.conv1")
+    step = next(
+        s
+        for s in resnet_fast.plan(model, torch.randn(2, 3, 64, 64)).steps
+        if s.name == "layer1.0.conv1"
+    )
     assert step.kernel == "aten (oneDNN)" and "cpu.winograd cannot take these weights" in step.why
 
 
@@ -113,7 +120,13 @@ def test_a_nan_in_the_residual_stays_where_it_is() -> None:
 
 @pytest.mark.parametrize(
     "n, c, h, w, k",
-    [(1, 32, 30, 30, 96), (1, 64, 3, 3, 160), (3, 16, 17, 5, 32), (1, 256, 1, 1, 512), (1, 128, 28, 28, 128)],
+    [
+        (1, 32, 30, 30, 96),
+        (1, 64, 3, 3, 160),
+        (3, 16, 17, 5, 32),
+        (1, 256, 1, 1, 512),
+        (1, 128, 28, 28, 128),
+    ],
 )
 def test_the_number_of_threads_changes_no_byte(n, c, h, w, k) -> None:
     args = make_args(winograd_problem(n, c, h, w, k, residual="nhwc"))
@@ -143,7 +156,9 @@ def test_avx2_obeys_the_rule_too() -> None:
             assert verdict.ok, verdict.reason
         assert "bfloat16" in find("cpu.conv").reason(winograd_problem(dtype=torch.bfloat16))
     """
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"})
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
+    )
 
 
 def test_a_processor_that_is_told_to_be_plain_runs_without() -> None:
@@ -154,7 +169,11 @@ def test_a_processor_that_is_told_to_be_plain_runs_without() -> None:
         with torch.no_grad():
             resnet_fast.resnet18().eval()(torch.randn(1, 3, 32, 32))
     """
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "ATEN_CPU_CAPABILITY": "default"})
+    subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        env={**os.environ, "ATEN_CPU_CAPABILITY": "default"},
+    )
 
 
 DECLINED = {
@@ -182,10 +201,18 @@ def test_it_is_chosen_where_it_was_measured_to_win() -> None:
     assert choose(winograd_problem(c=256, k=256, dtype=torch.bfloat16))[0].id == "cpu.winograd"
     assert choose(winograd_problem(c=512, k=512, dtype=torch.bfloat16))[0].id == BF16_SUM
     assert choose(winograd_problem(stride=(2, 2)))[0].id == "cpu.conv"
-    assert choose(winograd_problem(c=3, weight=(64, 3, 7, 7), stride=(2, 2), padding=(3, 3)))[0].id == "cpu.conv"
-    assert choose(winograd_problem(weight=(64, 32, 5, 5), padding=(2, 2)))[0].id == "aten.conv_bn_act"
+    assert (
+        choose(winograd_problem(c=3, weight=(64, 3, 7, 7), stride=(2, 2), padding=(3, 3)))[0].id
+        == "cpu.conv"
+    )
+    assert (
+        choose(winograd_problem(weight=(64, 32, 5, 5), padding=(2, 2)))[0].id == "aten.conv_bn_act"
+    )
     assert rejected(winograd_problem())["cpu.conv"] == "cpu.winograd goes first"
-    assert "other sizes than" in rejected(winograd_problem(weight=(64, 32, 5, 5), padding=(2, 2)))["cpu.conv"]
+    assert (
+        "other sizes than"
+        in rejected(winograd_problem(weight=(64, 32, 5, 5), padding=(2, 2)))["cpu.conv"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -248,7 +275,10 @@ def test_live_weights_stay_within_two_copies() -> None:
 
 
 def test_the_models_run_it() -> None:
-    model, x = resnet_fast.resnet18().eval(), torch.randn(2, 3, 64, 64).contiguous(memory_format=NHWC)
+    model, x = (
+        resnet_fast.resnet18().eval(),
+        torch.randn(2, 3, 64, 64).contiguous(memory_format=NHWC),
+    )
     with torch.inference_mode(), record() as choices:
         model(x)
     assert [c.kernel for c in choices].count("cpu.winograd") == 10
@@ -273,7 +303,10 @@ def test_an_infinity_passes_through_networks_as_in_eager() -> None:
 def test_a_default_device_elsewhere_changes_nothing() -> None:
     model, x = resnet_fast.resnet18().eval(), torch.randn(2, 3, 64, 64)
     planned = resnet_fast.plan(model, x)
-    bottleneck = [make_args(winograd_problem()), make_args(winograd_problem(weight=(64, 32, 1, 1), padding=(0, 0)))]
+    bottleneck = [
+        make_args(winograd_problem()),
+        make_args(winograd_problem(weight=(64, 32, 1, 1), padding=(0, 0))),
+    ]
     with torch.device("meta"):
         assert planned(x).device.type == "cpu"
         for args in bottleneck:
@@ -284,7 +317,9 @@ def test_a_nan_passes_through_a_plan_where_onednn_has_no_bfloat16(monkeypatch) -
     """As on a processor with AVX2 alone, where what Winograd leaves cannot go to oneDNN's packed convolution."""
 
     def nothing(*args):
-        raise RuntimeError("bf16 path needs the cpu support avx_ne_convert or avx512bw, avx512vl and avx512dq")
+        raise RuntimeError(
+            "bf16 path needs the cpu support avx_ne_convert or avx512bw, avx512vl and avx512dq"
+        )
 
     model, x = resnet_fast.resnet18().eval().bfloat16(), torch.randn(1, 3, 64, 64).bfloat16()
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
@@ -302,7 +337,10 @@ def test_a_plan_adds_a_residual_of_another_dtype_as_eager_does(size) -> None:
     class Model(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv, self.bn = torch.nn.Conv2d(32, 32, size, padding=size // 2, bias=False), torch.nn.BatchNorm2d(32)
+            self.conv, self.bn = (
+                torch.nn.Conv2d(32, 32, size, padding=size // 2, bias=False),
+                torch.nn.BatchNorm2d(32),
+            )
 
         def forward(self, x):
             return torch.relu(self.bn(self.conv(x)) + x.float())
@@ -351,7 +389,10 @@ def test_strides_of_the_result_are_eagers() -> None:
 
 
 REFUSED = {
-    "dtype": (lambda a: a | {"x": a["x"].half()}, "got x of dtype Half, expected Float or BFloat16"),
+    "dtype": (
+        lambda a: a | {"x": a["x"].half()},
+        "got x of dtype Half, expected Float or BFloat16",
+    ),
     "layout": (lambda a: a | {"x": a["x"].contiguous()}, "expected channels_last"),
     "filters": (
         lambda a: a | {"x": torch.cat((a["x"], a["x"]), 1).contiguous(memory_format=NHWC)},

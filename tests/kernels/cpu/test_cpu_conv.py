@@ -20,7 +20,8 @@ if BUILT:
     torch.ops.load_library(BUILT[0])
 ops = torch.ops.resnet_fast_cpu
 pytestmark = pytest.mark.skipif(
-    not BUILT or ops.instructions() == "none", reason="the CPU kernels are not built, or not for this processor"
+    not BUILT or ops.instructions() == "none",
+    reason="the CPU kernels are not built, or not for this processor",
 )
 DTYPES = pytest.mark.parametrize(
     "dtype",
@@ -29,7 +30,8 @@ DTYPES = pytest.mark.parametrize(
         pytest.param(
             torch.bfloat16,
             marks=pytest.mark.skipif(
-                not BUILT or not ops.takes_bf16(), reason="this processor does not multiply bfloat16"
+                not BUILT or not ops.takes_bf16(),
+                reason="this processor does not multiply bfloat16",
             ),
         ),
     ],
@@ -80,11 +82,22 @@ def nhwc(t: Tensor) -> Tensor:
 
 
 def inputs(
-    n: int, c: int, h: int, w: int, k: int, size: int | tuple[int, int], stride: int, padding: int, dtype: torch.dtype
+    n: int,
+    c: int,
+    h: int,
+    w: int,
+    k: int,
+    size: int | tuple[int, int],
+    stride: int,
+    padding: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, weight, bias that the dtype holds exactly, residual."""
     r, s = size if isinstance(size, tuple) else (size, size)
-    weight, x = torch.randn(k, c, r, s).mul((c * r * s) ** -0.5).to(dtype), nhwc(torch.randn(n, c, h, w).to(dtype))
+    weight, x = (
+        torch.randn(k, c, r, s).mul((c * r * s) ** -0.5).to(dtype),
+        nhwc(torch.randn(n, c, h, w).to(dtype)),
+    )
     return x, weight, torch.randn(k).to(dtype), torch.randn_like(fresh(x, weight, stride, padding))
 
 
@@ -101,7 +114,13 @@ def fresh(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
 
 
 def eager(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: int, padding: int, relu: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    stride: int,
+    padding: int,
+    relu: bool,
 ) -> Tensor:
     y = F.conv2d(x, weight, bias, stride, padding)
     y = y if residual is None else y + residual
@@ -121,7 +140,17 @@ def conv(
     out = fresh(x, weight, stride, padding)
     if in_place:
         residual = out.copy_(residual)
-    ops.conv(x, ops.conv_filters(weight), bias.float(), residual, out, weight.shape[2:], stride, padding, relu)
+    ops.conv(
+        x,
+        ops.conv_filters(weight),
+        bias.float(),
+        residual,
+        out,
+        weight.shape[2:],
+        stride,
+        padding,
+        relu,
+    )
     return out
 
 
@@ -168,22 +197,37 @@ def test_runs_of_a_sum_are_as_exact_as_blocked_ones(dtype: torch.dtype) -> None:
     """Against eager in NCHW, which oneDNN computes in blocks; one sum of 4608 had 4.2 times its error in float32."""
     x, weight, bias, residual = inputs(1, 512, 14, 14, 64, 3, 2, 1, dtype)
     exact = eager(x.double(), weight.double(), bias.double(), None, 2, 1, False)
-    assert_rule(conv(x, weight, bias, None, 2, 1, False), eager(x.contiguous(), weight, bias, None, 2, 1, False), exact)
+    assert_rule(
+        conv(x, weight, bias, None, 2, 1, False),
+        eager(x.contiguous(), weight, bias, None, 2, 1, False),
+        exact,
+    )
 
 
 @DTYPES
 def test_nan_and_infinity_as_eager(dtype: torch.dtype) -> None:
     x, weight, bias, residual = inputs(2, 32, 6, 5, 64, 1, 1, 0, dtype)
-    x[0, 3, 1, 2], x[0, 4, 2, 2], x[1, 31, 5, 4], x[1, 0, 0, 0] = torch.nan, torch.inf, -torch.inf, torch.inf
+    x[0, 3, 1, 2], x[0, 4, 2, 2], x[1, 31, 5, 4], x[1, 0, 0, 0] = (
+        torch.nan,
+        torch.inf,
+        -torch.inf,
+        torch.inf,
+    )
     x[1, 1, 0, 0] = torch.inf
-    residual[0, 7, 0, 0], residual[1, 33, 3, 3], residual[1, 34, 3, 3] = torch.nan, torch.inf, -torch.inf
+    residual[0, 7, 0, 0], residual[1, 33, 3, 3], residual[1, 34, 3, 3] = (
+        torch.nan,
+        torch.inf,
+        -torch.inf,
+    )
     weight[5, 6], bias[40] = torch.inf, torch.nan
     for stride in (1, 2):
         for relu in (False, True):
             args = x, weight, bias, nhwc(residual[:, :, ::stride, ::stride]), stride, 0, relu
             expected = eager(*args)
             assert expected.isnan().any() and expected.isinf().any()
-            assert same_nonfinite(conv(*args), expected) and same_nonfinite(conv(*args, in_place=True), expected)
+            assert same_nonfinite(conv(*args), expected) and same_nonfinite(
+                conv(*args, in_place=True), expected
+            )
 
 
 @DTYPES
@@ -200,11 +244,15 @@ def test_nan_and_infinity_as_eager(dtype: torch.dtype) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_a_copy_brings_too_much_leaks_nowhere(shape: tuple, dtype: torch.dtype, value: float) -> None:
+def test_what_a_copy_brings_too_much_leaks_nowhere(
+    shape: tuple, dtype: torch.dtype, value: float
+) -> None:
     """A pixel that is not finite, at a border, inside or the last: exactly the outputs that read it are not finite."""
     x, weight, bias, _ = inputs(*shape, dtype)
     n, _, h, w = x.shape
-    for row, column in {(i, j) for i in (0, 1, h // 2, h - 1) for j in (0, 1, w // 2, w - 2, w - 1)}:
+    for row, column in {
+        (i, j) for i in (0, 1, h // 2, h - 1) for j in (0, 1, w // 2, w - 2, w - 1)
+    }:
         for image in range(n):
             bad = x.clone()
             bad[image, :, row, column] = value
@@ -242,11 +290,15 @@ def test_any_number_of_threads_gives_the_same_bytes(shape: tuple, dtype: torch.d
 @pytest.mark.parametrize("c, r, s", [(48, 1, 1), (3, 7, 7), (16, 2, 3), (5, 1, 3)])
 def test_filters_are_panels_of_any_strides(c: int, r: int, s: int, dtype: torch.dtype) -> None:
     weight, panel = torch.randn(64, c, r, s).to(dtype), ops.panel()
-    filters, per = ops.conv_filters(weight), 1 if dtype == torch.float32 else 2  # neighbours side by side
+    filters, per = (
+        ops.conv_filters(weight),
+        1 if dtype == torch.float32 else 2,
+    )  # neighbours side by side
     assert filters.shape == (64 // panel, -(-c * r * s // per), panel, per)
     plain = filters.transpose(2, 3).reshape(64 // panel, -1, panel)
     assert torch.equal(
-        plain[:, : c * r * s], weight.permute(2, 3, 1, 0).reshape(-1, 64 // panel, panel).transpose(0, 1)
+        plain[:, : c * r * s],
+        weight.permute(2, 3, 1, 0).reshape(-1, 64 // panel, panel).transpose(0, 1),
     )
     assert not plain[:, c * r * s :].any()
     wide = torch.randn(c, 130, s, r).to(dtype)
@@ -288,8 +340,14 @@ def test_what_does_not_fit_is_refused_in_a_sentence() -> None:
         x=nhwc(x[:, :16]),
     )
     refused(r"conv: got filters of dtype Float and shape .* for 3x3 on x", size=(3, 3), padding=1)
-    refused("conv: got filters of dtype Double", filters=torch.zeros(2, 32, ops.panel(), 1, dtype=torch.float64))
-    refused(r"conv: got bias of dtype Float and shape \[63\], expected Float \[64\]", bias=torch.zeros(63))
+    refused(
+        "conv: got filters of dtype Double",
+        filters=torch.zeros(2, 32, ops.panel(), 1, dtype=torch.float64),
+    )
+    refused(
+        r"conv: got bias of dtype Float and shape \[63\], expected Float \[64\]",
+        bias=torch.zeros(63),
+    )
     refused("conv: got bias of dtype Double", bias=torch.zeros(64, dtype=torch.float64))
     refused("conv: got out of dtype BFloat16, expected Float", out=out.bfloat16())
     refused("conv: got out that is not dense in channels_last", out=out.contiguous())
@@ -316,7 +374,9 @@ def test_what_does_not_fit_is_refused_in_a_sentence() -> None:
 
 @pytest.mark.parametrize("shape", [(33, 32, 1, 1), (32, 0, 3, 3), (0, 32, 1, 1), (32, 32)], ids=str)
 def test_weight_that_does_not_fit_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(RuntimeError, match="^conv_filters: got weight of shape .* expected .multiple of"):
+    with pytest.raises(
+        RuntimeError, match="^conv_filters: got weight of shape .* expected .multiple of"
+    ):
         ops.conv_filters(torch.zeros(shape))
 
 
@@ -369,7 +429,13 @@ def test_other_instructions(copy: str, flags: tuple[str, ...], panel: int, tmp_p
     library = ctypes.CDLL(tmp_path / "driver.so")
 
     def run(
-        x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: int, padding: int, relu: bool
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        stride: int,
+        padding: int,
+        relu: bool,
     ) -> Tensor:
         k, c, r, s = weight.shape
         out, filters = (
@@ -381,14 +447,23 @@ def test_other_instructions(copy: str, flags: tuple[str, ...], panel: int, tmp_p
         for first, last in ((0, middle), (middle, rows)):
             for k0, k1 in ((0, panel), (panel, k)):
                 library.run(
-                    *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (x, filters, bias, residual, out)),
-                    (ctypes.c_int64 * 11)(n, *x.shape[2:], c, k, r, s, stride, padding, height, width),
+                    *(
+                        ctypes.c_void_p(None if t is None else t.data_ptr())
+                        for t in (x, filters, bias, residual, out)
+                    ),
+                    (ctypes.c_int64 * 11)(
+                        n, *x.shape[2:], c, k, r, s, stride, padding, height, width
+                    ),
                     ctypes.c_bool(relu),
                     *map(ctypes.c_int64, (first, last, k0, k1)),
                 )
         return out
 
-    for shape in [*POINTWISE[:6], *WIDER, *((1, 16, 1, rows, 3 * panel, 1, 1, 0) for rows in range(1, 20))]:
+    for shape in [
+        *POINTWISE[:6],
+        *WIDER,
+        *((1, 16, 1, rows, 3 * panel, 1, 1, 0) for rows in range(1, 20)),
+    ]:
         x, weight, bias, residual = inputs(*shape, torch.float32)
         judge(run, x, weight, bias, None, *shape[-2:], False)
         judge(run, x, weight, bias, residual, *shape[-2:], True)

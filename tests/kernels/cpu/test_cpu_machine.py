@@ -72,7 +72,9 @@ SAVED = 0xE7 | 3 << 17  # AVX-512's state and both parts of AMX's
         (0, 0, False),
     ],
 )
-def test_amx_counts_where_the_processor_has_it_and_the_system_saves_it(host, edx: int, xcr0: int, usable: bool) -> None:
+def test_amx_counts_where_the_processor_has_it_and_the_system_saves_it(
+    host, edx: int, xcr0: int, usable: bool
+) -> None:
     assert host.usable(ctypes.c_uint32(edx), ctypes.c_uint64(xcr0)) is usable
 
 
@@ -93,7 +95,9 @@ def test_amx_counts_where_the_processor_has_it_and_the_system_saves_it(host, edx
         (b"SSE41", False),
     ],
 )
-def test_onednns_own_limit_is_read_as_onednn_reads_it(host, limit: bytes | None, allowed: bool) -> None:
+def test_onednns_own_limit_is_read_as_onednn_reads_it(
+    host, limit: bytes | None, allowed: bool
+) -> None:
     assert host.allowed(limit) is allowed
 
 
@@ -146,7 +150,9 @@ def cut(host, rows: int, panels: int, most: int, threads: int) -> tuple[int, int
 def largest_share(host, rows: int, panels: int, most: int, threads: int) -> int:
     """Of the thread that has the most to do, when torch hands out equal numbers of consecutive blocks."""
     r, p, down, across = cut(host, rows, panels, most, threads)
-    blocks = [(min(r, rows - i * r), min(p, panels - j * p)) for i in range(down) for j in range(across)]
+    blocks = [
+        (min(r, rows - i * r), min(p, panels - j * p)) for i in range(down) for j in range(across)
+    ]
     each = -(-len(blocks) // threads)
     return max(
         sum(host.work(*map(ctypes.c_int64, block)) for block in blocks[i : i + each])
@@ -154,7 +160,12 @@ def largest_share(host, rows: int, panels: int, most: int, threads: int) -> int:
     )
 
 
-@given(rows=st.integers(1, 3000), panels=st.integers(1, 70), most=st.integers(1, 900), threads=st.integers(1, 200))
+@given(
+    rows=st.integers(1, 3000),
+    panels=st.integers(1, 70),
+    most=st.integers(1, 900),
+    threads=st.integers(1, 200),
+)
 def test_blocks_cover_everything_once_and_fit_the_cache(host, rows, panels, most, threads) -> None:
     r, p, down, across = cut(host, rows, panels, most, threads)
     assert 1 <= r <= most and (down - 1) * r < rows <= down * r
@@ -163,7 +174,9 @@ def test_blocks_cover_everything_once_and_fit_the_cache(host, rows, panels, most
 
 @pytest.mark.parametrize("batch", [1, 2, 16, 128])
 @pytest.mark.parametrize("wider", [1, 2], ids=["AVX-512", "AVX2"])
-def test_one_and_two_threads_share_as_they_did_when_they_were_measured(host, batch: int, wider: int) -> None:
+def test_one_and_two_threads_share_as_they_did_when_they_were_measured(
+    host, batch: int, wider: int
+) -> None:
     for rows, panels, most in LAYERS:
         rows, panels = rows * batch, panels * wider
         for threads in (1, 2):
@@ -172,7 +185,12 @@ def test_one_and_two_threads_share_as_they_did_when_they_were_measured(host, bat
                 down = -(-down // threads) * threads
             r = -(-rows // down)
             across = 1 if -(-rows // r) >= threads else min(panels, threads)
-            assert cut(host, rows, panels, most, threads) == (r, -(-panels // across), -(-rows // r), across), (
+            assert cut(host, rows, panels, most, threads) == (
+                r,
+                -(-panels // across),
+                -(-rows // r),
+                across,
+            ), (
                 rows,
                 panels,
                 most,
@@ -198,6 +216,8 @@ def test_many_threads_have_about_equal_shares(host, batch: int, threads: int, le
     for rows, panels, most in LAYERS[:-2] if batch == 1 else LAYERS:
         rows *= batch
         balance = (
-            largest_share(host, rows, panels, most, 1) / threads / largest_share(host, rows, panels, most, threads)
+            largest_share(host, rows, panels, most, 1)
+            / threads
+            / largest_share(host, rows, panels, most, threads)
         )
         assert balance >= least, (rows, panels, most, balance)

@@ -20,7 +20,9 @@ from resnet_fast.testing.grids import nasty_problems
 from resnet_fast.testing.rule import assert_rule, same_nonfinite
 from resnet_fast.testing.samples import make_args
 
-pytestmark = pytest.mark.skipif(cpu_library.available() is not None, reason=str(cpu_library.available()))
+pytestmark = pytest.mark.skipif(
+    cpu_library.available() is not None, reason=str(cpu_library.available())
+)
 NHWC = torch.channels_last
 OPS = pytest.mark.parametrize("op", ["bn_act", "bn_act_backward"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -38,14 +40,25 @@ SIZES = [
 
 
 def problem(
-    op="bn_act", x=(2, 32, 9, 6), dtype=torch.float32, layout="nhwc", residual="nhwc", act="relu", **more
+    op="bn_act",
+    x=(2, 32, 9, 6),
+    dtype=torch.float32,
+    layout="nhwc",
+    residual="nhwc",
+    act="relu",
+    **more,
 ) -> Problem:
-    return Problem(op=op, device="cpu", dtype=dtype, x=x, layout=layout, residual=residual, act=act, **more)
+    return Problem(
+        op=op, device="cpu", dtype=dtype, x=x, layout=layout, residual=residual, act=act, **more
+    )
 
 
 def judged(op: str, dtype: torch.dtype) -> list[Problem]:
     nasty = [p for p in nasty_problems(op, dtype) if p.layout == "nhwc"]
-    return [*nasty, *(problem(op, x, dtype, residual=residual) for x in SIZES for residual in (None, "nhwc"))]
+    return [
+        *nasty,
+        *(problem(op, x, dtype, residual=residual) for x in SIZES for residual in (None, "nhwc")),
+    ]
 
 
 @OPS
@@ -83,7 +96,11 @@ def test_an_outlier_where_the_pivot_is_taken_does_little_harm() -> None:
 def test_nan_and_infinity_as_eager(dtype, act) -> None:
     x, weight, bias, residual, eps, _ = make_args(problem(dtype=dtype))
     x[0, 3, 1, 2], x[1, 5, 4, 4], x[1, 6, 0, 0] = torch.nan, torch.inf, -torch.inf
-    residual[0, 7, 0, 0], residual[1, 8, 3, 3], residual[1, 9, 8, 5] = torch.nan, torch.inf, -torch.inf
+    residual[0, 7, 0, 0], residual[1, 8, 3, 3], residual[1, 9, 8, 5] = (
+        torch.nan,
+        torch.inf,
+        -torch.inf,
+    )
     weight[10] = torch.nan
     args = x, weight, bias, residual, eps, act
     got, bar = cpu.bn_act(*args), eager("bn_act", args)
@@ -94,7 +111,9 @@ def test_nan_and_infinity_as_eager(dtype, act) -> None:
     dy[0, 11, 2, 2], dy[1, 12, 2, 2], dy[1, 13] = torch.nan, torch.inf, 0
     for keeps in (False, True):
         back = dy, x, got[0], weight, *got[1:], eps, act, keeps
-        for mine, theirs in zip(cpu.bn_act_backward(*back), aten.bn_act_backward(*back), strict=True):
+        for mine, theirs in zip(
+            cpu.bn_act_backward(*back), aten.bn_act_backward(*back), strict=True
+        ):
             assert same_nonfinite(mine, theirs)
 
 
@@ -103,7 +122,9 @@ def test_the_gradient_passes_where_the_output_is_positive_or_nan() -> None:
     y.zero_()
     y[:, ::4], y[:, 1::4], y[:, 2::4] = torch.nan, 1e-40, -0.0
     dresidual = cpu.bn_act_backward(dy, x, y, *rest)[3]
-    assert torch.equal(dresidual[:, ::4], dy[:, ::4]) and torch.equal(dresidual[:, 1::4], dy[:, 1::4])
+    assert torch.equal(dresidual[:, ::4], dy[:, ::4]) and torch.equal(
+        dresidual[:, 1::4], dy[:, 1::4]
+    )
     assert not dresidual[:, 2::4].any() and not dresidual[:, 3::4].any()
 
 
@@ -118,7 +139,11 @@ def test_the_number_of_threads_changes_no_byte(op, x) -> None:
             found.append(run(*args))
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(mine, one) for other in found[1:] for mine, one in zip(other, found[0], strict=True))
+    assert all(
+        torch.equal(mine, one)
+        for other in found[1:]
+        for mine, one in zip(other, found[0], strict=True)
+    )
 
 
 @pytest.mark.parametrize("vectors", [torch.bfloat16, torch.float64])
@@ -138,7 +163,9 @@ def test_gradients_that_come_in_another_layout() -> None:
     dy, x, y, *rest = make_args(problem("bn_act_backward"))
     expected = cpu.bn_act_backward(dy, x, y, *rest)
     for other in (dy.contiguous(), torch.stack((dy, dy), -1)[..., 1]):
-        for mine, theirs in zip(cpu.bn_act_backward(other, x, y.contiguous(), *rest), expected, strict=True):
+        for mine, theirs in zip(
+            cpu.bn_act_backward(other, x, y.contiguous(), *rest), expected, strict=True
+        ):
             assert torch.equal(mine, theirs)
 
 
@@ -167,7 +194,10 @@ def test_it_says_what_it_declines(change, sentence) -> None:
 
 
 def test_it_is_chosen_where_it_was_measured() -> None:
-    assert choose(problem())[0].id == "cpu.bn_act" and choose(problem("bn_act_backward"))[0].id == "cpu.bn_act_backward"
+    assert (
+        choose(problem())[0].id == "cpu.bn_act"
+        and choose(problem("bn_act_backward"))[0].id == "cpu.bn_act_backward"
+    )
     assert (
         choose(problem(layout="nchw"))[0].id == "aten.bn_act"
         and choose(problem(dtype=torch.float64))[0].id == "aten.bn_act"
@@ -190,7 +220,9 @@ def test_a_residual_without_gradient() -> None:
     found = []
     for wants in (True, False):
         live = x.clone().requires_grad_()
-        y = ops.bn_act(live, weight, bias, residual.clone().requires_grad_(wants), eps=eps, act=act)[0]
+        y = ops.bn_act(
+            live, weight, bias, residual.clone().requires_grad_(wants), eps=eps, act=act
+        )[0]
         y.backward(torch.linspace(-1, 2, y.numel()).view(y.shape).contiguous(memory_format=NHWC))
         found.append(live.grad)
     assert torch.equal(*found)
@@ -211,7 +243,9 @@ def test_avx2_obeys_the_rule_too() -> None:
                     verdict = check_kernel(find(f"cpu.{op}"), p)
                     assert verdict.ok, f"{p.key}: {verdict.reason}"
     """
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"})
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
+    )
 
 
 def refused(name: str, sentence: str, **changed: Tensor | None) -> None:
@@ -253,7 +287,11 @@ def test_what_does_not_fit_is_refused_in_a_sentence(name) -> None:
     refused(name, "x of dtype Half, expected Float or BFloat16", x=x.half())
     refused(name, "x that is not dense in channels_last", x=x.contiguous())
     refused(name, r"x of shape \[0, 32, 4, 6\], expected at least one pixel", x=x[:0])
-    refused(name, r"weight of dtype Float and shape \[31\], expected Float \[32\]", weight=torch.ones(31))
+    refused(
+        name,
+        r"weight of dtype Float and shape \[31\], expected Float \[32\]",
+        weight=torch.ones(31),
+    )
     refused(name, "mean of dtype Double", mean=torch.ones(32, dtype=torch.float64))
     refused(name, "var of dtype", var=torch.ones(64)[::2])
     refused(name, "y of dtype BFloat16 and x of dtype Float", y=x.bfloat16())

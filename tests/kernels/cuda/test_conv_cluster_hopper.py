@@ -17,7 +17,9 @@ from resnet_fast.testing.grids import nasty_problems
 from resnet_fast.testing.rule import assert_rule
 from resnet_fast.testing.samples import make_args
 
-pytestmark = pytest.mark.skipif(host_gpu.compiler() is None, reason="needs a g++ that knows _Float16 (12 or later)")
+pytestmark = pytest.mark.skipif(
+    host_gpu.compiler() is None, reason="needs a g++ that knows _Float16 (12 or later)"
+)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
 ON_HOPPER = {"device": "cuda", "capability": (9, 0)}
 FEW, MANY = 4, 132  # processors: clusters of one block, or of as many as eight
@@ -59,10 +61,18 @@ PROBLEMS = [
 
 
 def kernel(gpu: host_gpu.HostGpu) -> Kernel:
-    return Kernel("host.conv_cluster_hopper", "conv_bn_act", gpu.conv_cluster_hopper, lambda p: None, lambda: None)
+    return Kernel(
+        "host.conv_cluster_hopper",
+        "conv_bn_act",
+        gpu.conv_cluster_hopper,
+        lambda p: None,
+        lambda: None,
+    )
 
 
-@pytest.mark.parametrize("dtype, processors", [(torch.float16, MANY), (torch.float16, FEW), (torch.bfloat16, MANY)])
+@pytest.mark.parametrize(
+    "dtype, processors", [(torch.float16, MANY), (torch.float16, FEW), (torch.bfloat16, MANY)]
+)
 def test_numerics(gpu: host_gpu.HostGpu, dtype: torch.dtype, processors: int) -> None:
     nasty = [
         p
@@ -102,21 +112,29 @@ def test_passes_nan_and_infinity(gpu: host_gpu.HostGpu, dtype: torch.dtype) -> N
     """NaN survives the ReLU, and none spreads beyond its taps: not over a line's end, not into another image."""
     x = torch.randn(3, 72, 7, 7, dtype=dtype).to(memory_format=torch.channels_last)
     weight = (torch.randn(40, 72, 3, 3, dtype=dtype) / 10).to(memory_format=torch.channels_last)
-    x[0, 1, 0, 0], x[0, 71, 6, 6], x[1, 5, 3, 6], x[2, 7, 0, 3] = (float(v) for v in ("nan", "inf", "-inf", "nan"))
+    x[0, 1, 0, 0], x[0, 71, 6, 6], x[1, 5, 3, 6], x[2, 7, 0, 3] = (
+        float(v) for v in ("nan", "inf", "-inf", "nan")
+    )
     scale, shift = torch.ones(40), torch.zeros(40)
-    out = gpu.conv_cluster_hopper(x, weight, scale, shift, None, None, None, 0.0, (1, 1), (1, 1), (1, 1), 1, "relu")
+    out = gpu.conv_cluster_hopper(
+        x, weight, scale, shift, None, None, None, 0.0, (1, 1), (1, 1), (1, 1), 1, "relu"
+    )
     assert rule.same_nonfinite(out, F.conv2d(x.float(), weight.float(), padding=1).relu())
 
 
 def test_beyond_two_to_the_31_elements(gpu: host_gpu.HostGpu) -> None:
     images = 2**31 // (64 * 64) + 1
-    image, residual = (torch.randn(1, 64, 8, 8).half().to(memory_format=torch.channels_last) for _ in range(2))
+    image, residual = (
+        torch.randn(1, 64, 8, 8).half().to(memory_format=torch.channels_last) for _ in range(2)
+    )
     weight = (torch.randn(64, 64, 3, 3) / 24).half().to(memory_format=torch.channels_last)
     scale, shift = torch.randn(64), torch.randn(64)
     gpu.settings(
         processors=10**9, first_block=16 * (images - 1)
     )  # an image is two tiles of 32 filters, each of eight blocks
-    out = gpu.conv_last_image(image, images, weight, scale, shift, residual, (1, 1), kernel="conv_cluster_hopper")
+    out = gpu.conv_last_image(
+        image, images, weight, scale, shift, residual, (1, 1), kernel="conv_cluster_hopper"
+    )
     args = image, weight, scale, shift, residual, None, None, 0.0, (1, 1), (1, 1), (1, 1), 1, "relu"
     assert_rule(out, eager.eager("conv_bn_act", args)[0], check.oracle("conv_bn_act", args)[0])
 
@@ -149,7 +167,9 @@ def test_wants_addresses_of_whole_16_bytes(gpu: host_gpu.HostGpu) -> None:
     ],
 )
 def test_takes_what_was_run_here_and_declines_the_rest(change: dict, reason: str | None) -> None:
-    said = find("native.conv_cluster_hopper").supports(replace(problem(2, 64, 9, 9, 64), **{**ON_HOPPER, **change}))
+    said = find("native.conv_cluster_hopper").supports(
+        replace(problem(2, 64, 9, 9, 64), **{**ON_HOPPER, **change})
+    )
     assert said is None if reason is None else reason in said
 
 

@@ -16,9 +16,14 @@ from resnet_fast.testing.check import check_kernel
 from resnet_fast.testing.rule import assert_rule
 from resnet_fast.testing.samples import make_args
 
-pytestmark = pytest.mark.skipif(host_gpu.compiler() is None, reason="needs a g++ that knows _Float16 (12 or later)")
+pytestmark = pytest.mark.skipif(
+    host_gpu.compiler() is None, reason="needs a g++ that knows _Float16 (12 or later)"
+)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
-ONE_BLOCK, MANY_BLOCKS = 1, 10**6  # as many processors: one block walks over all tiles, or each tile has its own
+ONE_BLOCK, MANY_BLOCKS = (
+    1,
+    10**6,
+)  # as many processors: one block walks over all tiles, or each tile has its own
 
 
 def problem(n, c, h, w, k, dtype=torch.float16, act="relu", stride=1, **more) -> Problem:
@@ -74,10 +79,17 @@ PROBLEMS += [
 
 @pytest.mark.parametrize(
     "dtype, processors",
-    [(torch.float16, ONE_BLOCK), (torch.float16, 3), (torch.float16, MANY_BLOCKS), (torch.bfloat16, ONE_BLOCK)],
+    [
+        (torch.float16, ONE_BLOCK),
+        (torch.float16, 3),
+        (torch.float16, MANY_BLOCKS),
+        (torch.bfloat16, ONE_BLOCK),
+    ],
 )
 def test_numerics(gpu: host_gpu.HostGpu, dtype: torch.dtype, processors: int) -> None:
-    kernel = Kernel("host.conv_hopper", "conv_bn_act", gpu.conv_hopper, lambda p: None, lambda: None)
+    kernel = Kernel(
+        "host.conv_hopper", "conv_bn_act", gpu.conv_hopper, lambda p: None, lambda: None
+    )
     for i, one in enumerate(PROBLEMS):
         gpu.settings(seed=i, processors=processors, late_copies=i % 3 != 0)
         verdict = check_kernel(kernel, replace(one, dtype=dtype), seed=i)
@@ -95,7 +107,13 @@ def test_numerics(gpu: host_gpu.HostGpu, dtype: torch.dtype, processors: int) ->
         problem(5, 136, 14, 13, 136, stride=2, residual="nhwc", bn=True),
         problem(4, 72, 14, 80, 64, stride=2, residual="nhwc"),
     ],
-    ids=["128 filters", "64 filters", "64 filters that stay", "128 filters, stride 2", "64 filters, stride 2"],
+    ids=[
+        "128 filters",
+        "64 filters",
+        "64 filters that stay",
+        "128 filters, stride 2",
+        "64 filters, stride 2",
+    ],
 )
 def test_never_depends_on_the_order_of_threads(gpu: host_gpu.HostGpu, one: Problem) -> None:
     """A missing barrier, wait or fence would show: early copies if a slot is refilled, late ones if read, too soon."""
@@ -111,25 +129,35 @@ def test_never_depends_on_the_order_of_threads(gpu: host_gpu.HostGpu, one: Probl
 
 @pytest.mark.parametrize("k, stride", [(64, 1), (72, 1), (64, 2), (72, 2)])
 @DTYPES
-def test_passes_nan_and_infinity(gpu: host_gpu.HostGpu, dtype: torch.dtype, k: int, stride: int) -> None:
+def test_passes_nan_and_infinity(
+    gpu: host_gpu.HostGpu, dtype: torch.dtype, k: int, stride: int
+) -> None:
     """NaN survives the ReLU; neither spreads beyond its 3×3 neighbours, over a row's end, or into another image."""
     x = torch.randn(5, 24, 7, 7, dtype=dtype).to(memory_format=torch.channels_last)
     weight = (torch.randn(k, 24, 3, 3, dtype=dtype) / 10).to(memory_format=torch.channels_last)
-    x[0, 1, 0, 0], x[1, 3, 6, 6], x[2, 5, 3, 6], x[3, 7, 0, 3] = (float(v) for v in ("nan", "inf", "-inf", "nan"))
+    x[0, 1, 0, 0], x[1, 3, 6, 6], x[2, 5, 3, 6], x[3, 7, 0, 3] = (
+        float(v) for v in ("nan", "inf", "-inf", "nan")
+    )
     scale, shift = torch.ones(k), torch.zeros(k)
-    out = gpu.conv_hopper(x, weight, scale, shift, None, None, None, 0.0, (stride, stride), (1, 1), (1, 1), 1, "relu")
+    out = gpu.conv_hopper(
+        x, weight, scale, shift, None, None, None, 0.0, (stride, stride), (1, 1), (1, 1), 1, "relu"
+    )
     assert rule.same_nonfinite(out, F.conv2d(x.float(), weight.float(), None, stride, 1).relu())
 
 
 @pytest.mark.parametrize("k", [64, 128])
 def test_beyond_two_to_the_31_elements(gpu: host_gpu.HostGpu, k: int) -> None:
     images = 2**37 // (64 * 64 * k) + 1
-    image, residual = (torch.randn(1, c, 8, 8).half().to(memory_format=torch.channels_last) for c in (64, k))
+    image, residual = (
+        torch.randn(1, c, 8, 8).half().to(memory_format=torch.channels_last) for c in (64, k)
+    )
     weight = (torch.randn(k, 64, 3, 3) / 24).half().to(memory_format=torch.channels_last)
     scale, shift = torch.randn(k), torch.randn(k)
     boxes = -(-images // 2)  # of two images of 8×8
     gpu.settings(processors=10**9, first_block=(-(-boxes // 2) if k == 64 else boxes) - 1)
-    out = gpu.conv_last_image(image, images, weight, scale, shift, residual, (1, 1), kernel="conv_hopper")
+    out = gpu.conv_last_image(
+        image, images, weight, scale, shift, residual, (1, 1), kernel="conv_hopper"
+    )
     args = image, weight, scale, shift, residual, None, None, 0.0, (1, 1), (1, 1), (1, 1), 1, "relu"
     assert_rule(out, eager.eager("conv_bn_act", args)[0], check.oracle("conv_bn_act", args)[0])
 
@@ -165,7 +193,9 @@ ON_HOPPER = {"device": "cuda", "capability": (9, 0)}
     ],
 )
 def test_takes_what_was_run_here_and_declines_the_rest(change: dict, reason: str | None) -> None:
-    said = find("native.conv_hopper").supports(replace(problem(2, 64, 9, 9, 64), **{**ON_HOPPER, **change}))
+    said = find("native.conv_hopper").supports(
+        replace(problem(2, 64, 9, 9, 64), **{**ON_HOPPER, **change})
+    )
     assert said is None if reason is None else reason in said
 
 

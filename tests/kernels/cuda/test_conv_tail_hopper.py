@@ -18,9 +18,14 @@ from resnet_fast.testing.grids import nasty_problems
 from resnet_fast.testing.rule import assert_rule
 from resnet_fast.testing.samples import make_args
 
-pytestmark = pytest.mark.skipif(host_gpu.compiler() is None, reason="needs a g++ that knows _Float16 (12 or later)")
+pytestmark = pytest.mark.skipif(
+    host_gpu.compiler() is None, reason="needs a g++ that knows _Float16 (12 or later)"
+)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
-ONE_BLOCK, MANY_BLOCKS = 1, 10**6  # as many processors: one block walks over all tiles, or each tile has its own
+ONE_BLOCK, MANY_BLOCKS = (
+    1,
+    10**6,
+)  # as many processors: one block walks over all tiles, or each tile has its own
 ON_HOPPER = {"device": "cuda", "capability": (9, 0)}
 
 
@@ -56,12 +61,19 @@ IDS = pytest.mark.parametrize("one", PROBLEMS[:3], ids=["64", "128", "projected"
 
 
 def kernel(gpu: host_gpu.HostGpu) -> Kernel:
-    return Kernel("host.conv_tail_hopper", "conv_tail", gpu.conv_tail_hopper, lambda p: None, lambda: None)
+    return Kernel(
+        "host.conv_tail_hopper", "conv_tail", gpu.conv_tail_hopper, lambda p: None, lambda: None
+    )
 
 
 @pytest.mark.parametrize(
     "dtype, processors",
-    [(torch.float16, ONE_BLOCK), (torch.float16, 2), (torch.float16, MANY_BLOCKS), (torch.bfloat16, ONE_BLOCK)],
+    [
+        (torch.float16, ONE_BLOCK),
+        (torch.float16, 2),
+        (torch.float16, MANY_BLOCKS),
+        (torch.bfloat16, ONE_BLOCK),
+    ],
 )
 def test_numerics(gpu: host_gpu.HostGpu, dtype: torch.dtype, processors: int) -> None:
     nasty = [
@@ -111,7 +123,9 @@ def test_beyond_two_to_the_31_elements(gpu: host_gpu.HostGpu) -> None:
     args = make_args(one)
     gpu.settings(processors=10**9, first_block=images - 1)
     got = gpu.tail_of_last_image(args, images)
-    for out, bar, oracle in zip(got, eager("conv_tail", args), check.oracle("conv_tail", args), strict=True):
+    for out, bar, oracle in zip(
+        got, eager("conv_tail", args), check.oracle("conv_tail", args), strict=True
+    ):
         assert_rule(out, bar, oracle)
 
 
@@ -140,9 +154,18 @@ def test_wants_addresses_of_whole_16_bytes(gpu: host_gpu.HostGpu) -> None:
         ),
         ({"chain": ((264, 64, 1, 1), (), (64, 264, 1, 1))}, "of the output, and there are 264"),
         ({"chain": ((250, 64, 1, 1), (), (64, 250, 1, 1))}, "the output has 250"),
-        ({"chain": ((256, 64, 1, 1), (), (136, 256, 1, 1))}, "up to 128 channels of the next convolution"),
-        ({"chain": ((256, 64, 1, 1), (256, 64, 1, 1), (128, 256, 1, 1))}, "up to 64 channels of the next convolution"),
-        ({"chain": ((256, 64, 1, 1), (256, 72, 1, 1), (64, 256, 1, 1))}, "of the projected residual, and there are 72"),
+        (
+            {"chain": ((256, 64, 1, 1), (), (136, 256, 1, 1))},
+            "up to 128 channels of the next convolution",
+        ),
+        (
+            {"chain": ((256, 64, 1, 1), (256, 64, 1, 1), (128, 256, 1, 1))},
+            "up to 64 channels of the next convolution",
+        ),
+        (
+            {"chain": ((256, 64, 1, 1), (256, 72, 1, 1), (64, 256, 1, 1))},
+            "of the projected residual, and there are 72",
+        ),
         ({"x": (2**25, 64, 8, 8)}, "31 bits"),
     ],
 )

@@ -12,7 +12,9 @@ import torch
 from resnet_fast.kernels import native
 
 ROOT = Path(__file__).parents[3]
-built = pytest.mark.skipif(importlib.util.find_spec("resnet_fast._C") is None, reason="the CUDA extension is not built")
+built = pytest.mark.skipif(
+    importlib.util.find_spec("resnet_fast._C") is None, reason="the CUDA extension is not built"
+)
 
 
 def test_without_the_extension_the_reason_and_the_remedy_are_said(monkeypatch):
@@ -72,10 +74,26 @@ TAIL = NHWC.half(), FILTER.half(), BN[0], ONE, BN[1], NHWC.half(), None, ONE, BN
 @pytest.mark.parametrize(
     "op, args, sentence",
     [
-        ("add_act", (X.double(), X.double(), None, True), "got x of dtype Double, expected Float, Half or BFloat16"),
-        ("add_act", (X, X.half(), None, True), "got y of dtype Half and x of dtype Float, expected the same"),
-        ("add_act", (X, X[:, :4], None, True), r"got y of shape \[2, 4, 4, 4\], expected x's shape \[2, 8, 4, 4\]"),
-        ("add_act", (X, NHWC, None, True), "got y with other strides than x, expected one memory layout"),
+        (
+            "add_act",
+            (X.double(), X.double(), None, True),
+            "got x of dtype Double, expected Float, Half or BFloat16",
+        ),
+        (
+            "add_act",
+            (X, X.half(), None, True),
+            "got y of dtype Half and x of dtype Float, expected the same",
+        ),
+        (
+            "add_act",
+            (X, X[:, :4], None, True),
+            r"got y of shape \[2, 4, 4, 4\], expected x's shape \[2, 8, 4, 4\]",
+        ),
+        (
+            "add_act",
+            (X, NHWC, None, True),
+            "got y with other strides than x, expected one memory layout",
+        ),
         (
             "add_act",
             (X[..., :2], X[..., :2], None, True),
@@ -83,10 +101,22 @@ TAIL = NHWC.half(), FILTER.half(), BN[0], ONE, BN[1], NHWC.half(), None, ONE, BN
         ),
         ("add_act", (X[:1].expand(2, 8, 4, 4),) * 2 + (None, True), "gaps or overlaps"),
         ("add_act", (X, X, GATE, True), "got x that is not dense in channels_last"),
-        ("add_act", (NHWC, NHWC, GATE[:, :4], True), r"got gate of shape \[2, 4, 1, 1\], expected \[2, 8, 1, 1\]"),
-        ("add_act", (NHWC, NHWC, GATE.bfloat16(), True), "got gate of dtype BFloat16 and x of dtype Float"),
+        (
+            "add_act",
+            (NHWC, NHWC, GATE[:, :4], True),
+            r"got gate of shape \[2, 4, 1, 1\], expected \[2, 8, 1, 1\]",
+        ),
+        (
+            "add_act",
+            (NHWC, NHWC, GATE.bfloat16(), True),
+            "got gate of dtype BFloat16 and x of dtype Float",
+        ),
         ("add_act_backward", (X, X.flatten(), True), "got out of shape"),
-        ("add_act_gate_backward", (NHWC, NHWC, X, GATE, True), "got x with other strides than dout"),
+        (
+            "add_act_gate_backward",
+            (NHWC, NHWC, X, GATE, True),
+            "got x with other strides than dout",
+        ),
         (
             "conv",
             (X, FILTER, *BN[:2], None, None, None, 0.0, *GEOMETRY, True),
@@ -102,9 +132,21 @@ TAIL = NHWC.half(), FILTER.half(), BN[0], ONE, BN[1], NHWC.half(), None, ONE, BN
             (NHWC, FILTER.half(), *BN[:2], None, None, None, 0.0, *GEOMETRY, True),
             "expected its channels and dtype",
         ),
-        ("conv", (NHWC, FILTER, *BN[:2], NHWC[:1], None, None, 0.0, *GEOMETRY, True), "got residual of shape"),
-        ("conv", (NHWC, FILTER, *BN[:2], None, BN[2], BN[3][:7], 0.0, *GEOMETRY, True), r"got var of shape \[7\]"),
-        ("pointwise", (NHWC, FILTER, *BN[:2], None, None, None, 0.0, [1, 1], True), r"expected \[K, C, 1, 1\]"),
+        (
+            "conv",
+            (NHWC, FILTER, *BN[:2], NHWC[:1], None, None, 0.0, *GEOMETRY, True),
+            "got residual of shape",
+        ),
+        (
+            "conv",
+            (NHWC, FILTER, *BN[:2], None, BN[2], BN[3][:7], 0.0, *GEOMETRY, True),
+            r"got var of shape \[7\]",
+        ),
+        (
+            "pointwise",
+            (NHWC, FILTER, *BN[:2], None, None, None, 0.0, [1, 1], True),
+            r"expected \[K, C, 1, 1\]",
+        ),
         (
             "pointwise_hopper",
             (NHWC, POINT, *BN[:2], None, None, None, 0.0, [1, 1], True),
@@ -204,7 +246,19 @@ TAIL = NHWC.half(), FILTER.half(), BN[0], ONE, BN[1], NHWC.half(), None, ONE, BN
         ),
         (
             "conv_cluster_hopper",
-            (NHWC.half(), FILTER.half(), *BN[:2], None, None, None, 0.0, [1, 1], [130, 1], [1, 1], True),
+            (
+                NHWC.half(),
+                FILTER.half(),
+                *BN[:2],
+                None,
+                None,
+                None,
+                0.0,
+                [1, 1],
+                [130, 1],
+                [1, 1],
+                True,
+            ),
             "got padding 130",
         ),
         (
@@ -214,7 +268,19 @@ TAIL = NHWC.half(), FILTER.half(), BN[0], ONE, BN[1], NHWC.half(), None, ONE, BN
         ),
         (
             "conv_cluster_hopper",
-            (NHWC.half(), FILTER.half(), *BN[:2], None, None, None, 0.0, [1, 9], [1, 1], [1, 1], True),
+            (
+                NHWC.half(),
+                FILTER.half(),
+                *BN[:2],
+                None,
+                None,
+                None,
+                0.0,
+                [1, 9],
+                [1, 1],
+                [1, 1],
+                True,
+            ),
             "got strides 1 and 9",
         ),
         (
@@ -227,7 +293,11 @@ TAIL = NHWC.half(), FILTER.half(), BN[0], ONE, BN[1], NHWC.half(), None, ONE, BN
             (*TAIL[:3], torch.zeros(264, 8, 1, 1).half(), *TAIL[4:]),
             r"got weight3 \[264, 8, 1, 1\].* with K up to 256",
         ),
-        ("conv_tail_hopper", (*TAIL[:8], TAIL[8].half()), r"got weight1's bias \[8\] Half, expected \[8\] Float"),
+        (
+            "conv_tail_hopper",
+            (*TAIL[:8], TAIL[8].half()),
+            r"got weight1's bias \[8\] Half, expected \[8\] Float",
+        ),
         (
             "conv_tail_hopper",
             (*TAIL[:5], TAIL[5][:1], *TAIL[6:]),
@@ -238,9 +308,17 @@ TAIL = NHWC.half(), FILTER.half(), BN[0], ONE, BN[1], NHWC.half(), None, ONE, BN
             (*TAIL[:6], TAIL[3][:, :4].contiguous(), *TAIL[7:]),
             r"got projection \[8, 4, 1, 1\] Half, expected \[K, 8, 1, 1\]",
         ),
-        ("bn_act", (NHWC, BN[0][:4], BN[1], None, 1e-5, True), r"got weight of shape \[4\], expected \[8\]"),
+        (
+            "bn_act",
+            (NHWC, BN[0][:4], BN[1], None, 1e-5, True),
+            r"got weight of shape \[4\], expected \[8\]",
+        ),
         ("bn_act", (NHWC, *BN[:2], X, 1e-5, True), "got residual with other strides than x"),
-        ("bn_act_backward", (NHWC, NHWC, NHWC, *BN[:2], BN[2].double(), 1e-5, True, True), "got statistics of shape"),
+        (
+            "bn_act_backward",
+            (NHWC, NHWC, NHWC, *BN[:2], BN[2].double(), 1e-5, True, True),
+            "got statistics of shape",
+        ),
     ],
 )
 def test_bad_input_gets_one_sentence(op, args, sentence):
@@ -260,9 +338,28 @@ def test_bad_input_gets_one_sentence(op, args, sentence):
         ("add_act_backward", (X, X, True)),
         ("add_act_gate_backward", (NHWC, NHWC, NHWC, GATE, True)),
         ("conv", (NHWC, FILTER, *BN[:2], NHWC, *BN[2:], 1e-5, *GEOMETRY, True)),
-        ("pointwise", (NHWC, FILTER[:, :, :1, :1].contiguous(), *BN[:2], None, None, None, 0.0, [2, 2], False)),
-        ("pointwise_hopper", (NHWC.half(), POINT.half(), *BN[:2], NHWC.half(), None, None, 0.0, [1, 1], False)),
-        ("pointwise_hopper", (NHWC.half(), POINT.half(), *BN[:2], None, None, None, 0.0, [2, 3], False)),
+        (
+            "pointwise",
+            (
+                NHWC,
+                FILTER[:, :, :1, :1].contiguous(),
+                *BN[:2],
+                None,
+                None,
+                None,
+                0.0,
+                [2, 2],
+                False,
+            ),
+        ),
+        (
+            "pointwise_hopper",
+            (NHWC.half(), POINT.half(), *BN[:2], NHWC.half(), None, None, 0.0, [1, 1], False),
+        ),
+        (
+            "pointwise_hopper",
+            (NHWC.half(), POINT.half(), *BN[:2], None, None, None, 0.0, [2, 3], False),
+        ),
         (
             "pointwise_pair_hopper",
             (
@@ -274,9 +371,18 @@ def test_bad_input_gets_one_sentence(op, args, sentence):
                 [2, 4],
             ),
         ),
-        ("pointwise_pair_hopper", (NHWC.half()[:0], POINT.half(), NHWC.half()[:0], POINT.half(), BN[0], [1, 1])),
-        ("conv_hopper", (NHWC.half(), FILTER.half(), *BN[:2], NHWC.half(), None, None, 0.0, [1, 1], False)),
-        ("conv_cluster_hopper", (NHWC.half(), FILTER.half(), *BN[:2], NHWC.half(), None, None, 0.0, *GEOMETRY, False)),
+        (
+            "pointwise_pair_hopper",
+            (NHWC.half()[:0], POINT.half(), NHWC.half()[:0], POINT.half(), BN[0], [1, 1]),
+        ),
+        (
+            "conv_hopper",
+            (NHWC.half(), FILTER.half(), *BN[:2], NHWC.half(), None, None, 0.0, [1, 1], False),
+        ),
+        (
+            "conv_cluster_hopper",
+            (NHWC.half(), FILTER.half(), *BN[:2], NHWC.half(), None, None, 0.0, *GEOMETRY, False),
+        ),
         ("conv_tail_hopper", TAIL),
         ("conv_tail_hopper", (*TAIL[:6], TAIL[3], *TAIL[7:])),
         ("bn_act", (NHWC, *BN[:2], NHWC, 1e-5, True)),

@@ -27,10 +27,14 @@ ON_HOPPER = {
     "conv_cluster_hopper": ({4}, {2}, {"STG.E.128", "UTMALDG.4D.IM2COL", "UTMAPF.L2.4D"}),
 }
 FILES = sorted(source.stem for source in CSRC.glob("cuda/*.cu"))
-SHARED_STATIC = 48 * 1024  # what a kernel gets without asking; index_check.cpp holds dynamic shared memory to 99 kB
+SHARED_STATIC = (
+    48 * 1024
+)  # what a kernel gets without asking; index_check.cpp holds dynamic shared memory to 99 kB
 NVCC = shutil.which("nvcc")
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH: the CUDA toolkit compiles the kernels")
+pytestmark = pytest.mark.skipif(
+    NVCC is None, reason="nvcc is not on PATH: the CUDA toolkit compiles the kernels"
+)
 
 
 @dataclass(frozen=True)
@@ -45,19 +49,29 @@ class Compiled:
 
 
 def targets(file: str) -> list[str]:
-    others = "sm_80,sm_89,sm_100,sm_120" if file in CONVOLUTIONS else "sm_80,sm_120" if file in ON_HOPPER else "sm_80"
+    others = (
+        "sm_80,sm_89,sm_100,sm_120"
+        if file in CONVOLUTIONS
+        else "sm_80,sm_120"
+        if file in ON_HOPPER
+        else "sm_80"
+    )
     return ["-gencode", f"arch=compute_80,code=[{others}]", "-gencode", HOPPER]
 
 
 def cuobjdump() -> str | None:
     """The toolkit's, or the one inside the triton wheel."""
     spec = importlib.util.find_spec("triton")
-    inside = [Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"] if spec else []
+    inside = (
+        [Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"] if spec else []
+    )
     return next((str(path) for path in inside if path.is_file()), shutil.which("cuobjdump"))
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[list[Compiled], Path]]:
+def compiled(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], tuple[list[Compiled], Path]]:
     """Compiles a kernel file once; what ptxas said of each kernel, and the binary."""
     folder, known = tmp_path_factory.mktemp("csrc"), {}
 
@@ -96,7 +110,9 @@ def parse(said: str) -> list[Compiled]:
     found = []
     for part in said.split("Compiling entry function ")[1:]:
         name, arch = re.match(r"'(\S+)' for '(sm_\w+)'", part).groups()
-        stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part).groups()
+        stores, loads = re.search(
+            r"(\d+) bytes spill stores, (\d+) bytes spill loads", part
+        ).groups()
         shared = re.search(r"(\d+) bytes smem", part)
         found.append(
             Compiled(
@@ -122,8 +138,12 @@ def sass(binary: Path, arch: str) -> dict[str, str]:
     """Machine code of each kernel in a binary, by mangled name."""
     tool = cuobjdump()
     if tool is None:
-        pytest.skip("cuobjdump is neither in the triton wheel nor on PATH: the machine code cannot be read")
-    text = subprocess.run([tool, "-sass", "-arch", arch, binary], capture_output=True, text=True, check=True).stdout
+        pytest.skip(
+            "cuobjdump is neither in the triton wheel nor on PATH: the machine code cannot be read"
+        )
+    text = subprocess.run(
+        [tool, "-sass", "-arch", arch, binary], capture_output=True, text=True, check=True
+    ).stdout
     return {part.split()[0]: part for part in text.split("Function : ")[1:]}
 
 
@@ -131,15 +151,21 @@ def sass(binary: Path, arch: str) -> dict[str, str]:
 @pytest.mark.parametrize("file", sorted(CONVOLUTIONS))
 def test_convolutions_run_on_tensor_cores(compiled, file: str, arch: str) -> None:
     code = sass(compiled(file)[1], arch)
-    assert len(code) == 10  # two 16-bit types with three tiles and one element-wise, float32 with one of each
+    assert (
+        len(code) == 10
+    )  # two 16-bit types with three tiles and one element-wise, float32 with one of each
     for name, text in code.items():
         if "gemm_kernelIf" in name:
-            assert "FFMA" in text and "HMMA" not in text, f"{name}: float32 is neither TF32 nor anything else"
+            assert "FFMA" in text and "HMMA" not in text, (
+                f"{name}: float32 is neither TF32 nor anything else"
+            )
             assert not ("Lb1E" in name and "LDGSTS.E.BYPASS.128" not in text), name
             continue
         assert ("HMMA.16816.F32.BF16" if "nv_bfloat16" in name else "HMMA.16816.F32 ") in text, name
         assert "LDSM.16.M88.4" in text, name
-        if "Lb1E" in name:  # 16-byte asynchronous copies in, 128-bit loads of the residual, 128-bit stores
+        if (
+            "Lb1E" in name
+        ):  # 16-byte asynchronous copies in, 128-bit loads of the residual, 128-bit stores
             assert all(i in text for i in ("LDGSTS.E.BYPASS.128", "LDG.E.128", "STG.E.128")), name
             assert "LDL" not in text and "STL" not in text, name
             residual = [part.count("LDG.E.128") for part in re.split(r"\bSTG\b", text)]
@@ -162,13 +188,17 @@ def test_hopper_kernels_are_tensor_copies_and_warp_group_products(compiled, file
         assert re.search(r"\b(LDSM\.16\.M88|LDGSTS|LDL|STL)\b", text) is None, name
         # Launched as dependents: griddepcontrol.wait comes before any access to global memory, launch_dependents after.
         assert (
-            text.index("ACQBULK") < text.index("PREEXIT") < re.search(r"\b(UTMALDG|UTMASTG|LDG|STG)\b", text).start()
+            text.index("ACQBULK")
+            < text.index("PREEXIT")
+            < re.search(r"\b(UTMALDG|UTMASTG|LDG|STG)\b", text).start()
         ), name
         assert text.count("HGMMA") in products and text.count("WARPGROUP.DEPBAR") in waits, name
         # Blocks of a cluster meet in shared memory: nobody waits for L2, neither for a slot of a ring nor at a barrier.
         assert "MEMBAR.ALL.GPU" not in text, name
     assert any("MULTICAST" in text for text in code.values()) == (file == "pointwise_hopper")
-    assert any("UCGABAR_ARV" in text for text in code.values()) == (file in ("pointwise_hopper", "conv_cluster_hopper"))
+    assert any("UCGABAR_ARV" in text for text in code.values()) == (
+        file in ("pointwise_hopper", "conv_cluster_hopper")
+    )
 
 
 def test_groups_that_work_together_start_a_tile_before_the_last_one_has_left(compiled) -> None:
@@ -183,7 +213,9 @@ def test_groups_that_work_together_start_a_tile_before_the_last_one_has_left(com
         assert text.rindex("HGMMA") < re.search(r"\bDEPBAR\.LE SB0", text).start(), name
 
 
-def test_a_cluster_neither_divides_between_products_nor_asks_for_memory_after_them(compiled) -> None:
+def test_a_cluster_neither_divides_between_products_nor_asks_for_memory_after_them(
+    compiled,
+) -> None:
     """A division takes over a hundred clocks, a step of the depth 128; affines and the residual would be more loads.
 
     The sums of other blocks are loaded at once, and used when all loads are under way.
@@ -195,10 +227,14 @@ def test_a_cluster_neither_divides_between_products_nor_asks_for_memory_after_th
         reads = [part for part in after.split("STG.E.128") if "LD.E.128" in part]
         assert len(reads) == 4, f"{name}: one, two, four and eight blocks"
         for part in reads:
-            assert part.count("LD.E.128") >= 4 and part.rindex("LD.E.128") < part.index("FADD"), name
+            assert part.count("LD.E.128") >= 4 and part.rindex("LD.E.128") < part.index("FADD"), (
+                name
+            )
 
 
-@pytest.mark.parametrize(("file", "most"), [("conv_hopper", 9), ("conv_tail_hopper", 3), ("pointwise_hopper", 9)])
+@pytest.mark.parametrize(
+    ("file", "most"), [("conv_hopper", 9), ("conv_tail_hopper", 3), ("pointwise_hopper", 9)]
+)
 def test_epilogues_read_shared_memory_in_a_few_goes(compiled, file: str, most: int) -> None:
     """Before they replace what they read: one by one, each of some thirty reads would wait for the write before."""
     for name, text in sass(compiled(file)[1], "sm_90a").items():
@@ -217,7 +253,11 @@ def test_hopper_kernels_trap_elsewhere(compiled, file: str) -> None:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("file", sorted(set(FILES) - CONVOLUTIONS - set(ON_HOPPER)))
 def test_vector_kernels_move_128_bits(compiled, file: str, arch: str) -> None:
-    wide = {name: text for name, text in sass(compiled(file)[1], arch).items() if re.search(r"Li[48]E", name)}
+    wide = {
+        name: text
+        for name, text in sass(compiled(file)[1], arch).items()
+        if re.search(r"Li[48]E", name)
+    }
     assert wide
     for name, text in wide.items():
         assert "LDG.E.128" in text, name
@@ -232,14 +272,19 @@ TOGETHER = {"moments": 8, "normalise": 8, "gradient_sums": 9, "gradient": 9}
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_batch_norm_has_its_loads_under_way_before_it_uses_the_first(compiled, arch: str) -> None:
-    wide = {name: text for name, text in sass(compiled("bn_act")[1], arch).items() if "Li8E" in name}
+    wide = {
+        name: text for name, text in sass(compiled("bn_act")[1], arch).items() if "Li8E" in name
+    }
     assert len(wide) == 2 * len(TOGETHER)
     for name, text in wide.items():
         batches = [
             len(re.findall(r"\bLDG\.E\.128", part))
             for part in re.split(r"\b(?:STG|STS|FADD|FMUL|FFMA|HADD2|F2FP)\b", text)
         ]
-        assert max(batches) >= TOGETHER[re.search(r"\d(moments|normalise|gradient_sums|gradient)_kernel", name)[1]], (
+        assert (
+            max(batches)
+            >= TOGETHER[re.search(r"\d(moments|normalise|gradient_sums|gradient)_kernel", name)[1]]
+        ), (
             name,
             batches,
         )

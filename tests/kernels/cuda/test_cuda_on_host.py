@@ -25,8 +25,12 @@ from resnet_fast.testing.grids import nasty_problems
 from resnet_fast.testing.rule import assert_rule
 from resnet_fast.testing.samples import make_args
 
-pytestmark = pytest.mark.skipif(host_gpu.compiler() is None, reason="needs a g++ that knows _Float16 (12 or later)")
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["f32", "f16", "bf16"])
+pytestmark = pytest.mark.skipif(
+    host_gpu.compiler() is None, reason="needs a g++ that knows _Float16 (12 or later)"
+)
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["f32", "f16", "bf16"]
+)
 BIG_TILES, SMALL_TILES = 1, 10**6  # as many processors
 TILES = pytest.mark.parametrize(
     "dtype, processors",
@@ -39,7 +43,9 @@ TILES = pytest.mark.parametrize(
 )
 
 
-def conv_problem(n, c, h, w, k, r=3, stride=1, padding=None, dtype=torch.float16, **more) -> Problem:
+def conv_problem(
+    n, c, h, w, k, r=3, stride=1, padding=None, dtype=torch.float16, **more
+) -> Problem:
     kernel = (r, r) if isinstance(r, int) else r
     padding = tuple(i // 2 for i in kernel) if padding is None else (padding, padding)
     return Problem(
@@ -76,7 +82,9 @@ def conv_problems(dtype: torch.dtype) -> list[Problem]:
 
 
 def judge(name: str, fn, problem: Problem, seed: int = 0) -> None:
-    verdict = check_kernel(Kernel(f"host.{name}", problem.op, fn, lambda p: None, lambda: None), problem, seed)
+    verdict = check_kernel(
+        Kernel(f"host.{name}", problem.op, fn, lambda p: None, lambda: None), problem, seed
+    )
     assert verdict.ok, f"{problem.key}: {verdict.reason}"
 
 
@@ -123,7 +131,11 @@ def test_pointwise(gpu: host_gpu.HostGpu, dtype: torch.dtype, processors: int) -
 def test_conv_on_unaligned_pointers(gpu: host_gpu.HostGpu, dtype: torch.dtype, name: str) -> None:
     """Channels that would allow 16-byte copies, at addresses that do not."""
     gpu.settings(slack=1)
-    judge(name, getattr(gpu, name), conv_problem(2, 72, 5, 7, 80, 1, padding=0, dtype=dtype, residual="nhwc"))
+    judge(
+        name,
+        getattr(gpu, name),
+        conv_problem(2, 72, 5, 7, 80, 1, padding=0, dtype=dtype, residual="nhwc"),
+    )
 
 
 @pytest.mark.parametrize("processors", [BIG_TILES, SMALL_TILES])
@@ -142,12 +154,30 @@ def test_conv_never_depends_on_the_order_of_threads(gpu: host_gpu.HostGpu, proce
 @pytest.mark.parametrize("name, padding", [("pointwise", 0), ("conv", 1)])
 def test_conv_beyond_two_to_the_31_elements(gpu: host_gpu.HostGpu, name: str, padding: int) -> None:
     images, taps = 2**19 + 1, 2 * padding + 1
-    image, residual = (torch.randn(1, 64, 8, 8).half().to(memory_format=torch.channels_last) for _ in range(2))
+    image, residual = (
+        torch.randn(1, 64, 8, 8).half().to(memory_format=torch.channels_last) for _ in range(2)
+    )
     weight = (torch.randn(64, 64, taps, taps) / 24).half().to(memory_format=torch.channels_last)
     scale, shift = torch.randn(64), torch.randn(64)
     gpu.settings(processors=10**9, first_block=images - 1)
-    out = gpu.conv_last_image(image, images, weight, scale, shift, residual, (padding, padding), kernel=name)
-    args = image, weight, scale, shift, residual, None, None, 0.0, (1, 1), (padding, padding), (1, 1), 1, "relu"
+    out = gpu.conv_last_image(
+        image, images, weight, scale, shift, residual, (padding, padding), kernel=name
+    )
+    args = (
+        image,
+        weight,
+        scale,
+        shift,
+        residual,
+        None,
+        None,
+        0.0,
+        (1, 1),
+        (padding, padding),
+        (1, 1),
+        1,
+        "relu",
+    )
     assert_rule(out, eager("conv_bn_act", args)[0], check.oracle("conv_bn_act", args)[0])
 
 
@@ -159,7 +189,9 @@ def test_conv_passes_nan_and_infinity(gpu: host_gpu.HostGpu, dtype: torch.dtype,
     weight = (torch.randn(70, c, 3, 3, dtype=dtype) / 10).to(memory_format=torch.channels_last)
     x[0, 1, 2, 2], x[0, 3, 5, 0], x[0, 5, 0, 5] = float("nan"), float("inf"), float("-inf")
     scale, shift = torch.ones(70), torch.zeros(70)
-    out = gpu.conv(x, weight, scale, shift, None, None, None, 0.0, (1, 1), (1, 1), (1, 1), 1, "relu")
+    out = gpu.conv(
+        x, weight, scale, shift, None, None, None, 0.0, (1, 1), (1, 1), (1, 1), 1, "relu"
+    )
     assert rule.same_nonfinite(out, F.conv2d(x.float(), weight.float(), padding=1).relu())
 
 
@@ -180,7 +212,9 @@ ON_GPU = {"device": "cuda", "capability": (8, 0)}
         ({"capability": (7, 5)}, "7.5"),
     ],
 )
-def test_conv_takes_what_was_run_here_and_declines_the_rest(change: dict, reason: str | None) -> None:
+def test_conv_takes_what_was_run_here_and_declines_the_rest(
+    change: dict, reason: str | None
+) -> None:
     problem = replace(conv_problem(2, 16, 9, 9, 40), **{**ON_GPU, **change})
     said = find("native.conv").supports(problem)
     assert said is None if reason is None else reason in said
@@ -193,7 +227,9 @@ def test_native_takes_every_problem_run_here() -> None:
         assert (find("native.pointwise").supports(on_gpu) is None) == problem.pointwise
     for op in ("bn_act", "bn_act_backward"):
         for problem in nasty_problems(op, torch.float16):
-            assert (find(f"native.{op}").supports(replace(problem, **ON_GPU)) is None) == (problem.layout == "nhwc")
+            assert (find(f"native.{op}").supports(replace(problem, **ON_GPU)) is None) == (
+                problem.layout == "nhwc"
+            )
 
 
 @DTYPES
@@ -208,12 +244,19 @@ def test_batch_norm(gpu: host_gpu.HostGpu, dtype: torch.dtype, op: str) -> None:
 
 
 @DTYPES
-def test_batch_norm_parameters_may_be_low_precision(gpu: host_gpu.HostGpu, dtype: torch.dtype) -> None:
-    x, dy = (torch.randn(2, 24, 5, 5, dtype=dtype).to(memory_format=torch.channels_last) for _ in range(2))
+def test_batch_norm_parameters_may_be_low_precision(
+    gpu: host_gpu.HostGpu, dtype: torch.dtype
+) -> None:
+    x, dy = (
+        torch.randn(2, 24, 5, 5, dtype=dtype).to(memory_format=torch.channels_last)
+        for _ in range(2)
+    )
     weight, bias = torch.randn(24, dtype=dtype), torch.randn(24, dtype=dtype)
     args = x, weight, bias, None, 1e-5, "relu"
     y, mean, var = gpu.bn_act(*args)
-    for got, low, true in zip((y, mean, var), reference.bn_act(*args), check.oracle("bn_act", args), strict=True):
+    for got, low, true in zip(
+        (y, mean, var), reference.bn_act(*args), check.oracle("bn_act", args), strict=True
+    ):
         assert_rule(got, low, true)
     args = dy, x, y, weight, mean, var, 1e-5, "relu", True
     low, true = reference.bn_act_backward(*args), check.oracle("bn_act_backward", args)
@@ -240,7 +283,9 @@ def test_batch_norm_passes_nan_and_infinity(gpu: host_gpu.HostGpu) -> None:
 
 
 def test_batch_norm_is_deterministic(gpu: host_gpu.HostGpu) -> None:
-    problem = Problem(op="bn_act", device="cpu", dtype=torch.float16, x=(2, 72, 21, 19), layout="nhwc", act="relu")
+    problem = Problem(
+        op="bn_act", device="cpu", dtype=torch.float16, x=(2, 72, 21, 19), layout="nhwc", act="relu"
+    )
     args = make_args(problem)
     runs = []
     for seed in range(3):
@@ -268,12 +313,18 @@ def test_residual_add_in_vectors_with_a_tail(gpu: host_gpu.HostGpu, dtype: torch
         x, y = torch.randn(2, *shape).to(dtype)
         out = gpu.add_act(x, y, None, "relu")
         assert torch.equal(out, reference.add_act(x.float(), y.float(), None, "relu").to(dtype))
-        assert torch.equal(gpu.add_act_backward(x, out, None, None, "relu")[0], torch.where(out > 0, x, 0))
+        assert torch.equal(
+            gpu.add_act_backward(x, out, None, None, "relu")[0], torch.where(out > 0, x, 0)
+        )
 
 
-@pytest.mark.parametrize("gate", [None, torch.tensor([0.5, 2.0] * 4).view(1, 8, 1, 1)], ids=["plain", "gated"])
+@pytest.mark.parametrize(
+    "gate", [None, torch.tensor([0.5, 2.0] * 4).view(1, 8, 1, 1)], ids=["plain", "gated"]
+)
 @DTYPES
-def test_residual_add_passes_nan_and_infinity(gpu: host_gpu.HostGpu, dtype: torch.dtype, gate) -> None:
+def test_residual_add_passes_nan_and_infinity(
+    gpu: host_gpu.HostGpu, dtype: torch.dtype, gate
+) -> None:
     """NaN survives the ReLU, and where the output is NaN the gradient passes, as in eager."""
     x, y, dout = torch.randn(3, 1, 8, 4, 4).to(dtype).unbind()
     x[0, 1, 0, 0], x[0, 2, 1, 1], x[0, 3, 2, 2] = float("nan"), float("inf"), float("-inf")
@@ -284,6 +335,8 @@ def test_residual_add_passes_nan_and_infinity(gpu: host_gpu.HostGpu, dtype: torc
     out, low = gpu.add_act(*args), reference.add_act(*args)
     assert rule.same_nonfinite(out, low)
     args = dout, low, x, gate, "relu"
-    for got, low in zip(gpu.add_act_backward(*args), reference.add_act_backward(*args), strict=True):
+    for got, low in zip(
+        gpu.add_act_backward(*args), reference.add_act_backward(*args), strict=True
+    ):
         assert rule.same_nonfinite(got, low)
         assert torch.equal(got.nan_to_num() == 0, low.nan_to_num() == 0)

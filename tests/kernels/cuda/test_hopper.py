@@ -23,7 +23,9 @@ from resnet_fast.testing.grids import nasty_problems
 from resnet_fast.testing.rule import assert_rule
 from resnet_fast.testing.samples import make_args
 
-pytestmark = pytest.mark.skipif(host_gpu.compiler() is None, reason="needs a g++ that knows _Float16 (12 or later)")
+pytestmark = pytest.mark.skipif(
+    host_gpu.compiler() is None, reason="needs a g++ that knows _Float16 (12 or later)"
+)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
 HOPPER = {"device": "cuda", "capability": (9, 0)}
 ONE_TILE_A_BLOCK = 10**6  # as many processors; with few of them, a block makes many tiles
@@ -31,7 +33,14 @@ ONE_TILE_A_BLOCK = 10**6  # as many processors; with few of them, a block makes 
 
 def problem(n, c, h, w, k, *, dtype=torch.float16, act="relu", **more) -> Problem:
     return Problem(
-        op="conv_bn_act", device="cpu", dtype=dtype, x=(n, c, h, w), layout="nhwc", weight=(k, c, 1, 1), act=act, **more
+        op="conv_bn_act",
+        device="cpu",
+        dtype=dtype,
+        x=(n, c, h, w),
+        layout="nhwc",
+        weight=(k, c, 1, 1),
+        act=act,
+        **more,
     )
 
 
@@ -70,7 +79,9 @@ def problems(dtype: torch.dtype) -> list[Problem]:
 @pytest.mark.parametrize("processors", [1, 2, 5, ONE_TILE_A_BLOCK])
 @DTYPES
 def test_pointwise(gpu: host_gpu.HostGpu, dtype: torch.dtype, processors: int) -> None:
-    kernel = Kernel("host.pointwise_hopper", "conv_bn_act", gpu.pointwise_hopper, lambda p: None, lambda: None)
+    kernel = Kernel(
+        "host.pointwise_hopper", "conv_bn_act", gpu.pointwise_hopper, lambda p: None, lambda: None
+    )
     for seed, each in enumerate(problems(dtype)):
         gpu.settings(seed=seed, processors=processors, late_copies=seed % 2 == 0)
         verdict = check_kernel(kernel, each, seed)
@@ -104,18 +115,26 @@ def test_pointwise_never_depends_on_order(gpu: host_gpu.HostGpu, each: Problem) 
 
 def test_pointwise_beyond_two_to_the_31_elements(gpu: host_gpu.HostGpu) -> None:
     images = 2**19 + 1
-    image, residual = (torch.randn(1, 64, 8, 8).half().to(memory_format=torch.channels_last) for _ in range(2))
+    image, residual = (
+        torch.randn(1, 64, 8, 8).half().to(memory_format=torch.channels_last) for _ in range(2)
+    )
     weight = (torch.randn(64, 64, 1, 1) / 8).half()
     scale, shift = torch.randn(64), torch.randn(64)
-    gpu.settings(processors=10**9, first_block=images // 2)  # tiles of 128 pixels: the last one is half an image
-    out = gpu.conv_last_image(image, images, weight, scale, shift, residual, (0, 0), kernel="pointwise_hopper")
+    gpu.settings(
+        processors=10**9, first_block=images // 2
+    )  # tiles of 128 pixels: the last one is half an image
+    out = gpu.conv_last_image(
+        image, images, weight, scale, shift, residual, (0, 0), kernel="pointwise_hopper"
+    )
     args = image, weight, scale, shift, residual, None, None, 0.0, (1, 1), (0, 0), (1, 1), 1, "relu"
     assert_rule(out, eager.eager("conv_bn_act", args)[0], check.oracle("conv_bn_act", args)[0])
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 @DTYPES
-def test_pointwise_passes_nan_and_infinity(gpu: host_gpu.HostGpu, dtype: torch.dtype, stride: int) -> None:
+def test_pointwise_passes_nan_and_infinity(
+    gpu: host_gpu.HostGpu, dtype: torch.dtype, stride: int
+) -> None:
     """NaN survives the ReLU; neither spreads into tails or neighbours, or from pixels that a stride leaves out."""
     x = torch.randn(1, 72, 13, 11, dtype=dtype).to(memory_format=torch.channels_last)
     weight = torch.randn(136, 72, 1, 1, dtype=dtype) / 10
@@ -127,9 +146,23 @@ def test_pointwise_passes_nan_and_infinity(gpu: host_gpu.HostGpu, dtype: torch.d
     scale, shift = torch.ones(136), torch.zeros(136)
     gpu.settings(processors=1)
     out = gpu.pointwise_hopper(
-        x, weight, scale, shift, residual, None, None, 0.0, (stride, stride), (0, 0), (1, 1), 1, "relu"
+        x,
+        weight,
+        scale,
+        shift,
+        residual,
+        None,
+        None,
+        0.0,
+        (stride, stride),
+        (0, 0),
+        (1, 1),
+        1,
+        "relu",
     )
-    assert rule.same_nonfinite(out, (F.conv2d(x.float(), weight.float(), stride=stride) + residual.float()).relu())
+    assert rule.same_nonfinite(
+        out, (F.conv2d(x.float(), weight.float(), stride=stride) + residual.float()).relu()
+    )
 
 
 def test_pointwise_wants_addresses_of_whole_16_bytes(gpu: host_gpu.HostGpu) -> None:
@@ -159,12 +192,15 @@ def test_pointwise_wants_addresses_of_whole_16_bytes(gpu: host_gpu.HostGpu) -> N
     ],
 )
 def test_pointwise_declines_with_a_reason(change: dict, reason: str | None) -> None:
-    said = find("native.pointwise_hopper").supports(replace(problem(2, 64, 9, 9, 64), **{**HOPPER, **change}))
+    said = find("native.pointwise_hopper").supports(
+        replace(problem(2, 64, 9, 9, 64), **{**HOPPER, **change})
+    )
     assert said is None if reason is None else reason in said
 
 
 @pytest.mark.parametrize(
-    "archs, reason", [("8.0+PTX 9.0a", None), ("8.0+PTX 9.0", "no code for 9.0a"), ("9.0a+PTX", None)]
+    "archs, reason",
+    [("8.0+PTX 9.0a", None), ("8.0+PTX 9.0", "no code for 9.0a"), ("9.0a+PTX", None)],
 )
 def test_a_build_without_code_for_hopper_is_not_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path, archs: str, reason: str | None

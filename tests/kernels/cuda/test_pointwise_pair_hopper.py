@@ -18,7 +18,9 @@ from resnet_fast.testing.grids import nasty_problems
 from resnet_fast.testing.rule import assert_rule
 from resnet_fast.testing.samples import make_args
 
-pytestmark = pytest.mark.skipif(host_gpu.compiler() is None, reason="needs a g++ that knows _Float16 (12 or later)")
+pytestmark = pytest.mark.skipif(
+    host_gpu.compiler() is None, reason="needs a g++ that knows _Float16 (12 or later)"
+)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
 HOPPER = {"device": "cuda", "capability": (9, 0)}
 ONE_TILE_A_BLOCK = 10**6  # as many processors; with few of them, a block makes many tiles
@@ -26,7 +28,9 @@ ONE_TILE_A_BLOCK = 10**6  # as many processors; with few of them, a block makes 
 
 def pair(n, c, h, w, k, c2, stride=(1, 1), odd=(0, 0), dtype=torch.float16) -> Problem:
     """``odd`` is how many rows and columns of the second input come after the last that its stride takes."""
-    second = tuple((size - 1) * s + 1 + more for size, s, more in zip((h, w), stride, odd, strict=True))
+    second = tuple(
+        (size - 1) * s + 1 + more for size, s, more in zip((h, w), stride, odd, strict=True)
+    )
     return Problem(
         "pointwise_pair",
         device="cpu",
@@ -61,10 +65,16 @@ PROBLEMS = [
 @DTYPES
 def test_numerics(gpu: host_gpu.HostGpu, dtype: torch.dtype, processors: int) -> None:
     kernel = Kernel(
-        "host.pointwise_pair_hopper", "pointwise_pair", gpu.pointwise_pair_hopper, lambda p: None, lambda: None
+        "host.pointwise_pair_hopper",
+        "pointwise_pair",
+        gpu.pointwise_pair_hopper,
+        lambda p: None,
+        lambda: None,
     )
     supports = find("native.pointwise_pair_hopper").supports
-    nasty = [p for p in nasty_problems("pointwise_pair", dtype) if supports(replace(p, **HOPPER)) is None]
+    nasty = [
+        p for p in nasty_problems("pointwise_pair", dtype) if supports(replace(p, **HOPPER)) is None
+    ]
     assert len(nasty) >= 5
     for seed, each in enumerate([*(replace(p, dtype=dtype) for p in PROBLEMS), *nasty]):
         gpu.settings(seed=seed, processors=processors, late_copies=seed % 2 == 0)
@@ -98,27 +108,38 @@ def test_never_depends_on_order(gpu: host_gpu.HostGpu, each: Problem) -> None:
 @DTYPES
 def test_passes_nan_and_infinity(gpu: host_gpu.HostGpu, dtype: torch.dtype) -> None:
     """NaN survives the ReLU; nothing spreads to the other input's slices, to neighbours, or from pixels left out."""
-    x, weight, x2, weight2, bias, stride = make_args(pair(3, 72, 6, 11, 136, 136, (2, 2), (1, 1), dtype))
+    x, weight, x2, weight2, bias, stride = make_args(
+        pair(3, 72, 6, 11, 136, 136, (2, 2), (1, 1), dtype)
+    )
     x[0, 1, 2, 2], x[2, 71, 5, 10], x2[0, 135, 4, 0], x2[1, 0, 0, 21] = (
         float(v) for v in ("nan", "inf", "-inf", "nan")
     )
     x2[:, 7, 1], x2[:, 9, :, 3] = float("nan"), float("inf")  # odd rows and columns
     gpu.settings(processors=1)
     out = gpu.pointwise_pair_hopper(x, weight, x2, weight2, bias, stride)
-    exact = F.conv2d(x.float(), weight.float(), bias) + F.conv2d(x2.float(), weight2.float(), stride=2)
+    exact = F.conv2d(x.float(), weight.float(), bias) + F.conv2d(
+        x2.float(), weight2.float(), stride=2
+    )
     assert rule.same_nonfinite(out, exact.relu())
 
 
 def test_beyond_two_to_the_31_elements(gpu: host_gpu.HostGpu) -> None:
     """In the second input, of which a stride of 2 takes a quarter, and in the result."""
     images = 2**19 + 1
-    image, image2 = (torch.randn(1, 64, size, size).half().to(memory_format=torch.channels_last) for size in (8, 16))
+    image, image2 = (
+        torch.randn(1, 64, size, size).half().to(memory_format=torch.channels_last)
+        for size in (8, 16)
+    )
     weight, weight2 = (torch.randn(2, 64, 64, 1, 1) / 12).half().unbind()
     bias = torch.randn(64)
-    gpu.settings(processors=10**9, first_block=images // 2)  # tiles of 128 pixels: the last one is half an image
+    gpu.settings(
+        processors=10**9, first_block=images // 2
+    )  # tiles of 128 pixels: the last one is half an image
     out = gpu.pair_last_image(image, image2, images, weight, weight2, bias, (2, 2))
     args = image, weight, image2, weight2, bias, (2, 2)
-    assert_rule(out, eager.eager("pointwise_pair", args)[0], check.oracle("pointwise_pair", args)[0])
+    assert_rule(
+        out, eager.eager("pointwise_pair", args)[0], check.oracle("pointwise_pair", args)[0]
+    )
 
 
 @pytest.mark.parametrize("odd", range(5), ids=["x", "weight", "x2", "weight2", "out"])
@@ -152,7 +173,9 @@ def test_wants_addresses_of_whole_16_bytes(gpu: host_gpu.HostGpu, odd: int) -> N
     ],
 )
 def test_declines_with_a_reason(change: dict, reason: str | None) -> None:
-    said = find("native.pointwise_pair_hopper").supports(replace(pair(2, 64, 9, 9, 64, 64), **{**HOPPER, **change}))
+    said = find("native.pointwise_pair_hopper").supports(
+        replace(pair(2, 64, 9, 9, 64, 64), **{**HOPPER, **change})
+    )
     assert said is None if reason is None else reason in said
 
 

@@ -25,7 +25,9 @@ from resnet_fast.testing.grids import nasty_problems
 from resnet_fast.testing.rule import assert_rule, same_nonfinite
 from resnet_fast.testing.samples import make_args
 
-assert launch.INTERPRETED, "this file needs TRITON_INTERPRET=1; pytest tests/test_triton_configs.py sets it"
+assert launch.INTERPRETED, (
+    "this file needs TRITON_INTERPRET=1; pytest tests/test_triton_configs.py sets it"
+)
 
 KERNELS = (
     "triton.conv",
@@ -74,14 +76,23 @@ def problem(x, weight, dtype=torch.float16, **rest) -> Problem:
 
 # GemmConfig(block_m, block_n, block_k, split_k, warps, stages)
 POINTWISE = {
-    "several tiles, tails in all": (problem((3, 75, 5, 7), (50, 75, 1, 1)), GemmConfig(32, 16, 32, 1, 4, 2)),
-    "strided, several tiles": (problem((2, 64, 9, 7), (48, 64, 1, 1), stride=(2, 2)), GemmConfig(16, 32, 32, 1, 4, 2)),
+    "several tiles, tails in all": (
+        problem((3, 75, 5, 7), (50, 75, 1, 1)),
+        GemmConfig(32, 16, 32, 1, 4, 2),
+    ),
+    "strided, several tiles": (
+        problem((2, 64, 9, 7), (48, 64, 1, 1), stride=(2, 2)),
+        GemmConfig(16, 32, 32, 1, 4, 2),
+    ),
     "split-K, even": (problem((1, 128, 3, 3), (24, 128, 1, 1)), GemmConfig(16, 16, 32, 4, 4, 2)),
     "split-K, one block with a tail, one with nothing": (
         problem((2, 75, 3, 3), (24, 75, 1, 1)),
         GemmConfig(16, 16, 16, 4, 4, 2),
     ),
-    "split-K in float32": (problem((2, 75, 3, 3), (24, 75, 1, 1), torch.float32), GemmConfig(16, 16, 16, 2, 4, 2)),
+    "split-K in float32": (
+        problem((2, 75, 3, 3), (24, 75, 1, 1), torch.float32),
+        GemmConfig(16, 16, 16, 2, 4, 2),
+    ),
 }
 CONV = {
     "several tiles, tails in all": (
@@ -92,13 +103,23 @@ CONV = {
         problem((1, 32, 6, 5), (32, 32, 3, 3), padding=(1, 1)),
         GemmConfig(16, 32, 32, 1, 4, 2),
     ),
-    "split-K across taps": (problem((1, 32, 5, 5), (16, 32, 3, 3), padding=(1, 1)), GemmConfig(32, 16, 32, 4, 4, 2)),
+    "split-K across taps": (
+        problem((1, 32, 5, 5), (16, 32, 3, 3), padding=(1, 1)),
+        GemmConfig(32, 16, 32, 4, 4, 2),
+    ),
     "split-K, the last block past the last tap": (
         problem((1, 20, 5, 5), (16, 20, 3, 3), padding=(1, 1)),
         GemmConfig(32, 16, 16, 4, 4, 2),
     ),
     "uneven geometry": (
-        problem((2, 8, 11, 9), (24, 8, 5, 3), stride=(2, 3), padding=(3, 0), dilation=(1, 2), residual=None),
+        problem(
+            (2, 8, 11, 9),
+            (24, 8, 5, 3),
+            stride=(2, 3),
+            padding=(3, 0),
+            dilation=(1, 2),
+            residual=None,
+        ),
         GemmConfig(32, 32, 16, 1, 4, 2),
     ),
     "uneven geometry, channels in blocks": (
@@ -117,7 +138,10 @@ CONV = {
         problem((1, 48, 5, 4), (48, 4, 3, 3), padding=(1, 1), groups=12),
         GemmConfig(32, 32, 16, 2, 4, 2),
     ),
-    "depthwise": (problem((1, 40, 5, 4), (40, 1, 3, 3), padding=(1, 1), groups=40), GemmConfig(32, 16, 16, 1, 4, 2)),
+    "depthwise": (
+        problem((1, 40, 5, 4), (40, 1, 3, 3), padding=(1, 1), groups=40),
+        GemmConfig(32, 16, 16, 1, 4, 2),
+    ),
 }
 
 
@@ -148,14 +172,24 @@ def test_batch_norm_merges_many_partials(op: str, monkeypatch: pytest.MonkeyPatc
     """75 rows: 5 blocks of two tiles of 8, the last block's second tile empty; merged 2 at a time, the last alone."""
     _small_tiles(monkeypatch, RowsConfig(8, 8, 2, 5), MergeConfig(2, 4, 3))
     case = Problem(
-        op=op, device="cpu", dtype=torch.float32, x=(3, 10, 5, 5), layout="nhwc", act="relu", residual="nhwc"
+        op=op,
+        device="cpu",
+        dtype=torch.float32,
+        x=(3, 10, 5, 5),
+        layout="nhwc",
+        act="relu",
+        residual="nhwc",
     )
     verdict = check_kernel(find(f"triton.{op}"), case)
     assert verdict.ok, verdict.reason
 
 
-@pytest.mark.parametrize("config", [RowsConfig(4, 8, 10, 4), RowsConfig(4, 8, 1, 38)], ids=["tiles", "blocks"])
-def test_variance_survives_a_large_mean(config: RowsConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "config", [RowsConfig(4, 8, 10, 4), RowsConfig(4, 8, 1, 38)], ids=["tiles", "blocks"]
+)
+def test_variance_survives_a_large_mean(
+    config: RowsConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At μ = 1000σ, E[x²] − μ² in float32 would lose all of σ², and partial means rounded at 1000 some digits."""
     _small_tiles(monkeypatch, config, MergeConfig(16, 8, 3))
     x = (torch.randn(3, 6, 5, 10) + 1000).contiguous(memory_format=torch.channels_last)
@@ -181,11 +215,15 @@ def _poke(x: torch.Tensor, *values: float) -> None:
         flat[(2 * i + 1) * flat.numel() // (2 * len(values) + 1)] = value
 
 
-@pytest.mark.parametrize("id, groups", [("triton.pointwise", 1), *(("triton.conv", groups) for groups in (1, 2, 8))])
+@pytest.mark.parametrize(
+    "id, groups", [("triton.pointwise", 1), *(("triton.conv", groups) for groups in (1, 2, 8))]
+)
 def test_convolution_passes_nan_and_infinity_on_as_eager(id: str, groups: int) -> None:
     r = 1 if id == "triton.pointwise" else 3
     pad = (r // 2, r // 2)
-    args = make_args(problem((2, 32, 6, 5), (32, 32 // groups, r, r), torch.float32, padding=pad, groups=groups))
+    args = make_args(
+        problem((2, 32, 6, 5), (32, 32 // groups, r, r), torch.float32, padding=pad, groups=groups)
+    )
     _poke(args[0], float("inf"), float("nan"), -float("inf"))
     _poke(args[4], float("nan"), float("inf"))
     assert same_nonfinite(find(id).fn(*args), eager("conv_bn_act", args)[0])
@@ -203,7 +241,9 @@ def test_convolution_passes_nan_and_infinity_on_as_eager(id: str, groups: int) -
         ("bn_act_backward", (0, 2), False),
     ],
 )
-def test_pointwise_ops_pass_nan_and_infinity_on_as_eager(op: str, poked: tuple[int, ...], gate: bool) -> None:
+def test_pointwise_ops_pass_nan_and_infinity_on_as_eager(
+    op: str, poked: tuple[int, ...], gate: bool
+) -> None:
     args = make_args(
         Problem(
             op=op,
@@ -219,7 +259,9 @@ def test_pointwise_ops_pass_nan_and_infinity_on_as_eager(op: str, poked: tuple[i
     for i in poked:
         _poke(args[i], float("nan"), float("inf"), -float("inf"))
     outputs = find(f"triton.{op}").fn(*args)
-    for got, low in zip(outputs if isinstance(outputs, tuple) else (outputs,), eager(op, args), strict=True):
+    for got, low in zip(
+        outputs if isinstance(outputs, tuple) else (outputs,), eager(op, args), strict=True
+    ):
         assert same_nonfinite(got, low)
 
 
@@ -229,16 +271,25 @@ def test_pointwise_ops_pass_nan_and_infinity_on_as_eager(op: str, poked: tuple[i
 def _laid(shape: tuple[int, ...], memory_format: torch.memory_format) -> torch.Tensor:
     """Random values with the format's own strides, even where torch would call another tensor of that shape fit."""
     n, c, h, w = shape
-    strides = (c * h * w, h * w, w, 1) if memory_format == torch.contiguous_format else (c * h * w, 1, w * c, c)
+    strides = (
+        (c * h * w, h * w, w, 1)
+        if memory_format == torch.contiguous_format
+        else (c * h * w, 1, w * c, c)
+    )
     return torch.empty_strided(shape, strides).copy_(torch.randn(shape))
 
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
 # One channel, or one pixel: NHWC and NCHW at once. Then one filter, and the plain case in NHWC.
-AMBIGUOUS = [((2, 1, 5, 4), (6, 1, 3, 3), *formats) for formats in itertools.product(FORMATS, FORMATS)]
-AMBIGUOUS += [((2, 8, 1, 1), (4, 8, 1, 1), *formats) for formats in itertools.product(FORMATS, FORMATS)]
+AMBIGUOUS = [
+    ((2, 1, 5, 4), (6, 1, 3, 3), *formats) for formats in itertools.product(FORMATS, FORMATS)
+]
 AMBIGUOUS += [
-    ((1, 8, 3, 3), (k, 8, 3, 3), torch.channels_last, format) for k, format in itertools.product((1, 4), FORMATS)
+    ((2, 8, 1, 1), (4, 8, 1, 1), *formats) for formats in itertools.product(FORMATS, FORMATS)
+]
+AMBIGUOUS += [
+    ((1, 8, 3, 3), (k, 8, 3, 3), torch.channels_last, format)
+    for k, format in itertools.product((1, 4), FORMATS)
 ]
 
 
@@ -246,7 +297,9 @@ AMBIGUOUS += [
 def test_result_strides_are_those_of_conv2d(x, weight, x_format, weight_format) -> None:
     x, weight, pad = _laid(x, x_format), _laid(weight, weight_format), (weight[2] // 2,) * 2
     scale = torch.ones(weight.shape[0])
-    out = find("triton.conv").fn(x, weight, scale, 0 * scale, None, None, None, 0.0, (1, 1), pad, (1, 1), 1, "none")
+    out = find("triton.conv").fn(
+        x, weight, scale, 0 * scale, None, None, None, 0.0, (1, 1), pad, (1, 1), 1, "none"
+    )
     want = F.conv2d(x, weight, padding=pad)
     assert out.stride() == want.stride()
     torch.testing.assert_close(out, want)
@@ -261,7 +314,9 @@ def test_parameters_may_be_strided_narrow_and_laid_out_otherwise() -> None:
     torch.testing.assert_close(find("triton.conv").fn(*args), plain, rtol=0, atol=0)
     args[2] = args[2].half()
     wide = (*args[:2], args[2].float(), *args[3:])
-    torch.testing.assert_close(find("triton.conv").fn(*args), find("triton.conv").fn(*wide), rtol=0, atol=0)
+    torch.testing.assert_close(
+        find("triton.conv").fn(*args), find("triton.conv").fn(*wide), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -279,7 +334,9 @@ def test_gradients_may_come_in_any_layout(residual: bool) -> None:
         )
     )
     want = find("triton.bn_act_backward").fn(*args)
-    got = find("triton.bn_act_backward").fn(args[0].contiguous(), args[1], args[2].contiguous(), *args[3:])
+    got = find("triton.bn_act_backward").fn(
+        args[0].contiguous(), args[1], args[2].contiguous(), *args[3:]
+    )
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert got[0].stride() == args[1].stride()
@@ -312,7 +369,9 @@ def test_batch_norm_of_an_empty_batch() -> None:
     x, w = torch.empty(0, 6, 4, 5).contiguous(memory_format=torch.channels_last), torch.ones(6)
     y, mean, var = find("triton.bn_act").fn(x, w, w, None, 1e-5, "relu")
     assert y.shape == x.shape and mean.isnan().all() and var.isnan().all()
-    dx, dweight, dbias, dresidual = find("triton.bn_act_backward").fn(y, x, y, w, mean, var, 1e-5, "relu", True)
+    dx, dweight, dbias, dresidual = find("triton.bn_act_backward").fn(
+        y, x, y, w, mean, var, 1e-5, "relu", True
+    )
     assert dx.shape == dresidual.shape == x.shape
     assert not dweight.any() and not dbias.any() and dweight.shape == (6,)
 
@@ -345,7 +404,10 @@ def test_the_host_asks_for_the_config_of_its_problem(monkeypatch: pytest.MonkeyP
 
     grouped = problem((1, 16, 7, 5), (8, 8, 3, 3), stride=(2, 1), padding=(1, 0), groups=2)
     strided = problem((1, 16, 7, 5), (8, 16, 1, 1), stride=(2, 2), residual=None)
-    for module, id, case in ((conv, "triton.conv", grouped), (pointwise, "triton.pointwise", strided)):
+    for module, id, case in (
+        (conv, "triton.conv", grouped),
+        (pointwise, "triton.pointwise", strided),
+    ):
         monkeypatch.setattr(module, "gemm_config", note)
         find(id).fn(*make_args(case))
         assert asked.pop() == gemm(case)
@@ -355,7 +417,10 @@ def test_a_bottleneck_trains_and_infers_through_dispatch() -> None:
     """Blocks → ops → dispatch → kernels, forward and backward, with every kernel that a bottleneck needs forced."""
     down = nn.Sequential(nn.Conv2d(8, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
     block = Bottleneck(8, 4, 2, down).to(memory_format=torch.channels_last)
-    x, cotangent = (torch.randn(s).contiguous(memory_format=torch.channels_last) for s in ((2, 8, 6, 5), (2, 16, 3, 3)))
+    x, cotangent = (
+        torch.randn(s).contiguous(memory_format=torch.channels_last)
+        for s in ((2, 8, 6, 5), (2, 16, 3, 3))
+    )
 
     def run(dtype: torch.dtype) -> list[torch.Tensor]:
         net, given = copy.deepcopy(block).to(dtype), x.to(dtype, copy=True).requires_grad_()
@@ -364,7 +429,13 @@ def test_a_bottleneck_trains_and_infers_through_dispatch() -> None:
         with torch.no_grad():
             inferred = net.eval()(given)
         statistics = [b for b in net.buffers() if b.dim()]
-        return [out.detach(), inferred, given.grad, *(p.grad for p in net.parameters()), *statistics]
+        return [
+            out.detach(),
+            inferred,
+            given.grad,
+            *(p.grad for p in net.parameters()),
+            *statistics,
+        ]
 
     with use("triton.bn_act", "triton.bn_act_backward", "triton.conv", strict=True):
         got = run(torch.float32)

@@ -20,7 +20,9 @@ from resnet_fast.testing.grids import nasty_problems
 from resnet_fast.testing.rule import same_nonfinite
 from resnet_fast.testing.samples import make_args
 
-assert launch.INTERPRETED, "this file needs TRITON_INTERPRET=1; pytest tests/test_triton_across.py sets it"
+assert launch.INTERPRETED, (
+    "this file needs TRITON_INTERPRET=1; pytest tests/test_triton_across.py sets it"
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -64,7 +66,9 @@ def right(case: Problem) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op, least", [("pointwise_pair", 9), ("conv_tail", 6)])
 def test_nasty_grid(op: str, least: int, dtype: torch.dtype) -> None:
-    taken = [case for case in nasty_problems(op, dtype) if find(f"triton.{op}").supports(case) is None]
+    taken = [
+        case for case in nasty_problems(op, dtype) if find(f"triton.{op}").supports(case) is None
+    ]
     assert len(taken) >= least
     for case in taken:
         right(case)
@@ -78,11 +82,26 @@ PAIRS = {
         pair((3, 75, 5, 7), 50, 41, (10, 13), (2, 2)),
         GemmConfig(32, 16, 32, 1, 4, 2),
     ),
-    "whole blocks, no masks": (pair((2, 32, 5, 7), 48, 64, (5, 7)), GemmConfig(16, 16, 32, 1, 4, 2)),
-    "only the second has a tail": (pair((2, 32, 5, 4), 16, 40, (9, 4), (2, 1)), GemmConfig(16, 16, 32, 1, 4, 2)),
-    "uneven strides": (pair((2, 16, 3, 4), 24, 16, (8, 10), (3, 3)), GemmConfig(16, 32, 16, 1, 4, 2)),
-    "strides of their own": (pair((2, 16, 3, 4), 24, 16, (5, 11), (2, 3)), GemmConfig(16, 32, 16, 1, 4, 2)),
-    "split-K, the seam inside a block's share": (pair((2, 48, 3, 3), 24, 80, (3, 3)), GemmConfig(16, 16, 16, 2, 4, 2)),
+    "whole blocks, no masks": (
+        pair((2, 32, 5, 7), 48, 64, (5, 7)),
+        GemmConfig(16, 16, 32, 1, 4, 2),
+    ),
+    "only the second has a tail": (
+        pair((2, 32, 5, 4), 16, 40, (9, 4), (2, 1)),
+        GemmConfig(16, 16, 32, 1, 4, 2),
+    ),
+    "uneven strides": (
+        pair((2, 16, 3, 4), 24, 16, (8, 10), (3, 3)),
+        GemmConfig(16, 32, 16, 1, 4, 2),
+    ),
+    "strides of their own": (
+        pair((2, 16, 3, 4), 24, 16, (5, 11), (2, 3)),
+        GemmConfig(16, 32, 16, 1, 4, 2),
+    ),
+    "split-K, the seam inside a block's share": (
+        pair((2, 48, 3, 3), 24, 80, (3, 3)),
+        GemmConfig(16, 16, 16, 2, 4, 2),
+    ),
     "split-K with tails, one block with nothing": (
         pair((2, 75, 3, 3), 24, 20, (6, 6), (2, 2)),
         GemmConfig(16, 16, 16, 5, 4, 2),
@@ -92,9 +111,18 @@ PAIRS = {
 TAILS = {
     "tails in all": (tail((2, 20, 5, 7), 32, 75, 50), TailConfig(16, 32, 16, 4, 2)),
     "whole blocks": (tail((2, 32, 4, 4), 16, 64, 32), TailConfig(16, 32, 32, 4, 2)),
-    "projected, tails in all": (tail((2, 20, 5, 7), 32, 75, 50, projected=41), TailConfig(32, 32, 16, 4, 2)),
-    "projected, one image a block": (tail((3, 16, 4, 8), 16, 64, 16, projected=16), TailConfig(32, 64, 16, 4, 2)),
-    "a wide result narrower than its block": (tail((1, 16, 3, 3), 16, 20, 8), TailConfig(16, 32, 16, 4, 2)),
+    "projected, tails in all": (
+        tail((2, 20, 5, 7), 32, 75, 50, projected=41),
+        TailConfig(32, 32, 16, 4, 2),
+    ),
+    "projected, one image a block": (
+        tail((3, 16, 4, 8), 16, 64, 16, projected=16),
+        TailConfig(32, 64, 16, 4, 2),
+    ),
+    "a wide result narrower than its block": (
+        tail((1, 16, 3, 3), 16, 20, 8),
+        TailConfig(16, 32, 16, 4, 2),
+    ),
 }
 
 
@@ -109,10 +137,16 @@ def test_configs(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
 
 # By TMA: TileConfig of box, filters, channels of both inputs; stages and blocks an SM.
 BOXES = {
-    "the box of 28², tails in pixels and filters": (pair((9, 32, 5, 7), 72, 64, (10, 14), (2, 2)), ((8, 4, 4), 64, 96)),
+    "the box of 28², tails in pixels and filters": (
+        pair((9, 32, 5, 7), 72, 64, (10, 14), (2, 2)),
+        ((8, 4, 4), 64, 96),
+    ),
     "several trips": (pair((2, 64, 4, 4), 64, 128, (8, 8), (2, 2)), ((2, 4, 4), 64, 48)),
     "like channels, no stride": (pair((3, 64, 5, 7), 40, 64, (5, 7)), ((2, 8, 8), 64, 32)),
-    "the second narrow, single pixels": (pair((17, 64, 3, 2), 136, 16, (6, 4), (2, 2)), ((16, 1, 1), 64, 80)),
+    "the second narrow, single pixels": (
+        pair((17, 64, 3, 2), 136, 16, (6, 4), (2, 2)),
+        ((16, 1, 1), 64, 80),
+    ),
     "the second wide, no stride": (pair((2, 16, 3, 5), 24, 64, (3, 5)), ((2, 2, 4), 64, 80)),
 }
 
@@ -129,7 +163,9 @@ def test_boxes(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
 def test_boxes_by_themselves() -> None:
     """The grid's and the predicted tiles; what the stride leaves out may be anything."""
     id = "triton.pointwise_pair_tma"
-    for case in (p for p in nasty_problems("pointwise_pair", torch.float16) if find(id).supports(p) is None):
+    for case in (
+        p for p in nasty_problems("pointwise_pair", torch.float16) if find(id).supports(p) is None
+    ):
         triton_interpreter.right(id, case)
     for case in (
         pair((3, 32, 6, 4), 24, 64, (12, 8), (2, 2), torch.float16),
@@ -139,7 +175,11 @@ def test_boxes_by_themselves() -> None:
         args = make_args(case)
         if case.stride == (2, 2):
             args[2][:, :, 1::2], args[2][:, :, :, 1::2] = float("nan"), float("inf")
-        args[0][0, 3, 5, 3], args[2][1, 2, 0, 0], args[4][5] = float("nan"), float("inf"), -float("inf")
+        args[0][0, 3, 5, 3], args[2][1, 2, 0, 0], args[4][5] = (
+            float("nan"),
+            float("inf"),
+            -float("inf"),
+        )
         assert same_nonfinite(find(id).fn(*args), eager(case.op, args)[0])
     empty = pair((0, 32, 6, 4), 24, 64, (12, 8), (2, 2), torch.float16)
     assert find(id).fn(*make_args(empty)).shape == (0, 24, 6, 4)
@@ -181,7 +221,11 @@ def test_an_infinite_middle_stays_out_of_channels_that_do_not_exist() -> None:
     args = make_args(tail((1, 16, 3, 3), 16, 20, 8))
     args[2][0], args[3][:] = float("inf"), -args[3].abs()  # y is then relu(−∞)
     outputs, bars = find("triton.conv_tail").fn(*args), eager("conv_tail", args)
-    assert not outputs[0].any() and all(map(same_nonfinite, outputs, bars)) and outputs[1].isfinite().all()
+    assert (
+        not outputs[0].any()
+        and all(map(same_nonfinite, outputs, bars))
+        and outputs[1].isfinite().all()
+    )
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,18 @@ from resnet_fast.testing.grids import nasty_problems
 from resnet_fast.testing.rule import same_nonfinite
 from resnet_fast.testing.samples import make_args
 
-assert launch.INTERPRETED, "this file needs TRITON_INTERPRET=1; pytest tests/test_triton_pool.py sets it"
+assert launch.INTERPRETED, (
+    "this file needs TRITON_INTERPRET=1; pytest tests/test_triton_pool.py sets it"
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def grid(op: str) -> list:
     problems = itertools.chain.from_iterable(nasty_problems(op, dtype) for dtype in DTYPES)
-    return [pytest.param(problem, id=problem.key) for problem in problems if problem.layout == "nhwc"]
+    return [
+        pytest.param(problem, id=problem.key) for problem in problems if problem.layout == "nhwc"
+    ]
 
 
 # ---------------------------------------------------------------- the head
@@ -52,7 +56,10 @@ def head(x: tuple[int, ...], filters: int, dtype: torch.dtype = torch.float32) -
 
 # HeadConfig(images, block_m, block_n, block_k, warps, stages)
 HEADS = {
-    "images share a chunk, the last group has fewer": (head((8, 40, 3, 3), 40), HeadConfig(3, 32, 16, 16, 4, 2)),
+    "images share a chunk, the last group has fewer": (
+        head((8, 40, 3, 3), 40),
+        HeadConfig(3, 32, 16, 16, 4, 2),
+    ),
     "an image ends inside a chunk": (head((5, 20, 4, 5), 20), HeadConfig(3, 32, 32, 16, 4, 2)),
     "one image in several chunks": (head((2, 32, 9, 11), 16), HeadConfig(1, 32, 16, 32, 4, 2)),
     "as many images as slots": (head((19, 16, 2, 1), 24), HeadConfig(16, 32, 16, 16, 4, 2)),
@@ -71,10 +78,16 @@ def test_heads_in_pieces(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("images", [1, 3, 16])
 def test_nan_and_infinity_stay_in_their_image(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other images of the block have finite means, and right ones."""
-    monkeypatch.setattr(pointwise_pool, "head_config", lambda head: HeadConfig(images, 32, 16, 16, 4, 2))
+    monkeypatch.setattr(
+        pointwise_pool, "head_config", lambda head: HeadConfig(images, 32, 16, 16, 4, 2)
+    )
     args = make_args(head((7, 16, 3, 3), 24))
     args[0][1, 3, 2, 2], args[0][4, 0, 0, 0] = float("nan"), float("inf")
-    args[3][6, 5, 1, 1], args[3][2, 7, 0, 2], args[3][0, 2, 0, 0] = float("inf"), float("nan"), -float("inf")
+    args[3][6, 5, 1, 1], args[3][2, 7, 0, 2], args[3][0, 2, 0, 0] = (
+        float("inf"),
+        float("nan"),
+        -float("inf"),
+    )
     out, bar = find("triton.pointwise_pool").fn(*args), eager("pointwise_pool", args)[0]
     assert same_nonfinite(out, bar)
     torch.testing.assert_close(out, bar, equal_nan=True)
@@ -86,7 +99,11 @@ def test_the_mean_of_what_overflows_is_infinite() -> None:
     args[3][1, 5, 1, 1] = 6e4
     args[2][5] = 1e4
     out = find("triton.pointwise_pool").fn(*args)
-    assert same_nonfinite(out, eager("pointwise_pool", args)[0]) and out[1, 5].isposinf() and out[0, 5].isfinite()
+    assert (
+        same_nonfinite(out, eager("pointwise_pool", args)[0])
+        and out[1, 5].isposinf()
+        and out[0, 5].isfinite()
+    )
 
 
 def test_the_head_is_the_same_every_time_and_its_filter_may_be_laid_out_otherwise() -> None:
@@ -94,12 +111,16 @@ def test_the_head_is_the_same_every_time_and_its_filter_may_be_laid_out_otherwis
     plain = find("triton.pointwise_pool").fn(*args)
     args[1] = torch.stack([args[1], args[1]], 1)[:, 0]
     args[2] = torch.stack([args[2], args[2]], 1)[:, 0]
-    assert not args[1].is_contiguous() and torch.equal(find("triton.pointwise_pool").fn(*args), plain)
+    assert not args[1].is_contiguous() and torch.equal(
+        find("triton.pointwise_pool").fn(*args), plain
+    )
 
 
 def test_the_host_asks_for_the_head_of_its_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(pointwise_pool, "head_config", lambda h: asked.append(h) or HeadConfig(1, 32, 32, 16, 4, 2))
+    monkeypatch.setattr(
+        pointwise_pool, "head_config", lambda h: asked.append(h) or HeadConfig(1, 32, 32, 16, 4, 2)
+    )
     problem = head((2, 16, 3, 5), 24)
     find("triton.pointwise_pool").fn(*make_args(problem))
     assert asked == [head_of(problem)]
@@ -111,7 +132,11 @@ def test_the_host_asks_for_the_head_of_its_problem(monkeypatch: pytest.MonkeyPat
 # Bytes are normalised in float32 whatever the dtype: one of the halves is enough for them.
 @pytest.mark.parametrize(
     "problem",
-    [case for case in grid("conv_pool") if not (case.values[0].bytes and case.values[0].dtype == torch.float16)],
+    [
+        case
+        for case in grid("conv_pool")
+        if not (case.values[0].bytes and case.values[0].dtype == torch.float16)
+    ],
 )
 def test_stem_on_the_nasty_grid(problem: Problem) -> None:
     right("triton.conv_pool", problem)
@@ -140,7 +165,10 @@ def stem(
 
 # StemConfig(block_m, block_n, rows, resident, warps, stages)
 STEMS = {
-    "tiles end inside an image, bands inside the map": (stem((3, 3, 22, 37), 20), StemConfig(16, 16, 2, True, 4, 2)),
+    "tiles end inside an image, bands inside the map": (
+        stem((3, 3, 22, 37), 20),
+        StemConfig(16, 16, 2, True, 4, 2),
+    ),
     "as many columns as slots": (stem((2, 3, 14, 30)), StemConfig(16, 16, 1, True, 4, 2)),
     "one column more": (stem((1, 3, 9, 65)), StemConfig(16, 16, 3, True, 4, 2)),
     "odd sizes, odd rows and columns": (stem((2, 3, 17, 21)), StemConfig(16, 16, 2, True, 4, 2)),
@@ -182,7 +210,9 @@ def test_padding_is_zero_after_normalisation() -> None:
     args[2] = torch.full((4,), 400.0)
     out = find("triton.conv_pool").fn(*args)
     torch.testing.assert_close(out, eager("conv_pool", tuple(args))[0])
-    assert (out[0, 0, 0, 0] - out[0, 0, 3, 3]) > 50  # 28 taps inside instead of 49 in the corner's brightest pixel
+    assert (
+        out[0, 0, 0, 0] - out[0, 0, 3, 3]
+    ) > 50  # 28 taps inside instead of 49 in the corner's brightest pixel
 
 
 def test_normalisation_divides_exactly_but_for_the_last_place() -> None:
@@ -202,7 +232,9 @@ def test_normalisation_divides_exactly_but_for_the_last_place() -> None:
         torch.full((3,), 3.0),
     )
     out = find("triton.conv_pool").fn(x, weight, bias, mean, std)
-    torch.testing.assert_close(out, eager("conv_pool", (x, weight, bias, mean, std))[0], rtol=2e-7, atol=2e-7)
+    torch.testing.assert_close(
+        out, eager("conv_pool", (x, weight, bias, mean, std))[0], rtol=2e-7, atol=2e-7
+    )
 
 
 def test_the_host_asks_for_the_stem_of_its_problem(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,9 @@ from resnet_fast.testing.grids import nasty_problems
 from resnet_fast.testing.rule import same_nonfinite
 from resnet_fast.testing.samples import make_args
 
-assert launch.INTERPRETED, "this file needs TRITON_INTERPRET=1; pytest tests/test_triton_tma.py sets it"
+assert launch.INTERPRETED, (
+    "this file needs TRITON_INTERPRET=1; pytest tests/test_triton_tma.py sets it"
+)
 
 MODULES = {"triton.pointwise_tma": pointwise_tma, "triton.conv_tma": conv_tma}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -42,7 +44,9 @@ def problem(x, weight, dtype=torch.float32, **rest) -> Problem:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("id", MODULES)
 def test_nasty_grid(id: str, dtype: torch.dtype) -> None:
-    taken = [case for case in nasty_problems("conv_bn_act", dtype) if find(id).supports(case) is None]
+    taken = [
+        case for case in nasty_problems("conv_bn_act", dtype) if find(id).supports(case) is None
+    ]
     assert len(taken) >= 4
     for case in taken:
         right(id, case)
@@ -51,7 +55,9 @@ def test_nasty_grid(id: str, dtype: torch.dtype) -> None:
 # ---------------------------------------------------------------- each tile on what it has to get right
 
 
-def streamed(box: tuple[int, int, int], filters: int = 64, channels: int = 16, blocks: int = 2) -> TileConfig:
+def streamed(
+    box: tuple[int, int, int], filters: int = 64, channels: int = 16, blocks: int = 2
+) -> TileConfig:
     return TileConfig(box, filters, channels, False, 4, 2, blocks)
 
 
@@ -60,46 +66,81 @@ def resident(pixels: int, filters: int, channels: int, blocks: int) -> TileConfi
 
 
 POINTWISE = {
-    "tails in pixels, filters and channels": (problem((3, 72, 5, 7), (136, 72, 1, 1)), streamed((32, 1, 1))),
-    "one channel block, no residual": (problem((2, 16, 5, 7), (8, 16, 1, 1), residual=None), streamed((32, 1, 1))),
+    "tails in pixels, filters and channels": (
+        problem((3, 72, 5, 7), (136, 72, 1, 1)),
+        streamed((32, 1, 1)),
+    ),
+    "one channel block, no residual": (
+        problem((2, 16, 5, 7), (8, 16, 1, 1), residual=None),
+        streamed((32, 1, 1)),
+    ),
     "scale and shift, no activation": (
         problem((2, 40, 3, 5), (72, 40, 1, 1), bn=False, act="none"),
         streamed((16, 1, 1), channels=32),
     ),
     "fewer pixels than a tile": (problem((1, 24, 1, 3), (64, 24, 1, 1)), streamed((64, 1, 1))),
-    "resident, more tiles than blocks, tails": (problem((3, 40, 5, 7), (72, 40, 1, 1)), resident(16, 64, 64, 4)),
-    "resident, no residual": (problem((3, 64, 5, 7), (64, 64, 1, 1), residual=None), resident(32, 64, 64, 1)),
-    "resident, more filter tiles than blocks": (problem((1, 16, 7, 5), (200, 16, 1, 1)), resident(16, 64, 16, 1)),
+    "resident, more tiles than blocks, tails": (
+        problem((3, 40, 5, 7), (72, 40, 1, 1)),
+        resident(16, 64, 64, 4),
+    ),
+    "resident, no residual": (
+        problem((3, 64, 5, 7), (64, 64, 1, 1), residual=None),
+        resident(32, 64, 64, 1),
+    ),
+    "resident, more filter tiles than blocks": (
+        problem((1, 16, 7, 5), (200, 16, 1, 1)),
+        resident(16, 64, 16, 1),
+    ),
 }
 CONV = {
     "the box of 56²": (problem((3, 16, 11, 9), (72, 16, 3, 3)), streamed((2, 8, 8))),
     "the box of 28²": (problem((9, 16, 5, 7), (64, 16, 3, 3)), streamed((8, 4, 4))),
-    "the box of 14²": (problem((33, 16, 3, 5), (64, 16, 3, 3), residual=None), streamed((32, 2, 2))),
-    "the box of 7²: taps outside are skipped": (problem((17, 16, 3, 2), (72, 16, 3, 3)), streamed((16, 1, 1))),
+    "the box of 14²": (
+        problem((33, 16, 3, 5), (64, 16, 3, 3), residual=None),
+        streamed((32, 2, 2)),
+    ),
+    "the box of 7²: taps outside are skipped": (
+        problem((17, 16, 3, 2), (72, 16, 3, 3)),
+        streamed((16, 1, 1)),
+    ),
     "skipped, all of a pixel's taps outside": (
         problem((17, 16, 2, 3), (64, 16, 1, 1), padding=(2, 1)),
         streamed((16, 1, 1)),
     ),
-    "skipped, stride 2": (problem((17, 16, 4, 6), (64, 16, 3, 3), stride=(2, 2)), streamed((16, 1, 1))),
+    "skipped, stride 2": (
+        problem((17, 16, 4, 6), (64, 16, 3, 3), stride=(2, 2)),
+        streamed((16, 1, 1)),
+    ),
     "skipped, dilated": (
         problem((17, 16, 6, 5), (64, 16, 3, 3), padding=(2, 3), dilation=(2, 3)),
         streamed((16, 1, 1)),
     ),
     "several channel blocks": (problem((2, 48, 4, 6), (64, 48, 3, 3)), streamed((2, 2, 4))),
-    "one wide channel block": (problem((2, 64, 4, 6), (64, 64, 3, 3)), streamed((1, 4, 8), channels=64)),
+    "one wide channel block": (
+        problem((2, 64, 4, 6), (64, 64, 3, 3)),
+        streamed((1, 4, 8), channels=64),
+    ),
     "uneven filter, padding and dilation": (
         problem((2, 32, 9, 8), (72, 32, 5, 3), padding=(3, 0), dilation=(1, 2)),
         streamed((1, 8, 4)),
     ),
     "stride 2, 3×3": (problem((3, 32, 8, 6), (72, 32, 3, 3), stride=(2, 2)), streamed((2, 2, 4))),
-    "stride 2, 1×1": (problem((3, 32, 8, 6), (136, 32, 1, 1), stride=(2, 2), act="none"), streamed((2, 4, 4))),
+    "stride 2, 1×1": (
+        problem((3, 32, 8, 6), (136, 32, 1, 1), stride=(2, 2), act="none"),
+        streamed((2, 4, 4)),
+    ),
     "stride 2, uneven filter": (
         problem((2, 16, 8, 10), (64, 16, 2, 5), stride=(2, 2), padding=(0, 3), dilation=(3, 1)),
         streamed((1, 4, 8)),
     ),
-    "the next image begins where the last row ends": (problem((4, 16, 2, 2), (64, 16, 3, 3)), streamed((1, 2, 2))),
+    "the next image begins where the last row ends": (
+        problem((4, 16, 2, 2), (64, 16, 3, 3)),
+        streamed((1, 2, 2)),
+    ),
 }
-CASES = [("triton.pointwise_tma", name) for name in POINTWISE] + [("triton.conv_tma", name) for name in CONV]
+CASES = [("triton.pointwise_tma", name) for name in POINTWISE] + [
+    ("triton.conv_tma", name) for name in CONV
+]
 
 
 @pytest.mark.parametrize("id, name", CASES)
@@ -122,7 +163,11 @@ def test_nan_and_infinity_pass_as_eager_has_them(
     id = "triton.pointwise_tma" if stride == r == 1 else "triton.conv_tma"
     monkeypatch.setattr(MODULES[id], "config", lambda *_, **__: streamed(box))
     args = make_args(problem((3, 16, 6, 4), (24, 16, r, r), stride=(stride, stride)))
-    args[0][0, 3, 5, 3], args[0][1, 2, 0, 0], args[0][2, 15, 0, 3] = float("nan"), float("inf"), -float("inf")
+    args[0][0, 3, 5, 3], args[0][1, 2, 0, 0], args[0][2, 15, 0, 3] = (
+        float("nan"),
+        float("inf"),
+        -float("inf"),
+    )
     args[4][0, 1, 0, 1], args[4][2, 23, -1, -1] = float("inf"), float("nan")
     assert same_nonfinite(find(id).fn(*args), eager("conv_bn_act", args)[0])
 
@@ -167,4 +212,6 @@ def test_the_host_sees_the_window_of_its_problem() -> None:
             ones, torch.ones(1, 1, *case.weight[2:]), None, case.stride, case.padding, case.dilation
         )
         assert (seen.rows, seen.columns) == case.out_hw == tuple(counts.shape[2:])
-        assert seen.inside == pytest.approx(float(counts.mean()) / (case.weight[2] * case.weight[3]))
+        assert seen.inside == pytest.approx(
+            float(counts.mean()) / (case.weight[2] * case.weight[3])
+        )

@@ -22,7 +22,14 @@ HOPPER = (9, 0)
 # One of each kind: the stem, a 3×3, a strided 3×3, a 1×1 that widens with a residual, a 1×1 that narrows.
 LAYERS = ("conv1", "layer1.0.conv2", "layer2.0.conv2", "layer2.1.conv3", "layer3.1.conv1")
 AFTER = Problem(
-    "bn_act", "cuda", torch.bfloat16, (256, 256, 56, 56), "nhwc", act="relu", residual="nhwc", capability=HOPPER
+    "bn_act",
+    "cuda",
+    torch.bfloat16,
+    (256, 256, 56, 56),
+    "nhwc",
+    act="relu",
+    residual="nhwc",
+    capability=HOPPER,
 )
 # By tensor descriptors: a 3×3, and a 1×1 that narrows.
 BY_TMA = {"layer1.0.conv2": "triton.conv_tma", "layer3.1.conv1": "triton.pointwise_tma"}
@@ -35,11 +42,15 @@ def cases() -> dict[str, tuple[str, Problem]]:
     found = {layer.name: layer.problem for layer in single}
     # Of each op across convolutions the network's first.
     groups = {
-        group.problem.op: (f"triton.{group.problem.op}", group.problem) for group in reversed(across_layers(single))
+        group.problem.op: (f"triton.{group.problem.op}", group.problem)
+        for group in reversed(across_layers(single))
     }
     tma = {f"{name} by TMA": (kernel, found[name]) for name, kernel in BY_TMA.items()}
     tma["pointwise_pair by TMA"] = "triton.pointwise_pair_tma", groups["pointwise_pair"][1]
-    named = {name: ("triton.pointwise" if found[name].pointwise else "triton.conv", found[name]) for name in LAYERS}
+    named = {
+        name: ("triton.pointwise" if found[name].pointwise else "triton.conv", found[name])
+        for name in LAYERS
+    }
     return {**named, **tma, **groups, "bn_act + residual": ("triton.bn_act", AFTER)}
 
 
@@ -70,8 +81,14 @@ def test_no_kernel_costs_more_than_it_did(name: str) -> None:
     if version() not in known:
         pytest.skip(f"no snapshot for triton {version()}; known: {', '.join(known)}")
     allowed = known[version()][name]
-    more = {what: f"{allowed[what]} → {n}" for what, n in counts(*cases()[name]).items() if n > allowed[what]}
-    assert not more, f"costs more than counts_triton.json says; if it must: python tests/test_counts_triton.py ({more})"
+    more = {
+        what: f"{allowed[what]} → {n}"
+        for what, n in counts(*cases()[name]).items()
+        if n > allowed[what]
+    }
+    assert not more, (
+        f"costs more than counts_triton.json says; if it must: python tests/test_counts_triton.py ({more})"
+    )
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ TAILS = {
 }
 
 
-def pair(name: str, at: tuple[int, int] = HOPPER, dtype: torch.dtype = torch.bfloat16, batch: int = 8) -> Problem:
+def pair(
+    name: str, at: tuple[int, int] = HOPPER, dtype: torch.dtype = torch.bfloat16, batch: int = 8
+) -> Problem:
     c, k, size, c2, stride = PAIRS[name]
     return Problem(
         op="pointwise_pair",
@@ -58,7 +60,9 @@ def pair(name: str, at: tuple[int, int] = HOPPER, dtype: torch.dtype = torch.bfl
     )
 
 
-def bottleneck(name: str, at: tuple[int, int] = HOPPER, dtype: torch.dtype = torch.bfloat16, batch: int = 8) -> Problem:
+def bottleneck(
+    name: str, at: tuple[int, int] = HOPPER, dtype: torch.dtype = torch.bfloat16, batch: int = 8
+) -> Problem:
     middle, wide, after, projected, size = TAILS[name]
     chain = (wide, middle, 1, 1), (wide, projected, 1, 1) if projected else (), (after, wide, 1, 1)
     return Problem(
@@ -92,11 +96,16 @@ def test_every_config_fits_its_chip(dtype: torch.dtype, at: tuple[int, int]) -> 
             assert c.blocks == 1 or c.blocks * (tail_config.shared(g, c) + 1024) <= on.shared_sm
             assert c.blocks * 32 * c.num_warps * min(255, c.options().get("maxnreg", 0)) <= 65536
             assert c.options().get("maxnreg", 255) >= tail_config.registers(g, c)
-            assert all(size >= 16 and size & (size - 1) == 0 for size in (c.block_m, c.block_n, c.block_k))
+            assert all(
+                size >= 16 and size & (size - 1) == 0 for size in (c.block_m, c.block_n, c.block_k)
+            )
 
 
 def test_the_answer_is_pure_and_the_best_predicted() -> None:
-    shapes = [tail(bottleneck(name, batch=batch)) for name, batch in itertools.product(TAILS, (1, 37, 256))]
+    shapes = [
+        tail(bottleneck(name, batch=batch))
+        for name, batch in itertools.product(TAILS, (1, 37, 256))
+    ]
     before = [tail_config.tail_config(g) for g in shapes]
     tail_config.tail_configs.cache_clear()
     assert [tail_config.tail_config(g) for g in reversed(shapes)] == before[::-1]
@@ -107,7 +116,9 @@ def test_the_answer_is_pure_and_the_best_predicted() -> None:
 
 def test_weights_are_shared_by_more_pixels_where_there_are_many() -> None:
     """Each block reads all weights: a full GPU takes large blocks, a small batch blocks enough for every SM."""
-    few, many = (tail_config.tail_config(tail(bottleneck("layer1", batch=batch))) for batch in (1, 256))
+    few, many = (
+        tail_config.tail_config(tail(bottleneck("layer1", batch=batch))) for batch in (1, 256)
+    )
     assert few.block_m < many.block_m
 
 
@@ -156,22 +167,36 @@ def test_a_declined_problem_names_the_reason(sentence: str, changes: dict) -> No
 def test_a_pair_says_when_its_second_side_is_too_large() -> None:
     problem = pair("layer1")
     for changes in ({"second": (2**16, 2**16)}, {"chain": ((256, 2**24, 1, 1),)}):
-        assert "on the second side" in find("triton.pointwise_pair").supports(dataclasses.replace(problem, **changes))
+        assert "on the second side" in find("triton.pointwise_pair").supports(
+            dataclasses.replace(problem, **changes)
+        )
 
 
 def test_a_tail_says_what_a_block_cannot_keep() -> None:
     def said(middle: int, wide: int, projected: int, after: int, **rest) -> str | None:
-        chain = (wide, middle, 1, 1), (wide, projected, 1, 1) if projected else (), (after, wide, 1, 1)
+        chain = (
+            (wide, middle, 1, 1),
+            (wide, projected, 1, 1) if projected else (),
+            (after, wide, 1, 1),
+        )
         return find("triton.conv_tail").supports(
-            dataclasses.replace(bottleneck("layer1"), weight=(middle, 64, 3, 3), chain=chain, **rest)
+            dataclasses.replace(
+                bottleneck("layer1"), weight=(middle, 64, 3, 3), chain=chain, **rest
+            )
         )
 
     assert all(said(middle, 4 * middle, 0, middle) is None for middle in MIDDLES)
     for middle in (8, 48, 96, 256, 512):
         assert f"16, 32, 64 or 128 of them, and there are {middle}" in said(middle, 256, 0, 64)
-    assert said(64, 256, 128, 64) is None and "at most 128, and there are 129" in said(64, 256, 129, 64)
-    assert "128 middle channels and 512 of the next convolution are more than" in said(128, 512, 0, 512)
-    assert "256 of the next convolution" in said(128, 512, 0, 256, dtype=torch.float32, capability=(8, 9))
+    assert said(64, 256, 128, 64) is None and "at most 128, and there are 129" in said(
+        64, 256, 129, 64
+    )
+    assert "128 middle channels and 512 of the next convolution are more than" in said(
+        128, 512, 0, 512
+    )
+    assert "256 of the next convolution" in said(
+        128, 512, 0, 256, dtype=torch.float32, capability=(8, 9)
+    )
 
 
 # ---------------------------------------------------------------- machine code
@@ -186,8 +211,12 @@ def sound(cubin: Cubin, at: tuple[int, int], least_shared: int) -> None:
     assert {"w", "w2"} & cubin.narrow  # filters are small; and offsets are seen at all
 
 
-CODE = [(name, HOPPER, {}) for name in PAIRS] + [(name, HOPPER, {"batch": 1}) for name in ("layer3", "layer4")]
-CODE += [("layer2", at, {}) for at in TENSOR if at != HOPPER] + [("layer2", (8, 0), {"dtype": torch.float32})]
+CODE = [(name, HOPPER, {}) for name in PAIRS] + [
+    (name, HOPPER, {"batch": 1}) for name in ("layer3", "layer4")
+]
+CODE += [("layer2", at, {}) for at in TENSOR if at != HOPPER] + [
+    ("layer2", (8, 0), {"dtype": torch.float32})
+]
 
 
 @ahead
@@ -195,11 +224,17 @@ CODE += [("layer2", at, {}) for at in TENSOR if at != HOPPER] + [("layer2", (8, 
 def test_pairs(name: str, at: tuple[int, int], changes: dict) -> None:
     problem = pair(name, at, **changes)
     c, k, size, c2, _ = PAIRS[name]
-    config = gemm_config(Gemm(problem.x[0] * size**2, k, c + c2, itemsize=problem.dtype.itemsize, capability=at))
+    config = gemm_config(
+        Gemm(problem.x[0] * size**2, k, c + c2, itemsize=problem.dtype.itemsize, capability=at)
+    )
     first, *rest = cubins("triton.pointwise_pair", problem)
     assert len(rest) == (config.split_k > 1)
     sound(first, at, config.shared(problem.dtype.itemsize))
-    assert first.count(rf"{TENSOR[at]}\b") if problem.dtype != torch.float32 else not first.count(r"\w*MMA\b")
+    assert (
+        first.count(rf"{TENSOR[at]}\b")
+        if problem.dtype != torch.float32
+        else not first.count(r"\w*MMA\b")
+    )
     # One loop over both inputs, whose copies are under way while the matrix units work.
     assert first.count(r"LDGSTS\.E.*\.128")
 
@@ -232,7 +267,9 @@ def test_pairs_by_tma(name: str, at: tuple[int, int], batch: int) -> None:
     assert cubin.registers <= tile.options().get("maxnreg", 255)
     assert cubin.shared <= tma_config.shared(g, tile) + 2048 and cubin.shared <= CHIPS[at].shared
     if at == HOPPER:
-        assert cubin.operands and all(listed.startswith("R, gdesc[UR], R") for listed in cubin.operands), cubin.operands
+        assert cubin.operands and all(
+            listed.startswith("R, gdesc[UR], R") for listed in cubin.operands
+        ), cubin.operands
         assert not cubin.count("LDSM")
 
 
@@ -251,10 +288,14 @@ def test_a_pair_by_tma_says_what_it_cannot_do_and_what_it_should_gain() -> None:
         changes = {"x": (8, 64, 28, 28)} | changes
         assert sentence in kernel.supports(dataclasses.replace(pair("layer2"), **changes)), sentence
     assert pointwise_pair_tma.shares(64, 64) == {128: (64, 64), 64: (32, 32), 32: (16, 16)}
-    assert pointwise_pair_tma.shares(48, 48) == {32: (16, 16)} and pointwise_pair_tma.shares(48, 50) == {}
-    assert pointwise_pair_tma.shares(128, 256) == {96: (32, 64), 48: (16, 32)} and pointwise_pair_tma.shares(
-        256, 64
-    ) == {80: (64, 16)}
+    assert (
+        pointwise_pair_tma.shares(48, 48) == {32: (16, 16)}
+        and pointwise_pair_tma.shares(48, 50) == {}
+    )
+    assert pointwise_pair_tma.shares(128, 256) == {
+        96: (32, 64),
+        48: (16, 32),
+    } and pointwise_pair_tma.shares(256, 64) == {80: (64, 16)}
     for name in PAIRS:
         problem = pair(name, batch=256)
         assert kernel.supports(problem) is None
@@ -269,7 +310,10 @@ TAIL_CODE = [(name, HOPPER, {}) for name in TAILS] + [
 ]
 TAIL_CODE += [("layer2", at, {}) for at in TENSOR if at != HOPPER]
 TAIL_CODE += [("layer1 first", at, {"batch": 256}) for at in ((8, 9), (12, 0))]
-TAIL_CODE += [("layer1", HOPPER, {"dtype": torch.float16}), ("layer1", HOPPER, {"dtype": torch.float32})]
+TAIL_CODE += [
+    ("layer1", HOPPER, {"dtype": torch.float16}),
+    ("layer1", HOPPER, {"dtype": torch.float32}),
+]
 
 
 @ahead

@@ -25,7 +25,9 @@ from resnet_fast.models.problems import across_layers, conv_layers
 pytestmark = ahead
 
 
-def conv(name: str, capability: tuple[int, int], dtype: torch.dtype = torch.bfloat16, batch: int = 256) -> Problem:
+def conv(
+    name: str, capability: tuple[int, int], dtype: torch.dtype = torch.bfloat16, batch: int = 256
+) -> Problem:
     """A layer of ResNet-50 or ResNeXt-50 at 224²."""
     x, weight, stride, padding, groups, residual = {
         "stem 7×7": ((3, 224), (64, 3, 7, 7), 2, 3, 1, False),
@@ -57,7 +59,10 @@ def conv(name: str, capability: tuple[int, int], dtype: torch.dtype = torch.bflo
 # Every generation on a 3×3 and a 1×1 with residual; what is special elsewhere, on the generation it is special for.
 EVERYWHERE = itertools.product(TENSOR, ("layer1 conv3", "layer2 conv2"))
 CASES = [(name, capability, {}) for capability, name in EVERYWHERE]
-CASES += [(name, (9, 0), {}) for name in ("stem 7×7", "layer3 conv1", "layer3 downsample", "layer2 grouped")]
+CASES += [
+    (name, (9, 0), {})
+    for name in ("stem 7×7", "layer3 conv1", "layer3 downsample", "layer2 grouped")
+]
 CASES += [(name, (9, 0), {"batch": 1}) for name in ("layer4 conv2", "layer4 conv3")]
 CASES += [("layer4 conv2", (8, 0), {"dtype": torch.float16, "batch": 1})]
 CASES += [("layer2 conv2", at, {"dtype": torch.float32}) for at in ((8, 0), (9, 0))]
@@ -70,12 +75,16 @@ IMAGES = {"x", "y", "out", "residual", "partials", "dout", "dy", "dx", "dz", "g"
 def sound(cubin: Cubin, capability: tuple[int, int]) -> None:
     """Holds for every launch: nothing spilled, shared memory within the chip's limit, 64-bit offsets into images."""
     assert_nothing_spilled(cubin)
-    assert cubin.shared <= CHIPS[capability].shared, f"{cubin.name} wants {cubin.shared} bytes of shared memory"
+    assert cubin.shared <= CHIPS[capability].shared, (
+        f"{cubin.name} wants {cubin.shared} bytes of shared memory"
+    )
     narrow = IMAGES & cubin.narrow
     assert not narrow, f"{cubin.name} finds its way in {narrow} with 32-bit offsets"
 
 
-@pytest.mark.parametrize("name, capability, changes", CASES, ids=lambda v: getattr(v, "keys", lambda: v)() and str(v))
+@pytest.mark.parametrize(
+    "name, capability, changes", CASES, ids=lambda v: getattr(v, "keys", lambda: v)() and str(v)
+)
 def test_convolutions(name: str, capability: tuple[int, int], changes: dict) -> None:
     problem = conv(name, capability, **changes)
     config = gemm_config(gemm(problem))
@@ -83,9 +92,13 @@ def test_convolutions(name: str, capability: tuple[int, int], changes: dict) -> 
     assert [c.name for c in rest] == ["_add_partials"] * (config.split_k > 1)
     for cubin in (first, *rest):
         sound(cubin, capability)
-    assert first.shared <= config.shared(problem.dtype.itemsize) + 64  # tensor-memory barriers take a few bytes
+    assert (
+        first.shared <= config.shared(problem.dtype.itemsize) + 64
+    )  # tensor-memory barriers take a few bytes
     if problem.dtype == torch.float32:
-        assert first.count("FFMA") and not first.count("HMMA|HGMMA|UTC")  # no TF32 behind anyone's back
+        assert first.count("FFMA") and not first.count(
+            "HMMA|HGMMA|UTC"
+        )  # no TF32 behind anyone's back
     else:
         assert first.count(rf"{TENSOR[capability]}\b")
     if name != "stem 7×7":  # three channels are six bytes a pixel
@@ -124,7 +137,9 @@ def test_convolutions_overlap_with_the_kernel_before_and_touch_nothing_until_it_
 )
 def test_ops_across_convolutions_overlap_with_the_kernel_before(kernel: str) -> None:
     groups = across_layers(conv_layers("resnet50", 256, 224, torch.bfloat16, "cuda", (9, 0)))
-    for cubin in cubins(kernel, next(group.problem for group in groups if group.problem.op == find(kernel).op)):
+    for cubin in cubins(
+        kernel, next(group.problem for group in groups if group.problem.op == find(kernel).op)
+    ):
         waits_first(cubin, (9, 0))
 
 
@@ -134,7 +149,9 @@ def waits_first(cubin: Cubin, capability: tuple[int, int]) -> None:
     griddepcontrol.wait is ACQBULK in SASS, launch_dependents PREEXIT; instructions are in order of first appearance.
     """
     order = [re.sub(r"\..*", "", one) for one in cubin.instructions]
-    memory = min(order.index(one) for one in ("LDG", "LDGSTS", "UTMALDG", "UTMASTG", "STG") if one in order)
+    memory = min(
+        order.index(one) for one in ("LDG", "LDGSTS", "UTMALDG", "UTMASTG", "STG") if one in order
+    )
     if capability < (9, 0):
         assert "ACQBULK" not in order and "PREEXIT" not in order
     else:
@@ -169,8 +186,15 @@ def test_pointwise_and_reduction_passes(case: str, capability: tuple[int, int]) 
     )
     for cubin in cubins(f"triton.{op}", problem):
         sound(cubin, capability)
-        assert cubin.count(r"LDG(STS)?\.E.*\.128") and not cubin.count(r"LDG(STS)?\.E\.U?(16|8)\b"), cubin.name
-        writes_images = cubin.name not in ("_statistics", "_merge_statistics", "_merge_sums", "_partial_sums")
+        assert cubin.count(r"LDG(STS)?\.E.*\.128") and not cubin.count(
+            r"LDG(STS)?\.E\.U?(16|8)\b"
+        ), cubin.name
+        writes_images = cubin.name not in (
+            "_statistics",
+            "_merge_statistics",
+            "_merge_sums",
+            "_partial_sums",
+        )
         assert not writes_images or cubin.count(r"STG\.E\.128"), cubin.name
 
 

@@ -36,14 +36,18 @@ MODELS = ("resnet50", "resnext50_32x4d")
 sizes = st.integers(1, 4096)
 
 
-def resnet(capability: tuple[int, int], batch: int, dtype=torch.bfloat16, model: str = "resnet50") -> list[Problem]:
+def resnet(
+    capability: tuple[int, int], batch: int, dtype=torch.bfloat16, model: str = "resnet50"
+) -> list[Problem]:
     return model_problems(model, batch, 224, dtype, "cuda", capability)
 
 
 @pytest.mark.parametrize("capability", CHIPS, ids=lambda c: f"sm_{c[0]}{c[1]}")
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_config_fits_its_chip(model: str, dtype: torch.dtype, capability: tuple[int, int]) -> None:
+def test_every_config_fits_its_chip(
+    model: str, dtype: torch.dtype, capability: tuple[int, int]
+) -> None:
     for batch in (1, 256):
         for problem in resnet(capability, batch, dtype, model):
             g = gemm(problem)
@@ -58,7 +62,8 @@ def test_shared_memory_decides_where_chips_differ() -> None:
     """The same product gets deeper or larger tiles on a chip with more shared memory, and never more than there is."""
     g = Gemm(50176, 256, 256, 9, capability=(8, 0))
     small, large = (
-        max(c.shared(2) for c in gemm_configs(dataclasses.replace(g, capability=at))) for at in ((8, 9), (8, 0))
+        max(c.shared(2) for c in gemm_configs(dataclasses.replace(g, capability=at)))
+        for at in ((8, 9), (8, 0))
     )
     assert small <= 99 * 1024 < large <= 163 * 1024
 
@@ -69,7 +74,12 @@ def test_the_answer_is_pure(monkeypatch: pytest.MonkeyPatch) -> None:
     def asked(*args):
         raise AssertionError("a heuristic asked the device")
 
-    for name in ("get_device_capability", "get_device_properties", "is_available", "current_device"):
+    for name in (
+        "get_device_capability",
+        "get_device_properties",
+        "is_available",
+        "current_device",
+    ):
         monkeypatch.setattr(torch.cuda, name, asked)
     problems = resnet((9, 0), 7)
     before = [gemm_config(gemm(p)) for p in problems]
@@ -90,7 +100,8 @@ def test_waves_count() -> None:
     c = GemmConfig(128, 128, 64, 1, 8, 4)
     sms = CHIPS[9, 0].sms
     full, over, under = (
-        predicted_ns(Gemm(128 * tiles, 128, 1024, capability=(9, 0)), c) for tiles in (sms, sms + 1, sms - 9)
+        predicted_ns(Gemm(128 * tiles, 128, 1024, capability=(9, 0)), c)
+        for tiles in (sms, sms + 1, sms - 9)
     )
     assert under == full < 0.6 * over
 
@@ -115,7 +126,12 @@ def test_hopper_tiles_suit_wgmma() -> None:
 
 
 def test_an_unlisted_chip_is_taken_for_the_nearest_older() -> None:
-    for unlisted, older in (((8, 7), (8, 6)), ((9, 9), (9, 0)), ((10, 3), (10, 0)), ((13, 0), (12, 0))):
+    for unlisted, older in (
+        ((8, 7), (8, 6)),
+        ((9, 9), (9, 0)),
+        ((10, 3), (10, 0)),
+        ((13, 0), (12, 0)),
+    ):
         assert chip(unlisted) is CHIPS[older]
 
 
@@ -125,7 +141,9 @@ def test_an_unlisted_chip_is_taken_for_the_nearest_older() -> None:
     groups=st.integers(1, 9),
     block=st.sampled_from([16, 32, 64]),
 )
-def test_span_covers_every_channel_a_tile_needs(per_group: int, filters: int, groups: int, block: int) -> None:
+def test_span_covers_every_channel_a_tile_needs(
+    per_group: int, filters: int, groups: int, block: int
+) -> None:
     """Against counting: the groups of a tile's first and last filter."""
     g = Gemm(100, groups * filters, groups * per_group, 9, groups)
     tiles = [(first, min(first + block, g.n) - 1) for first in range(0, g.n, block)]
@@ -134,8 +152,15 @@ def test_span_covers_every_channel_a_tile_needs(per_group: int, filters: int, gr
         assert needed <= span(g, block) <= g.channels
 
 
-@given(m=st.integers(1, 10**7), channels=sizes, itemsize=st.sampled_from([2, 4]), at=st.sampled_from([None, *CHIPS]))
-def test_reducing_blocks_cover_every_row_once_and_none_is_idle(m: int, channels: int, itemsize: int, at) -> None:
+@given(
+    m=st.integers(1, 10**7),
+    channels=sizes,
+    itemsize=st.sampled_from([2, 4]),
+    at=st.sampled_from([None, *CHIPS]),
+)
+def test_reducing_blocks_cover_every_row_once_and_none_is_idle(
+    m: int, channels: int, itemsize: int, at
+) -> None:
     c = rows_config(m, channels, itemsize, at)
     rows = c.trips * c.block_m
     assert (c.partials - 1) * rows < m <= c.partials * rows
@@ -170,7 +195,10 @@ REFUSALS = {
     "the input is strided": {"layout": "strided"},
     "the second one is nchw": {"residual": "nchw"},
     "more than 2³¹ pixels": {"x": (2**17, 8, 2**7, 2**7)},
-    "an image or filter of more than 2³¹": {"x": (1, 2**12, 2**10, 2**10), "weight": (8, 2**12, 1, 1)},
+    "an image or filter of more than 2³¹": {
+        "x": (1, 2**12, 2**10, 2**10),
+        "weight": (8, 2**12, 1, 1),
+    },
 }
 
 
@@ -181,12 +209,18 @@ def test_a_declined_problem_names_the_reason(id: str, sentence: str) -> None:
     assert sentence in find(id).supports(nhwc(**REFUSALS[sentence]))
 
 
-NOT_A_PRODUCT = ({"weight": (8, 8, 3, 3)}, {"padding": (1, 1)}, {"groups": 2, "weight": (8, 4, 1, 1)})
+NOT_A_PRODUCT = (
+    {"weight": (8, 8, 3, 3)},
+    {"padding": (1, 1)},
+    {"groups": 2, "weight": (8, 4, 1, 1)},
+)
 
 
 @pytest.mark.parametrize("changes", NOT_A_PRODUCT)
 def test_pointwise_is_for_plain_1x1(changes: dict) -> None:
-    assert "1×1 filters, no padding, one group" in find("triton.pointwise").supports(nhwc(**changes))
+    assert "1×1 filters, no padding, one group" in find("triton.pointwise").supports(
+        nhwc(**changes)
+    )
     assert find("triton.conv").supports(nhwc(**changes)) is None
 
 
@@ -195,7 +229,10 @@ def test_a_filter_larger_than_the_image_is_left_to_eagers_error() -> None:
 
 
 def test_more_than_2_31_elements_are_no_reason_to_decline() -> None:
-    assert find("triton.conv").supports(nhwc(x=(2**10, 256, 2**7, 2**7), weight=(8, 256, 1, 1))) is None
+    assert (
+        find("triton.conv").supports(nhwc(x=(2**10, 256, 2**7, 2**7), weight=(8, 256, 1, 1)))
+        is None
+    )
 
 
 def test_why_triton_cannot_run_here(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
@@ -221,9 +258,15 @@ def test_the_family_is_registered() -> None:
         "triton.pointwise": "conv_bn_act",
         "triton.conv_tma": "conv_bn_act",
         "triton.pointwise_tma": "conv_bn_act",
-        **{f"triton.{op}": op for op in ("pointwise_pair", "conv_tail", "conv_pool", "pointwise_pool")},
+        **{
+            f"triton.{op}": op
+            for op in ("pointwise_pair", "conv_tail", "conv_pool", "pointwise_pool")
+        },
         "triton.pointwise_pair_tma": "pointwise_pair",
-        **{f"triton.{op}": op for op in ("add_act", "add_act_backward", "bn_act", "bn_act_backward")},
+        **{
+            f"triton.{op}": op
+            for op in ("add_act", "add_act_backward", "bn_act", "bn_act_backward")
+        },
     }
 
 

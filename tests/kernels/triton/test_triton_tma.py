@@ -41,7 +41,9 @@ def window_of(p: Problem) -> tuple[Window, bool]:
 def resnet(at: tuple[int, int], batch: int, dtype: torch.dtype = torch.bfloat16) -> list[Problem]:
     """What the kernels take of ResNet-50: all but the stem."""
     found = [
-        p for p in model_problems("resnet50", batch, 224, dtype, "cuda", at) if find(kernel_of(p)).supports(p) is None
+        p
+        for p in model_problems("resnet50", batch, 224, dtype, "cuda", at)
+        if find(kernel_of(p)).supports(p) is None
     ]
     assert len(found) == 23
     return found
@@ -57,17 +59,28 @@ def test_every_tile_fits_its_chip(dtype: torch.dtype, at: tuple[int, int]) -> No
     for p in itertools.chain.from_iterable(resnet(at, batch, dtype) for batch in (1, 37, 256)):
         (window, resident), g = window_of(p), gemm(p)
         for c in tma_config.configs(g, window, resident):
-            assert c.blocks * (tma_config.shared(g, c) + 1024) <= on.shared_sm and tma_config.shared(g, c) < on.shared
-            assert tma_config.registers(g, c) <= 255 and c.blocks * c.threads * tma_config.registers(g, c) <= 65536
+            assert (
+                c.blocks * (tma_config.shared(g, c) + 1024) <= on.shared_sm
+                and tma_config.shared(g, c) < on.shared
+            )
+            assert (
+                tma_config.registers(g, c) <= 255
+                and c.blocks * c.threads * tma_config.registers(g, c) <= 65536
+            )
             assert c.options().get("maxnreg", 255) >= min(255, tma_config.registers(g, c) // 8 * 8)
             assert max(*c.box, c.filters, c.channels) <= 256  # what a TMA box may measure
             assert g.taps == 1 or g.channels % c.channels == 0
             assert resident or not c.resident
-            blocks, tiles = prod(tma_config.grid(g, window, c)), prod(tma_config.tiles(g, window, c))
+            blocks, tiles = (
+                prod(tma_config.grid(g, window, c)),
+                prod(tma_config.tiles(g, window, c)),
+            )
             assert 1 <= blocks <= min(tiles, on.sms * c.blocks)
 
 
-@pytest.mark.parametrize("size, box", [(56, (2, 8, 8)), (28, (8, 4, 4)), (14, (32, 2, 2)), (7, (128, 1, 1))])
+@pytest.mark.parametrize(
+    "size, box", [(56, (2, 8, 8)), (28, (8, 4, 4)), (14, (32, 2, 2)), (7, (128, 1, 1))]
+)
 def test_boxes_divide_resnets_images(size: int, box: tuple[int, int, int]) -> None:
     assert tma_config._box(128, Window(256, size, size)) == box
 
@@ -85,7 +98,10 @@ def test_the_answer_is_pure_and_the_best_predicted() -> None:
     assert [tma_config.config(gemm(p), *window_of(p)) for p in reversed(problems)] == before[::-1]
     for p, c in zip(problems, before, strict=True):
         (window, resident), g = window_of(p), gemm(p)
-        least = min(tma_config.predicted_ns(g, window, other) for other in tma_config.configs(g, window, resident))
+        least = min(
+            tma_config.predicted_ns(g, window, other)
+            for other in tma_config.configs(g, window, resident)
+        )
         assert tma_config.predicted_ns(g, window, c) == least
 
 
@@ -129,7 +145,11 @@ REFUSALS = [
     (BOTH, "the input is nchw", {"layout": "nchw"}),
     (BOTH, "the second one is nchw", {"residual": "nchw"}),
     (BOTH, "more than 2³¹ pixels", {"x": (2**17, 16, 2**7, 2**7)}),
-    (BOTH[:1], "16 bytes, the input has 12 channels", {"x": (2, 12, 8, 8), "weight": (8, 12, 1, 1)}),
+    (
+        BOTH[:1],
+        "16 bytes, the input has 12 channels",
+        {"x": (2, 12, 8, 8), "weight": (8, 12, 1, 1)},
+    ),
     (BOTH[:1], "1×1 filters, no stride, no padding", {"stride": (2, 2)}),
     (BOTH[:1], "1×1 filters, no stride, no padding", {"padding": (1, 1)}),
     (BOTH[:1], "1×1 filters, no stride, no padding", {"weight": (8, 16, 3, 3), "padding": (1, 1)}),
@@ -141,7 +161,9 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize("ids, sentence, changes", REFUSALS)
-def test_a_declined_problem_names_the_reason(ids: tuple[str, ...], sentence: str, changes: dict) -> None:
+def test_a_declined_problem_names_the_reason(
+    ids: tuple[str, ...], sentence: str, changes: dict
+) -> None:
     for id in ids:
         assert find(id).supports(taken()) is None
         assert sentence in find(id).supports(taken(**changes))
@@ -149,7 +171,10 @@ def test_a_declined_problem_names_the_reason(ids: tuple[str, ...], sentence: str
 
 def test_float32_has_other_sixteen_bytes() -> None:
     assert (
-        find("triton.pointwise_tma").supports(taken(dtype=torch.float32, x=(2, 4, 8, 8), weight=(12, 4, 1, 1))) is None
+        find("triton.pointwise_tma").supports(
+            taken(dtype=torch.float32, x=(2, 4, 8, 8), weight=(12, 4, 1, 1))
+        )
+        is None
     )
     assert "2 channels" in find("triton.pointwise_tma").supports(
         taken(dtype=torch.float32, x=(2, 2, 8, 8), weight=(8, 2, 1, 1))
@@ -222,8 +247,12 @@ def test_machine_code(name: str, at: tuple[int, int]) -> None:
     g = gemm(p)
     tile = tma_config.config(g, *window_of(p))
     (cubin,) = cubins(kernel_of(p), p)
-    assert cubin.count(rf"{TENSOR[at]}\b") and cubin.count(loads_boxes(p)) and cubin.count("UTMASTG")
-    assert not cubin.count(r"LDG(STS)?\.E.*\.(64|128)\b") and not cubin.count("STG"), "tiles go by TMA alone"
+    assert (
+        cubin.count(rf"{TENSOR[at]}\b") and cubin.count(loads_boxes(p)) and cubin.count("UTMASTG")
+    )
+    assert not cubin.count(r"LDG(STS)?\.E.*\.(64|128)\b") and not cubin.count("STG"), (
+        "tiles go by TMA alone"
+    )
     # Triton 3.6's assembler keeps a few addresses on sm_120's stack whatever the tile, also one of half the registers.
     kept = 64 if at == (12, 0) and triton.__version__.startswith("3.6.") else 0
     assert_nothing_spilled(cubin, kept)
@@ -231,7 +260,9 @@ def test_machine_code(name: str, at: tuple[int, int]) -> None:
     # Barriers, and where several warps share a row some padding.
     assert cubin.shared <= tma_config.shared(g, tile) + 2048 and cubin.shared <= CHIPS[at].shared
     if at == HOPPER:
-        assert all(listed.startswith("R, gdesc[UR], R") for listed in cubin.operands), cubin.operands
+        assert all(listed.startswith("R, gdesc[UR], R") for listed in cubin.operands), (
+            cubin.operands
+        )
         # What goes through ldmatrix is the residual, as often as the result goes through stmatrix; no operand does.
         assert cubin.count("LDSM") == (cubin.count("STSM") if p.residual else 0)
 
@@ -247,7 +278,10 @@ def test_float32_is_multiplied_in_float32(weight: tuple[int, int, int]) -> None:
 
 @ahead
 def test_a_skipped_tap_costs_no_spill_and_small_batches_compile() -> None:
-    for p in (layer(HOPPER, batch=1, **LAYERS["layer4 conv2"]), layer(HOPPER, batch=1, **LAYERS["layer1 conv3"])):
+    for p in (
+        layer(HOPPER, batch=1, **LAYERS["layer4 conv2"]),
+        layer(HOPPER, batch=1, **LAYERS["layer1 conv3"]),
+    ):
         p = dataclasses.replace(p, dtype=torch.float16)
         for cubin in cubins(kernel_of(p), p):
             assert_nothing_spilled(cubin)
