@@ -14,9 +14,8 @@ from hypothesis import HealthCheck, settings
 from resnet_fast.dispatch import registry as dispatch
 from resnet_fast.live import network_program
 
-torch.set_num_threads(
-    1
-)  # the machines that run this have few cores, and results must not depend on how many
+# the machines that run this have few cores, and results must not depend on how many
+torch.set_num_threads(1)
 settings.register_profile(
     "house",
     deadline=None,

@@ -32,11 +32,8 @@ from resnet_fast.util.text import table
 _H200 = CHIPS["h200"]
 SMS, SHARED = _H200.sms, _H200.shared
 MMA, L2 = _H200.mma, _H200.l2  # FLOP and bytes a nanosecond of one SM
-_ROWS, _STAGES, _DEPTH = (
-    64,
-    2,
-    64,
-)  # of a matrix instruction; operands in flight, and their channels
+# of a matrix instruction; operands in flight, and their channels
+_ROWS, _STAGES, _DEPTH = 64, 2, 64
 _ITEM = 2  # bytes of an element
 
 

@@ -32,9 +32,8 @@ def _shaped(
     BLOCK_K: tl.constexpr,
 ):
     tiles_n: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
-    m = (tl.program_id(0) // tiles_n) * BLOCK_M + tl.arange(
-        0, BLOCK_M
-    )  # neighbours in the grid share pixels
+    # neighbours in the grid share pixels
+    m = (tl.program_id(0) // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     # A row beyond the end reads the last one instead: no mask here, and the store leaves it out.
     x_row = x + tl.minimum(m, M - 1).to(tl.int64) * C

@@ -112,9 +112,8 @@ def facts(
 def test_a_good_kernel_has_no_causes() -> None:
     assert causes(facts()) == []
     floor = facts().floor.seconds
-    assert (
-        causes(facts(stack=64), floor / 0.7) == []
-    )  # near its ceiling, whatever the code looks like
+    # near its ceiling, whatever the code looks like
+    assert causes(facts(stack=64), floor / 0.7) == []
     (unseen,) = causes(facts(), floor / 0.3)
     assert "ncu" in unseen
 

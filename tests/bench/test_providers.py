@@ -172,9 +172,8 @@ def test_measured_rows_stand_beside_their_error_and_each_other() -> None:
     assert 0 < row.error <= 2 * row.eager_error + 1e-6
     assert row.speed_over.keys() == {"eager"}
     assert found["eager"].row.speed_over.keys() == {"ours"}
-    assert row.tflops == pytest.approx(
-        2 * 2 * 148e6 / row.seconds / 1e12, rel=0.02
-    )  # 148 million multiply-adds at 64²
+    # 148 million multiply-adds at 64²
+    assert row.tflops == pytest.approx(2 * 2 * 148e6 / row.seconds / 1e12, rel=0.02)
 
 
 def test_ours_gets_no_time_when_it_is_wrong() -> None:
@@ -185,9 +184,8 @@ def test_ours_gets_no_time_when_it_is_wrong() -> None:
     assert found["ours"].row is None
     assert "against float64" in found["ours"].wrong
     peer = replace(wrong, id="peer", ours=False)
-    assert (
-        measure(CASE, [peer], max_rounds=1)["peer"].row.error > 5e-4
-    )  # a peer's error is reported, not judged
+    # a peer's error is reported, not judged
+    assert measure(CASE, [peer], max_rounds=1)["peer"].row.error > 5e-4
 
 
 def test_what_breaks_says_so_in_its_own_words_and_the_others_are_timed(
@@ -250,9 +248,8 @@ def test_op_problems_are_those_of_the_network() -> None:
 def test_cold_start_is_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     found = cold_start("eager", "infer", "resnet18", "fp32", 1, 64, "cpu")
     assert found.seconds > 0.5
-    assert (
-        found.peak_bytes is None or found.peak_bytes > 11e6 * 4
-    )  # at least its copy of the weights
+    # at least its copy of the weights
+    assert found.peak_bytes is None or found.peak_bytes > 11e6 * 4
     monkeypatch.setattr(sys, "executable", "false")
     with pytest.raises(RuntimeError, match="cold start of eager failed"):
         cold_start("eager", "infer", "resnet18", "fp32", 1, 64, "cpu")

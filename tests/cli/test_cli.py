@@ -287,9 +287,8 @@ def test_explain_across(capsys, monkeypatch):
         == 0
     )
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert (
-        sum(row["steps"] for row in rows) == 23 and rows[0]["other_steps"] == 4
-    )  # conv, batch norm, ReLU, pool
+    # conv, batch norm, ReLU, pool
+    assert sum(row["steps"] for row in rows) == 23 and rows[0]["other_steps"] == 4
     assert capsys.readouterr().err == ""
     for how in ([], ["--json"], ["--diff"]):
         assert (
@@ -471,9 +470,8 @@ def test_explain_tells_times_of_this_gpu(monkeypatch):
     assert row[3].split() == ["fc", "function", "torch", "why"]
     assert timed(line).time_us == 500.0
     assert timed(replace(line, kernel="aten"), graph=True).time_us is None
-    assert (
-        timed(replace(line, kernel="aten")).time_us == 900.0
-    )  # a plan's word for the op's composition
+    # a plan's word for the op's composition
+    assert timed(replace(line, kernel="aten")).time_us == 900.0
     monkeypatch.setattr(Kernel, "reason", lambda self, problem: None)
     lost = rejected(problem)["triton.conv_tail"]
     assert lost == "500.0 µs a call, 478.0 in a graph; error 0.001, eager's 0.002"

@@ -18,9 +18,8 @@ from resnet_fast.data.decode import Preset, describe, load, scaled_size  # noqa:
 
 pytestmark = pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 PRESET = Preset(resize=40, crop=32)
-GREY = np.add.outer(np.arange(48) * 3, np.arange(70)).astype(
-    np.uint8
-)  # 70 wide, 48 high, no symmetry
+# 70 wide, 48 high, no symmetry
+GREY = np.add.outer(np.arange(48) * 3, np.arange(70)).astype(np.uint8)
 COLOUR = np.stack([GREY, GREY[::-1], 255 - GREY], axis=2)
 
 

@@ -36,14 +36,8 @@ FILES = (
     "d/e.heic",
     "B.jpg",
 )
-IMAGES = (
-    "B.jpg",
-    "a/b/c.tiff",
-    "a/z.PNG",
-    "a.jpg",
-    "b.jpg",
-    "d/e.heic",
-)  # those of them that are images, in order
+# those of them that are images, in order
+IMAGES = ("B.jpg", "a/b/c.tiff", "a/z.PNG", "a.jpg", "b.jpg", "d/e.heic")
 
 
 @pytest.fixture

@@ -112,9 +112,8 @@ def test_training_fuses_what_was_measured_and_nothing_else(monkeypatch) -> None:
             torch.empty(n, 64, 8, 8, device="cuda").to(memory_format=torch.channels_last)
             for n in (2, 3)
         )
-    with (
-        record() as seen
-    ):  # or explain would call a batch norm that ran so no part of a fused block
+    # or explain would call a batch norm that ran so no part of a fused block
+    with record() as seen:
         assert step._better_apart(bn, z, None, "relu")
     assert [(choice.kernel, choice.why) for choice in seen] == [("aten.bn_act", "default")]
     entries["bn_act"] = {"kernel": "triton.bn_act", "time_us": 1.0}

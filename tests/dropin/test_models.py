@@ -150,9 +150,8 @@ OPTIONS = {
 @pytest.mark.parametrize("option", OPTIONS)
 def test_constructor_options(option) -> None:
     ours, theirs = twins(**OPTIONS[option])
-    if (
-        option == "zero init"
-    ):  # as it is at the start of training, not as the twins' statistics make it
+    # as it is at the start of training, not as the twins' statistics make it
+    if option == "zero init":
         ours = resnet_fast.ResNet(
             resnet_fast.Bottleneck, [1, 2, 1, 1], 10, True, width_per_group=16
         ).eval()

@@ -353,9 +353,8 @@ def test_weights_are_shared_and_pieces_and_memory_are_as_without(model, monkeypa
         run._engine.programs[k].largest == p.largest for k, p in plain._engine.programs.items()
     )
     assert torch.equal(run(x), plain(x))
-    basic = plan(
-        ready(resnet_fast.resnet18()), x
-    )  # whose largest value is the stem's, inside a group
+    # whose largest value is the stem's, inside a group
+    basic = plan(ready(resnet_fast.resnet18()), x)
     basic_run = basic.variant(ACROSS)
     basic_run(x)
     assert [p.largest for p in basic_run._engine.programs.values()] == [

@@ -46,9 +46,8 @@ def test_the_triton_template_is_right(written):
 def test_a_mistake_in_it_is_found_and_named(written):
     text = written.read_text()
     assert text.count("(k < K)[None, :]\n") == 1
-    written.write_text(
-        text.replace("TRIPS=triton.cdiv(c, 32)", "TRIPS=c // 32")
-    )  # drops the remainder of K
+    # drops the remainder of K
+    written.write_text(text.replace("TRIPS=triton.cdiv(c, 32)", "TRIPS=c // 32"))
     done = command("check", "--kernel", str(written), "--dtype", "float32")
     assert done.returncode == 1
     assert "WRONG experimental.mine" in done.stdout and "remainder of K" in done.stdout

@@ -126,9 +126,8 @@ def test_what_would_spread_over_a_tile_is_computed_as_eager_does(value, where) -
     )
     for got, want in zip(mine, bar, strict=True):
         assert same_nonfinite(got, want)
-        torch.testing.assert_close(
-            got, want, rtol=1e-3, atol=1e-3, equal_nan=True
-        )  # 1e25 drowns no neighbour
+        # 1e25 drowns no neighbour
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 def test_gradients_of_any_strides() -> None:

@@ -447,9 +447,8 @@ def test_what_a_group_saves_is_what_is_between_its_members() -> None:
         "pointwise_pool": 1,
     }
     stem, head = found["conv_pool"], found["pointwise_pool"]
-    assert (
-        stem.alone.bytes - stem.together.bytes == 2 * 2 * 256 * 64 * 112 * 112
-    )  # written and read again
+    # written and read again
+    assert stem.alone.bytes - stem.together.bytes == 2 * 2 * 256 * 64 * 112 * 112
     assert head.alone.bytes - head.together.bytes == 2 * 2 * 256 * 2048 * 49
     pixels = 256 * (56 * 56 * 256 + 28 * 28 * 512 + 14 * 14 * 1024 + 7 * 7 * 2048)
     pair = found["pointwise_pair"]

@@ -257,9 +257,8 @@ def test_conv_bn_act_gradients_every_dtype(dtype) -> None:
         exact,
         strict=True,
     ):
-        assert (
-            got.dtype == low.dtype
-        )  # vectors are float32, but no better than the images they were computed from
+        # vectors are float32, but no better than the images they were computed from
+        assert got.dtype == low.dtype
         assert_rule(got.to(dtype), low.to(dtype), true, gradient=True, what=name)
 
 

@@ -191,9 +191,8 @@ def test_timm_networks_save_and_load(kwargs, tmp_path):
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
 def test_copy_shares_weights_and_nothing_else(copied, model, monkeypatch):
-    monkeypatch.setenv(
-        "RESNET_FAST_KERNEL", "aten"
-    )  # oneDNN's packs have no storage that could be copied
+    # oneDNN's packs have no storage that could be copied
+    monkeypatch.setenv("RESNET_FAST_KERNEL", "aten")
     run = plan(model, images(), softmax=True)
     twin = copied(run)
 

@@ -42,9 +42,8 @@ def names(took: list[tuple[str, int]]) -> list[str]:
 def test_a_killed_run_goes_on_where_it_stopped(dog, tmp_path) -> None:
     rows = tmp_path / "rows.jsonl"
     dog.run("check", job("a", "hang", silence=60), soon(2))
-    dog.ledger._file.write(
-        '{"stage": "check", "job": "kernel", "ca'
-    )  # the kill came in the middle of a row
+    # the kill came in the middle of a row
+    dog.ledger._file.write('{"stage": "check", "job": "kernel", "ca')
     dog.ledger._file.flush()
     again = Watchdog(dog.command, Ledger(rows), tmp_path / "log.txt")
     assert [row["case"] for row in again.ledger.rows] == ["a"]

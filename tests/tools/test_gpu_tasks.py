@@ -122,9 +122,8 @@ def test_a_kernel_that_bakes_its_first_data_in_fails_its_replay(
 
     def graph(run, device):
         _, result = original(run, device)
-        memory.append(
-            None
-        )  # from here on a call computes again, while the replay keeps what was baked in
+        # from here on a call computes again, while the replay keeps what was baked in
+        memory.append(None)
         return lambda: result, result
 
     kernel = register("bakes", "add_act", bakes)

@@ -179,9 +179,8 @@ def test_plan_uses_the_shapes_that_make_it_faster(model, tuned_problems) -> None
     x = images()
     run = plan(model, x)
     before = run(x)
-    with use(
-        "aten.conv_tail", "aten.pointwise_pair"
-    ):  # stand for kernels that won; the other two kinds have none
+    # stand for kernels that won; the other two kinds have none
+    with use("aten.conv_tail", "aten.pointwise_pair"):
         said = tune(run, x, PLAN_COSTS)
         after = run(x)
 

@@ -224,9 +224,8 @@ def test_choice_among_groups_that_a_user_named_is_not_stored(model, folder) -> N
 def test_choice_without_any_timing_is_not_stored(model, folder, monkeypatch) -> None:
     """Each kind of group explains itself, but no network can be run to be timed."""
     real, calls = Plan.variant, []
-    explained = (
-        1 + 2 * 4
-    )  # the plan without groups, then each kind before and after its kernels are tuned
+    # the plan without groups, then each kind before and after its kernels are tuned
+    explained = 1 + 2 * 4
 
     def variant(self, across):
         calls.append(across)

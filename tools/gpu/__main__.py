@@ -26,9 +26,8 @@ from .summary import summary, write
 from .watchdog import ROOT, Ledger, Watchdog
 
 TOTAL = 530.0  # seconds, and a few more to come and to go
-KEPT = (
-    ROOT / "benchmarks" / "results"
-)  # of this checkout: what earlier runs left, though their $OUT be gone
+# of this checkout: what earlier runs left, though their $OUT be gone
+KEPT = ROOT / "benchmarks" / "results"
 SOURCES = ("resnet_fast", "csrc", "tools")  # folders whose files name a run
 SUFFIXES = (".py", ".cu", ".cuh", ".h", ".cpp")
 CHILD = [sys.executable, "-m", "tools.gpu.child"]

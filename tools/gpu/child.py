@@ -84,9 +84,8 @@ def attempt(work: Callable[[], dict]) -> dict:
     """Run a case and return its row, also when it raises."""
     try:
         return work()
-    except (
-        Exception
-    ) as error:  # whatever a kernel, a compiler or a library raises is what this run is to find out
+    # whatever a kernel, a compiler or a library raises is what this run is to find out
+    except Exception as error:
         message = str(error).strip().splitlines()
         first_line = message[0] if message else ""
         return {"status": "failed", "reason": f"{type(error).__name__}: {first_line}"}

@@ -139,9 +139,8 @@ def first_runs(
         try:
             run()
             runs[id] = run
-        except (
-            Exception
-        ) as error:  # a proved kernel may still fail at this size, in its compiler's own way
+        # a proved kernel may still fail at this size, in its compiler's own way
+        except Exception as error:
             failed[id] = f"{type(error).__name__}: {kernels.first_line(error)}"
         timer.settle()
     return runs, failed

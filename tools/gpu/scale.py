@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-Cases = Iterator[
-    tuple[str, Callable[[], dict]]
-]  # a task yields a case's name and the function that returns its row
+# a task yields a case's name and the function that returns its row
+Cases = Iterator[tuple[str, Callable[[], dict]]]
 Alive = Callable[[str], None]  # reports to the watchdog that a long case still works
 
 
@@ -21,11 +20,8 @@ class Scale:
     size: int = 224
     check_batch: int = 2
     batches: tuple[int, ...] = (256, 1)
-    dtypes: tuple[str, ...] = (
-        "bfloat16",
-        "float16",
-        "float32",
-    )  # the first is the one that is timed
+    # the first is the one that is timed
+    dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
     families: tuple[str, ...] = ()  # of kernels; empty: all
     every: int = 1  # edge problem is checked
     copy_bytes: int = 4 << 30

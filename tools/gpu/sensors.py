@@ -12,10 +12,8 @@ class Sensors:
     """Reads nvidia-smi every few seconds in a thread. It sets nothing."""
 
     FIELDS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
-    THROTTLE = (
-        "clocks_event_reasons.active",
-        "clocks_throttle_reasons.active",
-    )  # the second in older drivers
+    # the second in older drivers
+    THROTTLE = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
 
     def __init__(self, every: float = 5.0, program: str = "nvidia-smi") -> None:
         self.readings: list[tuple[float, list[str]]] = []

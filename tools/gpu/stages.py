@@ -295,9 +295,8 @@ def full_size_checks(run: Run) -> dict[tuple[str, str], dict]:
 
 def groups(run: Run, deadline: float) -> str | None:
     """Tune plans as a user does. The groups of layers that pay go into the table, and the headline's plan uses them."""
-    seconds = max(
-        5.0, (deadline - time.monotonic() - 20) / 2.5
-    )  # two batches, and the time to build them
+    # two batches, and the time to build them
+    seconds = max(5.0, (deadline - time.monotonic() - 20) / 2.5)
     job = Job(
         f"plans{table_size(run)}",
         "tune_plans",

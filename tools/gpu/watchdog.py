@@ -202,9 +202,8 @@ class Watchdog:
         with events.open(encoding="utf-8") as tail:
             rest = ""
             while True:
-                exit_code = (
-                    process.poll()
-                )  # before the events are read: an exited child writes no more
+                # before the events are read: an exited child writes no more
+                exit_code = process.poll()
                 *lines, rest = (rest + tail.read()).split("\n")
                 for line in lines:
                     self._follow(json.loads(line), progress, stage, job)
@@ -255,9 +254,8 @@ class Watchdog:
 
 def _environment(job: Job) -> dict[str, str]:
     """Return a child's environment: the user's, with the checkout on the path and no kernel forced."""
-    user_path = os.environ.get(
-        "PYTHONPATH"
-    )  # packages that the user has beside the Python environment
+    # packages that the user has beside the Python environment
+    user_path = os.environ.get("PYTHONPATH")
     path = os.pathsep.join(filter(None, (str(ROOT), user_path)))
     env = {
         **os.environ,
@@ -271,9 +269,8 @@ def _environment(job: Job) -> dict[str, str]:
 
 def _exited(exit_code: int, progress: _Progress, job: Job) -> _End:
     """Return how a child ended that exited by itself."""
-    well = exit_code == 0 or bool(
-        job.under
-    )  # a tool that it runs under may exit with a verdict of its own
+    # a tool that it runs under may exit with a verdict of its own
+    well = exit_code == 0 or bool(job.under)
     if progress.ended and well:
         return _End("done", None, "", progress.began)
     return _End("died", progress.case, f"exit code {exit_code}; ", progress.began)

@@ -290,10 +290,8 @@ def test_any_number_of_threads_gives_the_same_bytes(shape: tuple, dtype: torch.d
 @pytest.mark.parametrize("c, r, s", [(48, 1, 1), (3, 7, 7), (16, 2, 3), (5, 1, 3)])
 def test_filters_are_panels_of_any_strides(c: int, r: int, s: int, dtype: torch.dtype) -> None:
     weight, panel = torch.randn(64, c, r, s).to(dtype), ops.panel()
-    filters, per = (
-        ops.conv_filters(weight),
-        1 if dtype == torch.float32 else 2,
-    )  # neighbours side by side
+    # neighbours side by side
+    filters, per = ops.conv_filters(weight), 1 if dtype == torch.float32 else 2
     assert filters.shape == (64 // panel, -(-c * r * s // per), panel, per)
     plain = filters.transpose(2, 3).reshape(64 // panel, -1, panel)
     assert torch.equal(

@@ -20,10 +20,8 @@ pytestmark = pytest.mark.skipif(
     host_gpu.compiler() is None, reason="needs a g++ that knows _Float16 (12 or later)"
 )
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
-ONE_BLOCK, MANY_BLOCKS = (
-    1,
-    10**6,
-)  # as many processors: one block walks over all tiles, or each tile has its own
+# as many processors: one block walks over all tiles, or each tile has its own
+ONE_BLOCK, MANY_BLOCKS = 1, 10**6
 
 
 def problem(n, c, h, w, k, dtype=torch.float16, act="relu", stride=1, **more) -> Problem:

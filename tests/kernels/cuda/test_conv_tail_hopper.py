@@ -22,10 +22,8 @@ pytestmark = pytest.mark.skipif(
     host_gpu.compiler() is None, reason="needs a g++ that knows _Float16 (12 or later)"
 )
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
-ONE_BLOCK, MANY_BLOCKS = (
-    1,
-    10**6,
-)  # as many processors: one block walks over all tiles, or each tile has its own
+# as many processors: one block walks over all tiles, or each tile has its own
+ONE_BLOCK, MANY_BLOCKS = 1, 10**6
 ON_HOPPER = {"device": "cuda", "capability": (9, 0)}
 
 

@@ -27,9 +27,8 @@ ON_HOPPER = {
     "conv_cluster_hopper": ({4}, {2}, {"STG.E.128", "UTMALDG.4D.IM2COL", "UTMAPF.L2.4D"}),
 }
 FILES = sorted(source.stem for source in CSRC.glob("cuda/*.cu"))
-SHARED_STATIC = (
-    48 * 1024
-)  # what a kernel gets without asking; index_check.cpp holds dynamic shared memory to 99 kB
+# what a kernel gets without asking; index_check.cpp holds dynamic shared memory to 99 kB
+SHARED_STATIC = 48 * 1024
 NVCC = shutil.which("nvcc")
 
 pytestmark = pytest.mark.skipif(
@@ -151,9 +150,8 @@ def sass(binary: Path, arch: str) -> dict[str, str]:
 @pytest.mark.parametrize("file", sorted(CONVOLUTIONS))
 def test_convolutions_run_on_tensor_cores(compiled, file: str, arch: str) -> None:
     code = sass(compiled(file)[1], arch)
-    assert (
-        len(code) == 10
-    )  # two 16-bit types with three tiles and one element-wise, float32 with one of each
+    # two 16-bit types with three tiles and one element-wise, float32 with one of each
+    assert len(code) == 10
     for name, text in code.items():
         if "gemm_kernelIf" in name:
             assert "FFMA" in text and "HMMA" not in text, (
@@ -163,9 +161,8 @@ def test_convolutions_run_on_tensor_cores(compiled, file: str, arch: str) -> Non
             continue
         assert ("HMMA.16816.F32.BF16" if "nv_bfloat16" in name else "HMMA.16816.F32 ") in text, name
         assert "LDSM.16.M88.4" in text, name
-        if (
-            "Lb1E" in name
-        ):  # 16-byte asynchronous copies in, 128-bit loads of the residual, 128-bit stores
+        # 16-byte asynchronous copies in, 128-bit loads of the residual, 128-bit stores
+        if "Lb1E" in name:
             assert all(i in text for i in ("LDGSTS.E.BYPASS.128", "LDG.E.128", "STG.E.128")), name
             assert "LDL" not in text and "STL" not in text, name
             residual = [part.count("LDG.E.128") for part in re.split(r"\bSTG\b", text)]

@@ -120,9 +120,8 @@ def test_pointwise_beyond_two_to_the_31_elements(gpu: host_gpu.HostGpu) -> None:
     )
     weight = (torch.randn(64, 64, 1, 1) / 8).half()
     scale, shift = torch.randn(64), torch.randn(64)
-    gpu.settings(
-        processors=10**9, first_block=images // 2
-    )  # tiles of 128 pixels: the last one is half an image
+    # tiles of 128 pixels: the last one is half an image
+    gpu.settings(processors=10**9, first_block=images // 2)
     out = gpu.conv_last_image(
         image, images, weight, scale, shift, residual, (0, 0), kernel="pointwise_hopper"
     )

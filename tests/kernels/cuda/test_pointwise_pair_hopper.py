@@ -132,9 +132,8 @@ def test_beyond_two_to_the_31_elements(gpu: host_gpu.HostGpu) -> None:
     )
     weight, weight2 = (torch.randn(2, 64, 64, 1, 1) / 12).half().unbind()
     bias = torch.randn(64)
-    gpu.settings(
-        processors=10**9, first_block=images // 2
-    )  # tiles of 128 pixels: the last one is half an image
+    # tiles of 128 pixels: the last one is half an image
+    gpu.settings(processors=10**9, first_block=images // 2)
     out = gpu.pair_last_image(image, image2, images, weight, weight2, bias, (2, 2))
     args = image, weight, image2, weight2, bias, (2, 2)
     assert_rule(

@@ -92,13 +92,11 @@ def test_convolutions(name: str, capability: tuple[int, int], changes: dict) -> 
     assert [c.name for c in rest] == ["_add_partials"] * (config.split_k > 1)
     for cubin in (first, *rest):
         sound(cubin, capability)
-    assert (
-        first.shared <= config.shared(problem.dtype.itemsize) + 64
-    )  # tensor-memory barriers take a few bytes
+    # tensor-memory barriers take a few bytes
+    assert first.shared <= config.shared(problem.dtype.itemsize) + 64
     if problem.dtype == torch.float32:
-        assert first.count("FFMA") and not first.count(
-            "HMMA|HGMMA|UTC"
-        )  # no TF32 behind anyone's back
+        # no TF32 behind anyone's back
+        assert first.count("FFMA") and not first.count("HMMA|HGMMA|UTC")
     else:
         assert first.count(rf"{TENSOR[capability]}\b")
     if name != "stem 7×7":  # three channels are six bytes a pixel

@@ -152,9 +152,8 @@ def test_the_stems_time_counts_waves_and_rows() -> None:
     def ns(batch: int, rows: int) -> float:
         return pool_config.stem_ns(stem_of(stem(batch)), StemConfig(64, 32, rows, True, 8, 2))
 
-    assert ns(256, 56) > ns(256, 14) and ns(256, 1) > ns(
-        256, 14
-    )  # SMs without work; every other row computed twice
+    # SMs without work; every other row computed twice
+    assert ns(256, 56) > ns(256, 14) and ns(256, 1) > ns(256, 14)
     assert ns(1, 1) < ns(1, 2)
 
 
