@@ -1,6 +1,6 @@
 """Budgets that keep the code readable: lines in a file, comprehensions in an expression, syntax in a line.
 
-``make lint`` holds the others: code wrapped at 100 characters, at most 120 in any line (E501), and at most 25 statements
+``make lint`` holds the others: code wrapped at 100 characters, at most 120 in any line (E501), at most 25 statements
 in a function (PLR0915).
 """
 

@@ -169,9 +169,8 @@ def test_the_worst_three_come_first() -> None:
 
 def test_narrow_loads_of_an_epilogue_are_no_cause() -> None:
     assert causes(facts(instructions=WIDE + Counter({"LDG.E": 4}))) == []
-    assert (
-        causes(facts(instructions=Counter({"UTMALDG.4D": 4, "LDG.E": 16, "HGMMA": 8}))) == []
-    )  # the tensors come by TMA
+    # the tensors come by TMA
+    assert causes(facts(instructions=Counter({"UTMALDG.4D": 4, "LDG.E": 16, "HGMMA": 8}))) == []
 
 
 def test_the_profilers_trace_is_read() -> None:

@@ -120,9 +120,8 @@ def test_training_fuses_what_was_measured_and_nothing_else(monkeypatch) -> None:
     with record() as seen:
         assert not step._better_apart(bn, other, None, "relu")
     assert not seen  # the op tells
-    assert not step._better_apart(
-        nn.BatchNorm2d(64), torch.empty(2, 64, 8, 8), None, "relu"
-    )  # on a CPU torch's own gains nothing apart
+    # on a CPU torch's own gains nothing apart
+    assert not step._better_apart(nn.BatchNorm2d(64), torch.empty(2, 64, 8, 8), None, "relu")
 
 
 @pytest.fixture

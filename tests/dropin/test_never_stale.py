@@ -146,9 +146,8 @@ def test_changes_are_seen(change) -> None:
     warm(ours, theirs)
     for model in (ours, theirs):
         CHANGES[change](model)
-    theirs.load_state_dict(
-        ours.state_dict()
-    )  # a float32 training step may round differently; what is judged comes after it
+    # a float32 training step may round differently; what is judged comes after it
+    theirs.load_state_dict(ours.state_dict())
     assert_agree(ours, theirs, X)
 
 

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
+# as shim.cpp counts them
 CONVOLUTIONS = (
     "conv",
     "pointwise",
     "pointwise_hopper",
     "conv_hopper",
     "conv_cluster_hopper",
-)  # as shim.cpp counts them
+)
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 EMULATION = ROOT / "tests" / "kernels" / "cuda" / "host_cuda"
 # Undefined behaviour traps, which the emulation reports as the launch's error. No fortification: fibres change stacks.

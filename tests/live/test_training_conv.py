@@ -106,9 +106,8 @@ def test_other_layouts_and_dtypes_and_forced_kernels_are_left_to_torch() -> None
     assert ours(run(conv, x)) and not ours(run(conv, x.contiguous()))
     with use("aten.conv_bn_act"):
         assert not ours(run(conv, x))
-        resnet_fast.ops.conv_bn_act(
-            x, conv.weight, *torch.ones(2, 32)
-        )  # or use() would say that its kernel was not used
+        # or use() would say that its kernel was not used
+        resnet_fast.ops.conv_bn_act(x, conv.weight, *torch.ones(2, 32))
     conv, x = conv.bfloat16(), x.bfloat16()
     assert not ours(run(conv, x))
 

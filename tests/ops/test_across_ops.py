@@ -116,9 +116,8 @@ def test_error_rule_at_the_edges(op, dtype) -> None:
                 got.dim() == 2 or got.is_contiguous(memory_format=torch.channels_last)
             )
         said = describe(op, args)
-        assert (
-            replace(said, layout=problem.layout, residual=problem.residual) == problem
-        )  # what one pixel's layout is named is free
+        # what one pixel's layout is named is free
+        assert replace(said, layout=problem.layout, residual=problem.residual) == problem
         assert samples.make_args(said, 3)[1].shape == args[1].shape
 
 

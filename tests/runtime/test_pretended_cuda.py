@@ -128,9 +128,8 @@ def test_a_plan_goes_on_after_a_capture_that_failed(cuda, monkeypatch) -> None:
             assert captured(48).graph is None
     assert captured(56).graph is not None and cuda.current is DEFAULT
     (first, pool), (second, same), _, (third, other) = cuda.captures
-    assert (
-        first is second and pool is same and other is not pool
-    )  # one stream for a pool, or its graphs would share no memory
+    # one stream for a pool, or its graphs would share no memory
+    assert first is second and pool is same and other is not pool
     assert first is not OWN and third is not OWN and first.device == made.device
 
 

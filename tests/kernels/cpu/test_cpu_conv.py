@@ -256,9 +256,8 @@ def test_what_a_copy_brings_too_much_leaks_nowhere(
         for image in range(n):
             bad = x.clone()
             bad[image, :, row, column] = value
-            expected = eager(
-                bad.double(), weight.double(), bias.double(), None, *shape[-2:], False
-            )  # oneDNN's bfloat16 stem leaks itself
+            # oneDNN's bfloat16 stem leaks itself
+            expected = eager(bad.double(), weight.double(), bias.double(), None, *shape[-2:], False)
             assert same_nonfinite(conv(bad, weight, bias, None, *shape[-2:], False), expected)
 
 

@@ -129,9 +129,8 @@ def test_beyond_two_to_the_31_elements(gpu: host_gpu.HostGpu) -> None:
     )
     weight = (torch.randn(64, 64, 3, 3) / 24).half().to(memory_format=torch.channels_last)
     scale, shift = torch.randn(64), torch.randn(64)
-    gpu.settings(
-        processors=10**9, first_block=16 * (images - 1)
-    )  # an image is two tiles of 32 filters, each of eight blocks
+    # an image is two tiles of 32 filters, each of eight blocks
+    gpu.settings(processors=10**9, first_block=16 * (images - 1))
     out = gpu.conv_last_image(
         image, images, weight, scale, shift, residual, (1, 1), kernel="conv_cluster_hopper"
     )

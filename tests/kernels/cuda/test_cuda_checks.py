@@ -43,10 +43,11 @@ def test_without_a_gpu_attributes_are_an_error_and_not_garbage():
 @built
 @pytest.mark.gpu
 def test_attributes_on_a_gpu():
+    # and there Hopper's ask for more shared memory than there is
     elsewhere = torch.cuda.get_device_capability() != (
         9,
         0,
-    )  # and there Hopper's ask for more shared memory than there is
+    )
     for name in native.extension().kernels():
         if "_hopper<" in name and elsewhere:
             continue
