@@ -1,4 +1,4 @@
-"""What every test stands on: one thread, a fixed seed, a registry that is put back, hypothesis without a clock."""
+"""What every test stands on: no GPU, one thread, a fixed seed, a registry that is put back, hypothesis without a clock."""
 
 from __future__ import annotations
 
@@ -27,11 +27,22 @@ settings.register_profile(
 settings.load_profile("house")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide every GPU unless the command line asks for the tests that need one (``-m gpu``).
+
+    The other tests state facts of a processor: with a GPU visible, `--device` would default to it. Processes that
+    tests start inherit the setting.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+                reason = "needs a CUDA device; where there is one, run pytest -m gpu"
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

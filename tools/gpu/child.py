@@ -26,6 +26,8 @@ TASKS = {
     "check": "check",
     "memory": "check",
     "large": "check",
+    "models": "check_models",
+    "streams": "check_models",
     "layer_times": "measure",
     "fill_tables": "tune",
     "tune_plans": "tune",

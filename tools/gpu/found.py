@@ -71,14 +71,14 @@ class Found:
 
     def _bad_kernels(self) -> list[dict]:
         bad = []
-        for stage in ("check", "large", "sanitizer"):
+        for stage in ("check", "large", "sanitizer", "streams"):
             for row in self.of(stage):
                 if row["status"] in BAD and ours(kernel_of(row)):
                     bad.append(row)
         return bad
 
     def _bad_networks(self) -> list[dict]:
-        bad = []
+        bad = [row for row in self.of("models") if row["status"] in BAD]
         for case, row in self.networks().items():
             for id, why in row["wrong"].items():
                 bad.append(

@@ -236,6 +236,21 @@ def memory_verdict(text: str) -> dict:
     return {"status": "wrong", "reason": "; ".join([*errors[:1], *total])}
 
 
+def models(run: Run, deadline: float) -> str | None:
+    """Check what users call: whole networks, inference and training, in every dtype."""
+    job = Job("models", "models", run.args(), silence=120)
+    return run.job("models", job, deadline)
+
+
+def streams(run: Run, deadline: float) -> str | None:
+    """Check our kernels on streams of their own, and on a second GPU where there is one."""
+    jobs = []
+    for id in filter(ours, run.kernels()):
+        jobs.append(Job(id, "streams", run.args(kernel=id), silence=COMPILING))
+    workers = check_processes(run, len(os.sched_getaffinity(0)))
+    return run_jobs(run, "streams", jobs, deadline, workers)
+
+
 # ---------------------------------------------------------------- layers and tables
 
 
@@ -406,6 +421,8 @@ STAGES = (
     Stage(headline, 100, 200),
     Stage(peers, 60, 330, True),
     Stage(others, 30, 120, True),
+    Stage(models, 30, 90, True),
+    Stage(streams, 20, 60, True),
     Stage(probe, 8, 30, True),
     Stage(large, 20, 40, True),
     Stage(sanitizer, 20, 60, True),
