@@ -1,4 +1,4 @@
-"""What every test stands on: no GPU, one thread, a fixed seed, a registry that is put back, hypothesis without a clock."""
+"""What every test stands on: no GPU, one thread, a fixed seed, a registry of its own, hypothesis without a clock."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from ..dispatch import record
 from ..live.eligibility import why_plain
 from ..models.blocks import BasicBlock, Bottleneck, why_plain_block
-from ..runtime.explanation import Explanation, Line, timed
+
+if TYPE_CHECKING:
+    from ..runtime.explanation import Explanation, Line
 
 
 def explain(model: nn.Module, example: Tensor) -> Explanation:
@@ -18,6 +21,8 @@ def explain(model: nn.Module, example: Tensor) -> Explanation:
 
     The copy keeps the model's statistics as they are; its hooks run once. Accepts a plan too, which knows its steps.
     """
+    from ..runtime.explanation import Explanation, Line, timed
+
     explain_plan = getattr(model, "explain", None)
     if explain_plan is not None:
         return explain_plan(example)
@@ -42,6 +47,8 @@ def explain(model: nn.Module, example: Tensor) -> Explanation:
 
 def _plain_lines(model: nn.Module, example: Tensor, fused: set[str]) -> list[Line]:
     """The blocks and single convolutions that no op ran, with the reason."""
+    from ..runtime.explanation import Line
+
     lines: list[Line] = []
     blocks: list[str] = []  # prefixes of the modules inside a block
     for name, module in model.named_modules():

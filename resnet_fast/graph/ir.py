@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..util.text import table
 from .tree import leaves
 
 # The ops of fused steps.
@@ -89,6 +88,8 @@ class Schedule:
         return [s for s in self.steps if s.op in FUSED]
 
     def __str__(self) -> str:
+        from ..util.text import table
+
         header = ("value", "op", "what", "act", "residual")
         rows = []
         for step in self.steps:

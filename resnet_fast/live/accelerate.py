@@ -20,7 +20,6 @@ from ..graph.facts import is_frozen_bn, is_norm, touched
 from ..graph.fuse import schedule
 from ..graph.ir import Schedule
 from ..graph.trace import Untraceable
-from ..util.text import table
 from . import network_pass
 from .eligibility import fuses_itself, why_plain
 from .layout import islands, to_nchw, to_nhwc, wants_nhwc
@@ -354,6 +353,8 @@ class Report:
     own: tuple[str, ...]
 
     def __str__(self) -> str:
+        from ..util.text import table
+
         rows: list[tuple[object, ...]] = [
             (path, *counts, "") for path, counts in self.fused.items()
         ]
