@@ -21,6 +21,7 @@ import resnet_fast
 from resnet_fast.cli import info
 from resnet_fast.dispatch import tables
 from resnet_fast.kernels import cpu_library
+from tools import toolchain
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,9 +36,9 @@ def load_setup():
 
 setup = load_setup()
 KNOWN = frozenset("7.5 8.0 8.6 8.7 8.9 9.0 10.0 10.3 12.0 12.1".split())  # as nvcc 13.0 lists them
-NVCC = setup.Compiler(("/opt/nvcc",), "13.0", None, KNOWN)
-CXX = setup.Compiler(("ccache", "g++"), "g++ 12.2.0", None)
-TORCH = setup.Torch(Path("/opt/torch"), "2.15.0+cu132", "13.2")
+NVCC = toolchain.Compiler(("/opt/nvcc",), "13.0", None, KNOWN)
+CXX = toolchain.Compiler(("ccache", "g++"), "g++ 12.2.0", None)
+TORCH = toolchain.Torch(Path("/opt/torch"), "2.15.0+cu132", "13.2")
 
 
 def decide(
@@ -47,8 +48,9 @@ def decide(
     torch=TORCH,
     nvcc=NVCC,
     cxx=CXX,
+    arch_list=None,
 ):
-    return setup.decide(mode, system, machine, torch, nvcc, cxx)
+    return toolchain.decide(mode, system, machine, torch, nvcc, cxx, arch_list)
 
 
 def run_python(code: str, **env: str) -> str:
@@ -56,7 +58,7 @@ def run_python(code: str, **env: str) -> str:
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env={**setup.os.environ, **env},
+        env={**toolchain.os.environ, **env},
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
@@ -76,25 +78,25 @@ LACKING = {
     ),
     "torch": ({"torch": None}, "torch is not installed", "torch is not installed"),
     "new torch": (
-        {"torch": setup.Torch(Path("/t"), "2.10.1+cu128", "12.8")},
+        {"torch": toolchain.Torch(Path("/t"), "2.10.1+cu128", "12.8")},
         "older than 2.11",
         "older than 2.11",
     ),
     "CUDA build of torch": (
-        {"torch": setup.Torch(Path("/t"), "2.15.0+cpu", None)},
+        {"torch": toolchain.Torch(Path("/t"), "2.15.0+cpu", None)},
         "not a CUDA build",
         None,
     ),
     "nvcc": ({"nvcc": None}, "nvcc was not found", None),
     "a host compiler for nvcc": (
-        {"nvcc": setup.Compiler(("/opt/nvcc",), "13.0", "no g++", KNOWN)},
+        {"nvcc": toolchain.Compiler(("/opt/nvcc",), "13.0", "no g++", KNOWN)},
         "/opt/nvcc cannot build .*no g",
         None,
     ),
     "x86-64": ({"machine": "aarch64"}, None, "for x86-64, this is aarch64"),
     "C++ compiler": ({"cxx": None}, None, "no C.. compiler was found"),
     "new C++ compiler": (
-        {"cxx": setup.Compiler(("cc", "g++"), "g++ 8", "no builtin")},
+        {"cxx": toolchain.Compiler(("cc", "g++"), "g++ 8", "no builtin")},
         None,
         "cc g.. cannot build .* can: no builtin",
     ),
@@ -111,7 +113,7 @@ def test_each_extension_is_built_where_its_toolchain_is_or_says_what_is_missing(
     found, no_cuda, no_cpu = LACKING[lack]
     plan = decide(**found)
     assert plan.extensions == ["_C"] * (no_cuda is None) + ["_cpu"] * (no_cpu is None)
-    record = setup.facts(plan, ["8.0"])
+    record = setup.facts(plan)
     for why, sentence, state, told in (
         (plan.no_cuda, no_cuda, "extension", "why"),
         (plan.no_cpu, no_cpu, "cpu", "cpu_why"),
@@ -125,15 +127,16 @@ def test_each_extension_is_built_where_its_toolchain_is_or_says_what_is_missing(
     if no_cuda is None:
         assert decide(**found, mode="cuda") == plan
     elif "mode" not in found:
-        with pytest.raises(setup.BuildError, match=f"^RESNET_FAST_BUILD=cuda: .*{no_cuda}"):
+        with pytest.raises(toolchain.BuildError, match=f"^RESNET_FAST_BUILD=cuda: .*{no_cuda}"):
             decide(**found, mode="cuda")
-    with pytest.raises(setup.BuildError, match="expected auto, cuda or none"):
+    with pytest.raises(toolchain.BuildError, match="expected auto, cuda or none"):
         decide(**{**found, "mode": "gpu"})
 
 
 def test_torch_is_found_by_path_and_not_imported():
     found = run_python(
-        "import sys, setup; t = setup.find_torch(); print(t.version, t.cuda, t.root); assert 'torch' not in sys.modules"
+        "import sys; from tools import toolchain; t = toolchain.find_torch(); "
+        "print(t.version, t.cuda, t.root); assert 'torch' not in sys.modules"
     ).split()
     assert found == [torch.__version__, str(torch.version.cuda), str(Path(torch.__file__).parent)]
 
@@ -156,7 +159,7 @@ def test_an_nvcc_that_cannot_build_is_seen(tmp_path, monkeypatch):
     esac""",
     )
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    found = setup.find_nvcc()
+    found = toolchain.find_nvcc()
     assert (found.command, found.version, found.archs) == ((str(nvcc),), "12.8", {"8.0", "9.0"})
     assert "unsupported host compiler" in decide(nvcc=found).no_cuda
 
@@ -167,12 +170,12 @@ def test_the_first_cxx_that_works_is_taken_and_one_that_is_named_is_not_replaced
 ):
     monkeypatch.delenv("CXX", raising=False)
     assert (
-        setup.platform.machine() != "x86_64"
-        or not setup.shutil.which("g++")
-        or setup.find_cxx().fault is None
+        toolchain.platform.machine() != "x86_64"
+        or not toolchain.shutil.which("g++")
+        or toolchain.find_cxx().fault is None
     )
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert setup.find_cxx() is None
+    assert toolchain.find_cxx() is None
     old = fake_compiler(
         tmp_path / "c++",
         """case $1 in
@@ -180,53 +183,62 @@ def test_the_first_cxx_that_works_is_taken_and_one_that_is_named_is_not_replaced
         *) echo "In file included" >&2; echo "probe.cpp:5:1: error: no __builtin_convertvector" >&2; exit 1;;
     esac""",
     )
-    assert setup.find_cxx() == setup.Compiler(
+    assert toolchain.find_cxx() == toolchain.Compiler(
         ("c++",), "c++ 8.3.0", "probe.cpp:5:1: error: no __builtin_convertvector"
     )
     fake_compiler(
         tmp_path / "clang++", """case $1 in --version) echo "clang version 22.1.8";; esac"""
     )
-    assert setup.find_cxx() == setup.Compiler(("clang++",), "clang version 22.1.8", None)
+    assert toolchain.find_cxx() == toolchain.Compiler(("clang++",), "clang version 22.1.8", None)
     monkeypatch.setenv("CXX", f"{old} -m64")
-    assert setup.find_cxx().command == (str(old), "-m64")
-    assert setup.find_cxx().fault
+    assert toolchain.find_cxx().command == (str(old), "-m64")
+    assert toolchain.find_cxx().fault
 
 
 # ---------------------------------------------------------------- architectures and jobs
 
 
 def test_default_architectures_are_those_the_compiler_knows():
-    assert setup.choose_archs(None, KNOWN) == ["8.0+PTX", "8.6", "8.9", "9.0a", "10.0", "12.0"]
-    assert setup.choose_archs("", frozenset({"8.0", "8.6", "9.0"})) == ["8.0+PTX", "8.6", "9.0a"]
+    defaults = (["8.0+PTX", "8.6", "8.9", "9.0a", "10.0", "12.0"], [])
+    assert toolchain.choose_archs(None, KNOWN) == defaults
+    older = frozenset({"8.0", "8.6", "9.0"})
+    assert toolchain.choose_archs("", older) == (["8.0+PTX", "8.6", "9.0a"], [])
 
 
 @pytest.mark.parametrize(
-    "wanted, archs",
+    "wanted, archs, sentences",
     [
-        ("9.0a", ["9.0a"]),
-        ("8.0;9.0+PTX", ["8.0", "9.0+PTX"]),
-        ("7.5 8.0, 12.0", ["8.0", "12.0"]),
+        ("9.0a", ["9.0a"], []),
+        ("8.0;9.0+PTX", ["8.0", "9.0+PTX"], []),
+        ("7.5 8.0, 12.0", ["8.0", "12.0"], ["7.5 is left out: the kernels need 8.0 or newer"]),
+        ("12.3", ["12.1+PTX"], ["12.3 is unknown to this nvcc: PTX of 12.1 stands in"]),
+        ("12.1 12.3", ["12.1+PTX"], ["12.3 is unknown to this nvcc: PTX of 12.1 stands in"]),
+        ("Hopper 8.6", ["8.6"], ["Hopper is left out: expected numbers such as"]),
+        ("7.0 7.5", [], ["7.0 is left out", "7.5 is left out"]),
     ],
 )
-def test_the_users_architectures_are_respected(wanted, archs):
-    assert setup.choose_archs(wanted, KNOWN) == archs
+def test_an_architecture_that_cannot_be_built_is_left_out_with_a_sentence(wanted, archs, sentences):
+    found, left_out = toolchain.choose_archs(wanted, KNOWN)
+    assert found == archs
+    for sentence, beginning in zip(left_out, sentences, strict=True):
+        assert sentence.startswith(beginning)
 
 
-@pytest.mark.parametrize(
-    "wanted, sentence",
-    [
-        ("Hopper", "expected numbers"),
-        ("9.1", "this nvcc knows"),
-        ("7.0 7.5", "at least one architecture from 8.0 on"),
-    ],
-)
-def test_architectures_that_cannot_be_built_are_refused(wanted, sentence):
-    with pytest.raises(setup.BuildError, match=sentence):
-        setup.choose_archs(wanted, KNOWN)
+@pytest.mark.parametrize("wanted", ("7.5", "12.3", "Hopper", "7.5;12.3"))
+def test_no_list_of_architectures_stops_an_automatic_build(wanted, tmp_path):
+    """Containers set such lists for all packages at once, and GPUs are older or newer than nvcc."""
+    plan = decide(arch_list=wanted)
+    assert plan.no_cpu is None
+    assert bool(plan.archs) == (plan.no_cuda is None) == ("12.3" in wanted)
+    if plan.no_cuda:
+        assert plan.no_cuda == f"TORCH_CUDA_ARCH_LIST={wanted} names nothing from 8.0 on"
+    setup.finish(plan, tmp_path)
+    with pytest.raises(toolchain.BuildError, match="^RESNET_FAST_BUILD=cuda: "):
+        decide("cuda", arch_list=wanted)
 
 
 def test_gencode():
-    assert setup.gencode(["8.0+PTX", "9.0a"]) == [
+    assert toolchain.gencode(["8.0+PTX", "9.0a"]) == [
         "-gencode",
         "arch=compute_80,code=[sm_80,compute_80]",
         "-gencode",
@@ -246,7 +258,7 @@ def test_gencode():
     ],
 )
 def test_jobs_are_what_cores_and_memory_allow_or_the_user_says(cores, free, limit, jobs):
-    assert setup.choose_jobs(cores, free, limit) == jobs
+    assert toolchain.choose_jobs(cores, free, limit) == jobs
 
 
 # ---------------------------------------------------------------- compiling
@@ -314,9 +326,9 @@ def test_only_what_changed_is_compiled_again(tmp_path, monkeypatch):
     assert not compiles()
     made = tmp_path / f"{tmp_path.name}-kernel.cu.o"
     later = made.stat().st_mtime + 10
-    setup.os.utime(header, (later, later))
+    toolchain.os.utime(header, (later, later))
     assert compiles()
-    setup.os.utime(made, (later + 10, later + 10))
+    toolchain.os.utime(made, (later + 10, later + 10))
     assert not compiles() and compiles("-g"), "another command means another object"
 
 
@@ -336,9 +348,9 @@ def test_a_change_of_the_cpu_kernels_leaves_a_gpus_measurements_alone(tmp_path, 
         (tmp_path / "csrc" / name).write_text(name)
     monkeypatch.setattr(setup, "CSRC", tmp_path / "csrc")
 
-    def measured_with(cxx: setup.Compiler, folder: Path) -> tuple[str, str]:
+    def measured_with(cxx: toolchain.Compiler, folder: Path) -> tuple[str, str]:
         (folder / "resnet_fast").mkdir(parents=True)
-        setup.finish(decide(cxx=cxx), folder, ["8.0"])
+        setup.finish(decide(cxx=cxx), folder)
         record = folder / "resnet_fast" / "_build.json"
         return tables.source_hash((str(record),)), json.loads(record.read_text()).get("cpu_csrc")
 
@@ -366,7 +378,7 @@ def test_an_extension_of_an_earlier_build_does_not_outlive_the_record(tmp_path):
         (decide("none"), set()),
     ):
         (package / "_C.x.so").touch(), (package / "_cpu.x.so").touch()
-        setup.finish(plan, tmp_path, ["8.0"])
+        setup.finish(plan, tmp_path)
         assert {file.name for file in package.iterdir()} == {*left, "_build.json"}
 
 
@@ -489,7 +501,7 @@ def test_an_interrupted_link_leaves_no_half_a_library(monkeypatch, tmp_path):
     builder.jobs, target = 1, tmp_path / "_cpu.x.so"
     target.write_text("whole")
     monkeypatch.setattr(setup, "OBJECTS", tmp_path)
-    monkeypatch.setattr(setup, "plan", lambda: setup.Plan(TORCH, None, CXX, "no", None))
+    monkeypatch.setattr(setup, "plan", lambda: toolchain.Plan(TORCH, None, CXX, "no", None))
     monkeypatch.setattr(setup, "compile_one", lambda source, command: source)
     monkeypatch.setattr(setup, "run", killed)
     builder.get_ext_fullpath = lambda name: str(target)
@@ -498,13 +510,13 @@ def test_an_interrupted_link_leaves_no_half_a_library(monkeypatch, tmp_path):
     assert target.read_text() == "whole"
 
 
-def build_here(folder: Path, monkeypatch, plan: setup.Plan, mode: str, *failing: str) -> dict:
+def build_here(folder: Path, monkeypatch, plan: toolchain.Plan, mode: str, *failing: str) -> dict:
     """The record of ``setup.py build_ext --inplace`` where an older build is and the compilers fail on ``failing``."""
 
     def compiler(command: list[str]) -> None:
         target = command[command.index("-o") + 1]
         if any(f"{name}." in target for name in failing):
-            raise setup.BuildError("c++ failed: avx2.cpp:7:1: error: no such intrinsic")
+            raise toolchain.BuildError("c++ failed: avx2.cpp:7:1: error: no such intrinsic")
         Path(target).write_text("new")
 
     package = folder / "resnet_fast"
@@ -575,7 +587,7 @@ def test_what_cannot_be_compiled_after_all_is_left_out_and_the_record_says_so(
 
 def test_an_extension_that_was_insisted_on_stops_the_build(tmp_path, monkeypatch):
     with pytest.raises(
-        setup.BuildError,
+        toolchain.BuildError,
         match="^RESNET_FAST_BUILD=cuda: c.. failed: avx2.cpp:7:1: error: no such intrinsic .auto does without",
     ):
         build_here(tmp_path, monkeypatch, decide(), "cuda", "_C")
