@@ -5,12 +5,16 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
-# This environment serves the machine it is on: its GPU's architecture, or without a GPU 8.0 with PTX, which every GPU can
-# load. All six of setup.py's would take two cores four minutes and prove nothing more here: the tests compile each
-# kernel for each architecture themselves.
-GPU_ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9]+\.[0-9]$$' \
-              | sort -u | sed 's/^9\.0$$/9.0a/')
-export TORCH_CUDA_ARCH_LIST ?= $(or $(GPU_ARCH),8.0+PTX)
+# This environment serves the machine it is on: the GPUs that torch sees, once it is installed; without one 8.0 with PTX,
+# which every GPU can load. All six of setup.py's would take two cores four minutes and prove nothing more here: the
+# tests compile each kernel for each architecture themselves. A list in the environment goes first, as in PyTorch.
+GPUS = $(BIN)/python -m tools.visible_gpus
+ARCHS = $${TORCH_CUDA_ARCH_LIST:-$$($(GPUS) || echo 8.0+PTX)}
+
+# What to do where pip finds no network.
+OFFLINE = echo "pip could not install this (its message is above). Without a network, in a Python that has torch:"; \
+  echo "  $(PYTHON) setup.py build_ext --inplace       compiles the kernels for it"; \
+  echo "  $(PYTHON) -m resnet_fast bench --photos      compares; python -m pytest runs the tests"; exit 1
 
 CSRC := $(shell find csrc -type f)
 
@@ -32,10 +36,10 @@ test: $(VENV)/.test
 # With a GPU the comparison is of what someone has who tuned: that is done first, once, and kept for the user (minutes; it says
 # how many). Code 3: a kernel broke the GPU's context; the next process goes on without it. Any other ends in the comparison too.
 bench: $(VENV)/.bench
-ifneq ($(GPU_ARCH),)
-	@echo "measuring the kernels on this GPU first: minutes the first time, then it is remembered"
-	@for try in 1 2 3 4 5; do $(BIN)/python -m resnet_fast tune resnet50 --batch 256 1; test $$? -eq 3 || break; done
-endif
+	@if $(GPUS) > /dev/null; then \
+	  echo "measuring the kernels on this GPU first: minutes the first time, then it is remembered"; \
+	  for try in 1 2 3 4 5; do $(BIN)/python -m resnet_fast tune resnet50 --batch 256 1; test $$? -eq 3 || break; done; \
+	fi
 	$(BIN)/python -m resnet_fast bench --photos
 
 # On that machine torch and its friends are there already, and there is no network: no environment of our own.
@@ -63,7 +67,7 @@ $(VENV)/.python:
 # torch first: the package is built against it.
 $(VENV)/.torch: $(VENV)/.python
 	@echo "installing torch (the largest download, once)"
-	@$(PIP) install "torch>=2.11"
+	@$(PIP) install "torch>=2.11" || { $(OFFLINE); }
 	@touch $@
 
 # The site is built from the sources: neither torch nor the package is installed for it.
@@ -73,8 +77,9 @@ $(VENV)/.docs: $(VENV)/.python
 
 # One editable install for each set of extras; only what changed in csrc is compiled again.
 $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
-	@echo "installing resnet_fast[$*]; a C++ compiler compiles the CPU kernels, nvcc the CUDA kernels for $(TORCH_CUDA_ARCH_LIST)"
-	@$(PIP) install -e ".[$*]"
+	@archs="$(ARCHS)"; \
+	echo "installing resnet_fast[$*]; a C++ compiler compiles the CPU kernels, nvcc the CUDA kernels for $$archs"; \
+	TORCH_CUDA_ARCH_LIST="$$archs" $(PIP) install -e ".[$*]" || { $(OFFLINE); }
 	@$(BIN)/python -c "import json; get = json.load(open('resnet_fast/_build.json')).get; \
 	  print('CUDA kernels', get('extension'), get('why'), sep=': '); print('CPU kernels', get('cpu'), get('cpu_why'), sep=': ')"
 	@touch $@

@@ -593,50 +593,80 @@ def test_an_extension_that_was_insisted_on_stops_the_build(tmp_path, monkeypatch
         build_here(tmp_path, monkeypatch, decide(), "cuda", "_C")
 
 
-def make(tmp_path: Path, gpu: str | None, tune: int = 0) -> tuple[list[str], str]:
-    """What `make bench` ran with the environment's python, and its output.
+def fake_python(tmp_path: Path, gpu: str | None, tune: int = 0) -> dict[str, str]:
+    """Put a python into ``tmp_path/bin`` that notes its arguments; the environment to find it in.
 
-    ``gpu`` is what nvidia-smi prints, None without nvidia-smi; ``tune`` is the exit code of tuning.
+    ``gpu`` is what torch sees there; ``tune`` is the exit code of tuning.
     """
     (tmp_path / "bin").mkdir()
-    if gpu is not None:
-        smi = tmp_path / "bin" / "nvidia-smi"
-        smi.write_text(f"#!/bin/sh\necho {gpu}\n")
-        smi.chmod(0o755)
     python = tmp_path / "bin" / "python"
     python.write_text(
-        f'#!/bin/sh\necho "$@" >> {tmp_path}/ran\ncase "$*" in *tune*) exit {tune};; esac\n'
+        f"""#!/bin/sh
+case "$*" in
+*visible_gpus*) {f"echo {gpu}" if gpu else "exit 1"}; exit;;
+*pip*) echo "$TORCH_CUDA_ARCH_LIST" >> {tmp_path}/archs; exit 1;;
+esac
+echo "$@" >> {tmp_path}/ran
+case "$*" in *tune*) exit {tune};; esac
+"""
     )
     python.chmod(0o755)
     env = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
     env.pop("TORCH_CUDA_ARCH_LIST", None)
-    done = subprocess.run(
-        ["make", "bench", f"BIN={tmp_path}/bin", "-o", ".venv/.bench"],
+    return env
+
+
+def make(target: str, tmp_path: Path, env: dict[str, str], *done: str):
+    """Run make with that python; what is ``done`` is not made again."""
+    made = []
+    for name in done:
+        made += ["-o", f".venv/{name}"]
+    return subprocess.run(
+        ["make", target, f"BIN={tmp_path}/bin", *made],
         cwd=ROOT,
         env=env,
         text=True,
         capture_output=True,
     )
-    assert done.returncode == 0, done.stderr
-    return (tmp_path / "ran").read_text().splitlines(), done.stdout
 
 
 COMPARE, TUNE = "-m resnet_fast bench --photos", "-m resnet_fast tune resnet50 --batch 256 1"
 
 
-@pytest.mark.skipif(
-    shutil.which("make") is None or shutil.which("nvidia-smi") is not None,
-    reason="needs make, and no GPU of its own",
-)
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+
+
+@needs_make
 @pytest.mark.parametrize(
     "gpu, tune, ran",
     [
         (None, 0, [COMPARE]),
-        ("9.0", 0, [TUNE, COMPARE]),
+        ("9.0a", 0, [TUNE, COMPARE]),
         ("8.6", 1, [TUNE, COMPARE]),
-        ("9.0", 3, [*5 * [TUNE], COMPARE]),
+        ("9.0a", 3, [*5 * [TUNE], COMPARE]),
     ],
 )
 def test_a_gpu_is_tuned_before_it_is_compared(tmp_path, gpu, tune, ran) -> None:
     """Again if a kernel broke the device; whatever comes of it, the comparison follows."""
-    assert make(tmp_path, gpu, tune)[0] == ran
+    done = make("bench", tmp_path, fake_python(tmp_path, gpu, tune), ".bench")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "ran").read_text().splitlines() == ran
+
+
+@needs_make
+@pytest.mark.parametrize(
+    "gpu, wanted, archs",
+    [(None, None, "8.0+PTX"), ("7.5 9.0a", None, "7.5 9.0a"), ("9.0a", "8.9", "8.9")],
+)
+def test_make_builds_for_the_gpus_that_torch_sees_and_without_a_network_says_what_to_do(
+    tmp_path, gpu, wanted, archs
+) -> None:
+    env = fake_python(tmp_path, gpu)
+    if wanted:
+        env["TORCH_CUDA_ARCH_LIST"] = wanted
+    done = make("bench", tmp_path, env, ".torch")
+    if "installing" not in done.stdout:
+        pytest.skip("this checkout's environment is already made")
+    assert done.returncode != 0
+    assert (tmp_path / "archs").read_text().split() == archs.split()
+    assert "-m resnet_fast bench --photos" in done.stdout
