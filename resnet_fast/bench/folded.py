@@ -62,9 +62,8 @@ def cudnn(conv: Folded) -> Conv:
                 return vendor.cudnn(x, conv.weight, conv.bias, residual, conv.geometry)
             except torch.OutOfMemoryError:
                 raise
-            except (
-                RuntimeError
-            ):  # a stem with three channels, for example: the other layers still fuse
+            # a stem with three channels, for example: the other layers still fuse
+            except RuntimeError:
                 fused = False
         out = F.conv2d(x, conv.weight, conv.bias, *conv.geometry)
         out = out if residual is None else out.add_(residual)

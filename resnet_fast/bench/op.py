@@ -28,9 +28,8 @@ from .ledger import Row
 from .network import Measured, known_ceilings
 from .providers import fair
 
-CPU_CACHE = (
-    32 << 20
-)  # at least this much is walked through: a server core's share of its last-level cache is smaller
+# at least this much is walked through: a server core's share of its last-level cache is smaller
+CPU_CACHE = 32 << 20
 MAX_COPIES = 16
 CHECK_BATCH = 2  # the oracle is float64 on the CPU
 

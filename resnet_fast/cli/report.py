@@ -225,8 +225,7 @@ def _fill_readme(readme: Path, runs: list[Run], pictures: list, out: Path) -> No
     if filled == text:
         print(f"tables: {readme} (unchanged)")
         return
-    with replacing(
-        readme
-    ) as part:  # atomically: a README that is half written would be worse than an old one
+    # atomically: a README that is half written would be worse than an old one
+    with replacing(readme) as part:
         part.write_text(filled, encoding="utf-8")
     print(f"tables: {readme}")

@@ -160,9 +160,8 @@ def _check_size(size: tuple[int, int], preset: Preset, prefix: str = "") -> None
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(_EXIF_ORIENTATION, 1)
-    except (
-        Exception
-    ):  # Pillow's parsers raise anything for a broken EXIF block; the pixels are still good
+    # Pillow's parsers raise anything for a broken EXIF block; the pixels are still good
+    except Exception:
         return 1
 
 
@@ -194,22 +193,19 @@ def serve(connection: Connection, memory: mmap.mmap, preset: Preset) -> None:
         start = slot * size
         try:
             memory[start : start + size] = load(path, preset).tobytes()
-        except (
-            Exception
-        ) as problem:  # damaged files make Pillow's parsers raise anything; only that file fails
+        # damaged files make Pillow's parsers raise anything; only that file fails
+        except Exception as problem:
             error = describe(problem)
         connection.send((slot, error))
 
 
 def main(socket: str, memory: str, preset: str) -> None:
     """Run the worker: file descriptors of its socket and of the shared memory, and the preset as JSON."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # the parent handles Ctrl-C; a worker ends when its socket closes
+    # the parent handles Ctrl-C; a worker ends when its socket closes
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     options = Preset(**json.loads(preset))
-    Image.MAX_IMAGE_PIXELS = (
-        options.max_pixels // 2
-    )  # Pillow raises at twice this, also for images inside images
+    # Pillow raises at twice this, also for images inside images
+    Image.MAX_IMAGE_PIXELS = options.max_pixels // 2
     connection = Connection(int(socket))
     connection.send("ready")
     null = os.open(os.devnull, os.O_WRONLY)

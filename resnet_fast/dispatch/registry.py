@@ -76,9 +76,8 @@ class Kernel:
 
 
 _registry: dict[str, Kernel] = {}
-_memo: dict[
-    tuple[Any, ...], tuple[Callable[..., Any], Kernel, str]
-] = {}  # select.choose_for_call fills it
+# select.choose_for_call fills it
+_memo: dict[tuple[Any, ...], tuple[Callable[..., Any], Kernel, str]] = {}
 _lock = threading.RLock()
 
 
@@ -210,9 +209,8 @@ def _import_file(path: Path) -> list[Kernel]:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    found = [
-        k for k in registered() if k.fn.__module__ == spec.name
-    ]  # without those of modules that it imports
+    # without those of modules that it imports
+    found = [k for k in registered() if k.fn.__module__ == spec.name]
     if not found:
         raise ValueError(
             f"kernel file {path} registered no kernel: decorate a function with @resnet_fast.kernel(...)"
@@ -224,9 +222,8 @@ def _from_user_file(name: str) -> list[Kernel]:
     """``load_file`` with errors inside the file reported by their line."""
     try:
         return load_file(name)
-    except (
-        Exception
-    ) as error:  # a user's file may raise anything; its line says more than our own traceback
+    # a user's file may raise anything; its line says more than our own traceback
+    except Exception as error:
         line = _line_at_fault(error, Path(name).resolve())
         if line is None:
             raise

@@ -120,9 +120,8 @@ class _Matcher:
         for node in self.nodes:
             if fresh(node, self.modules):
                 continue
-            sharing = (
-                self.writes.get(node) or node.all_input_nodes
-            )  # an in-place operation returns what it writes to
+            # an in-place operation returns what it writes to
+            sharing = self.writes.get(node) or node.all_input_nodes
             if node.op == "placeholder":
                 sharing = self.traced.inputs
             for other in sharing:

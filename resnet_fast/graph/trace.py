@@ -138,9 +138,8 @@ class _Trace(TracerBase):
             last, inlined = next(iter(reversed(self.graph.nodes))), len(traced.inlined)
             try:
                 result = self._inline(twin, args, kwargs)
-            except (
-                Exception
-            ) as error:  # as above: then this module is one node and the rest may still be traced
+            # as above: then this module is one node and the rest may still be traced
+            except Exception as error:
                 self._rewind(last)
                 del traced.inlined[inlined:]
                 traced.opaque[path] = _sentence(error)

@@ -22,9 +22,8 @@ from ..dispatch import Prepacked, Problem, conv_out_hw, kernel, nhwc_or_why
 from . import aten, cpu_library, prepack, vendor
 from .cpu_library import available
 
-LARGEST = (
-    2.0**32
-)  # of a filter's elements: with an input below 2^64 no intermediate result overflows
+# of a filter's elements: with an input below 2^64 no intermediate result overflows
+LARGEST = 2.0**32
 
 
 def _output(x: Tensor, channels: int, size: torch.Size, geometry: tuple) -> Tensor:

@@ -113,9 +113,8 @@ def add_act_backward(
 
 # ---------------------------------------------------------------- convolutions
 
-MOST_PIXELS = (
-    2**31 - 129
-)  # rows of the product are 32-bit, and the last tile may reach beyond the last row
+# rows of the product are 32-bit, and the last tile may reach beyond the last row
+MOST_PIXELS = 2**31 - 129
 
 
 def _conv_supports(problem: Problem) -> str | None:

@@ -26,10 +26,8 @@ class ModuleGuard:
 
     def __init__(self, module: nn.Module, training: bool) -> None:
         self.type, self.forward = type(module), type(module).forward
-        self.children, self.order = (
-            dict(module._modules),
-            tuple(module._modules),
-        )  # a Sequential runs in that order
+        # a Sequential runs in that order
+        self.children, self.order = dict(module._modules), tuple(module._modules)
         plain = {
             k: copy.copy(v)
             for k, v in module.__dict__.items()

@@ -178,9 +178,8 @@ def to_nchw(result: Any) -> Any:
     """
     if isinstance(result, Tensor):
         if result.dim() == 4 and result.is_contiguous(memory_format=torch.channels_last):
-            return (
-                result.contiguous().view(-1).view(result.shape)
-            )  # one pixel is both, and then keeps NHWC's strides
+            # one pixel is both, and then keeps NHWC's strides
+            return result.contiguous().view(-1).view(result.shape)
         return result
     if type(result) in (tuple, list):
         return type(result)(map(to_nchw, result))

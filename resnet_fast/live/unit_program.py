@@ -153,9 +153,8 @@ def _bind_conv(step: Step, slots: dict[str, int], owner: nn.Module) -> Callable[
                 fitting[key] = residual.shape == output_shape(conv, x)
             if fitting[key]:
                 return fused(conv, bn, x, residual, act)
-        out = (
-            fused(conv, bn, x, None, "none") + residual
-        )  # an addition that broadcasts or promotes is torch's
+        # an addition that broadcasts or promotes is torch's
+        out = fused(conv, bn, x, None, "none") + residual
         return torch.relu(out) if act == "relu" else out
 
     return run

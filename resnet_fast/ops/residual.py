@@ -62,9 +62,8 @@ class _AddAct(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, out = ctx.saved_tensors
         args = dout, out, x, gate, ctx.act
-        if (
-            torch.is_grad_enabled()
-        ):  # create_graph: gradients of ATen operations can be differentiated again
+        # create_graph: gradients of ATen operations can be differentiated again
+        if torch.is_grad_enabled():
             dy, dx, dgate = reference.add_act_backward(*args)
         else:
             dy, dx, dgate = below_autograd(ADD_ACT_BACKWARD, *args)

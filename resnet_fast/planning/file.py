@@ -282,7 +282,6 @@ def _is_in_safe_namespace(name: str) -> bool:
     if namespace not in _SAFE_NAMESPACES or name in _UNSAFE:
         return False
     is_private = short.startswith("_")
-    writes = (
-        short.endswith("_") and namespace != "operator"
-    )  # might write to weights that other plans share
+    # might write to weights that other plans share
+    writes = short.endswith("_") and namespace != "operator"
     return not is_private and not writes

@@ -79,9 +79,8 @@ class Plan:
 
         Raises ValueError for an input that the plan was not made for.
         """
-        if (
-            torch.compiler.is_dynamo_compiling()
-        ):  # the kernels have no fakes: break the compiler's graph here
+        # the kernels have no fakes: break the compiler's graph here
+        if torch.compiler.is_dynamo_compiling():
             return torch.compiler.disable(self.__call__)(x)
         transform = _active_transform()
         if transform is not None:
@@ -188,9 +187,8 @@ class Plan:
         in_graph = program.graph is not None
         explanation = Explanation()
         for step in program.steps:
-            problem: Any = (
-                step.problem
-            )  # Line's may be None too, but mypy reads runtime/ without strict_optional
+            # Line's may be None too, but mypy reads runtime/ without strict_optional
+            problem: Any = step.problem
             line = Line(step.target, step.op, step.kernel, step.why, problem)
             explanation.append(timed(line, in_graph))
         return explanation

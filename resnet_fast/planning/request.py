@@ -110,11 +110,8 @@ def checked_device(device: torch.device | str) -> torch.device:
         found = torch.device(device)
         if found.type in ("cpu", "cuda"):
             torch.empty(0, device=found)
-    except (
-        RuntimeError,
-        TypeError,
-        AssertionError,
-    ) as problem:  # AssertionError: a torch that was built without CUDA
+    # AssertionError: a torch that was built without CUDA
+    except (RuntimeError, TypeError, AssertionError) as problem:
         reason = str(problem).splitlines()[0]
         raise ValueError(
             f'plan: device: got {device}, which is not to be had here ({reason}): use "cpu", or "cuda" '

@@ -74,9 +74,8 @@ def _from_torchvision(name: str, weights: str | None) -> Weights:
         raise ValueError(f"--weights {weights}: neither a file nor one of {', '.join(entries)}")
     entry = entries[weights or "DEFAULT"]
     try:
-        with contextlib.redirect_stdout(
-            sys.stderr
-        ):  # torch.hub reports its download on stdout, where our results go
+        # torch.hub reports its download on stdout, where our results go
+        with contextlib.redirect_stdout(sys.stderr):
             model = create_model(name, weights=entry).eval()
     except OSError as error:  # no network or no space; its cause is the network's message
         reason = f"{entry.url} could not be fetched ({error.__cause__})"

@@ -96,9 +96,8 @@ def _bind_group(
 def _bind_across(chosen: Kernel, step: Group, args: tuple) -> Run:
     positions = EXTERNAL[step.op]
     names = {i: value.name for i, value in zip(positions, step.args, strict=True)}
-    constants = tuple(
-        None if i in names else a for i, a in enumerate(args)
-    )  # without this call's activations
+    # without this call's activations
+    constants = tuple(None if i in names else a for i, a in enumerate(args))
 
     def run(v: Values) -> Any:
         return chosen.fn(*(v[names[i]] if i in names else a for i, a in enumerate(constants)))

@@ -72,9 +72,8 @@ class Graph:
     """
 
     def __init__(self, program: Program, x: Tensor, pool: Any, side: torch.cuda.Stream) -> None:
-        with torch.inference_mode(
-            False
-        ):  # an inference tensor could not be written outside of inference mode
+        # an inference tensor could not be written outside of inference mode
+        with torch.inference_mode(False):
             self._static = x.clone(memory_format=torch.preserve_format)
         run = partial(program, self._static)
         self._graph, self._answer = captured(

@@ -35,9 +35,8 @@ class OpSamples:
     """What judging and measuring a kernel needs to know about its op."""
 
     args: Callable[[Problem, Inputs], tuple]  # the flat arguments of a problem
-    eager: Callable[
-        ..., Tensor | tuple[Tensor, ...]
-    ]  # what a user has without this package, in the arguments' dtype
+    # what a user has without this package, in the arguments' dtype
+    eager: Callable[..., Tensor | tuple[Tensor, ...]]
     edges: Callable[[], Iterable[Fields]]  # small problems with awkward sizes, layouts and options
     images: tuple[int, ...]  # the flat arguments with one entry for each image
     sums: tuple[int, ...] = ()  # the results that are sums over the batch

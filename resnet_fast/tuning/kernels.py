@@ -32,10 +32,8 @@ CALLS = 8  # at least so many calls between two clock readings
 SETS = 128  # at most so many sets of arguments in rotation
 BEFORE = "measured before"
 LOST = "lost the device"
-SECTIONS = (
-    "entries",
-    "graph",
-)  # of the table: the choice for ordinary calls, and inside CUDA graphs
+# of the table: the choice for ordinary calls, and inside CUDA graphs
+SECTIONS = ("entries", "graph")
 
 Result = TypeVar("Result")
 
@@ -367,9 +365,8 @@ class _Job:
             done = work()
         except torch.OutOfMemoryError as error:
             trouble = "out of memory", first_line(error)
-        except (
-            Exception
-        ) as error:  # a candidate may fail in any way that its author or its compiler found
+        # a candidate may fail in any way that its author or its compiler found
+        except Exception as error:
             trouble = "failed", f"{type(error).__name__}: {first_line(error)}"
         try:
             self.device.settle()
@@ -414,9 +411,8 @@ class _Job:
         calls = [prepared_call(kernel, self.problem, args) for args in sets] * times
 
         def run() -> list[object]:
-            return [
-                call() for call in calls
-            ]  # the list keeps each output, so no memory is written twice
+            # the list keeps each output, so no memory is written twice
+            return [call() for call in calls]
 
         run()
         return run

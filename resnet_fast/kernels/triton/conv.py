@@ -41,9 +41,8 @@ def _filters(w_row, k, tap, c, valid, C: tl.constexpr, K: tl.constexpr, GROUPS: 
         at = w_row[None, :] + (tap * C + c)[:, None]
         seen = valid[:, None]
     else:
-        own = (
-            c[:, None] - (k // (K // GROUPS) * (C // GROUPS))[None, :]
-        )  # the channel's place in the filter's group
+        # the channel's place in the filter's group
+        own = c[:, None] - (k // (K // GROUPS) * (C // GROUPS))[None, :]
         at = w_row[None, :] + tap * (C // GROUPS) + own
         seen = (own >= 0) & (own < C // GROUPS) & valid[:, None]
     return tl.load(at, mask=seen, other=0.0)

@@ -477,29 +477,15 @@ def run(
     grid = (triton.cdiv(k, config.block_n) * bands * stem.tiles(config.block_m),)
     if mean is not None:
         mean, std = mean.contiguous(), std.contiguous()
+    tensors = (x, launch.nhwc(weight), bias.contiguous(), mean, std, out)
+    sizes = (n * pw, h, oh, ow, ph, pw, w * c, bands, config.rows)
+    filters = {"C": c, "K": k, "R": r, "S": s}
+    patch = {"PAD": stem.pad, "SPAN": stem.span, "TAPS": stem.taps}
     _conv_pool[grid](
-        x,
-        launch.nhwc(weight),
-        bias.contiguous(),
-        mean,
-        std,
-        out,
-        n * pw,
-        h,
-        oh,
-        ow,
-        ph,
-        pw,
-        w * c,
-        bands,
-        config.rows,
-        C=c,
-        K=k,
-        R=r,
-        S=s,
-        PAD=stem.pad,
-        SPAN=stem.span,
-        TAPS=stem.taps,
+        *tensors,
+        *sizes,
+        **filters,
+        **patch,
         RESIDENT=config.resident,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

@@ -156,9 +156,8 @@ def predicted_ns(g: Gemm, c: GemmConfig) -> float:
     stored = 4 if c.split_k > 1 else g.itemsize * (1 + g.residual)
     out = c.block_m * c.block_n * stored / on.l2
     total = per_sm * (trips * trip + out) + waves * FILL_NS
-    if (
-        c.split_k > 1
-    ):  # the second launch, and the partial sums there and back at half of L2's rate: some go to DRAM
+    # the second launch, and the partial sums there and back at half of L2's rate: some go to DRAM
+    if c.split_k > 1:
         total += _LAUNCH_NS + 2 * 4 * g.m * g.n * c.split_k / (
             on.l2 / 2 * min(on.sms, max(1, g.m * g.n // 1024))
         )
@@ -187,9 +186,8 @@ def registers(g: Gemm, c: GemmConfig) -> int:
     accumulators = c.block_m * c.block_n // threads
     total = 64 + accumulators
     total += accumulators // 2 * g.residual  # the residual's values beside them
-    total += accumulators * uses_tensor_memory(
-        g
-    )  # out of it a thread gets whole rows, and the affine as many again
+    # out of it a thread gets whole rows, and the affine as many again
+    total += accumulators * uses_tensor_memory(g)
     if g.taps > 1:
         # Address and coordinates of each row it loads, or of each product where taps and channels are one axis.
         products = c.block_m * c.block_k // threads

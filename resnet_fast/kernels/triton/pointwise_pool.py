@@ -116,9 +116,8 @@ def _pointwise_pool(
     tiles_n = tl.cdiv(K, BLOCK_N)
     group = tl.program_id(0) // tiles_n
     k = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    filt = tl.minimum(
-        k, K - 1
-    )  # filters past the last read it instead, unmasked; they are not stored
+    # filters past the last read it instead, unmasked; they are not stored
+    filt = tl.minimum(k, K - 1)
     w_row, t = w + filt * C, tl.load(bias + filt)
     first, slot = group * images * P, tl.arange(0, SLOTS)
     sums = _sums(
