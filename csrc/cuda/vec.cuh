@@ -27,8 +27,10 @@ RF_HD __half from_float<__half>(float v) { return __float2half_rn(v); }
 template <>
 RF_HD __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
 
+// V elements. At most 16-byte aligned, as aligned16() asks of pointers: promised 32 bytes, nvcc 13 makes 32-byte loads for
+// compute capability 10 and 12, which fault at an odd multiple of 16.
 template <class T, int V>
-struct alignas(sizeof(T) * V) Pack {
+struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
   T v[V];
 };
 
