@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,8 +128,10 @@ def choose_for_call(op: str, args: Args, check: Function) -> tuple[Function, Ker
     hit = memo.get(key)
     if hit is None:
         check(*args)
-        kernel, why = choose(describe(op, args))
-        hit = on_device_of(kernel.fn, args[0].device), kernel, why
+        device = args[0].device
+        with current_gpu(device):  # whose tables are read
+            kernel, why = choose(describe(op, args))
+        hit = on_device_of(kernel.fn, device), kernel, why
         with registry._lock:
             if len(memo) >= MEMO_LIMIT:  # a service that sees every shape must not grow without end
                 memo.clear()
@@ -139,7 +141,7 @@ def choose_for_call(op: str, args: Args, check: Function) -> tuple[Function, Ker
 
 def on_device_of(fn: Function, device: torch.device) -> Function:
     """``fn`` run with ``device`` as the current GPU, if there are several: Triton launches on the current one."""
-    if device.type != "cuda" or torch.cuda.device_count() == 1:
+    if not one_of_several(device):
         return fn
 
     def on_device(*args: Any) -> Any:
@@ -147,6 +149,15 @@ def on_device_of(fn: Function, device: torch.device) -> Function:
             return fn(*args)
 
     return on_device
+
+
+def current_gpu(device: torch.device) -> AbstractContextManager[Any]:
+    """Make ``device`` the current GPU, if there are several."""
+    return torch.cuda.device(device) if one_of_several(device) else nullcontext()
+
+
+def one_of_several(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.device_count() > 1
 
 
 # ---------------------------------------------------------------- the choice

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from training import STATISTICS, assert_same, buffers, each
 from twins import images, twins, wide
 
-from resnet_fast.dispatch import find, record, tables
+from resnet_fast.dispatch import find, record, select, tables
 from resnet_fast.live import step
 
 LAUNCHES = (
@@ -163,3 +163,28 @@ def test_one_by_one_counts_a_checkpointed_block_once(apart) -> None:
         found.append({"gradient": torch.autograd.grad(y.square().sum(), x)[0], **buffers(layer)})
     assert apart
     assert_same(*found, tolerance=0)
+
+
+def test_the_table_read_is_that_of_the_tensors_gpu(registry, monkeypatch) -> None:
+    """A machine may hold two models: the choice for a tensor of the second is not made by the table of the first."""
+    current = ["cuda:0"]
+
+    class Device:
+        def __init__(self, device: torch.device) -> None:
+            self.device = str(device)
+
+        def __enter__(self) -> None:
+            current.append(self.device)
+
+        def __exit__(self, *error: object) -> None:
+            current.pop()
+
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(tables, "gpu_name", lambda index=None: asked.append(current[-1]) or "A")
+    with FakeTensorMode():
+        x = torch.empty(2, 8, 4, 4, device="cuda:1")
+        select.choose_for_call("add_act", (x, x, None, "relu"), lambda *args: None)
+    assert set(asked) == {"cuda:1"}
